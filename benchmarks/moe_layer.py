@@ -1,0 +1,101 @@
+"""Time of the mixture-of-experts layer against a dense SwiGLU of equal activated FLOPs, and a loop over experts.
+
+    python benchmarks/moe_layer.py [--hidden 384] [--tokens 4096] [--rounds 15]
+
+The three are timed in turn within each round and compared by the median of the rounds' ratios, so that a busy
+machine slows all of them alike. Ratios below 1 mean that the layer is the faster one.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditmoe.model.balance import BalanceLoss
+from ditmoe.model.layers import SwiGlu
+from ditmoe.model.moe import MoE, route
+
+
+def loop_over_experts(layer: MoE, x_BTD: Tensor) -> Tensor:
+    """The plain reference: each expert picks its tokens, one after the other."""
+    x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    scores_TK, selected_TK, _ = route(layer.gate(x_TD), layer.experts_per_token)
+    out_TD = torch.zeros_like(x_TD)
+    for expert in range(layer.experts.gate_proj.shape[0]):
+        token, slot = torch.where(selected_TK == expert)
+        picked = x_TD[token]
+        hidden = F.silu(F.linear(picked, layer.experts.gate_proj[expert]))
+        hidden = hidden * F.linear(picked, layer.experts.up_proj[expert])
+        result = F.linear(hidden, layer.experts.down_proj[expert])
+        out_TD = out_TD.index_add(0, token, result * scores_TK[token, slot].unsqueeze(1).to(result.dtype))
+    if layer.shared_experts is not None:
+        out_TD = out_TD + layer.shared_experts(x_TD)
+    return out_TD.view_as(x_BTD)
+
+
+def timed(run: Callable[[Tensor], Tensor], x_BTD: Tensor, backward: bool) -> float:
+    """Seconds of one forward pass, with its backward pass if asked."""
+    start = time.perf_counter()
+    if backward:
+        run(x_BTD).square().mean().backward()
+    else:
+        with torch.no_grad():
+            run(x_BTD)
+    if x_BTD.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=384)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--experts-per-token", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    hidden, active, shared = arguments.hidden, arguments.experts_per_token, 2
+    device = torch.device(arguments.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    print(
+        f"{name}, {arguments.threads} threads, torch {torch.__version__}: hidden {hidden}, {arguments.tokens} "
+        f"tokens, {arguments.experts} experts, top-{active}, {shared} shared"
+    )
+    print(f"{'dtype':<10}{'pass':<10}{'layer (ms)':>12}{'dense':>10}{'loop':>10}{'layer/dense':>14}{'layer/loop':>14}")
+    for dtype in (torch.float32, torch.bfloat16):
+        balance = BalanceLoss(arguments.experts, 0.005, arguments.tokens // 4, group=1)
+        layer = MoE(hidden, arguments.experts, active, shared, balance).to(device, dtype)
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        dense = SwiGlu(hidden, (4 * active + shared) * hidden).to(device, dtype)
+        x_BTD = torch.randn(4, arguments.tokens // 4, hidden, device=device, dtype=dtype, requires_grad=True)
+
+        def loop(x: Tensor, layer: MoE = layer) -> Tensor:
+            return loop_over_experts(layer, x)
+
+        for backward in (False, True):
+            rounds = [
+                [timed(run, x_BTD, backward) for run in (layer, dense, loop)] for _ in range(arguments.rounds + 2)
+            ][2:]
+            times = [1000 * statistics.median(column) for column in zip(*rounds, strict=True)]
+            to_dense = statistics.median(row[0] / row[1] for row in rounds)
+            to_loop = statistics.median(row[0] / row[2] for row in rounds)
+            label = "fwd+bwd" if backward else "forward"
+            print(
+                f"{str(dtype)[6:]:<10}{label:<10}{times[0]:>12.1f}{times[1]:>10.1f}{times[2]:>10.1f}"
+                f"{to_dense:>14.3f}{to_loop:>14.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Configuration of the network (`model`), the objective (`objective`) and the EMA (`ema`)."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from ditmoe.model.presets import parse_preset
+from ditmoe.model.settings import Settings
+
+
+class ModelConfig(Settings):
+    """The network's shape: a preset, and any field that departs from it."""
+
+    preset: str | None = None
+    """A name such as DiT-S/2-8E2A (see `ditmoe models`); null: every field of the shape is given."""
+    depth: int = Field(default=0, ge=1)
+    """Number of blocks L; from the preset when left out."""
+    hidden: int = Field(default=0, ge=4, multiple_of=4)
+    """Width D of the token stream (a multiple of 4 for the 2-D sin-cos position embedding)."""
+    heads: int = Field(default=0, ge=1)
+    """Attention heads; divides `hidden`."""
+    patch: int = Field(default=0, ge=1)
+    """Side of a patch, in pixels or latent cells; divides `image_size`."""
+    experts: int = Field(default=0, ge=0)
+    """Routed experts N of each block; 0: a dense network with a GELU MLP of width 4D."""
+    experts_per_token: int = Field(default=0, ge=0)
+    """Routed experts K that each token goes to."""
+    shared_experts: int = Field(default=2, ge=0)
+    """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D."""
+    image_size: int | None = Field(default=None, ge=1)
+    """Side of the network's input in pixels or latent cells; null: from the data's index."""
+    channels: int | None = Field(default=None, ge=1)
+    """Channels of the network's input; null: from the data's index."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Classes, without the null class; null: from the data's index."""
+    attention: Literal["plain", "qk_norm"] = "plain"
+    """`qk_norm`: per-head LayerNorm with affine on queries and keys, as the published XL and G weights have."""
+    learn_sigma: bool = True
+    """The network puts out 2·channels; DDPM reads the second half as the variance, flow ignores it."""
+    label_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """Share of training labels replaced by the null class, for classifier-free guidance."""
+    balance_weight: float = Field(default=0.005, ge=0)
+    """α of the balance loss (paper: 0.005; published code: 0.01)."""
+    balance_group: int = Field(default=1, ge=1)
+    """Consecutive samples of the global order over which the balance loss takes its two means.
+
+    1 is each sample by itself. Any divisor of `train.micro_batch`, or the whole global micro-step
+    (`micro_batch` × data ranks), which is then reduced over the ranks."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        """Take what is left out from the preset; an unreadable preset is left to its own field's check."""
+        if not isinstance(values, dict) or values.get("preset") is None:
+            return values
+        try:
+            preset = parse_preset(str(values["preset"]))
+        except ValueError:
+            return values
+        return {**vars(preset), **values}
+
+    @field_validator("preset")
+    @classmethod
+    def _check_preset(cls, preset: str | None) -> str | None:
+        if preset is not None:
+            parse_preset(preset)
+        return preset
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        missing = [name for name in ("depth", "hidden", "heads", "patch") if getattr(self, name) == 0]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} must be given when there is no preset")
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden = {self.hidden} must be a multiple of heads = {self.heads}")
+        if self.experts and not 1 <= self.experts_per_token <= self.experts:
+            raise ValueError(
+                f"experts_per_token = {self.experts_per_token} must be between 1 and experts = {self.experts}"
+            )
+        if self.image_size is not None and self.image_size % self.patch:
+            raise ValueError(f"image_size = {self.image_size} must be a multiple of patch = {self.patch}")
+        return self
+
+    @property
+    def complete(self) -> bool:
+        """Whether the input's shape and classes are known."""
+        return None not in (self.image_size, self.channels, self.num_classes)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens T of one image."""
+        assert self.image_size is not None
+        return (self.image_size // self.patch) ** 2
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output."""
+        assert self.channels is not None
+        return 2 * self.channels if self.learn_sigma else self.channels
+
+
+class ObjectiveConfig(Settings):
+    """What the network is trained to predict."""
+
+    kind: Literal["ddpm", "rectified_flow"] = "rectified_flow"
+    """`ddpm`: 1000 steps, ε-prediction with learned-range variance; `rectified_flow`: v = ε − x."""
+
+
+class EmaConfig(Settings):
+    """The exponential moving average of the weights that sampling uses."""
+
+    decay: float = Field(default=0.9999, ge=0, lt=1)
+    """Share of the average kept at each step."""
+    warmup: bool = True
+    """Use min(decay, (1 + n) / (10 + n)) after n steps, so that the start is forgotten in short runs."""

@@ -1,0 +1,112 @@
+"""Parameters and floating-point operations of a network, from its real modules on the meta device.
+
+Counted are matrix products (linear maps, patch convolution, attention scores and their application to the values)
+of one forward pass of one image, two operations per multiply-accumulate. Element-wise work (norms, softmax,
+activations, the top-K choice) is left out, as is usual. The papers of the family print multiply-accumulates under
+the name of Gflops: compare those with `Count.macs`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ditmoe.model.config import ModelConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.layers import PlainAttention, QkNormAttention
+from ditmoe.model.moe import Experts, Router
+from ditmoe.model.presets import PATCHES, PUBLISHED, parse_preset
+
+LATENT_CHANNELS = 4
+LATENT_FACTOR = 8
+"""Pixels per latent cell of the Stable Diffusion autoencoder: 256² images are 32² latents."""
+IMAGENET_CLASSES = 1000
+
+_QK_NORM = ("DiT-XL/", "DiT-G/")
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one network holds and what one forward pass of one image costs."""
+
+    total: int
+    """Learned parameters. The fixed position embedding is not one."""
+    activated: int
+    """Learned parameters that one token meets: K of the N routed experts, and everything else."""
+    macs: int
+    """Multiply-accumulates of the forward pass of one image, K experts for each token."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: two per multiply-accumulate."""
+        return 2 * self.macs
+
+
+def count(config: ModelConfig) -> Count:
+    """Count a network of a complete configuration; allocates nothing of its size."""
+    with torch.device("meta"):
+        network = DiT(config)
+    total = activated = macs = 0
+    for name, module in network.named_modules():
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        active = own * config.experts_per_token // config.experts if isinstance(module, Experts) else own
+        total += own
+        activated += active
+        macs += _macs(name, module, active, config.tokens)
+    return Count(total, activated, macs)
+
+
+def _macs(name: str, module: nn.Module, active: int, tokens: int) -> int:
+    """Multiply-accumulates of one module's own products for one image of `tokens` tokens."""
+    if isinstance(module, Experts):
+        return tokens * active
+    if isinstance(module, Router | nn.Conv2d):
+        return tokens * module.weight.numel()
+    if isinstance(module, nn.Linear):
+        # The condition (timestep and label) is one vector per image, not one per token.
+        rows = 1 if "t_embedder" in name or "adaLN_modulation" in name else tokens
+        return rows * module.weight.numel()
+    if isinstance(module, PlainAttention | QkNormAttention):
+        projection = module.proj if isinstance(module, PlainAttention) else module.out_proj
+        return 2 * tokens * tokens * projection.in_features  # q·kᵀ, then scores·v
+    # Table look-ups and norms multiply no matrices; anything else with weights would be forgotten here.
+    assert active == 0 or isinstance(module, nn.Embedding | nn.LayerNorm), f"{name}: cannot count {type(module)}"
+    return 0
+
+
+def flops_per_image(config: ModelConfig) -> int:
+    """Forward FLOPs of one image. A training step costs three times as much (the backward pass is two)."""
+    return count(config).flops
+
+
+def preset_config(name: str, image_size: int = 256) -> ModelConfig:
+    """The published setting of a preset: ImageNet's 1000 classes on 4-channel latents of `image_size` / 8.
+
+    The MoE networks of sizes XL and G have q/k-norm attention, as their published weights have.
+
+    Args:
+        name: a preset such as DiT-S/2-8E2A.
+        image_size: side of the image in pixels, before the autoencoder.
+
+    Raises:
+        ValueError: the name is not a preset.
+    """
+    experts = parse_preset(name).experts
+    return ModelConfig(
+        preset=name,
+        image_size=image_size // LATENT_FACTOR,
+        channels=LATENT_CHANNELS,
+        num_classes=IMAGENET_CLASSES,
+        attention="qk_norm" if experts and name.startswith(_QK_NORM) else "plain",
+    )
+
+
+def family() -> list[str]:
+    """Names of the whole family: dense S, B, L, XL and the published mixtures, with patches 2, 4, 8 (G: 2)."""
+    dense = [f"DiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in PATCHES]
+    mixtures = [
+        name.replace("/2", f"/{patch}")
+        for name in PUBLISHED
+        for patch in (PATCHES if not name.startswith("DiT-G/") else (2,))
+    ]
+    return dense + mixtures

@@ -1,0 +1,105 @@
+"""DiT-MoE: a class-conditional diffusion transformer whose MLPs are mixtures of experts (arXiv 2407.11633).
+
+With `experts: 0` the blocks have a dense MLP and the network is the DiT of arXiv 2212.09748. Parameters carry
+the published state-dict names, except that experts are stacked (see `ditmoe.model.canonical`).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ditmoe.model.balance import BalanceLoss
+from ditmoe.model.config import ModelConfig
+from ditmoe.model.layers import (
+    DenseMlp,
+    FinalLayer,
+    LabelEmbedder,
+    PatchEmbed,
+    PlainAttention,
+    QkNormAttention,
+    TimestepEmbedder,
+    modulate,
+    position_embedding,
+)
+from ditmoe.model.moe import MoE
+
+
+class Block(nn.Module):
+    """Attention and MLP (or experts), each modulated and gated by the condition (adaLN-Zero)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = config.hidden
+        attention = QkNormAttention if config.attention == "qk_norm" else PlainAttention
+        self.norm1 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+        self.attn = attention(hidden, config.heads)
+        self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
+        if config.experts:
+            balance = BalanceLoss(config.experts, config.balance_weight, config.tokens, group=config.balance_group)
+            self.moe = MoE(hidden, config.experts, config.experts_per_token, config.shared_experts, balance)
+        else:
+            self.mlp = DenseMlp(hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+
+    def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        """`[B, T, D]`, `[B, D]` → `[B, T, D]`."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
+        feed_forward = self.moe if hasattr(self, "moe") else self.mlp
+        x_BTD = x_BTD + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x_BTD), shift_a, scale_a))
+        x_BTD = x_BTD + gate_m.unsqueeze(1) * feed_forward(modulate(self.norm2(x_BTD), shift_m, scale_m))
+        return x_BTD
+
+
+class DiT(nn.Module):
+    """The network. Its weights are uninitialised until `ditmoe.model.initialise` or a load fills them."""
+
+    pos_embed: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Build the network of a complete configuration (input size, channels and classes known)."""
+        super().__init__()
+        assert config.complete, "the model's image_size, channels and num_classes are not known yet"
+        assert config.image_size and config.channels and config.num_classes
+        self.config = config
+        self.checkpoint_blocks = False
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch)
+        self.t_embedder = TimestepEmbedder(config.hidden)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
+        self.register_buffer("pos_embed", position_embedding(config.hidden, config.image_size // config.patch))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.hidden, config.patch, config.out_channels)
+
+    def forward(self, x_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """Predict from noisy images.
+
+        Args:
+            x_BCHW: noisy images or latents.
+            timestep_B: 0…999 for DDPM, 0…1 for rectified flow.
+            label_B: classes; `num_classes` is the null class.
+
+        Returns:
+            float32 `[B, out_channels, H, W]`.
+        """
+        x_BTD = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed.to(
+            self.x_embedder.proj.weight.dtype
+        )
+        condition_BD = self.t_embedder(timestep_B) + self.y_embedder(label_B)
+        for block in self.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, x_BTD, condition_BD, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, condition_BD)
+        return self._unpatchify(self.final_layer(x_BTD, condition_BD)).float()
+
+    def _unpatchify(self, patches_BTP: Tensor) -> Tensor:
+        """`[B, T, patch²·C]` → `[B, C, H, W]`; within a patch the channel runs fastest."""
+        patch, channels = self.config.patch, self.config.out_channels
+        side = int(self.config.tokens**0.5)
+        grid = patches_BTP.reshape(-1, side, side, patch, patch, channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(-1, channels, side * patch, side * patch)
+
+
+def balance_losses(network: nn.Module) -> list[BalanceLoss]:
+    """The balance losses of the network's layers, first block first; empty for a dense network."""
+    return [module.balance for module in network.modules() if isinstance(module, MoE)]

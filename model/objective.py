@@ -1,0 +1,153 @@
+"""The two training objectives: DDPM with learned-range variance, and rectified flow.
+
+What is random in a sample's loss (noise, timestep, label drop) is drawn from streams keyed by (seed, position in
+the global sample order), so that it is the same on every layout.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ditmoe.model import randomness
+from ditmoe.model.config import ObjectiveConfig
+from ditmoe.model.schedule import DDPM_STEPS, DdpmSchedule
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_BCHW, timestep_B, label_B) → prediction `[B, out_channels, H, W]`, float32."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of some samples."""
+
+    noise_BCHW: Tensor
+    """Standard normal, float32."""
+    timestep_B: Tensor
+    """DDPM: 0…999; rectified flow: 0…1. float32."""
+    drop_B: Tensor
+    """Whether the label is replaced by the null class, bool."""
+
+    def to(self, device: torch.device) -> "Draws":
+        """The same on another device."""
+        return Draws(self.noise_BCHW.to(device), self.timestep_B.to(device), self.drop_B.to(device))
+
+
+class Objective(ABC):
+    """A training loss: how a sample is noised, and what the network should predict."""
+
+    def draw(self, seed: int, positions: Sequence[int], shape: Sequence[int], label_dropout: float) -> Draws:
+        """The random numbers of the samples at these positions of the global order.
+
+        Args:
+            shape: (C, H, W) of one sample.
+            label_dropout: probability of dropping a label.
+        """
+        return Draws(
+            noise_BCHW=randomness.normal(seed, "noise", positions, shape),
+            timestep_B=self._draw_timestep(seed, positions),
+            drop_B=randomness.uniform(seed, "label drop", positions) < label_dropout,
+        )
+
+    @abstractmethod
+    def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor: ...
+
+    @abstractmethod
+    def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
+        """The loss of each sample, float32 `[B]`.
+
+        Args:
+            x_BCHW: clean images in −1…1, or latents.
+            label_B: classes, the null class already in place of the dropped ones.
+        """
+
+
+class RectifiedFlow(Objective):
+    """z_t = (1 − t)·x + t·ε with t = sigmoid(N(0, 1)); the target is v = ε − x (Liu et al., arXiv 2209.03003;
+    logit-normal t: Esser et al., arXiv 2403.03206)."""
+
+    def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor:
+        return randomness.normal(seed, "timestep", positions, ()).sigmoid()
+
+    def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
+        """Mean squared error of v per sample, `[B]`."""
+        t = draws.timestep_B.view(-1, 1, 1, 1)
+        z_BCHW = (1 - t) * x_BCHW + t * draws.noise_BCHW
+        v_BCHW = network(z_BCHW, draws.timestep_B, label_B)[:, : x_BCHW.shape[1]]
+        return (v_BCHW - (draws.noise_BCHW - x_BCHW)).square().flatten(1).mean(1)
+
+
+class Ddpm(Objective):
+    """ε-prediction over 1000 linear steps, with a learned variance when the network has channels for it."""
+
+    def __init__(self) -> None:
+        schedule = DdpmSchedule.linear()
+        self._alphas_bar = schedule.alphas_bar
+        self._log_beta = schedule.betas.log()
+        self._log_posterior = schedule.posterior_log_variance_clipped
+        self._mean_x0 = schedule.posterior_mean_x0
+        self._mean_xt = schedule.posterior_mean_xt
+
+    def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor:
+        return (randomness.uniform(seed, "timestep", positions) * DDPM_STEPS).floor().float()
+
+    def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
+        """MSE(ε) plus, with a learned variance, the variational bound of the step in bits/dim, `[B]`.
+
+        In the bound ε is detached, so that it trains the variance alone (arXiv 2102.09672, §3.1).
+        """
+        channels, step = x_BCHW.shape[1], draws.timestep_B.long()
+        alpha_bar = _at(self._alphas_bar, step)
+        noisy_BCHW = alpha_bar.sqrt() * x_BCHW + (1 - alpha_bar).sqrt() * draws.noise_BCHW
+        prediction = network(noisy_BCHW, draws.timestep_B, label_B)
+        epsilon_BCHW = prediction[:, :channels]
+        loss_B = (epsilon_BCHW - draws.noise_BCHW).square().flatten(1).mean(1)
+        if prediction.shape[1] == 2 * channels:
+            bound_B = self._bound(x_BCHW, noisy_BCHW, epsilon_BCHW.detach(), prediction[:, channels:], step)
+            loss_B = loss_B + bound_B
+        return loss_B
+
+    def _bound(self, x: Tensor, noisy: Tensor, epsilon: Tensor, variance: Tensor, step: Tensor) -> Tensor:
+        """L_t in bits/dim: KL of the two posteriors, or at step 0 the likelihood of the 8-bit pixels (eq. 4–6)."""
+        share = (variance + 1) / 2  # the network's output −1…1 runs from log β̃ to log β (eq. 15)
+        log_variance = share * _at(self._log_beta, step) + (1 - share) * _at(self._log_posterior, step)
+        alpha_bar = _at(self._alphas_bar, step)
+        predicted_x = (noisy - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        mean_x0, mean_xt = _at(self._mean_x0, step), _at(self._mean_xt, step)
+        true_mean = mean_x0 * x + mean_xt * noisy
+        mean = mean_x0 * predicted_x + mean_xt * noisy
+        true_log_variance = _at(self._log_posterior, step)
+        divergence = 0.5 * (
+            log_variance
+            - true_log_variance
+            + (true_log_variance - log_variance).exp()
+            + (true_mean - mean).square() * (-log_variance).exp()
+            - 1
+        )
+        decoder = -_pixel_log_likelihood(x, mean, 0.5 * log_variance)
+        nats = torch.where(step.view(-1, 1, 1, 1) == 0, decoder, divergence)
+        return nats.flatten(1).mean(1) / math.log(2)
+
+
+def _pixel_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log P of the 1/127.5-wide bin that holds x under N(mean, scale²), the end bins reaching to ±∞."""
+    half_bin, tiny = 1 / 255, 1e-12
+    inverse_scale = (-log_scale).exp()
+    below_upper = torch.special.ndtr((x - mean + half_bin) * inverse_scale)
+    below_lower = torch.special.ndtr((x - mean - half_bin) * inverse_scale)
+    inside = below_upper - below_lower
+    probability = torch.where(x < -0.999, below_upper, torch.where(x > 0.999, 1 - below_lower, inside))
+    return probability.clamp(min=tiny).log()
+
+
+def _at(table: Tensor, step_B: Tensor) -> Tensor:
+    """The table's entries at each sample's step, float32 `[B, 1, 1, 1]`."""
+    return table.to(step_B.device)[step_B].float().view(-1, 1, 1, 1)
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    """The objective that the configuration names."""
+    return Ddpm() if config.kind == "ddpm" else RectifiedFlow()

@@ -1,0 +1,256 @@
+"""Files of named tensors, `.pt` and `.safetensors`, read without unpickling anything and written atomically.
+
+A file made elsewhere is untrusted: `.pt` files are read with torch's restricted unpickler, file names in a
+safetensors index must lie beside it, and whatever is wrong is one UserError that names the file.
+"""
+
+import argparse
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from ditmoe.model.errors import UserError
+
+PT_SUFFIXES = (".pt", ".pth", ".ckpt")
+SAFETENSORS = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+SHARD_BYTES = 5 * 2**30
+"""Largest safetensors file written, unless one tensor alone is larger."""
+
+_DESCRIPTION_KEY = "ditmoe"
+_ZIP_MAGIC = b"PK\x03\x04"
+_PICKLE_MAGIC = b"\x80"
+
+
+def read_pt(path: Path) -> tuple[dict[str, Any], str | None]:
+    """Read what `torch.save` wrote: a dictionary of plain data and CPU tensors, mapped from the file if possible.
+
+    The one class accepted besides tensors and plain data is `argparse.Namespace`, which training scripts of this
+    family store under `args`. It is safe: it has no code that loading would run, and the restricted unpickler only
+    sets its attributes, to values that are themselves restricted to tensors and plain data.
+
+    Returns:
+        the dictionary and, if `write_pt` put it there, its description.
+
+    Raises:
+        UserError: no such file, not a `.pt` file, truncated, or holding anything but tensors and plain data.
+    """
+    magic = _magic(path)
+    if not magic.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
+        raise UserError(f"{path}: not a PyTorch weight file: it begins with {magic!r}{_guess(magic)}")
+    is_zip = magic.startswith(_ZIP_MAGIC)
+    try:
+        if is_zip and (refused := set(get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}):
+            raise UserError(_refusal(path, sorted(refused)))
+        with safe_globals([argparse.Namespace]):
+            content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes the unpickler raise nearly anything
+        named = re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if named:
+            raise UserError(_refusal(path, named)) from error
+        raise UserError(f"{path}: cannot be read as a .pt file, it may be truncated ({_brief(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    description = content.pop(_DESCRIPTION_KEY, None)
+    return content, description if isinstance(description, str) else None
+
+
+def write_pt(path: Path, content: Mapping[str, Any], description: str | None = None) -> None:
+    """Write a dictionary of tensors (or of such dictionaries) for `torch.load`, atomically."""
+    whole = dict(content) if description is None else {**content, _DESCRIPTION_KEY: description}
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(whole, file)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Read a safetensors file, or all files of an index (`NAME.safetensors.index.json`).
+
+    Args:
+        path: the file, the index, the name that the index belongs to, or the folder of one of these.
+
+    Returns:
+        CPU tensors and, if `write_safetensors` put it there, their description.
+
+    Raises:
+        UserError: a file is missing, truncated or not safetensors, or the index does not fit its files.
+    """
+    path = _locate_safetensors(path)
+    if not path.name.endswith(INDEX_SUFFIX):
+        tensors, metadata = _read_safetensors_file(path)
+        return tensors, metadata.get(_DESCRIPTION_KEY)
+    weight_map, metadata = _read_index(path)
+    state: dict[str, Tensor] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        tensors, _ = _read_safetensors_file(path.with_name(file))
+        expected = {name for name, holder in weight_map.items() if holder == file}
+        if wrong := sorted(expected ^ tensors.keys()):
+            where = "is missing from" if wrong[0] in expected else "is not in the index but in"
+            raise UserError(f"{path}: {wrong[0]} {where} {file}")
+        state.update(tensors)
+    return {name: state[name] for name in weight_map}, metadata.get(_DESCRIPTION_KEY)
+
+
+def write_safetensors(
+    path: Path, state: Mapping[str, Tensor], description: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[Path]:
+    """Write tensors to one safetensors file, or to numbered files and an index when they exceed `shard_bytes`.
+
+    Each file is written atomically and the index last, so that an interrupted export is never read as a whole one.
+
+    Returns:
+        the files written; the last is the one to read.
+    """
+    metadata = {"format": "pt"} if description is None else {"format": "pt", _DESCRIPTION_KEY: description}
+    shards = _cut(state, shard_bytes)
+    if len(shards) == 1:
+        _write_safetensors_file(path, shards[0], metadata)
+        return [path]
+    files = [
+        path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{SAFETENSORS}")
+        for number in range(1, len(shards) + 1)
+    ]
+    for file, shard in zip(files, shards, strict=True):
+        _write_safetensors_file(file, shard, {"format": "pt"})
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    index = {
+        "metadata": {**metadata, "total_size": size},
+        "weight_map": {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard},
+    }
+    index_file = path.with_name(path.stem + INDEX_SUFFIX)
+    with _replacing(index_file) as temporary:
+        temporary.write_text(json.dumps(index, indent=1))
+    return [*files, index_file]
+
+
+def _locate_safetensors(path: Path) -> Path:
+    """The file or index that a path stands for."""
+    if path.is_dir():
+        found = sorted(path.glob("*" + INDEX_SUFFIX)) or sorted(path.glob("*" + SAFETENSORS))
+        if len(found) != 1:
+            raise UserError(
+                f"{path}: expected one {SAFETENSORS} file or one {INDEX_SUFFIX} in it, found {len(found)}"
+            )
+        return found[0]
+    index = path.with_name(path.stem + INDEX_SUFFIX)
+    if path.suffix == SAFETENSORS and not path.exists() and index.exists():
+        return index
+    return path
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The index's tensor name → file name, and its metadata."""
+    try:
+        index = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as a safetensors index ({_brief(error)})") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: no weight_map, expected tensor names and the files that hold them")
+    for name, file in weight_map.items():
+        # A name from the index must not lead anywhere else.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(SAFETENSORS):
+            raise UserError(
+                f"{path}: {name} is said to be in {file!r}, expected a {SAFETENSORS} file beside the index"
+            )
+    metadata = index.get("metadata")
+    return weight_map, metadata if isinstance(metadata, dict) else {}
+
+
+def _read_safetensors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _magic(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        detail = f"it may be truncated ({_brief(error)})"
+        raise UserError(f"{path}: cannot be read as a {SAFETENSORS} file, {detail}") from error
+
+
+def _write_safetensors_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    with _replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def _cut(state: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
+    """Cut a state, in its order, into pieces of at most `shard_bytes` (or one tensor)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for name, tensor in state.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and held + size > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += size
+    return shards
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place once what was written to it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary, os.O_RDWR)
+        temporary.replace(path)
+        _sync(path.parent, os.O_RDONLY)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written ({_brief(error)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _magic(path: Path) -> bytes:
+    """The first bytes of a file that must exist."""
+    try:
+        with path.open("rb") as file:
+            return file.read(12)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({_brief(error)})") from error
+
+
+def _guess(magic: bytes) -> str:
+    """What a file is more likely to be."""
+    if not magic:
+        return " (the file is empty)"
+    if magic.startswith(b"version http"):
+        return " (a Git LFS pointer: fetch the file itself, with `git lfs pull`)"
+    if magic.lstrip().startswith(b"<"):
+        return " (a web page rather than the file?)"
+    return ""
+
+
+def _refusal(path: Path, names: list[str]) -> str:
+    return f"{path}: holds pickled objects ({', '.join(names[:5])}), expected tensors and plain data only"
+
+
+def _brief(error: BaseException) -> str:
+    """The first sentence of an error's text."""
+    text = str(error).strip() or type(error).__name__
+    return re.split(r"\. |\n", text, maxsplit=1)[0][:200]
