@@ -1,0 +1,136 @@
+"""Writing shards: ordinary webdataset tars whose bytes are a function of their samples alone."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple
+
+from webdataset.writer import TarWriter
+
+from ditmoe.data.decode import LABEL_EXTENSION, METADATA_EXTENSION
+from ditmoe.data.files import PARTIAL_SUFFIX, replacing
+from ditmoe.data.index import INDEX_FILE, ShardEntry
+from ditmoe.model.errors import UserError
+
+MARKER_FILE: Final = "packing.lock"
+"""Lies in a folder while it is being packed, and after a pack that did not finish."""
+BLOCK: Final = 512
+"""Bytes that a tar's headers take and that its members are padded to."""
+
+
+@dataclass(frozen=True)
+class ShardLimits:
+    """When the next shard is begun."""
+
+    samples: int = 1000
+    """Most samples of a shard."""
+    bytes: int = 256 * 2**20
+    """Most bytes of a shard's members; a larger sample gets a shard of its own."""
+
+
+class PackedSample(NamedTuple):
+    """A sample ready to be written."""
+
+    key: str
+    extension: str
+    """Of the image: png, jpg or npy."""
+    image: bytes
+    label: int
+    metadata: dict[str, Any]
+
+    def members(self) -> dict[str, bytes]:
+        """Extension → bytes."""
+        return {
+            self.extension: self.image,
+            LABEL_EXTENSION: str(self.label).encode(),
+            METADATA_EXTENSION: json.dumps(self.metadata, sort_keys=True).encode(),
+        }
+
+
+class _HashingFile:
+    """Passes writes on, and keeps their checksum and number."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        if self._file.closed:  # an abandoned tar writes its end when it is collected
+            return len(data)
+        self._digest.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+
+def write_shards(
+    folder: Path, name: str, samples: Iterable[PackedSample], limits: ShardLimits
+) -> list[ShardEntry]:
+    """Write the samples, in their order, to NAME-00000.tar, NAME-00001.tar, …; return what the index says of them.
+
+    A shard takes its name when it is whole and on the disk. UserError when the file system refuses.
+    """
+    entries: list[ShardEntry] = []
+    remaining = iter(samples)
+    sample = next(remaining, None)
+    while sample is not None:
+        path = folder / f"{name}-{len(entries):05d}.tar"
+        with replacing(path) as file:
+            hashing = _HashingFile(file)
+            # Neither the time nor the user's name gets into the bytes.
+            tar = TarWriter(hashing, encoder=False, mtime=0, user="ditmoe", group="ditmoe")
+            count = size = 0
+            while sample is not None:
+                members = sample.members()
+                length = sum(BLOCK - (-len(data) // BLOCK) * BLOCK for data in members.values())
+                if count and (count == limits.samples or size + length > limits.bytes):
+                    break
+                tar.write({"__key__": sample.key, **members})
+                count += 1
+                size += length
+                sample = next(remaining, None)
+            tar.close()
+        entries.append(ShardEntry(file=path.name, samples=count, bytes=hashing.size, sha256=hashing.sha256))
+    return entries
+
+
+@contextmanager
+def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
+    """Make `folder` an empty place for shards, for this process alone; the block writes them and the index.
+
+    What an unfinished pack left is removed, and a finished one with `overwrite`. UserError when the folder holds
+    a finished pack and not `overwrite`, tars that no pack of ours wrote, or another process packs into it.
+    """
+    index, marker = folder / INDEX_FILE, folder / MARKER_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = index.exists() or marker.exists()
+        if index.exists() and not overwrite:
+            raise UserError(f"{folder}: already holds a packed dataset; --overwrite replaces it")
+        strangers = sorted(path.name for path in folder.glob("*.tar"))
+        if strangers and not ours:
+            raise UserError(
+                f"{folder}: holds tars that `ditmoe data pack` did not write, such as {strangers[0]}; "
+                "choose another folder"
+            )
+        with open(marker, "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process is packing into it") from None
+            index.unlink(missing_ok=True)  # first: from here on there is no dataset here
+            for pattern in ("*.tar", f"*{PARTIAL_SUFFIX}"):
+                for path in folder.glob(pattern):
+                    path.unlink()
+            yield
+            marker.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: could not be written: {error.strerror or error}") from error

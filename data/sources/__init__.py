@@ -1,0 +1,79 @@
+"""What can be packed: each module is one kind of source, all with the same face.
+
+Seam: a new kind is a module with a `Source` and a line in `open_source`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ditmoe.data.images import ImageArray
+from ditmoe.model.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """One image of a source, as it is there."""
+
+    image_HWC: ImageArray
+    """uint8 `[H, W, C]`, of any size."""
+    label: int
+    metadata: dict[str, Any]
+    """Plain data that says where the image comes from; becomes the sample's json."""
+
+
+class Source(Protocol):
+    """Images with labels, read by number."""
+
+    name: str
+    """Default name of the dataset."""
+    class_names: tuple[str, ...]
+    channels: int | None
+    """Channels to convert to unless the user says otherwise; null: as they are."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, number: int) -> SourceImage:
+        """Image `number`. UserError naming the file when it cannot be read."""
+        ...
+
+    def remarks(self) -> list[str]:
+        """What the user should know of the source, one line each."""
+        ...
+
+
+def open_source(
+    what: str, *, count: int | None = None, classes: int | None = None, image_size: int | None = None, seed: int
+) -> Source:
+    """`digits`, `shapes`, or the path of an npz file or an image folder.
+
+    `classes`, and here `count` and `image_size`, are for `shapes`, which is drawn to order; the packing itself
+    crops and limits the others. UserError for anything else.
+    """
+    # A source may need a library that the others do not, so each is imported when it is asked for.
+    if what == "shapes":
+        from ditmoe.data.sources.shapes import Shapes
+
+        return Shapes(
+            count=5000 if count is None else count,
+            classes=10 if classes is None else classes,
+            image_size=32 if image_size is None else image_size,
+            seed=seed,
+        )
+    if classes is not None:
+        raise UserError(f"--classes is for the source `shapes`; the classes of {what} are what they are")
+    if what == "digits":
+        from ditmoe.data.sources.digits import Digits
+
+        return Digits()
+    path = Path(what)
+    if path.is_dir():
+        from ditmoe.data.sources.folder import ImageFolder
+
+        return ImageFolder(path)
+    if path.is_file() and path.suffix == ".npz":
+        from ditmoe.data.sources.npz import Npz
+
+        return Npz(path)
+    found = "a file of another kind" if path.exists() else "not there"
+    raise UserError(f"{what}: {found}; a source is `digits`, `shapes`, an image folder or an .npz file")

@@ -1,0 +1,263 @@
+"""What the sections of a configuration demand of each other, of the processes and of the data.
+
+Every check returns a line for each problem, naming the keys and their values, and all of them run before any
+process starts. A check's parameters are named after the sections it reads; it is left out while one of them is
+invalid. `processes` is their number where it is known, otherwise None.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ditmoe.data.config import DataConfig
+from ditmoe.data.index import DatasetIndex
+from ditmoe.launcher.processes import known_processes
+from ditmoe.launcher.sections import LaunchConfig, TrainConfig
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.config import OptimConfig, ParallelConfig
+from ditmoe.parallel.deepspeed_settings import governed_keys
+from ditmoe.parallel.layout import Layout
+from ditmoe.sampling.config import PreviewConfig
+
+if TYPE_CHECKING:
+    from ditmoe.launcher.config import RunConfig
+
+Check = Callable[..., list[str]]
+
+
+def check_grid(parallel: ParallelConfig, processes: int | None) -> list[str]:
+    """The axes fit the number of processes, and the expert axis fits into the data axis."""
+    across = parallel.pipe * parallel.tensor
+    if processes is not None and processes % across:
+        return [
+            f"launch.processes = {processes} must be a multiple of parallel.pipe × parallel.tensor"
+            f" = {parallel.pipe} × {parallel.tensor}"
+        ]
+    problems = []
+    if processes is not None and parallel.data is not None and parallel.data != processes // across:
+        problems.append(
+            f"parallel.data = {parallel.data} must be launch.processes / (parallel.pipe × parallel.tensor)"
+            f" = {processes} / ({parallel.pipe} × {parallel.tensor}) = {processes // across}; or leave it out"
+        )
+    data = _data_ranks(parallel, processes)
+    if data is not None and data % parallel.expert:
+        problems.append(f"parallel.expert = {parallel.expert} must divide the data ranks, parallel.data = {data}")
+    return problems
+
+
+def check_experts(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """The experts can be dealt to the expert ranks."""
+    if parallel.expert == 1 or (model.experts and model.experts % parallel.expert == 0):
+        return []
+    if not model.experts:
+        return [
+            f"parallel.expert = {parallel.expert} with model.experts = 0: a dense network has no experts to"
+            " share out; expected parallel.expert = 1"
+        ]
+    return [f"parallel.expert = {parallel.expert} must divide model.experts = {model.experts}"]
+
+
+def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | None) -> list[str]:
+    """The global batch is made of whole micro-batches on every data rank."""
+    data = _data_ranks(parallel, processes)
+    if train.micro_batch is None:
+        if data is None or train.batch % data == 0:
+            return []
+        return [f"train.batch = {train.batch} must be a multiple of the data ranks, parallel.data = {data}"]
+    if data is None:
+        if train.batch % train.micro_batch == 0:
+            return []
+        return [
+            f"train.batch = {train.batch} must be a multiple of train.micro_batch = {train.micro_batch}"
+            " × the data ranks"
+        ]
+    if train.batch % (train.micro_batch * data):
+        return [
+            f"train.batch = {train.batch} must be a multiple of train.micro_batch × parallel.data"
+            f" = {train.micro_batch} × {data} = {train.micro_batch * data}"
+        ]
+    return []
+
+
+def check_balance_group(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, processes: int | None
+) -> list[str]:
+    """The balance loss's means are over parts of a rank's micro-batch, or over the whole micro-step."""
+    data = _data_ranks(parallel, processes)
+    if not model.experts or data is None or check_batch(parallel, train, processes):
+        return []
+    micro = train.micro_batch or train.batch // data
+    if micro % model.balance_group == 0 or model.balance_group == micro * data:
+        return []
+    return [
+        f"model.balance_group = {model.balance_group} must divide train.micro_batch = {micro}, or be the whole"
+        f" micro-step, train.micro_batch × parallel.data = {micro * data}"
+    ]
+
+
+def check_precision(parallel: ParallelConfig, train: TrainConfig) -> list[str]:
+    """DeepSpeed's bf16 without ZeRO departs from fp32 far beyond rounding."""
+    if train.precision == "bf16" and parallel.zero == 0:
+        return [
+            "train.precision = bf16 with parallel.zero = 0 does not compute correctly;"
+            " expected parallel.zero = 1 or more, or train.precision = fp32"
+        ]
+    return []
+
+
+def check_preview(preview: PreviewConfig, objective: ObjectiveConfig, model: ModelConfig) -> list[str]:
+    """The preview's sampler can sample what the objective trains."""
+    problems = []
+    sampler = preview.sampler
+    name = sampler.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
+    if name in ("ddpm", "ddim") and objective.kind != "ddpm":
+        problems.append(
+            f"preview.sampler.sampler = {name} needs objective.kind = ddpm, found {objective.kind};"
+            " expected euler or heun"
+        )
+    elif name in ("ddpm", "ddim") and sampler.steps > 1000:
+        problems.append(
+            f"preview.sampler.steps = {sampler.steps} with the sampler {name}: expected at most the 1000 steps"
+            " of DDPM"
+        )
+    if sampler.cfg_scale != 1 and model.label_dropout == 0:
+        problems.append(
+            f"preview.sampler.cfg_scale = {sampler.cfg_scale} needs the null class, which"
+            " model.label_dropout = 0 never trains; expected cfg_scale = 1, or label_dropout > 0"
+        )
+    if None not in (sampler.cfg_channels, model.channels) and sampler.cfg_channels > model.channels:  # type: ignore[operator]
+        problems.append(
+            f"preview.sampler.cfg_channels = {sampler.cfg_channels} must not exceed"
+            f" model.channels = {model.channels}"
+        )
+    return problems
+
+
+def check_objective(objective: ObjectiveConfig, model: ModelConfig) -> list[str]:
+    """DDPM learns its variance."""
+    if objective.kind == "ddpm" and not model.learn_sigma:
+        return ["objective.kind = ddpm with model.learn_sigma = false: DDPM learns its variance; expected true"]
+    return []
+
+
+def check_optimiser(optim: OptimConfig) -> list[str]:
+    """AdamW's decays are shares."""
+    return [
+        f"optim.betas.{at} = {beta}: expected a number >= 0 and < 1"
+        for at, beta in enumerate(optim.betas)
+        if not 0 <= beta < 1
+    ]
+
+
+def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
+    """The free section decides nothing that a key of ours decides."""
+    return governed_keys(deepspeed)
+
+
+CHECKS: tuple[Check, ...] = (
+    check_grid,
+    check_experts,
+    check_batch,
+    check_balance_group,
+    check_precision,
+    check_objective,
+    check_preview,
+    check_optimiser,
+    check_deepspeed,
+)
+
+
+def static_problems(sections: Mapping[str, Any]) -> list[str]:
+    """Run every check whose sections are valid, without looking at devices or data.
+
+    Args:
+        sections: the valid sections by name.
+    """
+    launch: LaunchConfig | None = sections.get("launch")
+    processes = known_processes(launch) if launch is not None else None
+    return _run_checks({**sections, "processes": processes})
+
+
+def check_data(data: DataConfig, model: ModelConfig, index: DatasetIndex) -> list[str]:
+    """The network's input is what the data are."""
+    source = data.sources[0].path
+    problems = [
+        f"model.{key} = {getattr(model, key)}, but the data of {source} have {getattr(index, key)};"
+        " expected the same, or null"
+        for key in ("image_size", "channels", "num_classes")
+        if getattr(model, key) not in (None, getattr(index, key))
+    ]
+    if model.image_size is None and index.image_size % model.patch:
+        problems.append(f"model.patch = {model.patch} must divide the image size of {source}, {index.image_size}")
+    return problems
+
+
+def resolve(
+    config: "RunConfig", index: DatasetIndex, processes: int, origin: str = "configuration"
+) -> "RunConfig":
+    """Fill in what follows from the data and the number of processes, after checking that all of it fits.
+
+    `model.{image_size,channels,num_classes}`, `parallel.data` and `train.micro_batch` are numbers afterwards.
+
+    Raises:
+        UserError: something does not fit: every problem at once, a line each.
+    """
+    values = {name: getattr(config, name) for name in type(config).model_fields}
+    model = config.model
+    filled = model.model_copy(
+        update={
+            key: getattr(model, key) or getattr(index, key) for key in ("image_size", "channels", "num_classes")
+        }
+    )
+    problems = _run_checks({**values, "model": filled, "processes": processes})
+    problems += check_data(config.data, model, index)
+    if problems:
+        raise UserError(problem_list(origin, problems))
+    data = processes // (config.parallel.pipe * config.parallel.tensor)
+    micro_batch = config.train.micro_batch or config.train.batch // data
+    return config.model_copy(
+        update={
+            "model": filled,
+            "parallel": config.parallel.model_copy(update={"data": data}),
+            "train": config.train.model_copy(update={"micro_batch": micro_batch}),
+        }
+    )
+
+
+def layout_of(config: "RunConfig") -> Layout:
+    """The rank grid of a resolved configuration."""
+    parallel, train = config.parallel, config.train
+    assert parallel.data is not None and train.micro_batch is not None, "the configuration is not resolved"
+    return Layout(
+        pipe=parallel.pipe,
+        data=parallel.data,
+        expert=parallel.expert,
+        tensor=parallel.tensor,
+        zero=parallel.zero,
+        micro_batch=train.micro_batch,
+        accumulation=train.batch // (train.micro_batch * parallel.data),
+    )
+
+
+def problem_list(origin: str, problems: list[str]) -> str:
+    """One message for any number of problems: a heading, and a line each."""
+    heading = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"{origin}: {heading}", *(f"  {problem}" for problem in problems)])
+
+
+def _run_checks(available: Mapping[str, Any]) -> list[str]:
+    """Run the checks whose parameters are all available."""
+    problems = []
+    for check in CHECKS:
+        names = inspect.signature(check).parameters
+        if all(name in available for name in names):
+            problems += check(**{name: available[name] for name in names})
+    return problems
+
+
+def _data_ranks(parallel: ParallelConfig, processes: int | None) -> int | None:
+    """Data ranks, where they are known."""
+    if processes is None:
+        return parallel.data
+    return processes // (parallel.pipe * parallel.tensor)

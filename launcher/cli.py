@@ -1,0 +1,129 @@
+"""The `ditmoe` command: its verbs, and what a user sees when something goes wrong.
+
+Modules of verbs are imported when their verb is used, so that `ditmoe --help` answers at once.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any, Final, NamedTuple
+
+import typer
+from typer.core import TyperGroup
+
+from ditmoe.launcher.failures import record_failure
+from ditmoe.launcher.signals import end_with_parent
+from ditmoe.model.errors import UserError
+
+INTERRUPTED: Final = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+USER_ERROR: Final = 2
+
+
+class Verb(NamedTuple):
+    """A verb: the module that has it as `command` or `app`, and its line of help."""
+
+    module: str
+    help: str
+
+
+VERBS: Final[dict[str, Verb]] = {
+    "data": Verb("ditmoe.launcher.commands.data", "Pack images into shards, and verify shards."),
+    "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
+    "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
+    "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
+    "models": Verb("ditmoe.launcher.commands.models", "List the presets, their parameters and FLOPs."),
+    "convert": Verb("ditmoe.launcher.commands.convert", "Turn published weights into ours, and back."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """The group of all verbs; the table above stands in for their modules."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(VERBS[cmd_name].module)
+        app: typer.Typer | None = getattr(module, "app", None)
+        if app is None:
+            app = typer.Typer(add_completion=False)
+            app.command(cmd_name)(module.command)
+        # Plain help: rich would take a third of the time that help may take.
+        app.rich_markup_mode = None
+        app._add_completion = False
+        command = typer.main.get_command(app)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # The base class looks for near names in its own table, which only needs the names.
+        names: dict[str, Any] = dict.fromkeys(VERBS)
+        self.commands = names
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True, no_args_is_help=True)
+def _command(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit."),
+) -> None:
+    """Train, sample and evaluate Mixture-of-Experts diffusion transformers."""
+    if version:
+        from importlib.metadata import version as installed_version
+
+        typer.echo(f"ditmoe {installed_version('ditmoe')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line. Exit code 0: done; 2: the user's mistake; 130: Ctrl-C; 1: the program's."""
+    end_with_parent()
+    try:
+        sys.exit(_run())
+    except UserError as error:
+        if not record_failure(str(error), USER_ERROR):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough; nothing more can be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        if not record_failure(traceback.format_exc(), 1):
+            raise
+        sys.exit(1)
+
+
+def _run() -> int:
+    """Run the verb; its exit code."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(prog_name="ditmoe", standalone_mode=False)
+    except typer.TyperException as error:
+        show = getattr(error, "show", None)
+        assert show is not None
+        show()
+        return error.exit_code
+    except typer.Abort:
+        return INTERRUPTED
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0

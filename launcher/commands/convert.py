@@ -1,0 +1,213 @@
+"""`ditmoe convert`: published weights, safetensors and checkpoints of ours, each into any other."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from ditmoe.model.config import ModelConfig, ObjectiveConfig
+    from ditmoe.model.published import PublishedWeights
+
+
+def command(
+    source: Annotated[
+        Path,
+        typer.Argument(help="A .pt or .safetensors file (or index), a checkpoint of ours, or a run (its newest)."),
+    ],
+    destination: Annotated[
+        Path, typer.Argument(help="NAME.pt, NAME.safetensors, or a new folder for a checkpoint of ours.")
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="The network expected, such as DiT-XL/2-8E2A; the file is checked against it."),
+    ] = None,
+    objective: Annotated[
+        Literal["ddpm", "rectified_flow"] | None,
+        typer.Option(
+            help="What it was trained to predict; needed for a checkpoint, published files do not say it."
+        ),
+    ] = None,
+    weights: Annotated[
+        Literal["ema", "weights"] | None,
+        typer.Option(help="Take this set alone. Default: both where the destination holds both, else the EMA."),
+    ] = None,
+    bare: Annotated[
+        bool, typer.Option("--bare", help="A .pt file that is nothing but one set of weights.")
+    ] = False,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, help="Cut .safetensors into files of at most this many GiB.")
+    ] = 5.0,
+) -> None:
+    """Convert weights between published .pt files, safetensors and checkpoints of ours, bit for bit."""
+    from dataclasses import replace
+
+    from ditmoe.launcher.commands.models import human
+    from ditmoe.model.config import ObjectiveConfig
+    from ditmoe.model.count import count
+    from ditmoe.model.errors import UserError
+    from ditmoe.model.published import save_published
+
+    kind = _destination_kind(destination)
+    if bare and kind != ".pt":
+        raise UserError(f"--bare: {destination} is not a .pt file")
+    single = bare or kind == ".safetensors"
+    published = _read(source, preset, weights or ("ema" if single else None))
+    given = ObjectiveConfig(kind=objective) if objective else None
+    if given and published.objective and given != published.objective:
+        raise UserError(f"--objective: {objective} given, but {source} says {published.objective.kind}")
+    published = replace(published, objective=published.objective or given)
+    if weights is not None:
+        published = published.only(weights)
+    elif single and published.ema is not None:
+        published = published.only("ema")
+    if kind == "checkpoint":
+        _write_checkpoint(destination, published)
+        written = destination
+    else:
+        written = save_published(published, destination, bare=bare, shard_bytes=int(shard_size * 2**30))[-1]
+    counted = count(published.config)
+    sets = " and ".join(name for name in ("ema", "weights") if getattr(published, name) is not None)
+    typer.echo(
+        f"{written}: {published.config.preset or 'a network of its own shape'}, {human(counted.total)} parameters "
+        f"({sets}), {published.objective.kind if published.objective else 'objective unknown'}"
+    )
+
+
+def _destination_kind(path: Path) -> Literal[".pt", ".safetensors", "checkpoint"]:
+    """What a destination's name asks for; nothing is overwritten."""
+    from ditmoe.model.errors import UserError
+    from ditmoe.model.weight_files import INDEX_SUFFIX, PT_SUFFIXES, SAFETENSORS
+
+    taken = [path]
+    if path.suffix == SAFETENSORS:
+        taken.append(path.with_name(path.stem + INDEX_SUFFIX))
+    for existing in taken:
+        if existing.exists():
+            raise UserError(f"{existing}: exists already; remove it or choose another name")
+    if path.suffix == SAFETENSORS:
+        return ".safetensors"
+    if path.suffix in PT_SUFFIXES:
+        return ".pt"
+    if path.suffix[1:].isalpha():
+        raise UserError(f"{path}: ends with {path.suffix!r}, expected .pt, {SAFETENSORS}, or a folder's name")
+    return "checkpoint"
+
+
+def _read(source: Path, preset: str | None, wanted: Literal["ema", "weights"] | None) -> "PublishedWeights":
+    """The weights of a source of any kind."""
+    from ditmoe.model.errors import UserError
+    from ditmoe.model.published import read_published
+    from ditmoe.parallel.checkpoint import MARKER, newest_checkpoint
+
+    if source.is_dir():
+        if (source / MARKER).is_file():
+            return _read_checkpoint(source, preset, wanted)
+        if (source / "checkpoints").is_dir():
+            newest = newest_checkpoint(source)
+            if newest is None:
+                raise UserError(f"{source}: the run has no complete checkpoint")
+            return _read_checkpoint(newest, preset, wanted)
+    return read_published(source, preset)
+
+
+def _read_checkpoint(
+    path: Path, preset: str | None, wanted: Literal["ema", "weights"] | None
+) -> "PublishedWeights":
+    """The weights of a checkpoint of ours, with the position embedding that published files have."""
+    from ditmoe.model.errors import UserError
+    from ditmoe.model.layers import position_embedding
+    from ditmoe.model.presets import parse_preset
+    from ditmoe.model.published import PublishedWeights
+    from ditmoe.parallel.checkpoint import read_info, read_weights
+
+    info = read_info(path)
+    config = _complete(info.model, info.dataset)
+    if preset is not None:
+        try:
+            expected = vars(parse_preset(preset))
+        except ValueError as error:
+            raise UserError(f"--preset: {error}") from error
+        problems = [
+            f"{key} = {getattr(config, key)} in the checkpoint, {value} in {preset}"
+            for key, value in expected.items()
+            if getattr(config, key) != value
+        ]
+        if problems:
+            raise UserError(f"{path}: another network than expected: {'; '.join(problems)}")
+    assert config.image_size is not None
+    embedding = position_embedding(config.hidden, config.image_size // config.patch)
+    sets = {
+        part: {"pos_embed": embedding, **read_weights(path, part)}
+        for part in ("ema", "weights")
+        if wanted in (None, part) and part in info.parts
+    }
+    if not sets:
+        raise UserError(f"{path}: has no set {wanted!r}, only {', '.join(info.parts)}")
+    return PublishedWeights(
+        config,
+        sets.get("ema"),
+        sets.get("weights"),
+        info.objective,
+        info.dataset.get("class_names"),
+        str(path),
+    )
+
+
+def _complete(config: "ModelConfig", dataset: dict[str, Any]) -> "ModelConfig":
+    """What the network's configuration leaves to the data is in the checkpoint's facts of the data."""
+    left_out = ("image_size", "channels", "num_classes")
+    return config.model_copy(
+        update={key: dataset[key] for key in left_out if getattr(config, key) is None and key in dataset}
+    )
+
+
+def _write_checkpoint(path: Path, published: "PublishedWeights") -> None:
+    """Write a checkpoint of ours. With one set of weights, that set is both what is trained and its average."""
+    import shutil
+
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from ditmoe.model.errors import UserError
+    from ditmoe.parallel.checkpoint import PARTIAL, write_weights_checkpoint
+
+    objective = _required_objective(published)
+    for state in (published.ema, published.weights):
+        if state is not None:
+            _check_position_embedding(state, published)
+    weights = published.state("weights") if published.weights is not None else published.state("ema")
+    try:
+        write_weights_checkpoint(path, published.config, objective, weights, published.ema, published.class_names)
+    except (OSError, CheckpointException) as error:
+        shutil.rmtree(path.with_name(path.name + PARTIAL), ignore_errors=True)
+        text = str(error).strip().splitlines()[-1]
+        raise UserError(f"{path}: cannot be written ({text})") from error
+
+
+def _required_objective(published: "PublishedWeights") -> "ObjectiveConfig":
+    from ditmoe.model.errors import UserError
+
+    if published.objective is None:
+        raise UserError(f"--objective: {published.origin} does not say it; give ddpm or rectified_flow")
+    return published.objective
+
+
+def _check_position_embedding(state: dict[str, Any], published: "PublishedWeights") -> None:
+    """A checkpoint leaves the position embedding out, so that it must be the fixed one."""
+    import torch
+
+    from ditmoe.model.errors import UserError
+    from ditmoe.model.layers import position_embedding
+
+    held = state.get("pos_embed")
+    config = published.config
+    assert config.image_size is not None
+    if held is None:
+        return
+    fixed = position_embedding(config.hidden, config.image_size // config.patch)
+    difference = (held.float() - fixed).abs().max().item()
+    if not difference <= 8 * torch.finfo(held.dtype).eps:
+        raise UserError(
+            f"{published.origin}: pos_embed departs by {difference:.2g} from the fixed sin-cos embedding, "
+            "which a checkpoint does not hold; expected the fixed one"
+        )

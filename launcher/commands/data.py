@@ -1,0 +1,132 @@
+"""`ditmoe data`: pack images into shards, and verify packed shards."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Pack images into shards, and verify packed shards.", no_args_is_help=True)
+
+HISTOGRAM_ROWS = 100
+
+
+class ImageFormat(StrEnum):
+    """How images are encoded in shards."""
+
+    png = "png"
+    jpg = "jpg"
+    npy = "npy"
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(help="`digits`, `shapes`, or the path of an image folder (a folder per class) or an .npz"),
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to write shards, index.json and preview.png to.")],
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Crop the centre and resize to this many pixels a side. [default: as they are; shapes: 32]"
+        ),
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(help="1 (grey) or 3 (RGB). [default: as the source has them; image folders: 3]"),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pack only this many, chosen by the seed. [default: all; shapes: 5000]"),
+    ] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes of `shapes`, 1 to 60. [default: 10]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples, and of `shapes`.")] = 0,
+    format: Annotated[
+        ImageFormat, typer.Option(help="png and npy keep every pixel; jpg (quality 95) is smaller.")
+    ] = ImageFormat.png,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Most MiB of a shard.")] = 256,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read and encode; 0: this one.")] = 0,
+    name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after the source]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+    ] = False,
+    skip_unreadable: Annotated[
+        bool,
+        typer.Option("--skip-unreadable", help="Leave out, and list, images that cannot be used."),
+    ] = False,
+) -> None:
+    """Pack images and labels into webdataset shards with an index, and draw a contact sheet."""
+    from ditmoe.data.pack import PackSettings, refuse_overlap
+    from ditmoe.data.pack import pack as pack_source
+    from ditmoe.data.shards import ShardLimits
+    from ditmoe.data.sources import open_source
+    from ditmoe.model.errors import UserError
+
+    if channels not in (None, 1, 3):
+        raise UserError(f"--channels is {channels}, expected 1 (grey) or 3 (RGB)")
+    refuse_overlap(source, out)
+    opened = open_source(source, count=count, classes=classes, image_size=image_size, seed=seed)
+    if name is not None:
+        opened.name = name
+    for remark in opened.remarks():
+        typer.echo(remark, err=True)
+    result = pack_source(
+        opened,
+        out,
+        PackSettings(
+            image_size=image_size,
+            channels=channels,
+            count=count,
+            seed=seed,
+            format=format.value,
+            limits=ShardLimits(samples=shard_samples, bytes=shard_size * 2**20),
+            workers=workers,
+            overwrite=overwrite,
+            skip_unreadable=skip_unreadable,
+        ),
+    )
+    for problem in result.skipped:
+        typer.echo(f"left out: {problem}", err=True)
+    index = result.index
+    if result.skipped:
+        typer.echo(f"{_count(len(result.skipped), 'image')} left out", err=True)
+    typer.echo(
+        f"packed {_count(index.total, 'image')} of {index.image_size}×{index.image_size}×{index.channels} "
+        f"in {_count(index.num_classes, 'class', 'classes')}: "
+        f"{_count(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
+    )
+    typer.echo(f"  dataset  {out}")
+    typer.echo(f"  preview  {result.preview}")
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that `ditmoe data pack` wrote.")],
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read shards; 0: this one.")] = 0,
+) -> None:
+    """Read every sample, list every problem by shard and key; exit code 2 if there is any."""
+    from ditmoe.data.verify import verify as verify_folder
+
+    report = verify_folder(folder, workers)
+    for problem in report.problems:
+        typer.echo(problem)
+    index = report.index
+    if report.problems:
+        typer.echo(f"{folder}: {_count(len(report.problems), 'problem')}")
+        raise typer.Exit(2)
+    for row in report.histogram()[:HISTOGRAM_ROWS]:
+        typer.echo(row)
+    if index.num_classes > HISTOGRAM_ROWS:
+        typer.echo(f"   …  {index.num_classes - HISTOGRAM_ROWS:,} more classes")
+    absent = sum(report.labels[label] == 0 for label in range(index.num_classes))
+    typer.echo(
+        f"{folder}: good: {index.total:,} images of {index.image_size}×{index.image_size}×{index.channels} "
+        f"in {_count(len(index.shards), 'shard')}, {_count(index.num_classes, 'class', 'classes')}"
+        + (f", {absent:,} of them without images" if absent else "")
+    )
+
+
+def _count(number: int, noun: str, plural: str | None = None) -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

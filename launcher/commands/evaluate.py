@@ -1,0 +1,165 @@
+"""`ditmoe evaluate`: draw images from a run's network and score them against real ones."""
+
+import os
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Sampler(StrEnum):
+    """Ways to draw an image."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+    euler = "euler"
+    heun = "heun"
+
+
+class Labels(StrEnum):
+    """How classes are chosen."""
+
+    random = "random"
+    balanced = "balanced"
+
+
+class Features(StrEnum):
+    """Feature networks."""
+
+    classifier = "classifier"
+    inception = "inception"
+
+
+class WeightsOfRun(StrEnum):
+    """Which weights of a checkpoint."""
+
+    ema = "ema"
+    weights = "weights"
+
+
+class Precision(StrEnum):
+    """Arithmetic of the network."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.", metavar="RUN")],
+    count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or 1]")
+    ] = None,
+    sampler: Annotated[
+        Sampler | None, typer.Option(help="[default: ddpm for DDPM runs, euler for rectified flow]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 250,
+    cfg_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 1.0,
+    cfg_channels: Annotated[
+        int | None, typer.Option(min=1, help="Channels that guidance acts on. [default: all]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i is a function of the seed and i alone.")] = 0,
+    labels: Annotated[
+        Labels, typer.Option(help="Classes drawn at random, or in turn (reads a little lower).")
+    ] = Labels.random,
+    precision: Annotated[
+        Precision, typer.Option(help="Arithmetic of the network while drawing.")
+    ] = Precision.fp32,
+    weights: Annotated[WeightsOfRun, typer.Option(help="The moving average, or the weights themselves.")] = (
+        WeightsOfRun.ema
+    ),
+    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint's step. [default: the newest]")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of shards with the real images. [default: the run's]")
+    ] = None,
+    features: Annotated[
+        Features,
+        typer.Option(help="Feature network: one trained here on the real images, or Inception-v3 from a file."),
+    ] = Features.classifier,
+    features_path: Annotated[
+        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+    ] = None,
+    recogniser: Annotated[
+        bool, typer.Option(help="Also report the share that an independent classifier recognises.")
+    ] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Images through a network at once.")] = 64,
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images of a chunk, which is drawn and kept as one. [default: up to 256]"),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
+        ),
+    ] = None,
+) -> None:
+    """Draw images and score them: FID beside its floor, precision, recall, and the share recognised.
+
+    Repeating the command resumes it, and shows the result of a finished one. Under torchrun or srun it joins their
+    processes.
+    """
+    from ditmoe.launcher.processes import in_worker
+    from ditmoe.sampling.config import SamplerConfig
+    from ditmoe.sampling.evaluate import stored_result
+    from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
+    from ditmoe.sampling.results import table
+
+    options = EvaluationOptions(
+        source=run,
+        sampler=SamplerConfig(
+            sampler=sampler.value if sampler is not None else None,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            cfg_channels=cfg_channels,
+            precision=precision.value,
+            seed=seed,
+        ),
+        count=count,
+        labels=labels.value,
+        weights=weights.value,
+        step=step,
+        data=data,
+        features=features.value,
+        features_path=features_path,
+        recogniser=recogniser,
+        batch=batch,
+        chunk=chunk,
+        cache=cache,
+    )
+    job = prepare_job(options)
+    metrics = stored_result(job)
+    if metrics is None:
+        if not in_worker():
+            import torch
+
+            processes = processes or torch.cuda.device_count() or 1
+        if processes is not None and processes > 1 and not in_worker():
+            from ditmoe.launcher.launch import spawn
+
+            arguments = ["evaluate", "--steps", str(steps)]
+            arguments += ["--count", str(count), "--cfg-scale", repr(cfg_scale), "--seed", str(seed)]
+            arguments += ["--labels", labels.value, "--precision", precision.value, "--weights", weights.value]
+            arguments += ["--features", features.value, "--batch", str(batch)]
+            arguments += ["--recogniser" if recogniser else "--no-recogniser"]
+            for option, value in (
+                ("--sampler", sampler),
+                ("--cfg-channels", cfg_channels),
+                ("--data", data),
+                ("--features-path", features_path),
+                ("--chunk", chunk),
+                ("--cache", cache),
+            ):
+                arguments += [option, str(value)] if value is not None else []
+            # The checkpoint is named: training may write a newer one before the processes look. The first of them
+            # shows the result.
+            arguments += ["--", str(job.checkpoint)]
+            raise typer.Exit(spawn(arguments, processes, log_dir=job.folder / "ranks"))
+        metrics = evaluate_run(job)
+    if os.environ.get("RANK", "0") == "0":
+        for line in table(metrics, job.features):
+            typer.echo(line)
+        typer.echo(f"  metrics  {job.folder / 'metrics.json'}")
+        typer.echo(f"  samples  {job.folder / 'samples.npz'}")
+        typer.echo(f"  gallery  {job.folder / 'gallery' / 'index.html'}")

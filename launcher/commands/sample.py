@@ -1,0 +1,223 @@
+"""`ditmoe sample`: a picture of images drawn from a run's network."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ditmoe.sampling.config import SamplerConfig
+
+MOST_DEFAULT_CLASSES = 16
+
+
+class Sampler(StrEnum):
+    """The samplers."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+    euler = "euler"
+    heun = "heun"
+
+
+class Grid(StrEnum):
+    """Where the steps lie."""
+
+    own = "own"
+    karras = "karras"
+
+
+class Weights(StrEnum):
+    """Which weights draw."""
+
+    ema = "ema"
+    weights = "weights"
+
+
+class Precision(StrEnum):
+    """Number format of the network."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Numbers or names, with commas between: 3,7. [default: all, or 16 spread over them]"),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Images; they take the classes in turn. [default: 8 of each class]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) and its class alone.")] = 0,
+    sampler: Annotated[
+        Sampler | None, typer.Option(help="[default: euler for flow runs, ddpm for DDPM runs]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
+    grid: Annotated[
+        Grid | None,
+        typer.Option(help="Noise levels: the objective's own, or EDM's. [default: karras for heun, else own]"),
+    ] = None,
+    ddim_eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")] = 0.0,
+    cfg_scale: Annotated[
+        float, typer.Option(min=0, help="Classifier-free guidance; other than 1 it costs twice as much.")
+    ] = 1.0,
+    cfg_channels: Annotated[
+        int | None, typer.Option(min=1, help="Guide only the first channels. [default: all]")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Training step of the checkpoint. [default: the newest]")
+    ] = None,
+    weights: Annotated[Weights, typer.Option(help="The moving average, or the trained weights.")] = Weights.ema,
+    precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
+    device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write. [default: under RUN/samples, named by the settings]")
+    ] = None,
+) -> None:
+    """Draw images from a run's network into one picture, a column per class."""
+    import time
+
+    import torch
+
+    from ditmoe.data.images import to_uint8
+    from ditmoe.sampling.config import SamplerConfig
+    from ditmoe.sampling.generate import generate_float
+    from ditmoe.sampling.grid import image_grid, save_picture
+    from ditmoe.sampling.load import load_model
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run, weights.value, step, check_device(device), precision.value)
+    config = SamplerConfig(
+        sampler=sampler.value if sampler else None,
+        steps=steps,
+        grid=grid.value if grid else None,
+        ddim_eta=ddim_eta,
+        cfg_scale=cfg_scale,
+        cfg_channels=cfg_channels,
+        precision=precision.value,
+        seed=seed,
+    ).resolved(model.objective_config)
+    chosen = choose_classes(classes, model.class_names)
+    count = 8 * len(chosen) if count is None else count
+    labels = torch.tensor([chosen[image % len(chosen)] for image in range(count)])
+
+    start = time.perf_counter()
+    images = generate_float(model, labels, range(count), config, min(batch, count), progress_on_terminal(count))
+    seconds = time.perf_counter() - start
+
+    columns = min(len(chosen), count) if len(chosen) > 1 else min(count, 8)
+    captions = [model.class_names[label] for label in chosen[:columns]] if len(chosen) > 1 else []
+    picture = image_grid(to_uint8(images.image_NCHW).permute(0, 2, 3, 1).numpy(), columns, captions)
+    assert model.info is not None
+    path = out or samples_folder(model.info.path) / picture_name(model.info.step, weights.value, classes, config)
+    save_picture(picture, path)
+    typer.echo(f"{path}")
+    typer.echo(
+        f"{count} images, {config.sampler}, {steps} steps, NFE {images.nfe} per image"
+        + (
+            f" ({images.network_evaluations} network evaluations)"
+            if images.network_evaluations != images.nfe
+            else ""
+        )
+        + f", {seconds / count:.3g} s per image"
+    )
+
+
+def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
+    """The labels that `--classes` stands for; a part that is a class's name is that class before it is a number.
+
+    Raises:
+        UserError: a part is neither; names all such parts.
+    """
+    from ditmoe.model.errors import UserError
+
+    if text is None:
+        total = len(names)
+        shown = min(total, MOST_DEFAULT_CLASSES)
+        return [place * total // shown for place in range(shown)]
+    chosen, wrong = [], []
+    for part in (part.strip() for part in text.split(",")):
+        if part in names:
+            chosen.append(names.index(part))
+        elif part.isascii() and part.isdigit() and int(part) < len(names):
+            chosen.append(int(part))
+        else:
+            wrong.append(part)
+    if wrong:
+        listed = ", ".join(names[:MOST_DEFAULT_CLASSES]) + (", …" if len(names) > MOST_DEFAULT_CLASSES else "")
+        raise UserError(
+            f"--classes: {', '.join(map(repr, wrong))} found; expected numbers from 0 to {len(names) - 1}, "
+            f"or names: {listed}"
+        )
+    return chosen
+
+
+def samples_folder(checkpoint: Path) -> Path:
+    """`samples/` of the run that a checkpoint is of; beside it where it stands alone."""
+    parent = checkpoint.resolve().parent
+    return (parent.parent if parent.name == "checkpoints" else parent) / "samples"
+
+
+def picture_name(step: int, weights: str, classes: str | None, config: "SamplerConfig") -> str:
+    """A file name that states how the picture came about."""
+    import re
+
+    assert config.sampler is not None
+    parts = [f"step-{step:08d}", config.sampler, f"{config.steps}steps"]
+    if config.grid != ("karras" if config.sampler == "heun" else "own"):
+        parts.append(f"grid-{config.grid}")
+    if config.sampler == "ddim" and config.ddim_eta:
+        parts.append(f"eta{config.ddim_eta:g}")
+    parts.append(f"cfg{config.cfg_scale:g}")
+    if config.cfg_channels is not None and config.cfg_scale != 1:
+        parts.append(f"on{config.cfg_channels}channels")
+    parts.append(f"seed{config.seed}")
+    if weights != "ema":
+        parts.append(weights)
+    if config.precision != "fp32":
+        parts.append(config.precision)
+    if classes is not None:
+        parts.append("classes-" + re.sub(r"[^A-Za-z0-9]+", "-", classes).strip("-")[:60])
+    return "_".join(parts) + ".png"
+
+
+def check_device(name: str) -> str:
+    """The device's name, if this machine has it.
+
+    Raises:
+        UserError: it has not.
+    """
+    import torch
+
+    from ditmoe.model.errors import UserError
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: not usable here ({reason}); expected cpu, cuda or cuda:N") from None
+    return name
+
+
+def progress_on_terminal(count: int) -> "Callable[[int], None] | None":
+    """A progress bar where standard error is a terminal; otherwise nothing."""
+    import sys
+
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        return None
+    bar = tqdm(total=count, unit="image", dynamic_ncols=True)
+
+    def advance(drawn: int) -> None:
+        bar.update(drawn - bar.n)
+        if drawn == count:
+            bar.close()
+
+    return advance

@@ -1,0 +1,56 @@
+"""`ditmoe train`: train, or resume, the run of a configuration."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Keys to set, such as parallel.expert=4 optim.lr=2e-4.", metavar="KEY=VALUE"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and its needs; start nothing.")
+    ] = False,
+) -> None:
+    """Train the run of a configuration on this machine's processes; repeating the command resumes it.
+
+    Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun or srun it joins their processes.
+    """
+    from ditmoe.data.index import load_index
+    from ditmoe.launcher.checks import resolve
+    from ditmoe.launcher.config import load_config
+    from ditmoe.launcher.processes import in_worker, process_count
+
+    chosen = overrides or []
+    raw = load_config(config, chosen)
+    index = load_index(raw.data.sources[0].path)
+    processes = process_count(raw.launch)
+    resolved = resolve(raw, index, processes, origin=str(config))
+    if dry_run:
+        from ditmoe.launcher.dry_run import dry_run as describe
+
+        typer.echo(describe(resolved))
+        return
+    if not in_worker():
+        from ditmoe.launcher.run_folder import RunFolder
+
+        folder = RunFolder(resolved.run.dir)
+        # Rank 0 does the same under its own lock; here it takes no seconds of starting processes.
+        folder.check(resolved)
+    if processes > 1 and not in_worker():
+        from ditmoe.launcher.launch import spawn
+
+        # `--`: an override is never taken for an option.
+        arguments = ["train", "--", str(config), *chosen]
+        raise typer.Exit(spawn(arguments, processes, log_dir=folder.ranks, threads=resolved.launch.threads))
+    if not in_worker() and resolved.launch.threads is not None:
+        import torch
+
+        torch.set_num_threads(resolved.launch.threads)
+    from ditmoe.launcher.train import run_training
+
+    raise typer.Exit(run_training(resolved))

@@ -1,0 +1,53 @@
+"""How a started process tells the starting one why it failed, so that the first cause is what is shown.
+
+When one rank fails, the others fail after it with broken connections. Each writes what happened, and when, to
+a file of its own; the starting process shows the earliest.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+FAILURE_VARIABLE: Final = "DITMOE_FAILURE_FILE"
+"""Environment variable of a started process: the file it writes its failure to."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process failed."""
+
+    message: str
+    """A user error's text, or a traceback."""
+    code: int
+    """Exit code."""
+    seconds: float
+    """When, on the machine's monotonic clock."""
+
+
+def record_failure(message: str, code: int) -> bool:
+    """Write this process's failure for the one that started it; False if it was not started by one of ours.
+
+    The message goes to standard error as well where that is a rank's own file, but not on the terminal.
+    """
+    path = os.environ.get(FAILURE_VARIABLE)
+    if path is None:
+        return False
+    failure = Failure(message, code, time.monotonic())
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    partial.replace(path)
+    if os.environ.get("RANK") != "0":
+        print(message, file=sys.stderr)
+    return True
+
+
+def read_failure(path: Path) -> Failure | None:
+    """The failure that a process wrote, or None if it wrote none."""
+    try:
+        return Failure(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,126 @@
+"""What the configuration's models say about their fields: dotted keys, and expected values in words."""
+
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    Path: "a path",
+}
+_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation holds directly, if it is one."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def item_section(annotation: Any) -> type[BaseModel] | None:
+    """The model of a list's items, if the annotation is a list of sections."""
+    return section_of(_item_type(annotation, 0))
+
+
+def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of a model and of its sections, dotted; a list of sections counts with the key `name.0`."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key, field
+        section = section_of(field.annotation)
+        if section is not None:
+            yield from walk(section, f"{key}.")
+        elif (item := item_section(field.annotation)) is not None:
+            yield from walk(item, f"{key}.0.")
+
+
+def annotation_at(model: type[BaseModel], path: Sequence[str | int]) -> Any:
+    """The annotation of the value at a path of keys and list positions.
+
+    Raises:
+        KeyError: the configuration has no such path; its argument is the number of keys that exist.
+    """
+    annotation: Any = model
+    for depth, key in enumerate(path):
+        section = section_of(annotation)
+        if section is not None and key in section.model_fields:
+            annotation = section.model_fields[str(key)].annotation
+        elif section is None and _is_free(annotation):
+            return Any
+        elif section is None and str(key).isdigit() and _item_type(annotation, int(key)) is not None:
+            annotation = _item_type(annotation, int(key))
+        else:
+            raise KeyError(depth)
+    return annotation
+
+
+def expected_at(model: type[BaseModel], path: Sequence[str | int]) -> str:
+    """What is expected at a path, in words: `an integer >= 1, or null`; a section: `a section of keys`."""
+    parent = annotation_at(model, path[:-1])
+    section = section_of(parent)
+    if section is not None:
+        return expected(section.model_fields[str(path[-1])])
+    return _words(annotation_at(model, path))
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: type, bounds and choices."""
+    bounds = []
+    for rule in field.metadata:
+        if isinstance(rule, annotated_types.MultipleOf):
+            bounds.append(f"that is a multiple of {rule.multiple_of}")
+        for name, sign in _SIGNS.items():
+            if hasattr(rule, name):
+                bounds.append(f"{sign} {getattr(rule, name)}")
+    lengths = {type(rule): rule for rule in field.metadata}
+    least, most = lengths.get(annotated_types.MinLen), lengths.get(annotated_types.MaxLen)
+    words = _words(field.annotation)
+    if least is not None and most is not None and least.min_length == most.max_length:
+        words = words.replace("a list", f"a list of {least.min_length}", 1).replace("1 of", "one", 1)
+    if not bounds:
+        return words
+    words, separator, null = words.partition(", or null")
+    return f"{words} {' and '.join(bounds)}{separator}{null}"
+
+
+def _words(annotation: Any) -> str:
+    """An annotation in words."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    if section_of(annotation) is not None:
+        return "a section of keys"
+    arguments = get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        inner = " or ".join(_words(a) for a in arguments if a is not type(None))
+        return f"{inner}, or null" if type(None) in arguments else inner
+    if get_origin(annotation) is Literal:
+        choices = " or ".join(str(a) for a in arguments)
+        return choices if len(arguments) < 3 else "one of " + ", ".join(str(a) for a in arguments)
+    if get_origin(annotation) in (tuple, list):
+        if (len(arguments) == 2 and arguments[1] is Ellipsis) or get_origin(annotation) is list:
+            section = section_of(arguments[0])
+            return f"a list of {{{', '.join(section.model_fields)}: …}}" if section else "a list"
+        return f"a list of {len(arguments)} values, each {_words(arguments[0])}"
+    return "a section of free keys" if _is_free(annotation) else "another value"
+
+
+def _item_type(annotation: Any, position: int) -> Any:
+    """Type of a list's item, or None where the annotation is no list or the list is shorter."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is list or (get_origin(annotation) is tuple and arguments[-1] is Ellipsis):
+        return arguments[0]
+    if get_origin(annotation) is tuple and position < len(arguments):
+        return arguments[position]
+    return None
+
+
+def _is_free(annotation: Any) -> bool:
+    """Whether any keys may stand there: a plain dict."""
+    return annotation in (dict, Any) or get_origin(annotation) is dict

@@ -1,0 +1,47 @@
+"""The launcher's own sections of the configuration: `run`, `launch` and `train`."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from ditmoe.model.settings import Settings
+
+
+class RunSection(Settings):
+    """Where the run's files go."""
+
+    dir: Path
+    """The run folder, relative to the current directory; `runs/NAME` of `NAME.yaml` when left out.
+
+    Repeating a command on an existing folder resumes its run."""
+
+
+class LaunchConfig(Settings):
+    """The processes that `ditmoe train` starts on this machine."""
+
+    processes: int | None = Field(default=None, ge=1)
+    """Processes; null: one per GPU, or one where there is none. Under torchrun or srun theirs count."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is a GPU, otherwise the CPU."""
+    threads: int | None = Field(default=None, ge=1)
+    """Threads of each process; null: OMP_NUM_THREADS where it is set, otherwise cores / processes."""
+
+
+class TrainConfig(Settings):
+    """Length, batch and rhythm of training."""
+
+    steps: int = Field(default=400_000, ge=1)
+    """Optimiser steps after which the run is complete."""
+    batch: int = Field(default=256, ge=1)
+    """Images of one optimiser step, over all ranks and micro-steps."""
+    micro_batch: int | None = Field(default=None, ge=1)
+    """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Number type of the computation; the optimiser and the EMA are fp32 always."""
+    log_every: int = Field(default=100, ge=1)
+    """Steps between two records of stats.jsonl, log.txt and TensorBoard."""
+    checkpoint_every: int = Field(default=5_000, ge=1)
+    """Steps between two checkpoints; the last step and a stop by signal write one too."""
+    peak_tflops: float | None = Field(default=None, gt=0)
+    """Peak TFLOP/s of one device in this precision, for the MFU; null: of known GPUs, otherwise no MFU."""

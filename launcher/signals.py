@@ -1,0 +1,66 @@
+"""Signals: a training process stops at the next step, and no process outlives the one that started it."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any, Final, Self
+
+PARENT_VARIABLE: Final = "DITMOE_PARENT"
+"""Environment variable of a started process: the process that it ends with."""
+
+REPEAT_SECONDS: Final = 0.5
+"""A second Ctrl-C sooner than this is the first one again: `timeout` and some terminals send it twice."""
+
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+class StopSignal:
+    """Within this context SIGTERM, SIGINT and SIGUSR1 ask for a stop instead of ending the process.
+
+    A second SIGINT (Ctrl-C) ends it: it raises KeyboardInterrupt.
+    """
+
+    SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """Name of the first signal that came, such as SIGTERM; None: no stop is asked for."""
+        self._before: dict[int, Any] = {}
+        self._seconds = 0.0
+
+    @property
+    def requested(self) -> bool:
+        """Whether a stop is asked for."""
+        return self.name is not None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name is None:
+            self.name, self._seconds = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._seconds > REPEAT_SECONDS:
+            raise KeyboardInterrupt
+
+
+def end_with_parent() -> None:
+    """In a process that `spawn` started: receive SIGTERM when the starting process ends, however it ends."""
+    parent = os.environ.pop(PARENT_VARIABLE, None)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # It may have ended before the call above.
+    if os.getppid() != int(parent):
+        sys.exit(128 + signal.SIGTERM)

@@ -1,0 +1,269 @@
+"""The training program that every rank runs."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ditmoe.data.images import to_network_range, to_uint8
+from ditmoe.data.index import load_index
+from ditmoe.data.stream import Batch, open_stream
+from ditmoe.launcher.checks import layout_of
+from ditmoe.launcher.config import RunConfig
+from ditmoe.launcher.report import Reporter
+from ditmoe.launcher.run_folder import RunFolder, config_yaml
+from ditmoe.launcher.signals import StopSignal
+from ditmoe.launcher.throughput import TRAINING_PASSES, Clock, Sums, peak_memory_gib, peak_tflops
+from ditmoe.model.count import flops_per_image
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.model.initialise import initialise
+from ditmoe.model.objective import Objective, make_objective
+from ditmoe.parallel import processes
+from ditmoe.parallel.checkpoint import newest_checkpoint, remove_partials
+from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.engine import MicroBatch, NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.training_state import load_training_state, save_training_state
+from ditmoe.sampling.generate import generate_float
+from ditmoe.sampling.grid import image_grid
+from ditmoe.sampling.load import LoadedModel
+
+
+def run_training(config: RunConfig) -> int:
+    """Train a resolved configuration to its last step, or to a signal; the exit code.
+
+    Every process of the run calls it. Repeated, it resumes from the newest intact checkpoint.
+
+    Raises:
+        UserError: the run is in use, cannot be resumed with this configuration, or met data, a loss or a disk
+            that stopped it; nothing that was saved before is lost.
+    """
+    device = _device(config)
+    processes.join(device)
+    with ExitStack() as stack:
+        folder = RunFolder(config.run.dir)
+        changes: list[str] = []
+        if dist.get_rank() == 0:
+            stack.enter_context(folder.lock())
+            changes = folder.store_config(config)
+            remove_partials(folder.path)
+        dist.barrier()
+        stop = stack.enter_context(StopSignal())
+        trainer = Trainer(config, folder, device, stop)
+        if dist.get_rank() == 0:
+            trainer.open_reports(stack, changes)
+        trainer.train()
+    processes.leave()
+    return 0
+
+
+def _device(config: RunConfig) -> torch.device:
+    """This rank's device."""
+    if config.launch.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of a step (from 1) of a run of `steps`: linear warm-up, constant, linear decay."""
+    rate = config.lr
+    if step <= config.warmup_steps:
+        rate *= step / config.warmup_steps
+    if step > steps - config.decay_steps:
+        rate *= (steps - step + 1) / config.decay_steps
+    return rate
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, device: torch.device, stop: StopSignal) -> None:
+        self.config = config
+        self.folder = folder
+        self.device = device
+        self.stop = stop
+        self.layout = layout_of(config)
+        self.dataset = load_index(config.data.sources[0].path)
+        self.objective: Objective = make_objective(config.objective)
+        network = DiT(config.model)
+        initialise(network, config.seed)
+        network.checkpoint_blocks = config.parallel.activation_checkpointing
+        self.engine = TrainingEngine(
+            network,
+            self.objective,
+            self.layout,
+            config.optim,
+            config.ema,
+            config.train.precision,
+            config.deepspeed,
+            device,
+        )
+        info, self.skipped = load_training_state(folder.path, self.engine)
+        self.resumed = None if info is None else info.path
+        self.images = 0 if info is None else info.images
+        self.sums = Sums() if info is None else Sums(**info.sums)
+        self.clock = Clock()
+        self.report: Reporter | None = None
+
+    def open_reports(self, stack: ExitStack, changes: list[str]) -> None:
+        """Rank 0: open the reports and say how the run starts."""
+        config = self.config
+        self.report = stack.enter_context(Reporter(self.folder, config.train.steps, self.engine.step))
+        for problem in self.skipped:
+            self.report.log(f"skipped a damaged checkpoint: {problem}")
+        for change in changes:
+            self.report.log(f"changed since the run was started: {change}")
+        if self.resumed is not None:
+            self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
+        else:
+            self.report.text("configuration", config_yaml(config))
+        self.report.log(self.layout.picture(config.model.experts))
+        if self.layout.accumulation > 1:
+            self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
+
+    def train(self) -> None:
+        """Step until the run is complete or a stop is asked for on any rank."""
+        steps = self.config.train.steps
+        if self.engine.step >= steps:
+            self._say(f"the run is complete: step {self.engine.step} of {steps}")
+            return
+        stream = open_stream(
+            self.config.data,
+            self.config.seed,
+            start=self.images,
+            micro_batch=self.layout.micro_batch,
+            rank=dist.get_rank(),
+            ranks=self.layout.data,
+        )
+        stopped = False
+        while self.engine.step < steps and not stopped:
+            stopped = self._step(stream).requests > 0
+            step, every = self.engine.step, self.config.train.checkpoint_every
+            if self.config.preview.every and step % self.config.preview.every == 0:
+                self._preview()
+            if stopped or step == steps or step % every == 0:
+                saved = self._save()
+        if stopped and self.engine.step < steps:
+            reason = self.stop.name or "a stop on another rank"
+            self._say(
+                f"stopped by {reason} at step {self.engine.step}; saved {saved}; repeat the command to continue"
+            )
+        else:
+            self._say(f"the run is complete: step {steps}; saved {saved}")
+
+    def _step(self, stream: Iterator[Batch]) -> StepResult:
+        """One optimiser step, counted and reported."""
+        start = time.perf_counter()
+        batches = [next(stream) for _ in range(self.layout.accumulation)]
+        micro_batches = [self._micro_batch(batch) for batch in batches]
+        wait = time.perf_counter() - start
+        step, steps = self.engine.step + 1, self.config.train.steps
+        rate = learning_rate(self.config.optim, step, steps)
+        try:
+            result = self.engine.train_step(micro_batches, rate, self.stop.requested)
+        except NonFiniteLossError as error:
+            raise self._not_finite(f"the loss is {error.loss}", step, batches) from None
+        if not np.isfinite(result.grad_norm):
+            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batches)
+        self.images += self.layout.batch
+        self.sums.add(result)
+        self.clock.add(time.perf_counter() - start, wait)
+        if step % self.config.train.log_every == 0 or step == steps:
+            self._record(result, rate)
+        if self.report is not None:
+            self.report.advance()
+        return result
+
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
+        """Draw what is random in the samples, and bring all to the device."""
+        model = self.config.model
+        shape = tuple(batch.image_BCHW.shape[1:])
+        draws = self.objective.draw(self.config.seed, batch.position_B, shape, model.label_dropout)
+        label_B = torch.where(draws.drop_B, torch.tensor(model.num_classes), batch.label_B)
+        x_BCHW = to_network_range(batch.image_BCHW)
+        return MicroBatch(x_BCHW.to(self.device), label_B.to(self.device), draws.to(self.device))
+
+    def _record(self, result: StepResult, rate: float) -> None:
+        """Report the means since the last record."""
+        memory = torch.tensor(peak_memory_gib(self.device), device=self.device)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        rates = self.clock.rates(self.layout.batch)
+        values: dict[str, Any] = {
+            "images": self.images,
+            "epoch": self.images / self.dataset.total,
+            **self.sums.means(),
+            "lr": rate,
+            **rates,
+            "memory_gib": float(memory),
+        }
+        peak = self.config.train.peak_tflops or peak_tflops(self.device, self.config.train.precision)
+        if peak is not None:
+            flops = TRAINING_PASSES * flops_per_image(self.config.model) * rates["images_per_second"]
+            values["mfu"] = flops / (peak * 1e12 * self.layout.processes)
+        if self.config.model.experts:
+            values["expert_load"] = [[round(share, 5) for share in row] for row in result.load_LN.tolist()]
+        if self.report is not None:
+            self.report.record(self.engine.step, values)
+        self.sums, self.clock = Sums(), Clock()
+
+    def _save(self) -> Path:
+        """Write a checkpoint."""
+        path = save_training_state(
+            self.folder.path,
+            self.engine,
+            self.images,
+            self.sums.plain(),
+            self.config.plain(),
+            self.dataset.facts,
+            self.config.checkpoint,
+        )
+        if self.report is not None and self.engine.step < self.config.train.steps:
+            self.report.log(f"saved {path}")
+        return path
+
+    def _preview(self) -> None:
+        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
+        preview, model = self.config.preview, self.config.model
+        assert model.num_classes is not None
+        ranks = dist.get_world_size()
+        share = -(-preview.images // ranks)
+        # Every rank draws the same number: under expert parallelism the network is a collective call.
+        mine = [
+            min(number, preview.images - 1)
+            for number in range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+        ]
+        with self.engine.ema_weights() as network:
+            loaded = LoadedModel(network, model, self.config.objective, self.dataset.class_names, None, "preview")
+            images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
+        gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
+        if self.report is None:
+            return
+        images_NHWC = np.concatenate(gathered)[: preview.images].transpose(0, 2, 3, 1)
+        picture = image_grid(images_NHWC, columns=min(8, preview.images))
+        self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
+
+    def _not_finite(self, what: str, step: int, batches: list[Batch]) -> UserError:
+        """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
+        own = [key for batch in batches for key in batch.keys]
+        keys = [key for part in processes.gather_objects(own) for key in part]
+        file = self.folder.path / f"not-finite-step-{step:08d}.json"
+        if dist.get_rank() == 0:
+            file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")
+        newest = newest_checkpoint(self.folder.path)
+        shown = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
+        return UserError(
+            f"step {step}: {what}; nothing of this step was saved. "
+            f"The last good checkpoint is {newest or 'none yet'}. "
+            f"Samples of the batch: {shown} (all {len(keys)} in {file})"
+        )
+
+    def _say(self, message: str) -> None:
+        if self.report is not None:
+            self.report.log(message)

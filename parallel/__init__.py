@@ -1,0 +1,1 @@
+"""Rank layout, DeepSpeed engine and layout-free checkpoints."""

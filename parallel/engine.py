@@ -1,0 +1,286 @@
+"""The training engine: DeepSpeed around a DiT, with what DeepSpeed leaves out for this network.
+
+That is: the balance loss inside expert-parallel layers (which drop the source router's forward), exact clipping
+without ZeRO, an fp32 EMA sharded like the optimiser, and a loss that is checked before the weights are touched.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ditmoe.model.balance import BalanceLoss
+from ditmoe.model.config import EmaConfig
+from ditmoe.model.dit import DiT, balance_losses
+from ditmoe.model.ema import ema_decay, update_ema
+from ditmoe.model.objective import Draws, Objective
+from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.deepspeed_settings import deepspeed_settings
+from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
+from ditmoe.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's samples of one micro-step, on the training device."""
+
+    x_BCHW: Tensor
+    """float32, −1…1."""
+    label_B: Tensor
+    """Classes, dropped ones already null."""
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step saw, over all ranks and micro-steps."""
+
+    loss: float
+    """Mean of the objective over the global batch, without the balance loss."""
+    balance_loss: float
+    """Mean over micro-steps of the layers' summed balance losses, α included."""
+    load_LN: Tensor
+    """Share of layer l's assignments that expert n got, float64 `[L, N]`; rows sum to 1."""
+    grad_norm: float
+    """Norm of the global gradient before clipping."""
+    requests: int
+    """Ranks that asked to stop."""
+
+
+class NonFiniteLossError(Exception):
+    """The loss of a step is NaN or infinite; the weights were not touched."""
+
+    def __init__(self, loss: float) -> None:
+        super().__init__(f"the loss is {loss}")
+        self.loss = loss
+
+
+class TrainingEngine:
+    """Trains a network over all ranks of the process group."""
+
+    def __init__(
+        self,
+        network: DiT,
+        objective: Objective,
+        layout: Layout,
+        optim: OptimConfig,
+        ema: EmaConfig,
+        precision: str,
+        extra: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        """Hand an initialised network over to DeepSpeed.
+
+        Args:
+            network: with the same weights on every rank.
+            precision: `fp32` or `bf16` (then with fp32 master weights).
+            extra: the configuration's `deepspeed` section.
+        """
+        self.layout = layout
+        self.device = device
+        self.step = 0
+        self._objective = objective
+        self._optim = optim
+        self._ema_config = ema
+        self._balance = balance_losses(network)
+        self._engine = _initialize(network, layout, optim, precision, extra)
+        if layout.expert > 1:
+            _attach_balance(self._engine.module, self._balance)
+        expert_rank = dist.get_rank() % layout.expert
+        self.fragments: list[Fragment] = find_fragments(
+            self._engine, layout.zero, expert_rank, f"ep_size_{layout.expert}"
+        )
+        self._weights = [fragment.weight for fragment in self.fragments]
+        self.ema = [weight.clone() for weight in self._weights]
+        """fp32 average of each fragment's weight."""
+        self._set_up_balance()
+        self._own_grad_norm = 0.0
+        if layout.zero == 0:
+            self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
+
+    @property
+    def network(self) -> nn.Module:
+        """The module tree that computes; a collective call under expert parallelism and ZeRO 3."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def _set_up_balance(self) -> None:
+        """Scale the injected gradient like the loss, and take the balance means over the configured set."""
+        group = self._balance[0].group if self._balance else 1
+        spans_ranks = group > self.layout.micro_batch
+        for balance in self._balance:
+            balance.gradient_scale = 1.0 / self.layout.accumulation
+            if spans_ranks:
+                balance.ranks = self.layout.data
+                balance.sum_over_ranks = _sum_over_ranks
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool) -> StepResult:
+        """One optimiser step over the layout's `accumulation` micro-batches.
+
+        Raises:
+            NonFiniteLossError: on every rank, before the weights are touched.
+        """
+        assert len(micro_batches) == self.layout.accumulation
+        experts = self._balance[0].experts if self._balance else 0
+        layers = len(self._balance)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        balance_L = torch.zeros(layers, dtype=torch.float64, device=self.device)
+        load_LN = torch.zeros(layers, experts, dtype=torch.float64, device=self.device)
+        samples = 0
+        self._engine.train()
+        for index, batch in enumerate(micro_batches):
+            loss_B = self._objective.loss(self._engine, batch.x_BCHW, batch.label_B, batch.draws)
+            loss_sum += loss_B.detach().double().sum()
+            samples += len(loss_B)
+            for layer, balance in enumerate(self._balance):
+                assert balance.last_loss is not None and balance.last_load_N is not None
+                balance_L[layer] += balance.last_loss
+                load_LN[layer] += balance.last_load_N
+            self._engine.backward(loss_B.mean())
+            if index < len(micro_batches) - 1:
+                self._engine.step()
+        totals = torch.cat(
+            (
+                torch.stack((loss_sum, loss_sum.new_tensor(samples), loss_sum.new_tensor(stop_requested))),
+                balance_L,
+                load_LN.flatten(),
+            )
+        )
+        dist.all_reduce(totals)
+        totals = totals.cpu()
+        loss = float(totals[0] / totals[1])
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(loss)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self.step += 1
+        update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
+        load = totals[3 + layers :].view(layers, experts)
+        return StepResult(
+            loss=loss,
+            balance_loss=float(totals[3 : 3 + layers].sum() / (self.layout.accumulation * self.layout.data)),
+            load_LN=load / load.sum(1, keepdim=True) if layers else load,
+            grad_norm=self._grad_norm(),
+            requests=int(totals[2]),
+        )
+
+    def _grad_norm(self) -> float:
+        return self._own_grad_norm if self.layout.zero == 0 else float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def _clip(self) -> None:
+        """ZeRO 0: the exact global norm, each expert counted once, and clipping by it."""
+        square = torch.zeros(2, dtype=torch.float64, device=self.device)
+        gradients = []
+        for parameter in self._engine.module.parameters():
+            if parameter.grad is not None:
+                is_expert = not getattr(parameter, "allreduce", True)
+                square[int(is_expert)] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+                gradients.append(parameter.grad)
+        if self.layout.expert > 1:
+            dist.all_reduce(square[1:], group=_expert_group(self.layout.expert))
+        norm = float(square.sum().sqrt())
+        if self._optim.clip is not None and norm > self._optim.clip:
+            torch._foreach_mul_(gradients, self._optim.clip / norm)
+        self._own_grad_norm = norm
+
+    def resume_at(self, step: int) -> None:
+        """Continue after `step`, with weights, moments and EMA already written into the fragments."""
+        self.step = step
+        set_optimizer_step(self._engine, step)
+        refresh_weights(self._engine, self.layout.zero)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[nn.Module]:
+        """Compute with the EMA in place of the weights; a collective call."""
+        kept = [weight.clone() for weight in self._weights]
+        self._write(self.ema)
+        self._engine.eval()
+        try:
+            yield self._engine.module
+        finally:
+            self._write(kept)
+            self._engine.train()
+
+    @torch.no_grad()
+    def _write(self, values: Sequence[Tensor]) -> None:
+        for weight, value in zip(self._weights, values, strict=True):
+            weight.copy_(value)
+        refresh_weights(self._engine, self.layout.zero)
+
+
+def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any]) -> Any:
+    """Build the DeepSpeed engine with torch's AdamW."""
+    import deepspeed
+    from deepspeed.moe.utils import configure_moe_param_groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+    def make_optimizer(_: Any) -> torch.optim.Optimizer:
+        # Called after the experts were dealt out, so that these are the parameters that are trained.
+        parameters: Any = list(network.parameters())
+        if layout.expert > 1:
+            parameters = configure_moe_param_groups(parameters)
+        return torch.optim.AdamW(
+            parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+        )
+
+    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=make_optimizer,
+        model_parameters=list(network.parameters()),
+        config=settings,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _attach_balance(module: nn.Module, balances: Sequence[BalanceLoss]) -> None:
+    """Give DeepSpeed's expert-parallel layers back the balance loss that its router has no place for."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, AutoEPMoELayer)]
+    assert len(layers) == len(balances), f"{len(layers)} expert-parallel layers, expected {len(balances)}"
+    for layer, balance in zip(layers, balances, strict=True):
+        _RouterHooks(balance).attach(layer.router)
+
+
+class _RouterHooks:
+    """Catches a router's logits and sends its scores through the balance loss."""
+
+    def __init__(self, balance: BalanceLoss) -> None:
+        self._balance = balance
+        self._logits_TN: Tensor | None = None
+
+    def attach(self, router: Any) -> None:
+        router.gate.register_forward_hook(self._keep_logits)
+        router.register_forward_hook(self._send_through)
+
+    def _keep_logits(self, _module: nn.Module, _inputs: Any, logits_TN: Tensor) -> None:
+        self._logits_TN = logits_TN
+
+    def _send_through(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        scores_TK, selected_TK, counts_N = output
+        logits_TN, self._logits_TN = self._logits_TN, None
+        assert logits_TN is not None
+        return self._balance(scores_TK, logits_TN.float().softmax(1), selected_TK), selected_TK, counts_N
+
+
+def _expert_group(expert: int) -> Any:
+    from deepspeed.utils import groups
+
+    return groups._get_expert_parallel_group(f"ep_size_{expert}")
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total

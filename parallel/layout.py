@@ -1,0 +1,100 @@
+"""The rank grid: how the processes of a run divide batches, weights and experts among them.
+
+The axes are `pipe`, `data` and `tensor`; the `expert` axis subdivides `data`. Ranks count up along `tensor`
+first, then `data`, then `pipe`, as DeepSpeed's and Megatron's grids do. Consecutive data ranks share out one
+copy of the experts: with data 4 and expert 2, ranks 0 and 1 hold one copy and ranks 2 and 3 the other.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sizes of the axes, and what one step of a rank is made of."""
+
+    pipe: int
+    """Pipeline stages."""
+    data: int
+    """Data-parallel ranks; each reads its own part of a batch."""
+    expert: int
+    """Ranks that the experts of a block are dealt to; divides `data`."""
+    tensor: int
+    """Tensor-parallel ranks."""
+    zero: int
+    """ZeRO stage, 0 to 3."""
+    micro_batch: int
+    """Samples that a data rank reads at once."""
+    accumulation: int
+    """Micro-steps of one optimiser step."""
+
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        return self.pipe * self.data * self.tensor
+
+    @property
+    def batch(self) -> int:
+        """Samples of one optimiser step, over all ranks."""
+        return self.micro_batch * self.data * self.accumulation
+
+    @property
+    def expert_copies(self) -> int:
+        """Copies of the experts: data ranks that hold, and average the gradients of, the same experts."""
+        return self.data // self.expert
+
+    def coordinates(self, rank: int) -> tuple[int, int, int]:
+        """Place of a rank on the (pipe, data, tensor) axes."""
+        assert 0 <= rank < self.processes
+        return rank // (self.data * self.tensor), rank // self.tensor % self.data, rank % self.tensor
+
+    def expert_rank(self, rank: int) -> int:
+        """Place of a rank on the expert axis: which part of the experts it holds."""
+        return self.coordinates(rank)[1] % self.expert
+
+    def expert_slice(self, rank: int, experts: int) -> range:
+        """Global ids of the experts that a rank holds, of `experts` in each block."""
+        assert experts % self.expert == 0
+        held = experts // self.expert
+        first = self.expert_rank(rank) * held
+        return range(first, first + held)
+
+    def picture(self, experts: int) -> str:
+        """The grid as text: a line per group of ranks that hold one copy of all the experts.
+
+        Args:
+            experts: routed experts N of each block; 0 for a dense network.
+        """
+        lines = [
+            f"{self.processes} processes = pipe {self.pipe} × data {self.data} × tensor {self.tensor}"
+            f"; expert {self.expert} (subdivides data), ZeRO {self.zero}",
+            f"batch {self.batch} = micro_batch {self.micro_batch} × data {self.data}"
+            f" × accumulation {self.accumulation}",
+        ]
+        if not experts:
+            return "\n".join([*lines, *self._stage_lines()])
+        shown = self.expert_copies if self.expert_copies <= 8 else 4
+        for stage in range(self.pipe):
+            for copy in range(shown):
+                cells = [self._expert_cell(stage, copy * self.expert + e, experts) for e in range(self.expert)]
+                if len(cells) > 16:
+                    cells = [*cells[:8], "…", cells[-1]]
+                lines.append(f"stage {stage}, copy {copy} of the experts: " + " | ".join(cells))
+            if shown < self.expert_copies:
+                lines.append(f"stage {stage}, copies {shown} to {self.expert_copies - 1}: likewise")
+        return "\n".join(lines)
+
+    def _stage_lines(self) -> list[str]:
+        """One line per pipeline stage of a dense network: its ranks."""
+        size = self.data * self.tensor
+        return [
+            f"stage {stage}: rank {stage * size}" + (f" to {(stage + 1) * size - 1}" if size > 1 else "")
+            for stage in range(self.pipe)
+        ]
+
+    def _expert_cell(self, stage: int, data_rank: int, experts: int) -> str:
+        """`rank 3: experts 4–7`."""
+        first = (stage * self.data + data_rank) * self.tensor
+        ranks = f"rank {first}" if self.tensor == 1 else f"ranks {first}–{first + self.tensor - 1}"
+        held = self.expert_slice(first, experts)
+        ids = f"expert {held[0]}" if len(held) == 1 else f"experts {held[0]}–{held[-1]}"
+        return f"{ranks}: {ids}"

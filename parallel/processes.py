@@ -1,0 +1,54 @@
+"""Joining the process group, and the few collectives that training needs beside DeepSpeed's."""
+
+import os
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest wait in a collective: a rank that died without a word ends the others after it."""
+
+
+def join(device: torch.device) -> None:
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (one process: alone)."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "MASTER_PORT" not in os.environ:
+        store = TCPStore("127.0.0.1", 0, 1, is_master=True, wait_for_workers=False)
+        dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        os.environ["MASTER_PORT"] = str(store.port)
+    else:
+        dist.init_process_group(_backend(device), timeout=TIMEOUT)
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # On CPUs DeepSpeed would compile a shared-memory all-reduce at start, which takes minutes; gloo serves.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 is retiring.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.init_distributed(dist_backend=_backend(device), verbose=False)
+
+
+def leave() -> None:
+    """Leave the process group together; a rank that left alone could abort the others' last collectives."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in rank order."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

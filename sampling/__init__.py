@@ -1,0 +1,1 @@
+"""Denoiser view, integrators, image generation and evaluation."""

@@ -1,0 +1,184 @@
+"""An evaluation of a run folder: from the options of the command to the job, and through it."""
+
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
+from ditmoe.sampling.chunks import DrawChunk, Progress
+from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
+from ditmoe.sampling.generate import generate
+from ditmoe.sampling.inception import load_inception
+from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, load_model
+from ditmoe.sampling.real import RealImages
+from ditmoe.sampling.workers import CPU, join_workers
+
+_SECONDS_BETWEEN_LINES: Final = 10.0
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the user chose."""
+
+    source: Path
+    """A run folder, or one of its checkpoints."""
+    sampler: SamplerConfig
+    count: int = 50_000
+    labels: LabelSampling = "random"
+    weights: Weights = "ema"
+    step: int | None = None
+    data: Path | None = None
+    """Folder of the real images; None: what the run was trained on."""
+    features: FeatureName = "classifier"
+    features_path: Path | None = None
+    recogniser: bool = True
+    batch: int = 64
+    chunk: int | None = None
+    cache: Path | None = None
+
+
+def default_cache() -> Path:
+    """Where classifiers and statistics of real images are kept: `$XDG_CACHE_HOME/ditmoe`, or `~/.cache/ditmoe`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ditmoe"
+
+
+def prepare_job(options: EvaluationOptions) -> Job:
+    """Find everything that the job needs, so that what is missing shows before a process is started.
+
+    Raises:
+        UserError: no checkpoint, no real images or no feature weights, or they do not fit together.
+    """
+    path = find_checkpoint(options.source, options.step)
+    info = read_info(path)
+    if options.weights not in info.parts:
+        raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
+    real = RealImages(options.data or _training_data(info))
+    num_classes = _check_fit(info, real)
+    if options.features_path is not None and options.features != "inception":
+        raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
+    if options.features == "inception":
+        load_inception(options.features_path, CPU)
+    evaluation = Evaluation(
+        weights=f"{info.fingerprint}-{options.weights}",
+        which=options.weights,
+        step=info.step,
+        sampler=options.sampler.resolved(info.objective),
+        count=options.count,
+        labels=options.labels,
+        num_classes=num_classes,
+    )
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    return Job(
+        evaluation=evaluation,
+        folder=run / "evaluations" / evaluation.id,
+        real=real,
+        cache=options.cache or default_cache(),
+        features=options.features,
+        features_path=options.features_path,
+        recogniser=options.recogniser,
+        chunk=options.chunk,
+        batch=options.batch,
+        checkpoint=path,
+        facts={
+            "images_seen": info.images,
+            "model": info.config["model"],
+            "objective": info.config["objective"],
+            "trained_on": info.dataset.get("name"),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def evaluate_run(job: Job) -> dict[str, Any]:
+    """Do the job as one of the processes that were started for it, or alone.
+
+    Returns:
+        The metrics, as in `metrics.json`.
+    """
+    workers = join_workers()
+    device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
+    job.facts["device"] = device
+    try:
+        return run_job(
+            job,
+            _drawer(job, workers.device),
+            workers,
+            log=lambda line: print(line, file=sys.stderr, flush=True),
+            progress=show_progress,
+        )
+    finally:
+        workers.leave()
+
+
+def _drawer(job: Job, device: torch.device) -> DrawChunk:
+    """Draws chunks with the run's network, which is loaded with the first."""
+    loaded: list[LoadedModel] = []
+    evaluation = job.evaluation
+
+    def draw(numbers: list[int], label_N: NDArray[np.int64]) -> NDArray[np.uint8]:
+        if not loaded:
+            assert job.checkpoint is not None
+            model = load_model(job.checkpoint, which=evaluation.which, device=device)
+            assert model.fingerprint == evaluation.weights, (model.fingerprint, evaluation.weights)
+            loaded.append(model)
+        images = generate(loaded[0], torch.from_numpy(label_N), numbers, evaluation.sampler, job.batch)
+        array: NDArray[np.uint8] = images.numpy()
+        return array
+
+    return draw
+
+
+def show_progress(title: str, total: int) -> Progress:
+    """A bar on a terminal, a plain line now and then elsewhere; on stderr."""
+    if sys.stderr.isatty():
+        bar = tqdm(total=total, desc=title, file=sys.stderr)
+
+        def move(done: int) -> None:
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        return move
+
+    said = time.monotonic()
+
+    def say(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def _training_data(info: CheckpointInfo) -> Path:
+    try:
+        return Path(info.config["data"]["sources"][0]["path"])
+    except (KeyError, IndexError, TypeError):
+        raise UserError(
+            f"{info.path}: does not say what it was trained on; give the folder of real images with --data"
+        ) from None
+
+
+def _check_fit(info: CheckpointInfo, real: RealImages) -> int:
+    """The number of classes; the images that the network draws must be of the form of the real ones."""
+    problems = []
+    for name in ("image_size", "channels", "num_classes"):
+        expected = info.config["model"].get(name) or info.dataset.get(name)
+        found = getattr(real.index, name)
+        if expected != found:
+            problems.append(f"{name} is {found}, expected {expected}")
+    if problems:
+        raise UserError(f"{real.folder}: not what the network of {info.path} draws: {'; '.join(problems)}")
+    return real.index.num_classes

@@ -1,0 +1,159 @@
+"""Images from a loaded model: image i is a function of (seed, i) and its label alone.
+
+All its noise comes from streams keyed by (seed, image number, step), and every batch has the same shape (the last
+one is filled up), so that neither the batch size nor who draws the other images has a say in it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditmoe.data.images import to_uint8
+from ditmoe.model import randomness
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.ddpm import ancestral, ddim
+from ditmoe.sampling.denoiser import Denoiser, make_denoiser
+from ditmoe.sampling.integrators import GRIDS, Drawn, NoiseSource, euler, heun
+from ditmoe.sampling.load import LoadedModel
+
+
+class Generated(NamedTuple):
+    """Images before rounding."""
+
+    image_NCHW: Tensor
+    """float32 on the CPU, about −1…1, not clipped."""
+    nfe: int
+    """Evaluations of the denoiser that one image took."""
+    network_evaluations: int
+    """Passes of one image through the network: twice the NFE under guidance."""
+
+
+@dataclass(frozen=True)
+class ImageNoise:
+    """The noise of some images: their streams hold one stretch for each step."""
+
+    seed: int
+    image_numbers: Sequence[int]
+    shape: tuple[int, ...]
+    """(C, H, W) of one image."""
+    device: torch.device
+
+    def initial(self) -> Tensor:
+        """What the images start from, standard normal `[B, C, H, W]`."""
+        return self._draw("image/start")
+
+    def __call__(self, step: int) -> Tensor:
+        """What a stochastic integrator adds at a step, standard normal `[B, C, H, W]`."""
+        return self._draw(f"image/step {step}")
+
+    def _draw(self, purpose: str) -> Tensor:
+        return randomness.normal(self.seed, purpose, self.image_numbers, self.shape).to(self.device)
+
+
+def default_labels(image_numbers: Sequence[int], num_classes: int) -> Tensor:
+    """The classes in turn: image i is of class i mod `num_classes`; int64 `[N]`."""
+    return torch.tensor(image_numbers, dtype=torch.int64) % num_classes
+
+
+def generate(
+    model: LoadedModel,
+    labels: Tensor | None,
+    image_numbers: Sequence[int],
+    config: SamplerConfig,
+    batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw images as bytes, uint8 `[N, H, W, C]` on the CPU: −1…1 clipped and rounded to 0…255.
+
+    As `generate_float`.
+    """
+    images = generate_float(model, labels, image_numbers, config, batch, progress)
+    return to_uint8(images.image_NCHW).permute(0, 2, 3, 1).contiguous()
+
+
+def generate_float(
+    model: LoadedModel,
+    labels: Tensor | None,
+    image_numbers: Sequence[int],
+    config: SamplerConfig,
+    batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> Generated:
+    """Draw images on the network's device.
+
+    Args:
+        labels: class of each image, int64 `[N]`; None: `default_labels`.
+        image_numbers: the number i of each image.
+        config: the sampler; its nulls are filled in for the model's objective.
+        batch: images drawn at once. Another size changes an image by rounding only.
+        progress: called after each batch with the images drawn so far.
+
+    Raises:
+        UserError: a label is not a class of the model, or the sampler does not fit it.
+    """
+    model_config = model.model_config
+    assert model_config.num_classes and model_config.channels and model_config.image_size
+    labels = default_labels(image_numbers, model_config.num_classes) if labels is None else labels
+    assert len(labels) == len(image_numbers) and batch >= 1
+    _check_labels(labels, model_config.num_classes)
+    config = config.resolved(model.objective_config)
+    network = model.network_in(config.precision)
+    denoiser = make_denoiser(network, model_config, model.objective_config, config)
+    shape = (model_config.channels, model_config.image_size, model_config.image_size)
+    device = next(network.parameters()).device
+    images: list[Tensor] = []
+    nfe = 0
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            for first in range(0, len(image_numbers), batch):
+                wanted = list(range(first, min(first + batch, len(image_numbers))))
+                rows = wanted + [wanted[-1]] * (batch - len(wanted))
+                noise = ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device)
+                drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
+                images.append(drawn.x_BCHW[: len(wanted)].float().cpu())
+                nfe = drawn.nfe
+                if progress is not None:
+                    progress(wanted[-1] + 1)
+    finally:
+        network.train(training)
+    evaluations = nfe * denoiser.network_evaluations // max(denoiser.nfe, 1)
+    return Generated(torch.cat(images) if images else torch.empty(0, *shape), nfe, evaluations)
+
+
+def draw(
+    denoiser: Denoiser, label_B: Tensor, initial_BCHW: Tensor, noise: NoiseSource, config: SamplerConfig
+) -> Drawn:
+    """Draw one batch from pure noise with a resolved configuration.
+
+    The objective's own grid starts at `sigma_prior`; the EDM grid, and heun on any grid, at `sigma_max`.
+
+    Args:
+        initial_BCHW: standard normal; times σ it is what the images start from.
+    """
+    assert config.sampler is not None and config.grid is not None, "the configuration is not resolved"
+    grid = GRIDS[config.grid]
+    from_prior = config.grid == "own" and config.sampler != "heun"
+    sigma = denoiser.sigma_prior if from_prior else denoiser.sigma_max
+    sigma_B = torch.full((len(label_B),), sigma, dtype=torch.float64, device=initial_BCHW.device)
+    x_BCHW = initial_BCHW * sigma
+    match config.sampler:
+        case "euler":
+            return euler(denoiser, x_BCHW, sigma_B, label_B, config.steps, grid=grid)
+        case "heun":
+            return heun(denoiser, x_BCHW, sigma_B, label_B, config.steps, grid=grid)
+        case "ddim":
+            return ddim(denoiser, x_BCHW, sigma_B, label_B, config.steps, noise, eta=config.ddim_eta, grid=grid)
+        case "ddpm":
+            return ancestral(denoiser, x_BCHW, sigma_B, label_B, config.steps, noise, grid=grid)
+
+
+def _check_labels(labels: Tensor, num_classes: int) -> None:
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise UserError(f"class {int(wrong[0])}: expected 0 to {num_classes - 1}")

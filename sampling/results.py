@@ -1,0 +1,166 @@
+"""What a finished evaluation leaves: `samples.npz`, `metrics.json`, the gallery, and the table on the terminal."""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+from ditmoe.data.files import replacing
+from ditmoe.sampling.chunks import ChunkStore
+from ditmoe.sampling.classifier import Classifier
+from ditmoe.sampling.features import FeatureNetwork
+from ditmoe.sampling.gallery import Sheets, write_gallery
+from ditmoe.sampling.real import RealImages
+from ditmoe.sampling.scores import ChunkDescriptions, RealStatistics, score
+
+METRICS_FORMAT: Final = 1
+
+
+def write_results(
+    folder: Path,
+    evaluation: dict[str, Any],
+    request: dict[str, Any],
+    store: ChunkStore,
+    real: RealImages,
+    network: FeatureNetwork,
+    statistics: RealStatistics,
+    descriptions: ChunkDescriptions,
+    recogniser: Classifier | None,
+    judged: ChunkDescriptions | None,
+) -> None:
+    """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished."""
+    write_samples(folder / "samples.npz", store)
+    result: dict[str, Any] = {
+        "request": request,
+        "network": {
+            "name": network.name,
+            "dimension": network.dimension,
+            "fingerprint": network.fingerprint,
+            **network.description,
+        },
+        **score(descriptions, store.chunks, statistics),
+    }
+    sheets = Sheets(real.index.class_names, real.index.image_size, real.index.channels)
+    right = np.zeros(real.index.num_classes, dtype=np.int64)
+    of_class = np.zeros(real.index.num_classes, dtype=np.int64)
+    for chunk in range(store.chunks):
+        drawn = store.read(chunk)
+        sheets.add(drawn.image_NHWC, drawn.label_N)
+        of_class += np.bincount(drawn.label_N, minlength=len(of_class))
+        if judged is not None:
+            hits = judged.read(chunk)["predicted"] == drawn.label_N
+            right += np.bincount(drawn.label_N[hits], minlength=len(right))
+    if recogniser is not None:
+        result["recogniser"] = {
+            "accuracy": float(right.sum() / of_class.sum()),
+            "held_out_accuracy": recogniser.held_out_accuracy,
+            "held_out_images": recogniser.held_out_images,
+            "fingerprint": recogniser.fingerprint,
+            "by_class": [float(r / n) if n else None for r, n in zip(right, of_class, strict=True)],
+            **recogniser.description,
+        }
+
+    path = folder / "metrics.json"
+    results = {network.name: result}
+    if path.exists():
+        # Scores of the same images in another network stay.
+        results = {**json.loads(path.read_text(encoding="utf-8")).get("results", {}), **results}
+    metrics = {
+        "format": METRICS_FORMAT,
+        "evaluation": evaluation,
+        "real": {
+            "name": real.index.name,
+            "folder": str(real.folder),
+            "images": real.count,
+            "fingerprint": real.fingerprint,
+        },
+        "results": results,
+    }
+    write_gallery(folder / "gallery", sheets, metrics, network.name)
+    with replacing(path) as file:
+        file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
+    descriptions.remove()
+    if judged is not None:
+        judged.remove()
+
+
+def write_samples(path: Path, store: ChunkStore) -> None:
+    """`arr_0` uint8 [N, H, W, 3] (one channel is repeated to three) and `arr_1` labels int64 [N].
+
+    One chunk is in memory at a time: 50,000 images of 256² are 10 GB.
+    """
+    first = store.read(0)
+    height, width = first.image_NHWC.shape[1:3]
+    labels: list[NDArray[np.int64]] = []
+
+    def images() -> Iterator[bytes]:
+        for chunk in range(store.chunks):
+            drawn = store.read(chunk)
+            labels.append(drawn.label_N)
+            yield np.ascontiguousarray(to_colour(drawn.image_NHWC)).tobytes()
+
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _write_array(archive, "arr_0", (store.count, height, width, 3), np.dtype(np.uint8), images())
+        label_N = np.concatenate(labels)
+        _write_array(archive, "arr_1", label_N.shape, label_N.dtype, iter([label_N.tobytes()]))
+
+
+def _write_array(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterator[bytes]
+) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        npy_format.write_array_header_1_0(member, header)
+        for block in blocks:
+            member.write(block)
+
+
+def to_colour(image_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[N, H, W, 1 or 3] → [N, H, W, 3]."""
+    return np.repeat(image_NHWC, 3, axis=3) if image_NHWC.shape[3] == 1 else image_NHWC
+
+
+def table(metrics: Mapping[str, Any], features: str) -> list[str]:
+    """The figures of one feature network as lines for a terminal."""
+    evaluation, result = metrics["evaluation"], metrics["results"][features]
+    sampler, network = evaluation["sampler"], result["network"]
+    lines = [
+        f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
+        f"{sampler['sampler']}, {evaluation['nfe']} NFE, guidance {sampler['cfg_scale']:g}, "
+        f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}",
+        f"against {result['real_images']:,} real images of {metrics['real']['name']}, "
+        f"in {network['dimension']} features of {network['name']} {network['fingerprint']}",
+    ]
+    rows: list[tuple[str, str, str]] = []
+    for name, shown in (("fid", "FID"), ("sfid", "sFID")):
+        if name in result:
+            floor = _figure(result[f"{name}_floor"])
+            half = result[f"{name}_floor_images_per_half"]
+            rows.append((shown, _figure(result[name]), f"floor {floor} (two halves of {half:,} real images)"))
+    rows.append(("precision", _figure(result["precision"]), f"k = {result['neighbours']}"))
+    rows.append(
+        (
+            "recall",
+            _figure(result["recall"]),
+            f"{result['neighbour_images_drawn']:,} drawn, {result['neighbour_images_real']:,} real",
+        )
+    )
+    if "inception_score" in result:
+        splits = f"{result['inception_score_splits']} split(s)"
+        rows.append(("Inception Score", _figure(result["inception_score"]), splits))
+    if "recogniser" in result:
+        judge = result["recogniser"]
+        held = f"{judge['held_out_accuracy']:.2%} of {judge['held_out_images']:,} held-out real images"
+        rows.append(("recognised", f"{judge['accuracy']:.2%}", f"by an independent classifier; {held}"))
+    lines += [f"  {name:<16}{value:>10}   {note}" for name, value, note in rows]
+    lines += [f"warning: {warning}" for warning in result["warnings"]]
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,207 @@
+"""Mergeable feature statistics and the figures computed from them, in float64.
+
+Shapes: N, M images; F features. Statistics of parts of a set merge to the statistics of the whole, so that parts
+may be computed by any process, in any order, and kept.
+"""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.data.files import replacing
+from ditmoe.model.errors import UserError
+
+Float64 = NDArray[np.float64]
+
+INCEPTION_SCORE_SPLIT = 5000
+"""Images per split of the Inception Score, as in the ADM protocol."""
+
+_BLOCK = 1024
+"""Rows of a block of pairwise distances."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and scatter (sum of outer products of deviations from the mean) of feature vectors."""
+
+    count: int
+    mean_F: Float64
+    scatter_FF: Float64
+
+    @classmethod
+    def empty(cls, dimension: int) -> Self:
+        """The moments of no images."""
+        return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
+
+    @classmethod
+    def of(cls, features_NF: NDArray[np.floating]) -> Self:
+        """The moments of the rows of `features_NF`."""
+        x_NF = np.asarray(features_NF, dtype=np.float64)
+        if len(x_NF) == 0:
+            return cls.empty(x_NF.shape[1])
+        mean_F = x_NF.mean(axis=0)
+        deviation_NF = x_NF - mean_F
+        return cls(len(x_NF), mean_F, deviation_NF.T @ deviation_NF)
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both sets together.
+
+        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
+        (1982): only deviations from means are added, so that nothing cancels.
+        """
+        count = self.count + other.count
+        if count == 0:
+            return self
+        shift_F = other.mean_F - self.mean_F
+        mean_F = self.mean_F + shift_F * (other.count / count)
+        between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
+        return Moments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
+
+    @property
+    def dimension(self) -> int:
+        """Number of features F."""
+        return len(self.mean_F)
+
+    @property
+    def covariance_FF(self) -> Float64:
+        """Unbiased covariance (divided by count − 1)."""
+        assert self.count > 1
+        covariance_FF: Float64 = self.scatter_FF / (self.count - 1)
+        return covariance_FF
+
+    def save(self, path: Path) -> None:
+        """Write as npz, atomically."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, count=self.count, mean=self.mean_F, scatter=self.scatter_FF)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is damaged or is something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                count, mean_F, scatter_FF = int(stored["count"]), stored["mean"], stored["scatter"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path}: unreadable feature statistics ({error}); delete the file, it is made anew"
+            ) from None
+        if scatter_FF.shape != (*mean_F.shape, *mean_F.shape) or mean_F.ndim != 1:
+            raise UserError(f"{path}: feature statistics of shape {mean_F.shape} and {scatter_FF.shape}")
+        return cls(count, mean_F, scatter_FF)
+
+
+@dataclass(frozen=True)
+class FrechetDistance:
+    """The Fréchet distance between two Gaussians, and how far rounding may have moved it."""
+
+    value: float
+    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)."""
+    mean_term: float
+    """|μ₁ − μ₂|²."""
+    error: float
+    """Bound on the numerical error of `value`; not the statistical error of a finite number of images."""
+    ranks: tuple[int, int]
+    """Numerical ranks of Σ₁ and Σ₂; below the number of features when there are too few images."""
+
+
+def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
+    """FID (Heusel et al. 2017, eq. 6) from the eigenvalues of Σ₁Σ₂.
+
+    With Σᵢ = Rᵢᵀ Rᵢ (Rᵢ from the symmetric eigendecomposition), the eigenvalues of Σ₁Σ₂ are the squared singular
+    values of R₁R₂ᵀ: they are real and non-negative by construction, also for singular covariances, and
+    tr (Σ₁Σ₂)^½ is the sum of the singular values. No square root of a rounded matrix is taken.
+
+    `error` adds up, for each covariance, the eigenvalues set to zero (those that rounding cannot tell from zero,
+    and negative ones), which change the trace by at most √(Σ|λ| · tr Σ_other) (Hölder), and the backward error
+    F·ε·s_max of the singular values.
+    """
+    if a.dimension != b.dimension:
+        raise ValueError(f"statistics of {a.dimension} and of {b.dimension} features")
+    if min(a.count, b.count) < 2:
+        raise ValueError(f"statistics of {a.count} and {b.count} images; at least 2 each")
+    root_a, cut_a = _root(a.covariance_FF)
+    root_b, cut_b = _root(b.covariance_FF)
+    trace_a, trace_b = float(np.trace(a.covariance_FF)), float(np.trace(b.covariance_FF))
+    singular = np.linalg.svd(root_a @ root_b.T, compute_uv=False) if len(root_a) and len(root_b) else np.zeros(1)
+    mean_term = float(np.sum((a.mean_F - b.mean_F) ** 2))
+    value = mean_term + trace_a + trace_b - 2 * float(singular.sum())
+    epsilon = float(np.finfo(np.float64).eps)
+    backward = len(singular) * a.dimension * epsilon * float(singular.max())
+    error = 2 * (np.sqrt(cut_a * trace_b) + np.sqrt(cut_b * trace_a) + backward)
+    return FrechetDistance(value, mean_term, float(error), (len(root_a), len(root_b)))
+
+
+def _root(covariance_FF: Float64) -> tuple[Float64, float]:
+    """R of shape [rank, F] with RᵀR = Σ, and the sum of the absolute eigenvalues that were set to zero."""
+    eigenvalues, vectors = np.linalg.eigh((covariance_FF + covariance_FF.T) / 2)
+    threshold = len(eigenvalues) * np.finfo(np.float64).eps * max(float(np.abs(eigenvalues).max()), 0.0)
+    kept = eigenvalues > threshold
+    root: Float64 = np.sqrt(eigenvalues[kept])[:, None] * vectors[:, kept].T
+    return root, float(np.abs(eigenvalues[~kept]).sum())
+
+
+def precision_recall(
+    real_NF: NDArray[np.floating], fake_MF: NDArray[np.floating], k: int = 3
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
+
+    The manifold of a set is the union of the balls around its points that reach to their k-th nearest neighbour in
+    the set. Precision is the share of `fake_MF` in the manifold of `real_NF`, recall the share of `real_NF` in the
+    manifold of `fake_MF`.
+    """
+    if min(len(real_NF), len(fake_MF)) <= k:
+        raise ValueError(
+            f"{len(real_NF)} real and {len(fake_MF)} drawn images; more than k = {k} of each are needed"
+        )
+    centre_F = np.asarray(real_NF, dtype=np.float64).mean(axis=0)
+    real, fake = np.asarray(real_NF, np.float64) - centre_F, np.asarray(fake_MF, np.float64) - centre_F
+    return _share_inside(fake, real, _radii(real, k)), _share_inside(real, fake, _radii(fake, k))
+
+
+def _squared_distances(x_NF: Float64, y_MF: Float64) -> Float64:
+    squared: Float64 = (x_NF**2).sum(1)[:, None] + (y_MF**2).sum(1)[None, :] - 2 * (x_NF @ y_MF.T)
+    return np.maximum(squared, 0)
+
+
+def _radii(x_NF: Float64, k: int) -> Float64:
+    """Squared distance of each point to its k-th nearest other point."""
+    radii = np.empty(len(x_NF))
+    for start in range(0, len(x_NF), _BLOCK):
+        squared = _squared_distances(x_NF[start : start + _BLOCK], x_NF)
+        rows = np.arange(len(squared))
+        squared[rows, start + rows] = np.inf  # a point is no neighbour of its own
+        radii[start : start + _BLOCK] = np.partition(squared, k - 1, axis=1)[:, k - 1]
+    return radii
+
+
+def _share_inside(points_NF: Float64, centres_MF: Float64, radii_M: Float64) -> float:
+    inside = 0
+    for start in range(0, len(points_NF), _BLOCK):
+        squared = _squared_distances(points_NF[start : start + _BLOCK], centres_MF)
+        inside += int((squared <= radii_M).any(axis=1).sum())
+    return inside / len(points_NF)
+
+
+def inception_score(
+    probabilities_NP: NDArray[np.floating], split: int = INCEPTION_SCORE_SPLIT
+) -> tuple[float, float, int]:
+    """Inception Score (Salimans et al. 2016): exp of the mean KL(p(y|x) ‖ p(y)) over splits of `split` images.
+
+    Returns:
+        Mean and standard deviation over the splits, and the number of splits.
+    """
+    scores = []
+    for start in range(0, len(probabilities_NP), split):
+        p_NP = np.asarray(probabilities_NP[start : start + split], dtype=np.float64)
+        log_p_NP = np.log(np.maximum(p_NP, np.finfo(np.float64).tiny))
+        log_marginal_P = np.log(np.maximum(p_NP.mean(axis=0), np.finfo(np.float64).tiny))
+        scores.append(np.exp((p_NP * (log_p_NP - log_marginal_P)).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores)), len(scores)

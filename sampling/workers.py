@@ -1,0 +1,85 @@
+"""The processes of one evaluation job, as accelerate sees them."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from ditmoe.model.errors import UserError
+
+CPU = torch.device("cpu")
+_LONGEST_WAIT = timedelta(days=2)
+"""How long a process waits for another, which may be training a classifier or reading a whole dataset."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those of the job."""
+
+    rank: int = 0
+    ranks: int = 1
+    device: torch.device = CPU
+    _all_well: Callable[[bool], bool] = lambda well: well
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what the job writes once."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self._all_well(True)
+
+    def leave(self) -> None:
+        """Let go of the other processes at the end."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Let the first process do something while the others wait.
+
+        Raises:
+            UserError: on the first process, when the action raised it.
+            SystemExit: on the others then, so that the message comes once.
+        """
+        problem = None
+        if self.first:
+            try:
+                action()
+            except UserError as error:
+                problem = error
+        if not self._all_well(problem is None):
+            raise problem if problem is not None else SystemExit(2)
+
+
+def join_workers() -> Workers:
+    """Join the processes that the launcher, torchrun or srun started; alone when there are none.
+
+    Uses gloo on the CPU and NCCL on GPUs, one process per GPU.
+
+    Raises:
+        UserError: more processes than GPUs.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather
+
+    gpus = torch.cuda.device_count()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if 0 < gpus <= local_rank:
+        raise UserError(
+            f"process {local_rank + 1} on this machine has no GPU; expected at most --processes {gpus}"
+        )
+    on_cpu = gpus == 0
+    # `cpu=True` is given, because accelerate would otherwise choose by what accelerators it believes to see.
+    state = PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
+    ranks = int(state.num_processes)
+    device = torch.device("cpu") if on_cpu else torch.device(state.device)
+
+    def all_well(well: bool) -> bool:
+        if ranks == 1:
+            return well
+        return bool(gather(torch.tensor([int(well)], device=device)).min().item())
+
+    return Workers(int(state.process_index), ranks, device, all_well)

@@ -1,0 +1,122 @@
+"""Checks across sections name the keys and both values; what follows from data and processes is filled in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ditmoe.data.index import DatasetIndex, load_index
+from ditmoe.launcher.checks import layout_of, resolve
+from ditmoe.launcher.config import load_config
+from ditmoe.launcher.processes import known_processes, process_count
+from ditmoe.launcher.sections import LaunchConfig
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.layout import Layout
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def index(shards: Path) -> DatasetIndex:
+    return load_index(shards)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["parallel.data=4"], ["parallel.data = 4", "2 / (1 × 1) = 2"]),
+        (["parallel.expert=4"], ["parallel.expert = 4", "parallel.data = 2"]),
+        (
+            ["launch.processes=3", "parallel.expert=3", "train.batch=12"],
+            ["parallel.expert = 3", "model.experts = 4"],
+        ),
+        (["model.experts=0", "model.experts_per_token=0"], ["parallel.expert = 2", "model.experts = 0"]),
+        (["train.batch=20"], ["train.batch = 20", "4 × 2 = 8"]),
+        (["train.batch=15", "train.micro_batch=null"], ["train.batch = 15", "parallel.data = 2"]),
+        (["train.precision=bf16", "parallel.zero=0"], ["train.precision = bf16", "parallel.zero = 0"]),
+        (["model.balance_group=3"], ["model.balance_group = 3", "train.micro_batch = 4", "= 8"]),
+        (["preview.sampler.sampler=ddim"], ["preview.sampler.sampler = ddim", "rectified_flow"]),
+        (
+            ["objective.kind=ddpm", "preview.sampler.steps=1001"],
+            ["preview.sampler.steps = 1001", "ddpm", "1000"],
+        ),
+        (["objective.kind=ddpm", "model.learn_sigma=false"], ["objective.kind = ddpm", "learn_sigma = false"]),
+        (
+            ["model.label_dropout=0", "preview.sampler.cfg_scale=2"],
+            ["cfg_scale = 2", "model.label_dropout = 0"],
+        ),
+        (
+            ["model.channels=1", "preview.sampler.cfg_channels=3"],
+            ["cfg_channels = 3", "model.channels = 1"],
+        ),
+        (["deepspeed.train_batch_size=4"], ["deepspeed.train_batch_size", "train.batch"]),
+        (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "parallel.zero"]),
+        (["deepspeed.gradient_clipping=1"], ["deepspeed.gradient_clipping", "optim.clip"]),
+        (["deepspeed.optimizer={type: SGD}"], ["deepspeed.optimizer", "optim"]),
+    ],
+)
+def test_each_check(write_config: Write, overrides: list[str], found: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(write_config(), overrides)
+    heading, line = str(caught.value).splitlines()
+    assert heading.endswith(": 1 problem")
+    for part in found:
+        assert part in line
+
+
+def test_checks_without_known_processes(write_config: Write) -> None:
+    """The number of GPUs is not asked for when a file is read."""
+    path = write_config(launch={}, parallel={"expert": 8})
+    with pytest.raises(UserError, match=r"parallel\.expert = 8 must divide model\.experts = 4"):
+        load_config(path, [])
+    with pytest.raises(UserError, match=r"train\.micro_batch = 5"):
+        load_config(write_config(launch={}), ["train.micro_batch=5"])
+
+
+def test_resolve_fills_in_what_follows(write_config: Write, index: DatasetIndex) -> None:
+    config = resolve(load_config(write_config(), ["train.micro_batch=null"]), index, 2)
+    assert config.model.complete
+    assert (config.model.image_size, config.model.channels, config.model.num_classes) == (8, 1, 10)
+    assert (config.parallel.data, config.train.micro_batch) == (2, 8)
+    assert layout_of(config) == Layout(pipe=1, data=2, expert=2, tensor=1, zero=1, micro_batch=8, accumulation=1)
+
+
+def test_layout_facts(write_config: Write, index: DatasetIndex) -> None:
+    config = load_config(write_config(), ["launch.processes=4", "train.batch=32", "train.micro_batch=4"])
+    layout = layout_of(resolve(config, index, 4))
+    assert (layout.processes, layout.batch, layout.accumulation, layout.expert_copies) == (4, 32, 2, 2)
+    assert [layout.expert_rank(rank) for rank in range(4)] == [0, 1, 0, 1]
+    assert list(layout.expert_slice(3, 4)) == [2, 3]
+    assert "stage 0, copy 1 of the experts: rank 2: experts 0–1 | rank 3: experts 2–3" in layout.picture(4)
+    assert "stage 0: rank 0 to 3" in layout.picture(0)
+
+
+def test_whole_micro_step_is_a_balance_group(write_config: Write, index: DatasetIndex) -> None:
+    config = load_config(write_config(), ["model.balance_group=8"])
+    assert resolve(config, index, 2).model.balance_group == 8
+
+
+def test_data_that_do_not_fit(write_config: Write, index: DatasetIndex, shards: Path) -> None:
+    overrides = ["model.image_size=16", "model.channels=3", "model.num_classes=10"]
+    with pytest.raises(UserError) as caught:
+        resolve(load_config(write_config(), overrides), index, 2, origin="tiny.yaml")
+    assert str(caught.value).splitlines() == [
+        "tiny.yaml: 2 problems",
+        f"  model.image_size = 16, but the data of {shards} have 8; expected the same, or null",
+        f"  model.channels = 3, but the data of {shards} have 1; expected the same, or null",
+    ]
+    with pytest.raises(UserError, match=rf"model\.patch = 3 must divide the image size of {shards}, 8"):
+        resolve(load_config(write_config(), ["model.patch=3"]), index, 2)
+
+
+def test_known_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known_processes(LaunchConfig(device="cpu")) == 1
+    assert known_processes(LaunchConfig(processes=3)) == 3
+    assert known_processes(LaunchConfig()) is None
+    assert process_count(LaunchConfig(device="cpu", processes=3)) == 3
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert known_processes(LaunchConfig(processes=3)) == 6
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(UserError, match="WORLD_SIZE = nothing"):
+        known_processes(LaunchConfig())

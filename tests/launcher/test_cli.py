@@ -1,0 +1,104 @@
+"""The command line: answers at once, exit codes, and messages without tracebacks."""
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ditmoe.launcher.cli import VERBS
+from ditmoe.launcher.reference import render
+
+ROOT = Path(__file__).resolve().parents[2]
+Write = Callable[..., Path]
+
+
+def ditmoe(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ditmoe.launcher", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **variables},
+    )
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_answers_in_half_a_second(verb: str | None) -> None:
+    arguments = ["--help"] if verb is None else [verb, "--help"]
+    seconds = []
+    for _ in range(3):
+        begin = processor_seconds()
+        done = ditmoe(*arguments)
+        seconds.append(processor_seconds() - begin)
+        assert done.returncode == 0 and "Usage: ditmoe" in done.stdout, done.stderr
+    assert min(seconds) < 0.5
+
+
+def processor_seconds() -> float:
+    """Of all commands so far: on an idle machine they are the time that passes, and on a busy one still hold."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_are_imported_without_torch(verb: str) -> None:
+    code = f"import sys, {VERBS[verb].module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_help_lists_every_verb() -> None:
+    shown = ditmoe("--help").stdout
+    for verb, (_, line) in VERBS.items():
+        assert verb in shown and line in shown
+    assert ditmoe().returncode == 2
+
+
+def test_version() -> None:
+    assert ditmoe("--version").stdout == f"ditmoe {version('ditmoe')}\n"
+
+
+def test_unknown_verb_and_option() -> None:
+    done = ditmoe("trian")
+    assert done.returncode == 2 and "Did you mean 'train'?" in done.stderr
+    done = ditmoe("train", "x.yaml", "--dryrun")
+    assert done.returncode == 2 and "--dry-run" in done.stderr
+
+
+def test_a_user_error_has_no_traceback(tmp_path: Path) -> None:
+    done = ditmoe("train", str(tmp_path / "none.yaml"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory; expected a YAML configuration\n"
+    )
+
+
+def test_missing_data_are_found_before_anything_starts(write_config: Write, tmp_path: Path) -> None:
+    path = write_config(data={"sources": [{"path": "nowhere"}]})
+    done = ditmoe("train", str(path))
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere: no such folder")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run(write_config: Write, tmp_path: Path) -> None:
+    done = ditmoe("train", str(write_config()), "--dry-run", "optim.lr=2e-4")
+    assert done.returncode == 0, done.stderr
+    values = yaml.safe_load(done.stdout)
+    assert values["model"]["image_size"] == 8 and values["parallel"]["data"] == 2
+    assert values["optim"]["lr"] == 2e-4
+    assert "rank 0: experts 0–1 | rank 1: experts 2–3" in done.stdout
+    for word in ("total", "activated", "weights", "gradients", "optimiser", "EMA"):
+        assert f"# {word} " in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_configuration_page_is_up_to_date() -> None:
+    page = ROOT / "docs" / "configuration.md"
+    assert page.read_text(encoding="utf-8") == render(), (
+        "run: python -m ditmoe.launcher.reference > docs/configuration.md"
+    )

@@ -1,0 +1,84 @@
+"""Checkpoints: bit-exact continuation, other layouts, damage, and what retention keeps."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint import (
+    MARKER,
+    checkpoints,
+    damaged,
+    newest_checkpoint,
+    read_info,
+    read_weights,
+    superseded,
+)
+
+Runner = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.mark.timeout(280)
+def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runner, tmp_path: Path) -> None:
+    folders = {zero: tmp_path / f"zero-{zero}" for zero in range(4)}
+    first = [{"zero": zero, "expert": 2, "steps": 4, "save": str(path)} for zero, path in folders.items()]
+    whole = [{"zero": zero, "expert": 2, "steps": 8} for zero in folders]
+    later = [{"zero": zero, "expert": 2, "steps": 8, "load": str(path)} for zero, path in folders.items()]
+    results = run_cases(2, first + whole + later)
+    for zero in folders:
+        uninterrupted, continued = results[4 + zero], results[8 + zero]
+        assert continued["curve"] == uninterrupted["curve"][4:], f"ZeRO {zero}"
+        assert continued["ema"] == uninterrupted["ema"], f"ZeRO {zero}"
+    # The same files, read by another world: one process, and ZeRO stages that did not write them.
+    moved = [{"zero": (zero + 2) % 4, "steps": 8, "load": str(path)} for zero, path in folders.items()]
+    for zero, result in zip(folders, run_cases(1, moved), strict=True):
+        expected = np.array(results[4 + zero]["curve"])[4:]
+        assert np.max(np.abs(np.array(result["curve"]) / expected - 1)) <= 1e-5, f"from ZeRO {zero}"
+    weights = [read_weights(newest_checkpoint(path), "ema") for path in folders.values()]  # type: ignore[arg-type]
+    for name, tensor in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+    assert "blocks.2.moe.experts.3.down_proj.weight" in weights[0]
+    _check_damage(folders[1])
+
+
+def _check_damage(run: Path) -> None:
+    """Truncation, bit flips and a missing marker are seen."""
+    path = newest_checkpoint(run)
+    assert path is not None
+    info = read_info(path)
+    assert damaged(info, info.files) == []
+    name = sorted(name for name in info.files if name.startswith("ema/"))[0]
+    good = (path / name).read_bytes()
+    (path / name).write_bytes(good[:-1])
+    assert "bytes found" in damaged(info, [name])[0]
+    flipped = bytearray(good)
+    flipped[-3] ^= 4
+    (path / name).write_bytes(flipped)
+    assert "checksum" in damaged(info, [name])[0]
+    with pytest.raises(UserError, match=r"ema/shard-.*checksum"):
+        read_weights(path, "ema")
+    read_weights(path, "weights")
+    (path / name).write_bytes(good)
+    facts = json.loads((path / MARKER).read_text())
+    (path / MARKER).write_text(json.dumps({**facts, "format": 99}))
+    with pytest.raises(UserError, match="format 99 found, expected 1"):
+        read_info(path)
+    (path / MARKER).write_text(json.dumps(facts)[:50])
+    with pytest.raises(UserError, match="not a checkpoint's marker"):
+        read_info(path)
+    (path / MARKER).unlink()
+    assert checkpoints(run) == [] and newest_checkpoint(run) is None
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "gone"),
+    [(1, None, [10, 20, 30]), (2, None, [10, 20]), (2, 20, [10]), (9, None, [])],
+)
+def test_retention(keep_last: int, keep_every: int | None, gone: list[int]) -> None:
+    assert superseded([30, 10, 40, 20], keep_last, keep_every) == gone

@@ -1,0 +1,137 @@
+"""Runs training engines on a tiny network in every process of a group: `python worker.py CASES.json OUT.json`.
+
+Each case is a layout and settings; per case, rank 0 writes the curve of losses, balance losses and gradient norms.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ditmoe.model import randomness
+from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.initialise import initialise
+from ditmoe.model.objective import make_objective
+from ditmoe.parallel import processes
+from ditmoe.parallel.config import CheckpointConfig, OptimConfig
+from ditmoe.parallel.engine import MicroBatch, TrainingEngine
+from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.training_state import load_training_state, save_training_state
+
+CLASSES = 10
+SHAPE = (1, 8, 8)
+DEFAULTS: dict[str, Any] = {
+    "objective": "rectified_flow",
+    "expert": 1,
+    "zero": 1,
+    "batch": 8,
+    "micro_batch": 2,
+    "steps": 20,
+    "clip": None,
+    "precision": "fp32",
+    "checkpointing": False,
+    "balance_group": 1,
+    "experts": 4,
+    "save": None,
+    "load": None,
+}
+
+
+def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
+    """The engine of a case, with weights that depend on the seed alone."""
+    world = dist.get_world_size()
+    layout = Layout(
+        pipe=1,
+        data=world,
+        expert=case["expert"],
+        tensor=1,
+        zero=case["zero"],
+        micro_batch=case["micro_batch"],
+        accumulation=case["batch"] // (case["micro_batch"] * world),
+    )
+    config = ModelConfig(
+        depth=3,
+        hidden=32,
+        heads=4,
+        patch=2,
+        experts=case["experts"],
+        experts_per_token=2 if case["experts"] else 0,
+        image_size=8,
+        channels=1,
+        num_classes=CLASSES,
+        balance_weight=0.05,
+        balance_group=case["balance_group"],
+    )
+    network = DiT(config)
+    initialise(network, seed=0)
+    network.checkpoint_blocks = case["checkpointing"]
+    return TrainingEngine(
+        network,
+        make_objective(ObjectiveConfig(kind=case["objective"])),
+        layout,
+        OptimConfig(lr=1e-3, clip=case["clip"]),
+        EmaConfig(),
+        case["precision"],
+        {},
+        device,
+    )
+
+
+def micro_batches(
+    engine: TrainingEngine, case: dict[str, Any], step: int, device: torch.device
+) -> list[MicroBatch]:
+    """This rank's part of a step's global batch: samples and draws are functions of their positions."""
+    layout, rank = engine.layout, dist.get_rank()
+    objective = make_objective(ObjectiveConfig(kind=case["objective"]))
+    batches = []
+    for micro_step in range(layout.accumulation):
+        first = step * layout.batch + (micro_step * layout.data + rank) * layout.micro_batch
+        positions = list(range(first, first + layout.micro_batch))
+        draws = objective.draw(0, positions, SHAPE, label_dropout=0.1)
+        label_B = torch.where(draws.drop_B, CLASSES, torch.tensor([p % CLASSES for p in positions]))
+        x_BCHW = randomness.normal(1, "image", positions, SHAPE).clamp(-1, 1)
+        batches.append(MicroBatch(x_BCHW.to(device), label_B.to(device), draws.to(device)))
+    return batches
+
+
+def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Train a case; what is compared between layouts."""
+    engine = make_engine(case, device)
+    if case["load"]:
+        info, skipped = load_training_state(Path(case["load"]), engine)
+        assert info is not None and not skipped, skipped
+    curve = []
+    for step in range(engine.step, case["steps"]):
+        result = engine.train_step(micro_batches(engine, case, step, device), lr=1e-3, stop_requested=False)
+        curve.append([result.loss, result.balance_loss, result.grad_norm])
+    with engine.ema_weights() as network, torch.no_grad():
+        x_BCHW = torch.linspace(-1, 1, 128, device=device).view(2, *SHAPE)
+        timestep_B = torch.full((2,), 0.5, device=device)
+        ema = network(x_BCHW, timestep_B, torch.tensor([1, 2], device=device)).double().square().sum().item()
+    if case["save"]:
+        save_training_state(
+            Path(case["save"]), engine, engine.step * case["batch"], {}, {}, {"name": "test"}, CheckpointConfig()
+        )
+    return {"curve": curve, "ema": ema, "owned": sum(f.weight.numel() for f in engine.fragments)}
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "gpu" in sys.argv else torch.device("cpu")
+    processes.join(device)
+    results = [run({**DEFAULTS, **case}, device) for case in cases]
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""An evaluation of a run folder, from the options to the metrics, with a small network of random weights."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ditmoe.data.pack import PackSettings, pack
+from ditmoe.data.sources import open_source
+from ditmoe.model.canonical import canonical_state
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint import checkpoint_path, write_weights_checkpoint
+from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.evaluate import stored_result
+from ditmoe.sampling.evaluate_run import EvaluationOptions, default_cache, evaluate_run, prepare_job
+
+MODEL = ModelConfig(
+    depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    pack(open_source("digits", count=None, seed=0), folder, PackSettings(count=300))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    path = tmp_path / "run"
+    torch.manual_seed(0)
+    network = DiT(MODEL)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    write_weights_checkpoint(checkpoint_path(path, 0), MODEL, ObjectiveConfig(), canonical_state(network), None)
+    return path
+
+
+def options_for(run: Path, shards: Path | None) -> EvaluationOptions:
+    return EvaluationOptions(
+        source=run,
+        sampler=SamplerConfig(steps=2, seed=1),
+        count=20,
+        batch=8,
+        data=shards,
+        recogniser=False,
+        cache=run / "cache",
+    )
+
+
+def test_a_run_is_evaluated_once(run: Path, shards: Path) -> None:
+    job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    assert job.folder.parent == run / "evaluations"
+    metrics = evaluate_run(job)
+    assert metrics == stored_result(job)
+    assert metrics["evaluation"]["sampler"]["sampler"] == "euler"  # of a rectified flow
+    assert metrics["evaluation"]["objective"] == {"kind": "rectified_flow"}
+    assert metrics["evaluation"]["nfe"] == 2
+    assert metrics["evaluation"]["device"] == (
+        "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    )
+    with np.load(job.folder / "samples.npz") as samples:
+        first = samples["arr_0"]
+    # The same images, drawn in another batch and chunk.
+    other = replace(job, folder=run / "again", batch=20, chunk=20)
+    evaluate_run(other)
+    with np.load(other.folder / "samples.npz") as samples:
+        # Another batch shape changes an image by rounding of 1e-4 at most: seldom by a step of 1/255.
+        assert np.abs(samples["arr_0"].astype(int) - first.astype(int)).max() <= 1
+
+
+def test_what_does_not_fit_is_told_before_anything_starts(run: Path, shards: Path, tmp_path: Path) -> None:
+    options = options_for(run, shards)
+    with pytest.raises(UserError, match="give the folder of real images with --data"):
+        prepare_job(replace(options, data=None))
+    with pytest.raises(UserError, match="expected only with --features inception"):
+        prepare_job(replace(options, features_path=tmp_path / "x.pt"))
+    with pytest.raises(UserError, match=r"x\.pt: no such file"):
+        prepare_job(replace(options, features="inception", features_path=tmp_path / "x.pt"))
+    with pytest.raises(UserError, match="no such folder"):
+        prepare_job(replace(options, source=tmp_path / "nowhere"))
+    pack(open_source("shapes", count=20, classes=3, image_size=16, seed=0), tmp_path / "shapes", PackSettings())
+    with pytest.raises(
+        UserError, match="image_size is 16, expected 8; channels is 3, expected 1; num_classes is 3, expected 10"
+    ):
+        prepare_job(replace(options, data=tmp_path / "shapes"))
+
+
+def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "ditmoe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "ditmoe"

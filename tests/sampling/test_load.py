@@ -1,0 +1,122 @@
+"""Reading a model from a run or a checkpoint, and the `sample` command on it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from ditmoe.launcher.commands.sample import choose_classes, command, picture_name
+from ditmoe.model.canonical import canonical_state
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.model.initialise import initialise
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
+from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.load import find_checkpoint, load_model
+
+CONFIG = ModelConfig(
+    depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=3
+)
+NAMES = ("zero", "one", "two")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run with checkpoints of the steps 10 and 20, and one of step 30 that was never finished."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in (10, 20):
+        states = []
+        for seed in (step, step + 1):
+            network = DiT(CONFIG)
+            initialise(network, seed)
+            states.append(canonical_state(network))
+        path = checkpoint_path(folder, step)
+        path.parent.mkdir(exist_ok=True)
+        write_weights_checkpoint(path, CONFIG, ObjectiveConfig(), states[0], states[1], NAMES)
+        marker = path / MARKER
+        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"step": step}))
+    checkpoint_path(folder, 30).mkdir()
+    return folder
+
+
+def first_weight(seed: int) -> torch.Tensor:
+    network = DiT(CONFIG)
+    initialise(network, seed)
+    return network.x_embedder.proj.weight
+
+
+def test_the_newest_ema_is_the_default(run):
+    model = load_model(run)
+    assert model.info is not None and model.info.path == checkpoint_path(run, 20)
+    assert torch.equal(model.network.x_embedder.proj.weight, first_weight(21))
+    assert model.class_names == NAMES and model.model_config == CONFIG
+    assert model.objective_config.kind == "rectified_flow"
+    assert not model.network.training and not any(p.requires_grad for p in model.network.parameters())
+
+
+def test_other_steps_and_weights(run):
+    plain = load_model(run, "weights", step=10)
+    assert torch.equal(plain.network.x_embedder.proj.weight, first_weight(10))
+    alone = load_model(checkpoint_path(run, 10))
+    assert torch.equal(alone.network.x_embedder.proj.weight, first_weight(11))
+    assert len({plain.fingerprint, alone.fingerprint, load_model(run).fingerprint}) == 3
+    assert load_model(run, step=10).fingerprint == alone.fingerprint
+
+
+def test_nothing_to_load(run, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no complete checkpoint found"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match="no complete checkpoint of step 30; found steps: 10, 20"):
+        find_checkpoint(run, 30)
+    with pytest.raises(UserError, match="is one checkpoint"):
+        find_checkpoint(checkpoint_path(run, 10), 10)
+
+
+def test_sample_draws_a_picture(run, capsys):
+    command(run, classes="two,0", count=5, steps=3, cfg_scale=1.5, seed=4)
+    path = run / "samples" / "step-00000020_euler_3steps_cfg1.5_seed4_classes-two-0.png"
+    with Image.open(path) as picture:
+        assert picture.size == (2 + 2 * 66, 2 + 18 + 3 * 66)
+    out = capsys.readouterr().out
+    assert str(path) in out and "NFE 3 per image (6 network evaluations)" in out and "s per image" in out
+
+
+def test_sample_to_a_file_of_ones_own(run, tmp_path, capsys):
+    command(checkpoint_path(run, 10), classes="1", steps=2, sampler=None, out=tmp_path / "ones.png")
+    with Image.open(tmp_path / "ones.png") as picture:
+        assert picture.size == (2 + 8 * 66, 2 + 66)
+
+
+def test_choosing_classes():
+    assert choose_classes(None, NAMES) == [0, 1, 2]
+    assert choose_classes("one, 2", NAMES) == [1, 2]
+    assert choose_classes("7", ("7", "8")) == [0]  # a name comes before a number
+    many = choose_classes(None, tuple(map(str, range(1000))))
+    assert len(many) == 16 and many[0] == 0 and many[-1] == 937
+    with pytest.raises(
+        UserError, match="'three', '3' found; expected numbers from 0 to 2, or names: zero, one, two"
+    ):
+        choose_classes("three,1,3", NAMES)
+
+
+def test_the_name_states_what_departs_from_the_defaults():
+    config = SamplerConfig(
+        sampler="ddim", ddim_eta=0.5, grid="karras", cfg_scale=2, cfg_channels=3, precision="bf16"
+    )
+    name = picture_name(7, "weights", None, config)
+    assert name == "step-00000007_ddim_250steps_grid-karras_eta0.5_cfg2_on3channels_seed0_weights_bf16.png"
+
+
+def test_sample_refuses_what_does_not_fit(run, tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint found"):
+        command(tmp_path)
+    with pytest.raises(UserError, match="cfg_channels = 2"):
+        command(run, cfg_scale=2.0, cfg_channels=2)
+    with pytest.raises(UserError, match="--device nonsense: not usable here"):
+        command(run, device="nonsense")
+    assert not (tmp_path / "samples").exists()
