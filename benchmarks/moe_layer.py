@@ -38,8 +38,10 @@ def loop_over_experts(layer: MoE, x_BTD: Tensor) -> Tensor:
     return out_TD.view_as(x_BTD)
 
 
-def timed(run: Callable[[Tensor], Tensor], x_BTD: Tensor, backward: bool) -> float:
+def timed(run: Callable[[Tensor], Tensor], module: nn.Module, x_BTD: Tensor, backward: bool) -> float:
     """Seconds of one forward pass, with its backward pass if asked."""
+    module.zero_grad()
+    x_BTD.grad = None
     start = time.perf_counter()
     if backward:
         run(x_BTD).square().mean().backward()
@@ -70,7 +72,9 @@ def main() -> None:
         f"{name}, {arguments.threads} threads, torch {torch.__version__}: hidden {hidden}, {arguments.tokens} "
         f"tokens, {arguments.experts} experts, top-{active}, {shared} shared"
     )
-    print(f"{'dtype':<10}{'pass':<10}{'layer (ms)':>12}{'dense':>10}{'loop':>10}{'layer/dense':>14}{'layer/loop':>14}")
+    print(
+        f"{'dtype':<10}{'pass':<9}{'layer (ms)':>11}{'dense':>9}{'loop':>9}{'layer/dense':>13}{'layer/loop':>12}"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         balance = BalanceLoss(arguments.experts, 0.005, arguments.tokens // 4, group=1)
         layer = MoE(hidden, arguments.experts, active, shared, balance).to(device, dtype)
@@ -82,17 +86,16 @@ def main() -> None:
         def loop(x: Tensor, layer: MoE = layer) -> Tensor:
             return loop_over_experts(layer, x)
 
+        runs: list[tuple[Callable[[Tensor], Tensor], nn.Module]] = [(layer, layer), (dense, dense), (loop, layer)]
         for backward in (False, True):
-            rounds = [
-                [timed(run, x_BTD, backward) for run in (layer, dense, loop)] for _ in range(arguments.rounds + 2)
-            ][2:]
+            rounds = [[timed(*run, x_BTD, backward) for run in runs] for _ in range(arguments.rounds + 3)][3:]
             times = [1000 * statistics.median(column) for column in zip(*rounds, strict=True)]
             to_dense = statistics.median(row[0] / row[1] for row in rounds)
             to_loop = statistics.median(row[0] / row[2] for row in rounds)
             label = "fwd+bwd" if backward else "forward"
             print(
-                f"{str(dtype)[6:]:<10}{label:<10}{times[0]:>12.1f}{times[1]:>10.1f}{times[2]:>10.1f}"
-                f"{to_dense:>14.3f}{to_loop:>14.3f}",
+                f"{str(dtype)[6:]:<10}{label:<9}{times[0]:>11.1f}{times[1]:>9.1f}{times[2]:>9.1f}"
+                f"{to_dense:>13.3f}{to_loop:>12.3f}",
                 flush=True,
             )
 

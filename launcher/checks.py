@@ -106,21 +106,10 @@ def check_precision(parallel: ParallelConfig, train: TrainConfig) -> list[str]:
     return []
 
 
-def check_preview(preview: PreviewConfig, objective: ObjectiveConfig, model: ModelConfig) -> list[str]:
-    """The preview's sampler can sample what the objective trains."""
+def check_preview(preview: PreviewConfig, model: ModelConfig) -> list[str]:
+    """The preview's guidance fits the model."""
     problems = []
     sampler = preview.sampler
-    name = sampler.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
-    if name in ("ddpm", "ddim") and objective.kind != "ddpm":
-        problems.append(
-            f"preview.sampler.sampler = {name} needs objective.kind = ddpm, found {objective.kind};"
-            " expected euler or heun"
-        )
-    elif name in ("ddpm", "ddim") and sampler.steps > 1000:
-        problems.append(
-            f"preview.sampler.steps = {sampler.steps} with the sampler {name}: expected at most the 1000 steps"
-            " of DDPM"
-        )
     if sampler.cfg_scale != 1 and model.label_dropout == 0:
         problems.append(
             f"preview.sampler.cfg_scale = {sampler.cfg_scale} needs the null class, which"

@@ -1,12 +1,13 @@
 """The training program that every rank runs."""
 
+import errno
 import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import newest_checkpoint, remove_partials
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine import MicroBatch, NonFiniteLossError, StepResult, TrainingEngine
-from ditmoe.parallel.training_state import load_training_state, save_training_state
+from ditmoe.parallel.training_state import load_training_state, save_training_state, unwritten
 from ditmoe.sampling.generate import generate_float
-from ditmoe.sampling.grid import image_grid
+from ditmoe.sampling.grid import image_grid, save_picture
 from ditmoe.sampling.load import LoadedModel
 
 
@@ -57,11 +58,20 @@ def run_training(config: RunConfig) -> int:
         dist.barrier()
         stop = stack.enter_context(StopSignal())
         trainer = Trainer(config, folder, device, stop)
-        if dist.get_rank() == 0:
-            trainer.open_reports(stack, changes)
-        trainer.train()
+        try:
+            if dist.get_rank() == 0:
+                trainer.open_reports(stack, changes)
+            trainer.train()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise unwritten(error, folder.path, Path(error.filename or folder.path)) from error
     processes.leave()
     return 0
+
+
+DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
 
 
 def _device(config: RunConfig) -> torch.device:
@@ -143,13 +153,14 @@ class Trainer:
             ranks=self.layout.data,
         )
         stopped = False
-        while self.engine.step < steps and not stopped:
-            stopped = self._step(stream).requests > 0
-            step, every = self.engine.step, self.config.train.checkpoint_every
-            if self.config.preview.every and step % self.config.preview.every == 0:
-                self._preview()
-            if stopped or step == steps or step % every == 0:
-                saved = self._save()
+        with closing(stream):
+            while self.engine.step < steps and not stopped:
+                stopped = self._step(stream).requests > 0
+                step, every = self.engine.step, self.config.train.checkpoint_every
+                if self.config.preview.every and step % self.config.preview.every == 0:
+                    self._preview()
+                if stopped or step == steps or step % every == 0:
+                    saved = self._save()
         if stopped and self.engine.step < steps:
             reason = self.stop.name or "a stop on another rank"
             self._say(
@@ -247,6 +258,7 @@ class Trainer:
             return
         images_NHWC = np.concatenate(gathered)[: preview.images].transpose(0, 2, 3, 1)
         picture = image_grid(images_NHWC, columns=min(8, preview.images))
+        save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
         self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
 
     def _not_finite(self, what: str, step: int, batches: list[Batch]) -> UserError:

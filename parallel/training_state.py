@@ -64,7 +64,7 @@ def save_training_state(
             save_runs(partial / part, _runs(engine, part, writing=True))
     except (OSError, CheckpointException) as error:
         _on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True), run_dir, path)
-        raise _unwritten(error, run_dir, path) from None
+        raise unwritten(error, run_dir, path) from None
     facts = {
         "step": engine.step,
         "images": images,
@@ -96,10 +96,10 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
     """Load the newest intact checkpoint of a run into the engine; a collective call.
 
     Returns:
-        The checkpoint's facts, or None where the run has no intact checkpoint, and what was skipped and why.
+        The checkpoint's facts, or None where the run has no checkpoint yet, and what was skipped and why.
 
     Raises:
-        UserError: an intact checkpoint is not of this model.
+        UserError: none of the run's checkpoints is intact, or one is not of this model.
     """
     skipped: list[str] = []
     for path in reversed(checkpoints(run_dir)):
@@ -116,6 +116,12 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
             load_runs(path / part, _runs(engine, part, writing=False))
         engine.resume_at(info.step)
         return info, skipped
+    if skipped:
+        raise UserError(
+            "\n".join(
+                [*skipped, f"{run_dir}: no intact checkpoint is left; remove the folder to start the run anew"]
+            )
+        )
     return None, skipped
 
 
@@ -170,11 +176,11 @@ def _on_first_rank(action: Any, run_dir: Path, path: Path) -> None:
             failure = error
     messages = gather_objects(failure and (failure.errno, str(failure)))
     if messages[0] is not None:
-        raise _unwritten(OSError(*messages[0]), run_dir, path)
+        raise unwritten(OSError(*messages[0]), run_dir, path)
 
 
-def _unwritten(error: BaseException, run_dir: Path, path: Path) -> UserError:
-    """The user's message for a checkpoint that could not be written."""
+def unwritten(error: BaseException, run_dir: Path, path: Path) -> UserError:
+    """The user's message for a file of a run that could not be written."""
     causes: list[BaseException] = [error]
     if isinstance(error, CheckpointException):
         causes = [failure[0] for failure in error.failures.values()]
@@ -182,7 +188,7 @@ def _unwritten(error: BaseException, run_dir: Path, path: Path) -> UserError:
     newest = newest_checkpoint(run_dir)
     hint = "free some space" if getattr(disk, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else "mend that"
     return UserError(
-        f"{path}: the checkpoint could not be written ({disk}). "
+        f"{path}: could not be written ({disk}). "
         f"The newest complete checkpoint is {newest or 'none yet'}; "
         f"{hint} and repeat the command to continue from it"
     )

@@ -1,7 +1,8 @@
 """Images from a loaded model: image i is a function of (seed, i) and its label alone.
 
-All its noise comes from streams keyed by (seed, image number, step), and every batch has the same shape (the last
-one is filled up), so that neither the batch size nor who draws the other images has a say in it.
+All its noise comes from streams keyed by (seed, image number, step), so that neither the batch size nor who draws
+the other images has a say in it beyond rounding. Every batch has the same shape (the last one is filled up),
+because a matrix product of another shape may round otherwise.
 """
 
 from collections.abc import Callable, Sequence

@@ -35,11 +35,6 @@ def index(shards: Path) -> DatasetIndex:
         (["train.batch=15", "train.micro_batch=null"], ["train.batch = 15", "parallel.data = 2"]),
         (["train.precision=bf16", "parallel.zero=0"], ["train.precision = bf16", "parallel.zero = 0"]),
         (["model.balance_group=3"], ["model.balance_group = 3", "train.micro_batch = 4", "= 8"]),
-        (["preview.sampler.sampler=ddim"], ["preview.sampler.sampler = ddim", "rectified_flow"]),
-        (
-            ["objective.kind=ddpm", "preview.sampler.steps=1001"],
-            ["preview.sampler.steps = 1001", "ddpm", "1000"],
-        ),
         (["objective.kind=ddpm", "model.learn_sigma=false"], ["objective.kind = ddpm", "learn_sigma = false"]),
         (
             ["model.label_dropout=0", "preview.sampler.cfg_scale=2"],

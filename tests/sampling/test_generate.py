@@ -12,15 +12,15 @@ from ditmoe.sampling.generate import default_labels, generate, generate_float
 from ditmoe.sampling.load import LoadedModel
 
 
-def tiny_model(kind: str) -> LoadedModel:
-    """A MoE whose zero-initialised layers are filled, so that everything makes a difference."""
+def tiny_model(kind: str, experts: int = 4) -> LoadedModel:
+    """A network whose zero-initialised layers are filled, so that everything makes a difference."""
     config = ModelConfig(
         depth=2,
         hidden=32,
         heads=2,
         patch=2,
-        experts=4,
-        experts_per_token=2,
+        experts=experts,
+        experts_per_token=min(2, experts),
         image_size=8,
         channels=1,
         num_classes=5,
@@ -60,11 +60,19 @@ def test_batch_size_and_company_change_an_image_by_rounding_only(model, config):
 
 
 @pytest.mark.parametrize("config", SAMPLERS, ids=["default", "heun", "ddim guided"])
-def test_equal_batch_shapes_give_equal_bits(model, config):
+def test_equal_batches_give_equal_bits(model, config):
     whole = generate_float(model, None, range(10), config, batch=4).image_NCHW
-    parts = [
-        generate_float(model, None, numbers, config, batch=4).image_NCHW for numbers in (range(3), range(3, 10))
-    ]
+    parts = [generate_float(model, None, part, config, batch=4).image_NCHW for part in (range(4), range(4, 10))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("config", SAMPLERS, ids=["default", "heun", "ddim guided"])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_equal_batch_shapes_give_equal_bits(config, experts):
+    """Whatever other images are in the batch, also where they decide how many rows each expert gets."""
+    model = tiny_model("rectified_flow", experts=experts)
+    whole = generate_float(model, None, range(10), config, batch=4).image_NCHW
+    parts = [generate_float(model, None, part, config, batch=4).image_NCHW for part in (range(3), range(3, 10))]
     assert torch.equal(torch.cat(parts), whole)
 
 

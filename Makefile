@@ -1,0 +1,41 @@
+# Everything here needs a Python from 3.11 on with its venv module, and make; the rest is installed into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all lint clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED) ## install the pinned versions into .venv, or VENV=…, with python3, or PYTHON=…
+
+$(INSTALLED): constraints.txt pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + v + ", expected 3.11 or later: make venv PYTHON=python3.12")'
+	@echo "installing into $(VENV): minutes, the first time"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: venv ## digits → shards → train on 2 processes → sample → evaluate, in minutes on 2 CPU cores
+	@PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
+
+test: venv ## the tests, on the CPU
+	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: venv ## also the long matrices, and the tests that need a GPU where there is one
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: venv ## ruff (rules and layout) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean: ## remove caches and builds; shards, runs and the virtual environment stay
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,90 @@
+"""Sending tokens to their experts and summing what comes back, by row copies alone in both directions.
+
+T tokens, K experts per token, A = T·K assignments sorted by expert, D hidden. Each gather's gradient is another
+gather through the inverse order, so that nothing is scattered: autograd's own index gradients add row by row,
+which is slow on CPUs and in no fixed order on GPUs.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Which rows go where."""
+
+    token_A: Tensor
+    """Token of each assignment, in the experts' order."""
+    order_A: Tensor
+    """Place of each assignment in the tokens' order (token·K + k)."""
+    slot_TK: Tensor
+    """Place of a token's k-th assignment in the experts' order."""
+    counts_N: Tensor
+    """Assignments of each expert."""
+
+
+def assign(selected_TK: Tensor, experts: int) -> Assignments:
+    """Sort the T·K assignments by expert; those of one expert stay in the tokens' order."""
+    expert_A, order_A = selected_TK.flatten().sort(stable=True)
+    slot_A = torch.empty_like(order_A)
+    slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    return Assignments(
+        token_A=order_A // selected_TK.shape[1],
+        order_A=order_A,
+        slot_TK=slot_A.view_as(selected_TK),
+        counts_N=torch.bincount(expert_A, minlength=experts),
+    )
+
+
+def dispatch(x_TD: Tensor, assignments: Assignments) -> Tensor:
+    """Each assignment's token, `[T, D]` → `[A, D]`."""
+    rows: Tensor = _Dispatch.apply(x_TD, assignments)  # type: ignore[no-untyped-call]
+    return rows
+
+
+def combine(result_AD: Tensor, scores_TK: Tensor, assignments: Assignments) -> Tensor:
+    """Each token's results weighted by its scores and summed, `[A, D]` → `[T, D]`."""
+    total: Tensor = _Combine.apply(result_AD, scores_TK, assignments)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, assignments: Assignments) -> Tensor:
+        ctx.save_for_backward(assignments.slot_TK)
+        return x_TD.index_select(0, assignments.token_A)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient_AD,) = gradients
+        (slot_TK,) = ctx.saved_tensors
+        first, *others = slot_TK.unbind(1)
+        gradient_TD = gradient_AD.index_select(0, first)
+        for slot_T in others:
+            gradient_TD += gradient_AD.index_select(0, slot_T)
+        return gradient_TD, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result_AD: Tensor, scores_TK: Tensor, assignments: Assignments) -> Tensor:
+        weight_TK = scores_TK.to(result_AD.dtype)
+        ctx.save_for_backward(result_AD, weight_TK, assignments.token_A, assignments.order_A, assignments.slot_TK)
+        ctx.scores_dtype = scores_TK.dtype
+        first, *others = assignments.slot_TK.unbind(1)
+        total_TD = result_AD.index_select(0, first).mul_(weight_TK[:, :1])
+        for k, slot_T in enumerate(others, start=1):
+            total_TD.addcmul_(result_AD.index_select(0, slot_T), weight_TK[:, k : k + 1])
+        return total_TD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient_TD,) = gradients
+        result_AD, weight_TK, token_A, order_A, slot_TK = ctx.saved_tensors
+        gradient_AD = gradient_TD.index_select(0, token_A)
+        gradient_scores_A = torch.linalg.vecdot(gradient_AD, result_AD)
+        gradient_AD.mul_(weight_TK.flatten()[order_A].unsqueeze(1))
+        return gradient_AD, gradient_scores_A[slot_TK].to(ctx.scores_dtype), None

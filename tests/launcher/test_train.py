@@ -1,0 +1,325 @@
+"""Training end to end, with real processes: kills, signals, full disks and bad data lose nothing."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditmoe.data.index import load_index, write_index
+from ditmoe.parallel.checkpoint import PARTIAL, checkpoints, newest_checkpoint
+
+DITMOE = [sys.executable, "-m", "ditmoe.launcher"]
+CONFIG = """
+run: {{dir: {run}}}
+launch: {{processes: {processes}, device: cpu, threads: 1}}
+model: {{depth: 2, hidden: 32, heads: 4, patch: 2, experts: 4, experts_per_token: 2}}
+data: {{sources: [{{path: {shards}}}], workers: 1, flip: true}}
+parallel: {{expert: {processes}, zero: 1}}
+train: {{steps: 12, batch: 16, precision: fp32, log_every: 1, checkpoint_every: 3}}
+optim: {{lr: 1.0e-3}}
+"""
+COMPARED = ("step", "images", "loss", "balance_loss", "grad_norm", "lr", "expert_load")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits, packed."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    subprocess.run([*DITMOE, "data", "pack", "digits", str(folder)], check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, shards: Path) -> Callable[..., Path]:
+    """Writes the configuration of a run."""
+
+    def make(name: str = "run", processes: int = 2, folder: Path = shards, parent: Path = tmp_path) -> Path:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(CONFIG.format(run=parent / name, processes=processes, shards=folder))
+        return file
+
+    return make
+
+
+def start(config: Path, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*DITMOE, "train", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def train(config: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run to its end."""
+    process = start(config, *overrides, **options)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """What must be equal, of each record."""
+    records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    return [{key: record[key] for key in COMPARED} for record in records]
+
+
+def kill_everything(process: subprocess.Popen[str], run: Path) -> None:
+    """kill -9 the command and all ranks (they hold the run's configuration in their command lines)."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and f"{run}.yaml" in _command_line(entry):
+            os.kill(int(entry.name), signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+def _command_line(entry: Path) -> str:
+    try:
+        return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def reached(run: Path, records: int) -> Callable[[], bool]:
+    """Whether so many records are written by now."""
+    file = run / "stats.jsonl"
+    return lambda: file.exists() and file.read_text().count("\n") >= records
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.001)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> list[dict[str, Any]]:
+    """The curve of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = folder / "run.yaml"
+    file.write_text(CONFIG.format(run=folder / "run", processes=2, shards=shards))
+    result = train(file)
+    assert result.returncode == 0, result.stderr
+    assert "the run is complete: step 12" in result.stdout
+    found = curve(folder / "run")
+    assert [record["step"] for record in found] == list(range(1, 13))
+    return found
+
+
+@pytest.mark.timeout(240)
+def test_kill_at_a_random_step(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    for _ in range(2):
+        done = len(curve(run)) if (run / "stats.jsonl").exists() else 0
+        process = start(config)
+        wait_for(reached(run, done + random.randint(1, 4)), process)
+        kill_everything(process, run)
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(280)
+def test_kill_while_a_checkpoint_is_written(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    for _attempt in range(5):
+        process = start(config, "train.checkpoint_every=1")
+        folder = run / "checkpoints"
+        wait_for(lambda: len(checkpoints(run)) >= 1, process)
+        wait_for(lambda: [*folder.glob(f"*{PARTIAL}/weights/*")], process)  # noqa: B023
+        kill_everything(process, run)
+        if [*folder.glob(f"*{PARTIAL}")]:
+            break
+        shutil.rmtree(run)  # it was finished in that very moment
+    else:
+        pytest.fail("no kill came while a checkpoint was written")
+    before = newest_checkpoint(run)
+    assert before is not None
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {before}" in result.stdout
+    assert not [*folder.glob(f"*{PARTIAL}")]
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_well(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals
+) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    process = start(config, "train.checkpoint_every=1000")
+    wait_for(reached(run, 2), process)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by SIGTERM at step" in out and "repeat the command to continue" in out
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_a_damaged_checkpoint_is_passed_over(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    assert train(config, "train.steps=6").returncode == 0
+    newest = newest_checkpoint(run)
+    assert newest is not None and newest.name == "step-00000006"
+    file = next((newest / "exp_avg").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert "skipped a damaged checkpoint" in result.stdout and file.name in result.stdout
+    assert "resumed from" in result.stdout and "step-00000003: step 3" in result.stdout
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_a_loss_that_is_not_finite_stops_the_run(make_config: Callable[..., Path]) -> None:
+    config = make_config(processes=1)
+    run = config.with_suffix("")
+    assert train(config, "train.steps=3").returncode == 0
+    shutil.copy(run / "config.yaml", run / "kept.yaml")
+    (run / "config.yaml").unlink()  # another learning rate would be refused
+    result = train(config, "optim.lr=1e25")
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
+    assert "the loss is " in result.stderr or "norm is" in result.stderr
+    assert "The last good checkpoint is" in result.stderr and "step-00000003" in result.stderr
+    assert "digits-" in result.stderr and ".tar/" in result.stderr
+    keys = json.loads(next(run.glob("not-finite-step-*.json")).read_text())["samples"]
+    assert len(keys) == 16 and len(set(keys)) == 16
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("zero", [0, 3])
+def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], zero: int) -> None:
+    """Also where the EMA has to be gathered for it; and the grid is there to be looked at."""
+    curves = []
+    for every in ("null", "2"):
+        config = make_config(f"every-{every}")
+        overrides = (f"parallel.zero={zero}", "train.steps=6", f"preview.every={every}", "preview.sampler.steps=3")
+        result = train(config, *overrides, "preview.images=5")
+        assert result.returncode == 0, result.stderr
+        curves.append(curve(config.with_suffix("")))
+    assert curves[0] == curves[1]
+    assert sorted(path.name for path in (config.with_suffix("") / "samples").iterdir()) == [
+        f"preview-step-{step:08d}.png" for step in (2, 4, 6)
+    ]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.timeout(180)
+def test_a_full_disk(
+    make_config: Callable[..., Path], small_disk: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    config = make_config(parent=small_disk)
+    run = small_disk / "run"
+    first = train(config, "train.steps=3")
+    assert first.returncode == 0, first.stderr
+    ballast = run / "ballast"
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with ballast.open("r+b") as file:
+        file.truncate(ballast.stat().st_size - 200_000)  # logs fit, a checkpoint does not
+    result = train(config)
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "No space left on device" in result.stderr and "could not be written" in result.stderr
+    assert "newest complete checkpoint is" in result.stderr and "step-00000003" in result.stderr
+    assert not [*(run / "checkpoints").glob(f"*{PARTIAL}")]
+    ballast.unlink()
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_a_file_that_may_not_grow(make_config: Callable[..., Path]) -> None:
+    """The same without root: the system refuses files beyond a size."""
+    config = make_config(processes=1)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = train(config, preexec_fn=limit)
+    assert result.returncode == 2
+    assert "could not be written" in result.stderr and "File too large" in result.stderr
+    assert "none yet" in result.stderr
+
+
+def break_image(folder: Path) -> str:
+    """Spoil the pixels of the first sample, keeping the tar's size."""
+    shard = sorted(folder.glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"IDAT")
+    content[at + 4 : at + 30] = bytes(26)
+    shard.write_bytes(content)
+    return shard.name
+
+
+def break_label(folder: Path) -> str:
+    index = load_index(folder)
+    write_index(folder, index.model_copy(update={"num_classes": 4, "class_names": index.class_names[:4]}))
+    return "0 to 3"
+
+
+def break_size(folder: Path) -> str:
+    index = load_index(folder)
+    write_index(folder, index.model_copy(update={"image_size": 16}))
+    return "16"
+
+
+def break_tar(folder: Path) -> str:
+    shard = sorted(folder.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-2048])
+    return shard.name
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", [break_image, break_label, break_size, break_tar])
+def test_bad_data(
+    make_config: Callable[..., Path], shards: Path, tmp_path: Path, fault: Callable[[Path], str]
+) -> None:
+    """One message that names the shard and the sample; no traceback."""
+    folder = tmp_path / "broken"
+    shutil.copytree(shards, folder)
+    expected = fault(folder)
+    result = train(make_config(processes=1, folder=folder), "train.steps=200")
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert ".tar" in result.stderr and expected in result.stderr, result.stderr
