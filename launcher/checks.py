@@ -110,6 +110,11 @@ def check_preview(preview: PreviewConfig, model: ModelConfig) -> list[str]:
     """The preview's guidance fits the model."""
     problems = []
     sampler = preview.sampler
+    if sampler.precision != "fp32":
+        problems.append(
+            f"preview.sampler.precision = {sampler.precision}: a preview is drawn by the network that trains, in"
+            " train.precision; expected it left out"
+        )
     if sampler.cfg_scale != 1 and model.label_dropout == 0:
         problems.append(
             f"preview.sampler.cfg_scale = {sampler.cfg_scale} needs the null class, which"
@@ -127,6 +132,16 @@ def check_objective(objective: ObjectiveConfig, model: ModelConfig) -> list[str]
     """DDPM learns its variance."""
     if objective.kind == "ddpm" and not model.learn_sigma:
         return ["objective.kind = ddpm with model.learn_sigma = false: DDPM learns its variance; expected true"]
+    return []
+
+
+def check_schedule(optim: OptimConfig, train: TrainConfig) -> list[str]:
+    """Warm-up and decay fit into the run, one after the other."""
+    if optim.warmup_steps + optim.decay_steps > train.steps:
+        return [
+            f"optim.warmup_steps + optim.decay_steps = {optim.warmup_steps} + {optim.decay_steps} must not exceed"
+            f" train.steps = {train.steps}"
+        ]
     return []
 
 
@@ -152,6 +167,7 @@ CHECKS: tuple[Check, ...] = (
     check_precision,
     check_objective,
     check_preview,
+    check_schedule,
     check_optimiser,
     check_deepspeed,
 )

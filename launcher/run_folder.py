@@ -27,6 +27,7 @@ MAY_CHANGE: Final = (
     "checkpoint",
     "preview",
     "deepspeed",
+    "data.sources",  # where the samples lie; a resume compares their fingerprint with the checkpoint's
     "data.workers",
     "model.preset",  # the shape's own keys say what it is
     "train.steps",
@@ -64,7 +65,7 @@ class RunFolder:
         """Hold the run for this process (rank 0 of a run); the system lets go of it when the process ends.
 
         Raises:
-            UserError: another process holds it, or the folder cannot be made.
+            UserError: another process holds it, the folder cannot be made, or its file system has no locks.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,11 @@ class RunFolder:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(self._locked_message()) from None
+            except OSError as error:
+                raise UserError(
+                    f"{self.lock_file}: cannot be locked ({error.strerror}); expected a file system with locks,"
+                    " such as NFS, or Lustre mounted with -o flock"
+                ) from error
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)

@@ -28,7 +28,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.parallel import processes
-from ditmoe.parallel.checkpoint import newest_checkpoint, remove_partials
+from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove_partials
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine import MicroBatch, NonFiniteLossError, StepResult, TrainingEngine
 from ditmoe.parallel.training_state import load_training_state, save_training_state, unwritten
@@ -75,10 +75,32 @@ DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errn
 
 
 def _device(config: RunConfig) -> torch.device:
-    """This rank's device."""
+    """This rank's device.
+
+    Raises:
+        UserError: this machine has fewer GPUs than processes, or several processes do not know which is theirs.
+    """
     if config.launch.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    gpus, number = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if number is None and layout_of(config).processes > 1:
+        raise UserError("LOCAL_RANK is not set in the environment; expected each process's number on its machine")
+    local_rank = int(number or 0)
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: {gpus} found, and each process needs its own;"
+            f" expected launch.processes = {gpus}, or launch.device = cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _other_data(info: CheckpointInfo, facts: dict[str, Any], source: str) -> UserError:
+    """The message of a run whose position in the sample order would now stand for other samples."""
+    differing = ", ".join(key for key, value in facts.items() if info.dataset.get(key) != value)
+    return UserError(
+        f"data.sources: the samples of {source} are not those that {info.path} was trained on"
+        f" (another {differing}); expected the same shards, or another run.dir"
+    )
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
@@ -116,6 +138,9 @@ class Trainer:
             device,
         )
         info, self.skipped = load_training_state(folder.path, self.engine)
+        self.data_facts = {**self.dataset.facts, "fingerprint": self.dataset.fingerprint}
+        if info is not None and info.dataset != self.data_facts:
+            raise _other_data(info, self.data_facts, config.data.sources[0].path)
         self.resumed = None if info is None else info.path
         self.images = 0 if info is None else info.images
         self.sums = Sums() if info is None else Sums(**info.sums)
@@ -157,10 +182,11 @@ class Trainer:
             while self.engine.step < steps and not stopped:
                 stopped = self._step(stream).requests > 0
                 step, every = self.engine.step, self.config.train.checkpoint_every
-                if self.config.preview.every and step % self.config.preview.every == 0:
-                    self._preview()
                 if stopped or step == steps or step % every == 0:
                     saved = self._save()
+                # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
+                if not stopped and self.config.preview.every and step % self.config.preview.every == 0:
+                    self._preview()
         if stopped and self.engine.step < steps:
             reason = self.stop.name or "a stop on another rank"
             self._say(
@@ -202,7 +228,7 @@ class Trainer:
         return MicroBatch(x_BCHW.to(self.device), label_B.to(self.device), draws.to(self.device))
 
     def _record(self, result: StepResult, rate: float) -> None:
-        """Report the means since the last record."""
+        """Report the means since the last record, and the experts' load in the last step."""
         memory = torch.tensor(peak_memory_gib(self.device), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         rates = self.clock.rates(self.layout.batch)
@@ -232,7 +258,7 @@ class Trainer:
             self.images,
             self.sums.plain(),
             self.config.plain(),
-            self.dataset.facts,
+            self.data_facts,
             self.config.checkpoint,
         )
         if self.report is not None and self.engine.step < self.config.train.steps:

@@ -28,7 +28,8 @@ class _WithGradientOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = gradients
-        return gradient, torch.tensor(ctx.scale, dtype=ctx.loss_dtype, device=gradient.device), None
+        # Filled on the device: a tensor made from a Python number would be copied there, and the copy waited for.
+        return gradient, torch.full((), ctx.scale, dtype=ctx.loss_dtype, device=gradient.device), None
 
 
 class BalanceLoss:
@@ -45,13 +46,18 @@ class BalanceLoss:
         self.gradient_scale = 1.0
         """What the training loss of a micro-batch is multiplied by before its backward pass."""
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
-        """Sums a tensor over the data ranks and gives the sum and the rank count a meaning: set when a group
-        is the whole global micro-step."""
+        """Sums a tensor over the data ranks: set when a group is the whole global micro-step."""
         self.ranks = 1
+        """Data ranks that `sum_over_ranks` sums over."""
         self.last_loss: Tensor | None = None
-        """Mean loss of the layer over the last micro-batch's groups, α included."""
+        """Mean loss of the layer over the last training micro-batch's groups, α included."""
         self.last_load_N: Tensor | None = None
-        """Assignments that each expert got in the last micro-batch."""
+        """Assignments that each expert got in the last forward pass."""
+
+    def recorded(self) -> tuple[Tensor, Tensor]:
+        """`last_loss` and `last_load_N` of a micro-batch that has just been through the layer."""
+        assert self.last_loss is not None and self.last_load_N is not None
+        return self.last_loss, self.last_load_N
 
     def __call__(self, scores_TK: Tensor, probabilities_TN: Tensor, selected_TK: Tensor) -> Tensor:
         """Return the scores, unchanged in value, carrying the balance loss's gradient.
@@ -61,9 +67,11 @@ class BalanceLoss:
             probabilities_TN: softmax of the router's logits, float32.
             selected_TK: the selected experts' numbers.
         """
-        samples = probabilities_TN.shape[0] // self.tokens_per_sample
         chosen = torch.zeros_like(probabilities_TN).scatter_(1, selected_TK, 1.0)
-        self.last_load_N = chosen.detach().sum(0)
+        self.last_load_N = chosen.sum(0)
+        if not torch.is_grad_enabled():
+            return scores_TK  # sampling: any number of images, which need not make whole groups
+        samples = probabilities_TN.shape[0] // self.tokens_per_sample
         local_group = min(self.group // self.ranks, samples)
         by_group = (samples // local_group, local_group * self.tokens_per_sample, self.experts)
         share_GN = chosen.view(by_group).mean(1) / selected_TK.shape[1]
@@ -72,7 +80,7 @@ class BalanceLoss:
         mean_GN = probabilities_TN.view(by_group).mean(1)
         loss = self.weight * self.experts * (share_GN * mean_GN).sum(1).mean()
         self.last_loss = loss.detach()
-        if not torch.is_grad_enabled() or self.weight == 0:
+        if self.weight == 0:
             return scores_TK
         carried: Tensor = _WithGradientOf.apply(scores_TK, loss, self.gradient_scale)  # type: ignore[no-untyped-call]
         return carried

@@ -31,11 +31,13 @@ def assign(selected_TK: Tensor, experts: int) -> Assignments:
     expert_A, order_A = selected_TK.flatten().sort(stable=True)
     slot_A = torch.empty_like(order_A)
     slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    # Counted where each expert's run begins: torch.bincount makes the host wait for a GPU.
+    begins = torch.searchsorted(expert_A, torch.arange(experts + 1, device=expert_A.device))
     return Assignments(
         token_A=order_A // selected_TK.shape[1],
         order_A=order_A,
         slot_TK=slot_A.view_as(selected_TK),
-        counts_N=torch.bincount(expert_A, minlength=experts),
+        counts_N=begins.diff(),
     )
 
 

@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,11 +86,16 @@ class Ddpm(Objective):
 
     def __init__(self) -> None:
         schedule = DdpmSchedule.linear()
-        self._alphas_bar = schedule.alphas_bar
-        self._log_beta = schedule.betas.log()
-        self._log_posterior = schedule.posterior_log_variance_clipped
-        self._mean_x0 = schedule.posterior_mean_x0
-        self._mean_xt = schedule.posterior_mean_xt
+        self._tables = torch.stack(
+            (
+                schedule.alphas_bar,
+                schedule.betas.log(),
+                schedule.posterior_log_variance_clipped,
+                schedule.posterior_mean_x0,
+                schedule.posterior_mean_xt,
+            )
+        )
+        """float64 `[5, 1000]`, on the device of the last batch."""
 
     def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor:
         return (randomness.uniform(seed, "timestep", positions) * DDPM_STEPS).floor().float()
@@ -97,10 +103,11 @@ class Ddpm(Objective):
     def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
         """MSE(ε) plus, with a learned variance, the variational bound of the step in bits/dim, `[B]`.
 
-        In the bound ε is detached, so that it trains the variance alone (arXiv 2102.09672, §3.1).
+        In the bound ε is detached, so that it trains the variance alone. The sum is L_simple + λ·L_vlb with
+        λ = 1/1000: L_vlb sums over the steps what is drawn here as one of 1000 (arXiv 2102.09672, eq. 16).
         """
         channels, step = x_BCHW.shape[1], draws.timestep_B.long()
-        alpha_bar = _at(self._alphas_bar, step)
+        alpha_bar = self._at(step).alpha_bar
         noisy_BCHW = alpha_bar.sqrt() * x_BCHW + (1 - alpha_bar).sqrt() * draws.noise_BCHW
         prediction = network(noisy_BCHW, draws.timestep_B, label_B)
         epsilon_BCHW = prediction[:, :channels]
@@ -111,15 +118,13 @@ class Ddpm(Objective):
         return loss_B
 
     def _bound(self, x: Tensor, noisy: Tensor, epsilon: Tensor, variance: Tensor, step: Tensor) -> Tensor:
-        """L_t in bits/dim: KL of the two posteriors, or at step 0 the likelihood of the 8-bit pixels (eq. 4–6)."""
+        """L_t in bits/dim: KL of the two posteriors, or at step 0 likelihood of the 8-bit pixels (eq. 5, 6)."""
+        alpha_bar, log_beta, true_log_variance, mean_x0, mean_xt = self._at(step)
         share = (variance + 1) / 2  # the network's output −1…1 runs from log β̃ to log β (eq. 15)
-        log_variance = share * _at(self._log_beta, step) + (1 - share) * _at(self._log_posterior, step)
-        alpha_bar = _at(self._alphas_bar, step)
+        log_variance = share * log_beta + (1 - share) * true_log_variance
         predicted_x = (noisy - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
-        mean_x0, mean_xt = _at(self._mean_x0, step), _at(self._mean_xt, step)
         true_mean = mean_x0 * x + mean_xt * noisy
         mean = mean_x0 * predicted_x + mean_xt * noisy
-        true_log_variance = _at(self._log_posterior, step)
         divergence = 0.5 * (
             log_variance
             - true_log_variance
@@ -131,6 +136,20 @@ class Ddpm(Objective):
         nats = torch.where(step.view(-1, 1, 1, 1) == 0, decoder, divergence)
         return nats.flatten(1).mean(1) / math.log(2)
 
+    def _at(self, step_B: Tensor) -> "_Coefficients":
+        self._tables = self._tables.to(step_B.device)  # copied once: every copy to a GPU would be waited for
+        return _Coefficients(*self._tables[:, step_B].float().view(5, -1, 1, 1, 1))
+
+
+class _Coefficients(NamedTuple):
+    """The chain's coefficients at each sample's step, float32 `[B, 1, 1, 1]` each."""
+
+    alpha_bar: Tensor
+    log_beta: Tensor
+    log_posterior_variance: Tensor
+    mean_x0: Tensor
+    mean_xt: Tensor
+
 
 def _pixel_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """log P of the 1/127.5-wide bin that holds x under N(mean, scale²), the end bins reaching to ±∞."""
@@ -141,11 +160,6 @@ def _pixel_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     inside = below_upper - below_lower
     probability = torch.where(x < -0.999, below_upper, torch.where(x > 0.999, 1 - below_lower, inside))
     return probability.clamp(min=tiny).log()
-
-
-def _at(table: Tensor, step_B: Tensor) -> Tensor:
-    """The table's entries at each sample's step, float32 `[B, 1, 1, 1]`."""
-    return table.to(step_B.device)[step_B].float().view(-1, 1, 1, 1)
 
 
 def make_objective(config: ObjectiveConfig) -> Objective:

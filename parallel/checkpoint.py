@@ -189,6 +189,13 @@ def start_partial(path: Path) -> Path:
     return partial
 
 
+def discard(path: Path) -> None:
+    """Remove a checkpoint: invisible at once, so that a kill in the middle leaves no half of it to be found."""
+    aside = path.with_name(f"{path.name}.old{PARTIAL}")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
 def remove_partials(run_dir: Path) -> None:
     """Remove what killed writes left behind."""
     for leftover in (run_dir / "checkpoints").glob(f"step-*{PARTIAL}"):

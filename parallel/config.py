@@ -32,7 +32,8 @@ class OptimConfig(Settings):
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises linearly from lr / warmup_steps."""
     decay_steps: int = Field(default=0, ge=0)
-    """Last steps of the run over which the learning rate falls linearly to zero; 0: constant."""
+    """Last steps of the run over which the learning rate falls linearly to zero; 0: constant. They end at
+    `train.steps`, so a run that is resumed with more steps goes back to the full rate until then."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's first and second moments."""
     eps: float = Field(default=1e-8, gt=0)

@@ -18,8 +18,10 @@ GOVERNED = {
     "optimizer": "optim",
     "scheduler": "optim.warmup_steps and optim.decay_steps",
     "bf16": "train.precision",
+    "bfloat16": "train.precision",  # an old name of bf16
     "fp16": "train.precision",
     "amp": "train.precision",
+    "torch_autocast": "train.precision",
     "expert_parallel": "parallel.expert",
     "pipeline": "parallel.pipe",
     "tensor_parallel": "parallel.tensor",

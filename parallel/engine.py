@@ -19,6 +19,7 @@ from ditmoe.model.balance import BalanceLoss
 from ditmoe.model.config import EmaConfig
 from ditmoe.model.dit import DiT, balance_losses
 from ditmoe.model.ema import ema_decay, update_ema
+from ditmoe.model.errors import UserError
 from ditmoe.model.objective import Draws, Objective
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
@@ -89,13 +90,12 @@ class TrainingEngine:
         self._optim = optim
         self._ema_config = ema
         self._balance = balance_losses(network)
-        self._engine = _initialize(network, layout, optim, precision, extra)
+        self.fragments: list[Fragment]
+        with _blaming(extra):
+            self._engine = _initialize(network, layout, optim, precision, extra)
+            self.fragments = find_fragments(self._engine, layout.zero, layout.expert_rank(dist.get_rank()))
         if layout.expert > 1:
             _attach_balance(self._engine.module, self._balance)
-        expert_rank = dist.get_rank() % layout.expert
-        self.fragments: list[Fragment] = find_fragments(
-            self._engine, layout.zero, expert_rank, f"ep_size_{layout.expert}"
-        )
         self._weights = [fragment.weight for fragment in self.fragments]
         self.ema = [weight.clone() for weight in self._weights]
         """fp32 average of each fragment's weight."""
@@ -138,10 +138,10 @@ class TrainingEngine:
             loss_B = self._objective.loss(self._engine, batch.x_BCHW, batch.label_B, batch.draws)
             loss_sum += loss_B.detach().double().sum()
             samples += len(loss_B)
-            for layer, balance in enumerate(self._balance):
-                assert balance.last_loss is not None and balance.last_load_N is not None
-                balance_L[layer] += balance.last_loss
-                load_LN[layer] += balance.last_load_N
+            if self._balance:
+                losses, loads_N = zip(*(balance.recorded() for balance in self._balance), strict=True)
+                balance_L += torch.stack(losses)
+                load_LN += torch.stack(loads_N)
             self._engine.backward(loss_B.mean())
             if index < len(micro_batches) - 1:
                 self._engine.step()
@@ -216,6 +216,20 @@ class TrainingEngine:
         refresh_weights(self._engine, self.layout.zero)
 
 
+@contextmanager
+def _blaming(extra: dict[str, Any]) -> Iterator[None]:
+    """Where DeepSpeed fails to start with settings that a user has added, say so."""
+    try:
+        yield
+    except Exception as error:
+        if not extra:
+            raise
+        raise UserError(
+            f"deepspeed = {extra}: DeepSpeed does not start with these ({type(error).__name__}: {error}); "
+            "expected settings that it and this engine take, or none"
+        ) from error
+
+
 def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any]) -> Any:
     """Build the DeepSpeed engine with torch's AdamW."""
     import deepspeed
@@ -229,7 +243,12 @@ def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str
         if layout.expert > 1:
             parameters = configure_moe_param_groups(parameters)
         return torch.optim.AdamW(
-            parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
+            parameters,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,  # without a temporary as large as a partition
         )
 
     settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)

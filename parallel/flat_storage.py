@@ -73,7 +73,7 @@ def load_runs(folder: Path, runs: Sequence[Run], collective: bool = True) -> Non
     """Fill every run's memory from the files.
 
     Args:
-        collective: all ranks call it together, and only one of them reads the headers.
+        collective: all ranks call it together, and fail together; each reads the headers of all files.
 
     Raises:
         UserError: a run is not in the files.

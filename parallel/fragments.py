@@ -50,14 +50,13 @@ class _Run:
     replicas: int = 1
 
 
-def find_fragments(engine: Any, zero: int, expert_rank: int, expert_group: str) -> list[Fragment]:
+def find_fragments(engine: Any, zero: int, expert_rank: int) -> list[Fragment]:
     """All fragments of this rank, in the order of the module tree.
 
     Args:
         engine: a `DeepSpeedEngine` whose basic optimiser is torch's AdamW.
         zero: its ZeRO stage.
         expert_rank: this rank's number among the ranks that experts are dealt to.
-        expert_group: DeepSpeed's name of that group.
     """
     _create_moments(engine.basic_optimizer, engine.optimizer, zero)
     find_run = {0: _whole_run, 1: _run_of_zero_1_2, 2: _run_of_zero_1_2, 3: _run_of_zero_3}[zero]
@@ -112,7 +111,7 @@ def _create_moments(adam: torch.optim.Optimizer, optimizer: Any, zero: int) -> N
     """Create AdamW's state before the first step, so that its views can be taken and loaded into."""
     for tensor in _stepped_tensors(adam, optimizer, zero):
         adam.state[tensor] = {
-            "step": torch.tensor(0.0),
+            "step": torch.zeros((), device=tensor.device),
             **{key: torch.zeros_like(tensor, requires_grad=False) for key in MOMENTS},
         }
 
@@ -127,7 +126,7 @@ def _stepped_tensors(adam: torch.optim.Optimizer, optimizer: Any, zero: int) -> 
 def set_optimizer_step(engine: Any, step: int) -> None:
     """Tell AdamW how many steps its moments have seen (its bias correction needs it)."""
     for state in engine.basic_optimizer.state.values():
-        state["step"] = torch.tensor(float(step))
+        state["step"].fill_(step)
 
 
 def _whole_run(engine: Any, parameter: Tensor) -> _Run:

@@ -2,23 +2,37 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from ditmoe.model.errors import UserError
+
+Value = TypeVar("Value")
 
 TIMEOUT = timedelta(minutes=10)
 """Longest wait in a collective: a rank that died without a word ends the others after it."""
 
 
 def join(device: torch.device) -> None:
-    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (one process: alone)."""
+    """Join the process group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (one process: alone).
+
+    Raises:
+        UserError: there are several processes, and no MASTER_PORT to meet at.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ and os.environ["WORLD_SIZE"] != "1":
+        raise UserError(
+            f"WORLD_SIZE = {os.environ['WORLD_SIZE']} is set in the environment without MASTER_PORT; expected"
+            " MASTER_ADDR and MASTER_PORT as well, as torchrun sets them"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "MASTER_PORT" not in os.environ:
@@ -45,6 +59,14 @@ def leave() -> None:
 
 def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
+
+
+def from_first_rank(make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank."""
+    made: list[Any] = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made, src=0)
+    value: Value = made[0]
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:

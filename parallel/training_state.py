@@ -18,6 +18,7 @@ from ditmoe.parallel.checkpoint import (
     checkpoint_path,
     checkpoints,
     damaged,
+    discard,
     file_facts,
     newest_checkpoint,
     read_info,
@@ -29,7 +30,7 @@ from ditmoe.parallel.config import CheckpointConfig
 from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.flat_storage import Run, load_runs, save_runs
 from ditmoe.parallel.fragments import MOMENTS, Fragment
-from ditmoe.parallel.processes import gather_objects
+from ditmoe.parallel.processes import from_first_rank, gather_objects
 
 PARTS = (WEIGHTS, EMA, *MOMENTS)
 
@@ -64,6 +65,8 @@ def save_training_state(
             save_runs(partial / part, _runs(engine, part, writing=True))
     except (OSError, CheckpointException) as error:
         _on_first_rank(lambda: shutil.rmtree(partial, ignore_errors=True), run_dir, path)
+        if not any(isinstance(cause, OSError) for cause in _causes(error)):
+            raise  # no disk's refusal, but an error of the program
         raise unwritten(error, run_dir, path) from None
     facts = {
         "step": engine.step,
@@ -85,11 +88,13 @@ def _finish(
 ) -> None:
     """Make the checkpoint visible, and only then let older ones go."""
     if path.exists():  # a damaged checkpoint of this step, which loading passed over
-        shutil.rmtree(path)
+        discard(path)
     write_marker(path.with_name(path.name + PARTIAL), facts, files)
-    kept = {int(found.name.removeprefix("step-")): found for found in checkpoints(run_dir)}
-    for step in superseded(list(kept), retention.keep_last, retention.keep_every):
-        shutil.rmtree(kept[step])
+    # Later ones are damaged, and were passed over too: counted, they would push out the good ones.
+    found = {int(folder.name.removeprefix("step-")): folder for folder in checkpoints(run_dir)}
+    steps = [step for step in found if step <= facts["step"]]
+    for step in superseded(steps, retention.keep_last, retention.keep_every):
+        discard(found[step])
 
 
 def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[CheckpointInfo | None, list[str]]:
@@ -102,18 +107,18 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
         UserError: none of the run's checkpoints is intact, or one is not of this model.
     """
     skipped: list[str] = []
-    for path in reversed(checkpoints(run_dir)):
-        try:
-            info = read_info(path)
-        except UserError as error:
-            skipped.append(str(error))
+    # Rank 0 looks for all: two machines need not see the same of a shared folder at the same time.
+    for found in from_first_rank(lambda: [_info_or_problem(path) for path in reversed(checkpoints(run_dir))]):
+        if isinstance(found, str):
+            skipped.append(found)
             continue
+        info = found
         problems = _damaged_on_any_rank(info)
         if problems:
             skipped.extend(problems)
             continue
         for part in PARTS:
-            load_runs(path / part, _runs(engine, part, writing=False))
+            load_runs(info.path / part, _runs(engine, part, writing=False))
         engine.resume_at(info.step)
         return info, skipped
     if skipped:
@@ -123,6 +128,13 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
             )
         )
     return None, skipped
+
+
+def _info_or_problem(path: Path) -> CheckpointInfo | str:
+    try:
+        return read_info(path)
+    except UserError as error:
+        return str(error)
 
 
 def _runs(engine: TrainingEngine, part: str, writing: bool) -> list[Run]:
@@ -155,7 +167,9 @@ def _shapes(fragments: Sequence[Fragment]) -> dict[str, list[int]]:
 
 def _checksums(partial: Path) -> dict[str, Any]:
     """Facts of all files, each read by one rank."""
-    names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*.safetensors"))
+    names = from_first_rank(
+        lambda: sorted(str(file.relative_to(partial)) for file in partial.rglob("*.safetensors"))
+    )
     own = {name: file_facts(partial / name) for name in names[dist.get_rank() :: dist.get_world_size()]}
     return {name: facts for part in gather_objects(own) for name, facts in part.items()}
 
@@ -179,11 +193,16 @@ def _on_first_rank(action: Any, run_dir: Path, path: Path) -> None:
         raise unwritten(OSError(*messages[0]), run_dir, path)
 
 
+def _causes(error: BaseException) -> list[BaseException]:
+    """Each failed rank's error."""
+    if isinstance(error, CheckpointException):
+        return [failure[0] for failure in error.failures.values()]
+    return [error]
+
+
 def unwritten(error: BaseException, run_dir: Path, path: Path) -> UserError:
     """The user's message for a file of a run that could not be written."""
-    causes: list[BaseException] = [error]
-    if isinstance(error, CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
+    causes = _causes(error)
     disk = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
     newest = newest_checkpoint(run_dir)
     hint = "free some space" if getattr(disk, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else "mend that"

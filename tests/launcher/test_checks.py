@@ -40,6 +40,11 @@ def index(shards: Path) -> DatasetIndex:
             ["model.label_dropout=0", "preview.sampler.cfg_scale=2"],
             ["cfg_scale = 2", "model.label_dropout = 0"],
         ),
+        (["preview.sampler.precision=bf16"], ["preview.sampler.precision = bf16", "train.precision"]),
+        (
+            ["optim.warmup_steps=15", "optim.decay_steps=10"],
+            ["optim.warmup_steps + optim.decay_steps = 15 + 10", "train.steps = 20"],
+        ),
         (
             ["model.channels=1", "preview.sampler.cfg_channels=3"],
             ["cfg_channels = 3", "model.channels = 1"],

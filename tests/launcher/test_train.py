@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ditmoe.data.index import load_index, write_index
+from ditmoe.launcher.config import load_config
+from ditmoe.launcher.train import _device, learning_rate
+from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import PARTIAL, checkpoints, newest_checkpoint
+from ditmoe.parallel.config import OptimConfig
 
 DITMOE = [sys.executable, "-m", "ditmoe.launcher"]
 CONFIG = """
@@ -90,6 +95,16 @@ def _command_line(entry: Path) -> str:
         return ""
 
 
+def process_of_rank(rank: int, command: subprocess.Popen[str]) -> int:
+    """Process id of a rank that a command has started."""
+    (found,) = [
+        child
+        for child in Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    ]
+    return int(found)
+
+
 def reached(run: Path, records: int) -> Callable[[], bool]:
     """Whether so many records are written by now."""
     file = run / "stats.jsonl"
@@ -102,6 +117,36 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "the run does not get there"
         time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "expected"),
+    [
+        (0, 0, [1, 1, 1, 1, 1]),
+        (2, 0, [0.5, 1, 1, 1, 1]),
+        (0, 2, [1, 1, 1, 1, 0.5]),
+        (4, 2, [0.25, 0.5, 0.75, 1, 0.5]),
+        (9, 9, [5 / 81, 8 / 81, 9 / 81, 8 / 81, 5 / 81]),
+    ],
+)
+def test_learning_rate(warmup: int, decay: int, expected: list[float]) -> None:
+    config = OptimConfig(lr=2.0, warmup_steps=warmup, decay_steps=decay)
+    assert [learning_rate(config, step, 5) / 2 for step in range(1, 6)] == pytest.approx(expected)
+
+
+def test_a_process_without_a_gpu_of_its_own(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(make_config(), ["launch.device=auto", "parallel.data=2", "train.micro_batch=8"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
+        _device(config)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"process 1 of this machine has no GPU: 1 found.*launch.processes = 1"):
+        _device(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert _device(config) == torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
@@ -159,18 +204,22 @@ def test_kill_while_a_checkpoint_is_written(
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGTERM"), (signal.SIGUSR1, "a stop on another rank")],
+)
 def test_a_signal_saves_and_ends_well(
-    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals, reason: str
 ) -> None:
+    """To the command, which passes it on; or to one rank alone, as a batch system's node may get it first."""
     config = make_config()
     run = config.with_suffix("")
     process = start(config, "train.checkpoint_every=1000")
     wait_for(reached(run, 2), process)
-    os.kill(process.pid, number)
+    os.kill(process.pid if number != signal.SIGUSR1 else process_of_rank(1, process), number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert "stopped by SIGTERM at step" in out and "repeat the command to continue" in out
+    assert f"stopped by {reason} at step" in out and "repeat the command to continue" in out
     result = train(config)
     assert result.returncode == 0, result.stderr
     assert curve(run) == uninterrupted
@@ -194,6 +243,24 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "skipped a damaged checkpoint" in result.stdout and file.name in result.stdout
     assert "resumed from" in result.stdout and "step-00000003: step 3" in result.stdout
     assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_data_may_move_but_not_change(make_config: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    """A position in the sample order stands for the same sample before and after a resume."""
+    config = make_config(processes=1)
+    assert train(config, "train.steps=2").returncode == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    result = train(config, "train.steps=4", f"data.sources.0.path={moved}")
+    assert result.returncode == 0, result.stderr
+    assert "changed since the run was started: data.sources" in result.stdout and "resumed from" in result.stdout
+    index = load_index(moved)
+    write_index(moved, index.model_copy(update={"shards": index.shards[:-1]}))
+    result = train(config, "train.steps=6", f"data.sources.0.path={moved}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"the samples of {moved} are not those that" in result.stderr
+    assert "step-00000004 was trained on (another fingerprint)" in result.stderr
 
 
 @pytest.mark.timeout(120)
@@ -228,6 +295,14 @@ def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], zero
     assert sorted(path.name for path in (config.with_suffix("") / "samples").iterdir()) == [
         f"preview-step-{step:08d}.png" for step in (2, 4, 6)
     ]
+
+
+@pytest.mark.timeout(60)
+def test_settings_that_deepspeed_does_not_start_with(make_config: Callable[..., Path]) -> None:
+    result = train(make_config(processes=1), "deepspeed.zero_optimization.offload_optimizer={device: cpu}")
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "offload_optimizer" in result.stderr and "DeepSpeed does not start with these" in result.stderr
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditmoe.model.balance import BalanceLoss
+from ditmoe.model.dispatch import assign
 from ditmoe.model.moe import MoE, route
 
 HIDDEN, EXPERTS, ACTIVE, TOKENS = 32, 8, 2, 24
@@ -97,6 +98,20 @@ def test_balance_loss_and_its_gradient(group: int) -> None:
     layer(x_BTD)
     torch.testing.assert_close(layer.balance.last_loss, expected.detach())
     assert layer.balance.last_load_N is not None and layer.balance.last_load_N.sum() == TOKENS * ACTIVE
+
+
+@pytest.mark.parametrize("images", [1, 3, 4, 6])
+def test_sampling_takes_any_number_of_images(images: int) -> None:
+    """Groups are a matter of training: what is drawn at once need not be a multiple of one."""
+    layer, x_BTD = make_layer(0.01, group=4), torch.randn(images, TOKENS // 4, HIDDEN)
+    with torch.no_grad():
+        assert layer(x_BTD).shape == x_BTD.shape
+    assert layer.balance.last_load_N is not None
+    assert layer.balance.last_load_N.sum() == images * TOKENS // 4 * ACTIVE
+
+
+def test_assignments_are_counted_for_experts_without_any() -> None:
+    assert assign(torch.tensor([[3, 1], [1, 3], [5, 1]]), 7).counts_N.tolist() == [0, 3, 0, 2, 0, 1, 0]
 
 
 def test_a_perfectly_balanced_router_has_loss_alpha() -> None:

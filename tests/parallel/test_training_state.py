@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact continuation, other layouts, damage, and what retention keeps."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,22 @@ import pytest
 import torch
 
 from ditmoe.model.errors import UserError
+from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import (
     MARKER,
+    PARTIAL,
+    checkpoint_path,
     checkpoints,
     damaged,
     newest_checkpoint,
     read_info,
     read_weights,
+    remove_partials,
+    start_partial,
     superseded,
 )
+from ditmoe.parallel.config import CheckpointConfig
+from ditmoe.parallel.training_state import _finish
 
 Runner = Callable[..., list[dict[str, Any]]]
 
@@ -82,3 +90,48 @@ def _check_damage(run: Path) -> None:
 )
 def test_retention(keep_last: int, keep_every: int | None, gone: list[int]) -> None:
     assert superseded([30, 10, 40, 20], keep_last, keep_every) == gone
+
+
+def save_marker(run: Path, step: int, retention: CheckpointConfig) -> None:
+    """Finish a checkpoint that has nothing but its marker."""
+    path = checkpoint_path(run, step)
+    start_partial(path)
+    _finish(run, path, {"step": step}, {}, retention)
+
+
+def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> None:
+    """A run that went back before a damaged checkpoint keeps what it saves from there on."""
+    for step in (3, 6):
+        save_marker(tmp_path, step, CheckpointConfig())
+    for step in (4, 5):
+        save_marker(tmp_path, step, CheckpointConfig(keep_last=1))
+        assert [path.name[-1] for path in checkpoints(tmp_path)] == [str(step), "6"]
+    (checkpoint_path(tmp_path, 6) / "damaged").touch()
+    save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    assert not (checkpoint_path(tmp_path, 6) / "damaged").exists()
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it is not there to be found."""
+    save_marker(tmp_path, 3, CheckpointConfig())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        save_marker(tmp_path, 4, CheckpointConfig(keep_last=1))
+    assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, 4)]
+    assert [*(tmp_path / "checkpoints").glob(f"*{PARTIAL}")]
+    remove_partials(tmp_path)
+    assert [*(tmp_path / "checkpoints").iterdir()] == [checkpoint_path(tmp_path, 4)]
+
+
+def interrupted(path: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_several_processes_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each would train alone and believe itself rank 0."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE = 2 is set in the environment without MASTER_PORT"):
+        processes.join(torch.device("cpu"))

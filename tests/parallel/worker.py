@@ -75,7 +75,7 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         network,
         make_objective(ObjectiveConfig(kind=case["objective"])),
         layout,
-        OptimConfig(lr=1e-3, clip=case["clip"]),
+        OptimConfig(lr=1.0, clip=case["clip"]),  # each step names its own
         EmaConfig(),
         case["precision"],
         {},
@@ -108,7 +108,8 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         assert info is not None and not skipped, skipped
     curve = []
     for step in range(engine.step, case["steps"]):
-        result = engine.train_step(micro_batches(engine, case, step, device), lr=1e-3, stop_requested=False)
+        lr = 1e-3 * min(1.0, (step + 1) / 5)
+        result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
         curve.append([result.loss, result.balance_loss, result.grad_norm])
     with engine.ema_weights() as network, torch.no_grad():
         x_BCHW = torch.linspace(-1, 1, 128, device=device).view(2, *SHAPE)
