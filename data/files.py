@@ -33,6 +33,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are not there yet. UserError when the file system refuses."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: could not be made: {error.strerror or error}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a loss of power."""
     descriptor = os.open(folder, os.O_RDONLY)

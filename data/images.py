@@ -27,6 +27,7 @@ def open_image(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
     """
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on odd metadata
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file, formats=formats)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
@@ -57,10 +58,18 @@ def describe(error: Exception) -> str:
 
 
 def photograph_to_rgb(image: Image.Image) -> Image.Image:
-    """Bring any 8-bit picture to RGB: turned as its EXIF says, transparency laid over white."""
+    """Bring any 8-bit picture to RGB: turned as its EXIF says, transparency laid over white.
+
+    BadImage when it has more than 8 bits, or its EXIF data cannot be read, so that how it lies is not known.
+    """
     if image.mode.startswith(("I", "F")):
         raise BadImage(f"mode {image.mode}: more than 8 bits per channel; convert it to 8 bits first")
-    upright = ImageOps.exif_transpose(image)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            upright = ImageOps.exif_transpose(image)
+    except Exception as error:  # as above: SyntaxError, struct.error …
+        raise BadImage(f"damaged EXIF data: {describe(error)}") from error
     if upright.has_transparency_data:
         with_alpha = upright.convert("RGBA")
         white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
@@ -73,8 +82,13 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
 
     Halve with a box filter while the short side is at least twice `size`, bring the short side to `size` with
     a bicubic filter, cut the centre (Dhariwal & Nichol, "Diffusion models beat GANs", 2021, released data
-    preparation).
+    preparation). BadImage when a thin image would pass MAX_PIXELS on the way.
     """
+    if size * size * (max(image.size) / min(image.size)) > MAX_PIXELS:
+        raise BadImage(
+            f"{image.width}×{image.height} pixels are too thin to bring the short side to {size} "
+            f"(limit {MAX_PIXELS:,} pixels)"
+        )
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

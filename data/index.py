@@ -55,6 +55,14 @@ class DatasetIndex(Settings):
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     """The tar files, in the order in which they were written."""
 
+    @field_validator("name", "class_names")
+    @classmethod
+    def _check_printable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for name in (value,) if isinstance(value, str) else value:
+            if not name.isprintable():  # names reach terminals, pages and log files
+                raise ValueError(f"{name!a} cannot be printed")
+        return value
+
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
         if len(self.class_names) != self.num_classes:

@@ -95,7 +95,7 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
             raise UserError(f"{out}: none of the {len(order):,} images could be used; {packing.skipped[0]}")
         height, _, channels = packing.shape
         index = DatasetIndex(
-            name=source.name or name,
+            name=source.name if source.name.isprintable() and source.name else name,
             image_size=height,
             channels=channels,
             num_classes=len(source.class_names),

@@ -35,7 +35,11 @@ class Contents(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name as (key, extension): split at the first dot of its last part, as webdataset does."""
+    """A member's name as (key, extension): split at the first dot of its last part, as webdataset does.
+
+    What cannot be printed in a name is escaped, because keys come in messages.
+    """
+    name = name if name.isprintable() else ascii(name)[1:-1]
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()

@@ -13,7 +13,7 @@ from webdataset.writer import TarWriter
 
 from ditmoe.data.decode import LABEL_EXTENSION, METADATA_EXTENSION
 from ditmoe.data.files import PARTIAL_SUFFIX, replacing
-from ditmoe.data.index import INDEX_FILE, ShardEntry
+from ditmoe.data.index import INDEX_FILE, ShardEntry, load_index
 from ditmoe.model.errors import UserError
 
 MARKER_FILE: Final = "packing.lock"
@@ -113,8 +113,7 @@ def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ours = index.exists() or marker.exists()
-        if index.exists() and not overwrite:
-            raise UserError(f"{folder}: already holds a packed dataset; --overwrite replaces it")
+        _refuse_packed(folder, overwrite)
         strangers = sorted(path.name for path in folder.glob("*.tar"))
         if strangers and not ours:
             raise UserError(
@@ -126,6 +125,7 @@ def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"{folder}: another process is packing into it") from None
+            _refuse_packed(folder, overwrite)  # another pack may have ended since
             index.unlink(missing_ok=True)  # first: from here on there is no dataset here
             for pattern in ("*.tar", f"*{PARTIAL_SUFFIX}"):
                 for path in folder.glob(pattern):
@@ -134,3 +134,15 @@ def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
             marker.unlink()
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from error
+
+
+def _refuse_packed(folder: Path, overwrite: bool) -> None:
+    """UserError when a finished pack is there and shall stay, or an index.json that is not ours to replace."""
+    if not (folder / INDEX_FILE).exists():
+        return
+    if not overwrite:
+        raise UserError(f"{folder}: already holds a packed dataset; --overwrite replaces it")
+    try:
+        load_index(folder)
+    except UserError as error:
+        raise UserError(f"{error}; --overwrite replaces datasets of ours only: choose another folder") from error

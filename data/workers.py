@@ -72,6 +72,12 @@ def in_order(
             if isinstance(result, Failure):
                 raise UserError(result.message)
             yield result
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):  # torch's words for one that is gone
+            raise
+        raise UserError(
+            f"a reading process was killed ({error}); the system does so when memory runs out: use fewer workers"
+        ) from error
     finally:
         del results  # ends the workers, without waiting for a garbage collection
 

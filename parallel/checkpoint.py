@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ditmoe.data.files import sync_folder
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.flat_storage import Run, load_runs, save_runs
@@ -160,24 +161,17 @@ def file_facts(file: Path) -> dict[str, Any]:
 
 def write_marker(path: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the marker into a partial checkpoint and give the folder its final name."""
+    content = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     marker = path / MARKER
     with marker.open("w") as stream:
-        json.dump({"format": FORMAT, **facts, "files": dict(sorted(files.items()))}, stream, indent=1)
+        json.dump(content, stream, indent=1)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
     for folder in (*(child for child in path.iterdir() if child.is_dir()), path):
-        _sync_folder(folder)
+        sync_folder(folder)
     os.replace(path, path.with_name(path.name.removesuffix(PARTIAL)))
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def start_partial(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.files import replacing
+from ditmoe.data.files import make_folder, replacing
 from ditmoe.model.errors import UserError
 
 DrawChunk = Callable[[list[int], NDArray[np.int64]], NDArray[np.uint8]]
@@ -37,10 +37,13 @@ def try_lock(path: Path) -> Iterator[bool]:
     """Hold an exclusive lock on `path` (created empty) for the body; yields False when another process holds it.
 
     Raises:
-        UserError: the file system has no locks.
+        UserError: the file system has no locks, or refuses the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    make_folder(path.parent)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: could not be opened for writing: {error.strerror or error}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,7 +152,7 @@ class ChunkStore:
             "first": np.int64(numbers[0]),
             "settings": np.array(self.settings),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with replacing(self.path(chunk)) as file:
             np.savez(file, **arrays)
 

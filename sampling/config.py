@@ -1,10 +1,11 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from ditmoe.model.config import ObjectiveConfig
+from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 
 SamplerName = Literal["ddpm", "ddim", "euler", "heun"]
@@ -24,7 +25,7 @@ class SamplerConfig(Settings):
     Null: `karras` for heun, `own` for the others."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
-    cfg_scale: float = Field(default=1.0, ge=0)
+    cfg_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Classifier-free guidance; 1: none."""
     cfg_channels: int | None = Field(default=None, ge=1)
     """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""
@@ -41,6 +42,22 @@ class SamplerConfig(Settings):
         sampler = self.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
         grid = self.grid or ("karras" if sampler == "heun" else "own")
         return self.model_copy(update={"sampler": sampler, "grid": grid})
+
+
+def sampler_from_options(**options: Any) -> SamplerConfig:
+    """A sampler from a command's options, which are named as the fields are.
+
+    Raises:
+        UserError: naming every option that is out of range.
+    """
+    try:
+        return SamplerConfig.model_validate(options)
+    except ValidationError as error:
+        problems = [
+            f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise UserError("\n".join(problems)) from error
 
 
 class PreviewConfig(Settings):

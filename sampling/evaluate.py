@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.files import replacing
+from ditmoe.data.files import make_folder, replacing
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
 from ditmoe.sampling.chunks import ChunkStore, DrawChunk, Progress, try_lock
@@ -139,6 +139,8 @@ class Job:
     """Where the weights lie; None when they are not drawn from a checkpoint."""
     facts: dict[str, Any] = field(default_factory=dict)
     """More to record beside the figures: the run, its data, versions."""
+    warnings: tuple[str, ...] = ()
+    """To show with the figures, beside those of the scoring."""
     feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
     recogniser_classifier: ClassifierSettings = RECOGNISER
 
@@ -205,7 +207,7 @@ def run_job(
     workers = workers or Workers()
     say: Callable[[str], None] = log if workers.first else lambda line: None
     show = progress if workers.first else lambda title, total: lambda done: None
-    job.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(job.folder)
     lock = try_lock(job.folder / _LOCK_FILE)
     held = lock.__enter__() if workers.first else True
     try:
@@ -297,6 +299,8 @@ def _run(
         ranks=workers.ranks,
         on_progress=progress("parts of the real images", job.real.parts),
     )
+    # The results remove the descriptions: a process that still looked for them would make them all again.
+    workers.wait()
     workers.on_first(
         lambda: write_results(
             job.folder,
@@ -320,6 +324,7 @@ def _run(
             descriptions,
             recogniser,
             judged,
+            job.warnings,
         )
     )
     return _read_json(job.folder / METRICS_FILE)

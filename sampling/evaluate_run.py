@@ -19,7 +19,7 @@ from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
 from ditmoe.sampling.generate import generate
 from ditmoe.sampling.inception import load_inception
-from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, load_model
+from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, home_of, load_model
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU, join_workers
 
@@ -78,10 +78,9 @@ def prepare_job(options: EvaluationOptions) -> Job:
         labels=options.labels,
         num_classes=num_classes,
     )
-    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     return Job(
         evaluation=evaluation,
-        folder=run / "evaluations" / evaluation.id,
+        folder=home_of(path) / "evaluations" / evaluation.id,
         real=real,
         cache=options.cache or default_cache(),
         features=options.features,
@@ -97,6 +96,7 @@ def prepare_job(options: EvaluationOptions) -> Job:
             "trained_on": info.dataset.get("name"),
             "torch": torch.__version__,
         },
+        warnings=_other_classes(info, real),
     )
 
 
@@ -179,6 +179,20 @@ def _check_fit(info: CheckpointInfo, real: RealImages) -> int:
         found = getattr(real.index, name)
         if expected != found:
             problems.append(f"{name} is {found}, expected {expected}")
+    if real.index.channels not in (1, 3):
+        problems.append(f"channels is {real.index.channels}, and only 1 (grey) or 3 (RGB) make pictures to score")
     if problems:
         raise UserError(f"{real.folder}: not what the network of {info.path} draws: {'; '.join(problems)}")
     return real.index.num_classes
+
+
+def _other_classes(info: CheckpointInfo, real: RealImages) -> tuple[str, ...]:
+    """A warning where the classes of the real images have other names than those that the network learned."""
+    learned = info.dataset.get("class_names") or []
+    for label, (expected, found) in enumerate(zip(learned, real.index.class_names, strict=False)):
+        if expected != found:
+            return (
+                f"class {label} is {found} in {real.folder} and {expected} in the network's training: "
+                "what is recognised, and figures by class, mean something only if the classes are the same",
+            )
+    return ()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ditmoe.data.files import replacing
+from ditmoe.data.files import make_folder, replacing
 
 MOST_IMAGES: Final = 24
 """Images on a sheet."""
@@ -70,7 +70,7 @@ def write_gallery(folder: Path, sheets: Sheets, metrics: Mapping[str, Any], feat
 
     Names of classes and of data come from archives: they are escaped in the page and are no part of a file's name.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     result = metrics["results"][features]
     by_class = result.get("recogniser", {}).get("by_class", [None] * len(sheets.class_names))
     figures = []
@@ -101,11 +101,11 @@ def _page(metrics: Mapping[str, Any], features: str, figures: list[str]) -> str:
         judge = result["recogniser"]
         shown["recognised"] = judge["accuracy"]
         shown["recognised of held-out real images"] = judge["held_out_accuracy"]
-    title = html.escape(f"{evaluation['id']}: {metrics['real']['name']}")
+    title = html.escape(f"{evaluation['id']}: {result['real']['name']}")
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in result["warnings"])
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>\n'
-        f"<h1>{html.escape(str(metrics['real']['name']))}</h1>\n"
+        f"<h1>{html.escape(str(result['real']['name']))}</h1>\n"
         f"<h2>Figures</h2>{_table(shown)}{warnings}\n<h2>Drawn images</h2>\n"
         + "\n".join(figures)
         + f"\n<h2>Settings</h2>{_table(evaluation)}<h2>Feature network</h2>{_table(result['network'])}\n</html>\n"

@@ -70,9 +70,10 @@ def generate(
 ) -> Tensor:
     """Draw images as bytes, uint8 `[N, H, W, C]` on the CPU: −1…1 clipped and rounded to 0…255.
 
-    As `generate_float`.
+    As `generate_float`; UserError also where an image is not finite.
     """
     images = generate_float(model, labels, image_numbers, config, batch, progress)
+    check_finite(images.image_NCHW, image_numbers)
     return to_uint8(images.image_NCHW).permute(0, 2, 3, 1).contiguous()
 
 
@@ -152,6 +153,16 @@ def draw(
             return ddim(denoiser, x_BCHW, sigma_B, label_B, config.steps, noise, eta=config.ddim_eta, grid=grid)
         case "ddpm":
             return ancestral(denoiser, x_BCHW, sigma_B, label_B, config.steps, noise, grid=grid)
+
+
+def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int]) -> None:
+    """UserError naming the first image that has NaN or infinity in it: bytes would not show it."""
+    bad = (~image_NCHW.isfinite().flatten(1).all(1)).nonzero()
+    if len(bad):
+        raise UserError(
+            f"image {image_numbers[int(bad[0])]} is not finite, and neither are {len(bad) - 1} others: "
+            "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"
+        )
 
 
 def _check_labels(labels: Tensor, num_classes: int) -> None:

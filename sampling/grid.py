@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ditmoe.data.files import replacing
+from ditmoe.data.files import make_folder, replacing
 from ditmoe.data.images import BadImage, to_pillow
 from ditmoe.model.errors import UserError
 
@@ -72,10 +72,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path.parent}: could not be made: {error.strerror or error}") from error
+    make_folder(path.parent)
     with replacing(path) as file:
         picture.save(file, format="PNG")
 

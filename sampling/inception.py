@@ -7,7 +7,6 @@ of the state dict are the usual ones of Inception-v3 in PyTorch (`Conv2d_1a_3x3.
 Shapes: N images, C channels, H×W cells.
 """
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -304,7 +303,7 @@ def load_inception(path: Path | None, device: torch.device) -> StateDictInceptio
             raise UserError(f"{path}: unreadable TorchScript file ({str(error).splitlines()[0]})") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # torch's parser raises many types on bytes that are no such file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: neither TorchScript nor a state dict ({reason}); {HOW_TO_GET}") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -79,6 +79,14 @@ def find_checkpoint(source: Path, step: int | None = None) -> Path:
     return path
 
 
+def home_of(checkpoint: Path) -> Path:
+    """The folder that what is made of a checkpoint goes to: its run's, or its own where it stands alone."""
+    resolved = checkpoint.resolve()
+    home = resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
+    here = Path.cwd()
+    return home.relative_to(here) if home.is_relative_to(here) else home
+
+
 def load_model(
     source: Path,
     which: Weights = "ema",

@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,6 +19,8 @@ from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.scores import ChunkDescriptions, RealStatistics, score
 
 METRICS_FORMAT: Final = 1
+WEAK_ACCURACY: Final = 0.5
+"""Held-out accuracy of the feature classifier below which the figures in its features carry a warning."""
 
 
 def write_results(
@@ -32,6 +34,7 @@ def write_results(
     descriptions: ChunkDescriptions,
     recogniser: Classifier | None,
     judged: ChunkDescriptions | None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished."""
     write_samples(folder / "samples.npz", store)
@@ -43,8 +46,17 @@ def write_results(
             "fingerprint": network.fingerprint,
             **network.description,
         },
+        "real": {
+            "name": real.index.name,
+            "folder": str(real.folder),
+            "images": real.count,
+            "fingerprint": real.fingerprint,
+        },
         **score(descriptions, store.chunks, statistics),
     }
+    result["warnings"] += warnings
+    if isinstance(network, Classifier):
+        result["warnings"] += _weak_features(network, real.index.num_classes)
     sheets = Sheets(real.index.class_names, real.index.image_size, real.index.channels)
     right = np.zeros(real.index.num_classes, dtype=np.int64)
     of_class = np.zeros(real.index.num_classes, dtype=np.int64)
@@ -73,12 +85,6 @@ def write_results(
     metrics = {
         "format": METRICS_FORMAT,
         "evaluation": evaluation,
-        "real": {
-            "name": real.index.name,
-            "folder": str(real.folder),
-            "images": real.count,
-            "fingerprint": real.fingerprint,
-        },
         "results": results,
     }
     write_gallery(folder / "gallery", sheets, metrics, network.name)
@@ -87,6 +93,18 @@ def write_results(
     descriptions.remove()
     if judged is not None:
         judged.remove()
+
+
+def _weak_features(network: Classifier, classes: int) -> list[str]:
+    """A warning where what the feature classifier was taught tells little about images."""
+    if classes == 1:
+        return ["with one class the feature classifier has nothing to learn: its FID says little"]
+    if network.held_out_accuracy < WEAK_ACCURACY:
+        return [
+            f"the feature classifier is right on {network.held_out_accuracy:.1%} of {network.held_out_images:,} "
+            "held-out real images only: its FID says little"
+        ]
+    return []
 
 
 def write_samples(path: Path, store: ChunkStore) -> None:
@@ -133,7 +151,7 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
         f"{sampler['sampler']}, {evaluation['nfe']} NFE, guidance {sampler['cfg_scale']:g}, "
         f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}",
-        f"against {result['real_images']:,} real images of {metrics['real']['name']}, "
+        f"against {result['real_images']:,} real images of {result['real']['name']}, "
         f"in {network['dimension']} features of {network['name']} {network['fingerprint']}",
     ]
     rows: list[tuple[str, str, str]] = []

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.files import replacing
+from ditmoe.data.files import make_folder, replacing
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.chunks import ChunkStore, Progress, make_missing
@@ -70,7 +70,7 @@ def real_statistics(
     paths = [folder / f"part-{part:02d}.npz" for part in range(real.parts)]
 
     def make(part: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with replacing(paths[part]) as file:
             np.savez(file, **_part_statistics(real, part, network, batch, place))  # type: ignore[arg-type]
 
@@ -146,7 +146,7 @@ class ChunkDescriptions:
 
         def make(chunk: int) -> None:
             arrays = describe(self._store.read(chunk).image_NHWC)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self._folder)
             with replacing(self._path(chunk)) as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
 

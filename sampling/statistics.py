@@ -4,16 +4,11 @@ Shapes: N, M images; F features. Statistics of parts of a set merge to the stati
 may be computed by any process, in any order, and kept.
 """
 
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-
-from ditmoe.data.files import replacing
-from ditmoe.model.errors import UserError
 
 Float64 = NDArray[np.float64]
 
@@ -72,30 +67,6 @@ class Moments:
         assert self.count > 1
         covariance_FF: Float64 = self.scatter_FF / (self.count - 1)
         return covariance_FF
-
-    def save(self, path: Path) -> None:
-        """Write as npz, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            np.savez(file, count=self.count, mean=self.mean_F, scatter=self.scatter_FF)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: the file is damaged or is something else.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                count, mean_F, scatter_FF = int(stored["count"]), stored["mean"], stored["scatter"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(
-                f"{path}: unreadable feature statistics ({error}); delete the file, it is made anew"
-            ) from None
-        if scatter_FF.shape != (*mean_F.shape, *mean_F.shape) or mean_F.ndim != 1:
-            raise UserError(f"{path}: feature statistics of shape {mean_F.shape} and {scatter_FF.shape}")
-        return cls(count, mean_F, scatter_FF)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,15 @@ class ImageFolder:
 
     def _images_below(self, class_name: str) -> list[str]:
         found: list[str] = []
+        seen: set[str] = set()
         for root, folders, files in os.walk(self._folder / class_name, followlinks=True):
             folders.sort()
+            real = os.path.realpath(root)
+            if real in seen:  # a link that leads back, whose images would come again and again
+                folders.clear()
+                self._ignored.append(os.path.relpath(root, self._folder))
+                continue
+            seen.add(real)
             for file in sorted(files):
                 relative = os.path.relpath(os.path.join(root, file), self._folder)
                 is_image = Path(file).suffix.lower() in FORMATS and not file.startswith(".")
@@ -84,4 +91,4 @@ class ImageFolder:
             return []
         shown = ", ".join(ascii(name)[1:-1] for name in self._ignored[:REMARKS_SHOWN])
         more = f" and {len(self._ignored) - REMARKS_SHOWN:,} more" if len(self._ignored) > REMARKS_SHOWN else ""
-        return [f"left out, not {', '.join(FORMATS)} in a class folder: {shown}{more}"]
+        return [f"left out, not {', '.join(FORMATS)} in a class folder, or there twice: {shown}{more}"]

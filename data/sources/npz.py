@@ -70,6 +70,9 @@ class Npz:
                 f"{self._path}: class_names are {names.dtype} {list(names.shape)}, "
                 f"expected at least {classes} strings, as the largest label is {classes - 1}"
             )
+        unprintable = [name for name in names.tolist() if not name.isprintable()]
+        if unprintable:
+            raise UserError(f"{self._path}: the class name {unprintable[0]!a} cannot be printed; rename it")
         return tuple(names.tolist())
 
     def __len__(self) -> int:

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 def command(
     source: Annotated[
         Path,
-        typer.Argument(help="A .pt or .safetensors file (or index), a checkpoint of ours, or a run (its newest)."),
+        typer.Argument(
+            help="A .pt or .safetensors file (or index), a checkpoint of ours, or a run (its newest).",
+            metavar="SRC",
+        ),
     ],
     destination: Annotated[
-        Path, typer.Argument(help="NAME.pt, NAME.safetensors, or a new folder for a checkpoint of ours.")
+        Path,
+        typer.Argument(help="NAME.pt, NAME.safetensors, or a new folder for a checkpoint of ours.", metavar="DST"),
     ],
     preset: Annotated[
         str | None,

@@ -9,6 +9,8 @@ import typer
 app = typer.Typer(help="Pack images into shards, and verify packed shards.", no_args_is_help=True)
 
 HISTOGRAM_ROWS = 100
+LARGEST_IMAGE = 8192
+"""Pixels a side that images may be brought to; what is larger is taken for a slip of the finger."""
 
 
 class ImageFormat(StrEnum):
@@ -23,13 +25,20 @@ class ImageFormat(StrEnum):
 def pack(
     source: Annotated[
         str,
-        typer.Argument(help="`digits`, `shapes`, or the path of an image folder (a folder per class) or an .npz"),
+        typer.Argument(
+            help="`digits`, `shapes`, or the path of an image folder (a folder per class) or an .npz",
+            metavar="SOURCE",
+        ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder to write shards, index.json and preview.png to.")],
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write shards, index.json and preview.png to.", metavar="OUT")
+    ],
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Crop the centre and resize to this many pixels a side. [default: as they are; shapes: 32]"
+            min=1,
+            max=LARGEST_IMAGE,
+            help="Crop the centre and resize to this many pixels a side. [default: as they are; shapes: 32]",
         ),
     ] = None,
     channels: Annotated[
@@ -66,6 +75,8 @@ def pack(
 
     if channels not in (None, 1, 3):
         raise UserError(f"--channels is {channels}, expected 1 (grey) or 3 (RGB)")
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     refuse_overlap(source, out)
     opened = open_source(source, count=count, classes=classes, image_size=image_size, seed=seed)
     if name is not None:
@@ -103,7 +114,7 @@ def pack(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that `ditmoe data pack` wrote.")],
+    folder: Annotated[Path, typer.Argument(help="A folder that `ditmoe data pack` wrote.", metavar="FOLDER")],
     workers: Annotated[int, typer.Option(min=0, help="Processes that read shards; 0: this one.")] = 0,
 ) -> None:
     """Read every sample, list every problem by shard and key; exit code 2 if there is any."""

@@ -1,48 +1,10 @@
 """`ditmoe evaluate`: draw images from a run's network and score them against real ones."""
 
 import os
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-
-class Sampler(StrEnum):
-    """Ways to draw an image."""
-
-    ddpm = "ddpm"
-    ddim = "ddim"
-    euler = "euler"
-    heun = "heun"
-
-
-class Labels(StrEnum):
-    """How classes are chosen."""
-
-    random = "random"
-    balanced = "balanced"
-
-
-class Features(StrEnum):
-    """Feature networks."""
-
-    classifier = "classifier"
-    inception = "inception"
-
-
-class WeightsOfRun(StrEnum):
-    """Which weights of a checkpoint."""
-
-    ema = "ema"
-    weights = "weights"
-
-
-class Precision(StrEnum):
-    """Arithmetic of the network."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
 
 
 def command(
@@ -52,31 +14,38 @@ def command(
         int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or 1]")
     ] = None,
     sampler: Annotated[
-        Sampler | None, typer.Option(help="[default: ddpm for DDPM runs, euler for rectified flow]")
+        Literal["ddpm", "ddim", "euler", "heun"] | None,
+        typer.Option(help="[default: ddpm for DDPM runs, euler for rectified flow]"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 250,
+    grid: Annotated[
+        Literal["own", "karras"] | None,
+        typer.Option(help="Noise levels: the objective's own, or EDM's. [default: karras for heun, else own]"),
+    ] = None,
+    ddim_eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")] = 0.0,
     cfg_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 1.0,
     cfg_channels: Annotated[
         int | None, typer.Option(min=1, help="Channels that guidance acts on. [default: all]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i is a function of the seed and i alone.")] = 0,
     labels: Annotated[
-        Labels, typer.Option(help="Classes drawn at random, or in turn (reads a little lower).")
-    ] = Labels.random,
+        Literal["random", "balanced"],
+        typer.Option(help="Classes drawn at random, or in turn (reads a little lower)."),
+    ] = "random",
     precision: Annotated[
-        Precision, typer.Option(help="Arithmetic of the network while drawing.")
-    ] = Precision.fp32,
-    weights: Annotated[WeightsOfRun, typer.Option(help="The moving average, or the weights themselves.")] = (
-        WeightsOfRun.ema
-    ),
+        Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the network while drawing.")
+    ] = "fp32",
+    weights: Annotated[
+        Literal["ema", "weights"], typer.Option(help="The moving average, or the weights themselves.")
+    ] = "ema",
     step: Annotated[int | None, typer.Option(min=0, help="The checkpoint's step. [default: the newest]")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of shards with the real images. [default: the run's]")
     ] = None,
     features: Annotated[
-        Features,
+        Literal["classifier", "inception"],
         typer.Option(help="Feature network: one trained here on the real images, or Inception-v3 from a file."),
-    ] = Features.classifier,
+    ] = "classifier",
     features_path: Annotated[
         Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
     ] = None,
@@ -101,27 +70,29 @@ def command(
     processes.
     """
     from ditmoe.launcher.processes import in_worker
-    from ditmoe.sampling.config import SamplerConfig
+    from ditmoe.sampling.config import sampler_from_options
     from ditmoe.sampling.evaluate import stored_result
     from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.results import table
 
     options = EvaluationOptions(
         source=run,
-        sampler=SamplerConfig(
-            sampler=sampler.value if sampler is not None else None,
+        sampler=sampler_from_options(
+            sampler=sampler,
             steps=steps,
+            grid=grid,
+            ddim_eta=ddim_eta,
             cfg_scale=cfg_scale,
             cfg_channels=cfg_channels,
-            precision=precision.value,
+            precision=precision,
             seed=seed,
         ),
         count=count,
-        labels=labels.value,
-        weights=weights.value,
+        labels=labels,
+        weights=weights,
         step=step,
         data=data,
-        features=features.value,
+        features=features,
         features_path=features_path,
         recogniser=recogniser,
         batch=batch,
@@ -136,15 +107,18 @@ def command(
 
             processes = processes or torch.cuda.device_count() or 1
         if processes is not None and processes > 1 and not in_worker():
+            from ditmoe.data.files import make_folder
             from ditmoe.launcher.launch import spawn
 
             arguments = ["evaluate", "--steps", str(steps)]
+            arguments += ["--ddim-eta", repr(ddim_eta)]
             arguments += ["--count", str(count), "--cfg-scale", repr(cfg_scale), "--seed", str(seed)]
-            arguments += ["--labels", labels.value, "--precision", precision.value, "--weights", weights.value]
-            arguments += ["--features", features.value, "--batch", str(batch)]
+            arguments += ["--labels", labels, "--precision", precision, "--weights", weights]
+            arguments += ["--features", features, "--batch", str(batch)]
             arguments += ["--recogniser" if recogniser else "--no-recogniser"]
             for option, value in (
                 ("--sampler", sampler),
+                ("--grid", grid),
                 ("--cfg-channels", cfg_channels),
                 ("--data", data),
                 ("--features-path", features_path),
@@ -155,7 +129,9 @@ def command(
             # The checkpoint is named: training may write a newer one before the processes look. The first of them
             # shows the result.
             arguments += ["--", str(job.checkpoint)]
-            raise typer.Exit(spawn(arguments, processes, log_dir=job.folder / "ranks"))
+            ranks = job.folder / "ranks"
+            make_folder(ranks)
+            raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
         metrics = evaluate_run(job)
     if os.environ.get("RANK", "0") == "0":
         for line in table(metrics, job.features):

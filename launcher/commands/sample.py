@@ -1,8 +1,7 @@
 """`ditmoe sample`: a picture of images drawn from a run's network."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,40 +11,12 @@ if TYPE_CHECKING:
     from ditmoe.sampling.config import SamplerConfig
 
 MOST_DEFAULT_CLASSES = 16
-
-
-class Sampler(StrEnum):
-    """The samplers."""
-
-    ddpm = "ddpm"
-    ddim = "ddim"
-    euler = "euler"
-    heun = "heun"
-
-
-class Grid(StrEnum):
-    """Where the steps lie."""
-
-    own = "own"
-    karras = "karras"
-
-
-class Weights(StrEnum):
-    """Which weights draw."""
-
-    ema = "ema"
-    weights = "weights"
-
-
-class Precision(StrEnum):
-    """Number format of the network."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
+LONGEST_LABELS = 60
+"""Characters of a file's name that may list its classes."""
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
     classes: Annotated[
         str | None,
         typer.Option(help="Numbers or names, with commas between: 3,7. [default: all, or 16 spread over them]"),
@@ -55,11 +26,12 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) and its class alone.")] = 0,
     sampler: Annotated[
-        Sampler | None, typer.Option(help="[default: euler for flow runs, ddpm for DDPM runs]")
+        Literal["ddpm", "ddim", "euler", "heun"] | None,
+        typer.Option(help="[default: euler for flow runs, ddpm for DDPM runs]"),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
     grid: Annotated[
-        Grid | None,
+        Literal["own", "karras"] | None,
         typer.Option(help="Noise levels: the objective's own, or EDM's. [default: karras for heun, else own]"),
     ] = None,
     ddim_eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")] = 0.0,
@@ -73,8 +45,10 @@ def command(
     step: Annotated[
         int | None, typer.Option(min=0, help="Training step of the checkpoint. [default: the newest]")
     ] = None,
-    weights: Annotated[Weights, typer.Option(help="The moving average, or the trained weights.")] = Weights.ema,
-    precision: Annotated[Precision, typer.Option(help="Of the network.")] = Precision.fp32,
+    weights: Annotated[
+        Literal["ema", "weights"], typer.Option(help="The moving average, or the trained weights.")
+    ] = "ema",
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG to write. [default: under RUN/samples, named by the settings]")
@@ -86,21 +60,21 @@ def command(
     import torch
 
     from ditmoe.data.images import to_uint8
-    from ditmoe.sampling.config import SamplerConfig
-    from ditmoe.sampling.generate import generate_float
+    from ditmoe.sampling.config import sampler_from_options
+    from ditmoe.sampling.generate import check_finite, generate_float
     from ditmoe.sampling.grid import image_grid, save_picture
-    from ditmoe.sampling.load import load_model
+    from ditmoe.sampling.load import home_of, load_model
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, weights.value, step, check_device(device), precision.value)
-    config = SamplerConfig(
-        sampler=sampler.value if sampler else None,
+    model = load_model(run, weights, step, check_device(device), precision)
+    config = sampler_from_options(
+        sampler=sampler,
         steps=steps,
-        grid=grid.value if grid else None,
+        grid=grid,
         ddim_eta=ddim_eta,
         cfg_scale=cfg_scale,
         cfg_channels=cfg_channels,
-        precision=precision.value,
+        precision=precision,
         seed=seed,
     ).resolved(model.objective_config)
     chosen = choose_classes(classes, model.class_names)
@@ -110,14 +84,20 @@ def command(
     start = time.perf_counter()
     images = generate_float(model, labels, range(count), config, min(batch, count), progress_on_terminal(count))
     seconds = time.perf_counter() - start
+    check_finite(images.image_NCHW, range(count))
 
     columns = min(len(chosen), count) if len(chosen) > 1 else min(count, 8)
     captions = [model.class_names[label] for label in chosen[:columns]] if len(chosen) > 1 else []
     picture = image_grid(to_uint8(images.image_NCHW).permute(0, 2, 3, 1).numpy(), columns, captions)
     assert model.info is not None
-    path = out or samples_folder(model.info.path) / picture_name(model.info.step, weights.value, classes, config)
-    save_picture(picture, path)
-    typer.echo(f"{path}")
+    if out is None:
+        usual = count == 8 * len(chosen)
+        name = picture_name(
+            model.info.step, weights, chosen if classes else None, None if usual else count, config
+        )
+        out = home_of(model.info.path) / "samples" / name
+    save_picture(picture, out)
+    typer.echo(f"{out}")
     typer.echo(
         f"{count} images, {config.sampler}, {steps} steps, NFE {images.nfe} per image"
         + (
@@ -130,7 +110,10 @@ def command(
 
 
 def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
-    """The labels that `--classes` stands for; a part that is a class's name is that class before it is a number.
+    """The labels that `--classes` stands for.
+
+    A part that is a class's name is that class before it is a number. A name may have commas in it: the longest
+    name that the next parts make is taken.
 
     Raises:
         UserError: a part is neither; names all such parts.
@@ -142,9 +125,17 @@ def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
         shown = min(total, MOST_DEFAULT_CLASSES)
         return [place * total // shown for place in range(shown)]
     chosen, wrong = [], []
-    for part in (part.strip() for part in text.split(",")):
-        if part in names:
-            chosen.append(names.index(part))
+    label_of = {name: label for label, name in reversed(list(enumerate(names)))}
+    longest = max(name.count(",") for name in names) + 1
+    parts = text.split(",")
+    while parts:
+        for length in range(min(longest, len(parts)), 0, -1):
+            part = ",".join(parts[:length]).strip()
+            if part in label_of:
+                break
+        del parts[:length]
+        if part in label_of:
+            chosen.append(label_of[part])
         elif part.isascii() and part.isdigit() and int(part) < len(names):
             chosen.append(int(part))
         else:
@@ -158,15 +149,11 @@ def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
     return chosen
 
 
-def samples_folder(checkpoint: Path) -> Path:
-    """`samples/` of the run that a checkpoint is of; beside it where it stands alone."""
-    parent = checkpoint.resolve().parent
-    return (parent.parent if parent.name == "checkpoints" else parent) / "samples"
-
-
-def picture_name(step: int, weights: str, classes: str | None, config: "SamplerConfig") -> str:
-    """A file name that states how the picture came about."""
-    import re
+def picture_name(
+    step: int, weights: str, classes: list[int] | None, count: int | None, config: "SamplerConfig"
+) -> str:
+    """A file name that states how the picture came about; `classes` and `count` where they were asked for."""
+    import hashlib
 
     assert config.sampler is not None
     parts = [f"step-{step:08d}", config.sampler, f"{config.steps}steps"]
@@ -183,7 +170,12 @@ def picture_name(step: int, weights: str, classes: str | None, config: "SamplerC
     if config.precision != "fp32":
         parts.append(config.precision)
     if classes is not None:
-        parts.append("classes-" + re.sub(r"[^A-Za-z0-9]+", "-", classes).strip("-")[:60])
+        labels = "-".join(map(str, classes))
+        if len(labels) > LONGEST_LABELS:
+            labels = f"{len(classes)}-{hashlib.sha256(labels.encode()).hexdigest()[:8]}"
+        parts.append(f"classes-{labels}")
+    if count is not None:
+        parts.append(f"{count}images")
     return "_".join(parts) + ".png"
 
 
@@ -198,8 +190,8 @@ def check_device(name: str) -> str:
     from ditmoe.model.errors import UserError
 
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); expected cpu, cuda or cuda:N") from None
     return name

@@ -49,6 +49,7 @@ def test_wrong_input_is_one_message(digits: Path, tmp_path: Path) -> None:
     for arguments, message in (
         (["pack", "digits", str(digits)], "already holds a packed dataset"),
         (["pack", "digits", str(tmp_path / "o"), "--channels", "2"], "--channels is 2, expected 1"),
+        (["pack", "digits", str(tmp_path / "o"), "--name", "a\nb"], r"--name is 'a\nb', expected"),
         (["pack", "digits", str(tmp_path / "o"), "--classes", "2"], "--classes is for the source `shapes`"),
         (["pack", str(tmp_path / "no"), str(tmp_path / "o")], "not there; a source is"),
         (["verify", str(tmp_path / "no")], "no such folder"),

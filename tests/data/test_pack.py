@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -138,6 +140,29 @@ def test_tars_of_others_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"did not write, such as mine\.tar"):
         pack(Digits(), tmp_path, PackSettings(count=10, overwrite=True))
     assert (tmp_path / "mine.tar").exists()
+
+
+def test_an_index_of_others_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"pages": []}')
+    (tmp_path / "mine.tar").write_bytes(b"precious")
+    for overwrite, message in ((False, "already holds"), (True, "replaces datasets of ours only")):
+        with pytest.raises(UserError, match=message):
+            pack(Digits(), tmp_path, PackSettings(count=10, overwrite=overwrite))
+    assert (tmp_path / "mine.tar").read_bytes() == b"precious" and (tmp_path / "index.json").exists()
+
+
+class Killed(Digits):
+    """Its worker is killed, as the system does when memory runs out."""
+
+    def read(self, number: int) -> SourceImage:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(number)
+
+
+def test_a_killed_worker_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a reading process was killed"):
+        pack(Killed(), tmp_path / "d", PackSettings(count=10, workers=1))
+    assert not (tmp_path / "d" / "index.json").exists()
 
 
 class Interrupted(Digits):

@@ -1,5 +1,6 @@
 """Each kind of source: what it holds, and what it says about wrong input."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -189,3 +190,44 @@ def test_the_networks_range_and_back() -> None:
     assert to_network_range(image).aminmax() == (-1.0, 1.0)
     assert torch.equal(to_uint8(to_network_range(image)), image)
     assert to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_a_damaged_exif_is_an_error_of_the_file_and_says_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.webp", exif=exif)
+    data = (tmp_path / "a" / "x.webp").read_bytes()
+    source = ImageFolder(tmp_path)
+    assert source.read(0).image_HWC.shape == (8, 8, 3)
+    (tmp_path / "a" / "x.webp").write_bytes(data.replace(b"MM\0*", b"XM\0*"))
+    with pytest.raises(UserError, match=r"a/x\.webp: damaged EXIF data: not a TIFF file"):
+        source.read(0)
+    # Pillow warns of this one and goes on, as do we.
+    (tmp_path / "a" / "x.webp").write_bytes(
+        data.replace(b"\x01\x12\x00\x03\x00\x00\x00\x01", b"\x01\x12\x00\x03\x00\x00\x99\x01")
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert source.read(0).image_HWC.shape == (8, 8, 3)
+
+
+def test_a_thin_image_is_not_blown_up(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="1×65000 pixels are too thin to bring the short side to 256"):
+        prepare(np.zeros((65_000, 1, 3), np.uint8), 256, None)
+    assert prepare(np.zeros((300, 1, 3), np.uint8), 32, None).shape == (32, 32, 3)
+
+
+def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    (root / "ant" / "again").symlink_to(".")
+    source = ImageFolder(root)
+    assert len(source) == 9
+    assert source.remarks()[0].endswith("or there twice: README, ant/notes.txt, ant/again")
+
+
+def test_class_names_of_an_npz_can_be_printed(tmp_path: Path) -> None:
+    arrays = {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.arange(2)}
+    np.savez(tmp_path / "x.npz", **arrays, class_names=np.array(["a", "b\x1b[2J"]))
+    with pytest.raises(UserError, match=r"x\.npz: the class name 'b\\x1b\[2J' cannot be printed"):
+        Npz(tmp_path / "x.npz")

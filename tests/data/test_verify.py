@@ -176,6 +176,23 @@ def test_a_key_that_comes_twice(digits: Path) -> None:
     assert any(f"the key {first.name[:8]} comes twice" in line for line in verify(digits).problems)
 
 
+def test_names_in_an_archive_and_an_index_are_fit_to_print(digits: Path) -> None:
+    import tarfile
+
+    path = digits / "digits-00000.tar"
+    with tarfile.open(path, "a") as tar:
+        for name in ("\x1b[2Jred.png", "latin-\udce9.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    problems = verify(digits).problems
+    assert all(problem.isprintable() for problem in problems)
+    assert sum(r"sample \x1b[2Jred: no label" in problem for problem in problems) == 1
+    values = json.loads((digits / "index.json").read_text())
+    values["class_names"][3] = "3\n4"
+    (digits / "index.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"class_names: .*'3\\n4' cannot be printed"):
+        load_index(digits)
+
+
 def test_links_and_paths_in_an_archive_lead_nowhere(digits: Path) -> None:
     import tarfile
 

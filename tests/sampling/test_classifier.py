@@ -1,6 +1,5 @@
 """The classifiers that an evaluation trains: good on real digits, kept, and independent of each other."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +23,6 @@ from ditmoe.sampling.classifier import (
 from ditmoe.sampling.real import RealImages
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

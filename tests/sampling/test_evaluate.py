@@ -5,14 +5,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ditmoe.data.index import load_index, write_index
@@ -26,16 +24,9 @@ from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, Job, default_chunk, run_job, stored_result
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.results import table
+from ditmoe.sampling.workers import Workers
 
 NAMES = ("zero", "<b>one</b>", "../two", *map(str, range(3, 10)))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +111,7 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
     evaluation = metrics["evaluation"]
     assert evaluation["nfe"] == 39 and evaluation["network_passes"] == 78 and evaluation["vae"] is None
     assert evaluation["sampler"]["seed"] == 3 and evaluation["sampler"]["precision"] == "fp32"
-    assert metrics["real"] == {
+    assert result["real"] == {
         "name": "digits",
         "folder": str(shards),
         "images": 1797,
@@ -142,6 +133,21 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
     assert sorted(p.name for p in (job.folder / "gallery").iterdir())[:2] == ["class-00000.png", "class-00001.png"]
     with Image.open(job.folder / "gallery" / "class-00003.png") as sheet:
         assert sheet.mode == "L" and sheet.width > 300
+
+
+def test_results_are_written_when_no_process_looks_for_descriptions_any_more(
+    tmp_path: Path, shards: Path, cache: Path
+) -> None:
+    job = make_job(tmp_path, shards, cache, recogniser=False)
+    seen = []
+
+    def all_well(well: bool) -> bool:
+        seen.append(((job.folder / "features").exists(), (job.folder / "metrics.json").exists()))
+        return well
+
+    run_job(job, Copyist(shards), Workers(ranks=2, _all_well=all_well))
+    # At the start, when all is drawn, when all is described, and when all is written.
+    assert seen == [(False, False), (False, False), (True, False), (False, True)]
 
 
 def test_worse_images_score_worse(tmp_path: Path, shards: Path, cache: Path) -> None:

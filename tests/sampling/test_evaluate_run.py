@@ -1,6 +1,6 @@
 """An evaluation of a run folder, from the options to the metrics, with a small network of random weights."""
 
-from collections.abc import Iterator
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,27 +10,21 @@ import torch
 
 from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.sources import open_source
+from ditmoe.launcher.commands.evaluate import command
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import checkpoint_path, write_weights_checkpoint
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import stored_result
 from ditmoe.sampling.evaluate_run import EvaluationOptions, default_cache, evaluate_run, prepare_job
+from ditmoe.sampling.real import RealImages
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +93,54 @@ def test_what_does_not_fit_is_told_before_anything_starts(run: Path, shards: Pat
         UserError, match="image_size is 16, expected 8; channels is 3, expected 1; num_classes is 3, expected 10"
     ):
         prepare_job(replace(options, data=tmp_path / "shapes"))
+
+
+def test_classes_of_other_names_are_warned_of_and_other_channels_refused(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    marker = checkpoint_path(run, 0) / MARKER
+    facts = json.loads(marker.read_text())
+    facts["dataset"]["class_names"] = [*map(str, range(9)), "ten"]
+    marker.write_text(json.dumps(facts))
+    job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    warnings = evaluate_run(job)["results"]["classifier"]["warnings"]
+    assert f"class 9 is 9 in {shards} and ten in the network's training" in warnings[-2]
+    assert "held-out real images only: its FID says little" in warnings[-1]  # after one pass
+
+    facts["config"]["model"] |= {"channels": 4, "num_classes": 3}
+    marker.write_text(json.dumps(facts))
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 4), np.uint8), labels=np.arange(9) % 3)
+    pack(open_source(str(tmp_path / "x.npz"), seed=0), tmp_path / "four", PackSettings(format="npy"))
+    with pytest.raises(UserError, match=r"channels is 4, and only 1 \(grey\) or 3 \(RGB\)"):
+        prepare_job(options_for(run, tmp_path / "four"))
+
+
+def test_folders_that_cannot_be_made_are_one_message(run: Path, shards: Path, tmp_path: Path) -> None:
+    (run / "evaluations").touch()
+    options = options_for(run, shards)
+    with pytest.raises(UserError, match=r"evaluations/.*: could not be made: Not a directory"):
+        evaluate_run(prepare_job(options))
+    with pytest.raises(UserError, match="/ranks: could not be made"):
+        command(run, count=20, processes=2, data=shards, cache=tmp_path / "cache")
+    (run / "evaluations").unlink()
+    with pytest.raises(UserError, match="evaluations/cache/locks: could not be made: Not a directory"):
+        evaluate_run(
+            prepare_job(
+                replace(options, cache=run / "checkpoints" / "step-00000000" / MARKER / "evaluations/cache")
+            )
+        )
+
+
+def test_results_name_the_real_images_that_they_are_of(run: Path, shards: Path, tmp_path: Path) -> None:
+    job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    evaluate_run(job)
+    metrics = json.loads((job.folder / "metrics.json").read_text())
+    metrics["results"]["inception"] = {"real": {"name": "others"}}
+    (job.folder / "metrics.json").write_text(json.dumps(metrics))
+    pack(open_source("digits", seed=0), tmp_path / "more", PackSettings(count=400, seed=1))
+    results = evaluate_run(replace(job, real=RealImages(tmp_path / "more")))["results"]
+    assert results["inception"]["real"]["name"] == "others"
+    assert results["classifier"]["real"]["images"] == 400
 
 
 def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

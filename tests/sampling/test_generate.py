@@ -8,7 +8,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
 from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.generate import default_labels, generate, generate_float
+from ditmoe.sampling.generate import check_finite, default_labels, generate, generate_float
 from ditmoe.sampling.load import LoadedModel
 
 
@@ -129,3 +129,12 @@ def test_defaults():
     assert (SamplerConfig().resolved(flow).sampler, SamplerConfig().resolved(flow).grid) == ("euler", "own")
     assert SamplerConfig().resolved(ddpm).sampler == "ddpm"
     assert SamplerConfig(sampler="heun").resolved(ddpm).grid == "karras"
+
+
+def test_images_that_are_not_finite_are_an_error():
+    images = torch.zeros(4, 1, 2, 2)
+    check_finite(images, range(4))
+    images[2, 0, 1, 1] = float("nan")
+    images[3, 0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match="image 12 is not finite, and neither are 1 others"):
+        check_finite(images, range(10, 14))

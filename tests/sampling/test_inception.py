@@ -167,6 +167,9 @@ def test_wrong_files_are_one_message(state_path: Path, tmp_path: Path) -> None:
     path.write_bytes(state_path.read_bytes()[:100_000])
     with pytest.raises(UserError, match=r"wrong\.pth: neither TorchScript nor a state dict"):
         load_inception(path, CPU)
+    path.write_text("run: {dir: runs/my}")
+    with pytest.raises(UserError, match=r"wrong\.pth: neither TorchScript nor a state dict"):
+        load_inception(path, CPU)
     torch.save(nn.Linear(1, 1), path)  # a pickled module is not read
     with pytest.raises(UserError, match=r"wrong\.pth"):
         load_inception(path, CPU)

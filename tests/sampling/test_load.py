@@ -1,6 +1,7 @@
 """Reading a model from a run or a checkpoint, and the `sample` command on it."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
 from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
 from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.load import find_checkpoint, load_model
+from ditmoe.sampling.load import find_checkpoint, home_of, load_model
 
 CONFIG = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=3
@@ -79,7 +80,7 @@ def test_nothing_to_load(run, tmp_path):
 
 def test_sample_draws_a_picture(run, capsys):
     command(run, classes="two,0", count=5, steps=3, cfg_scale=1.5, seed=4)
-    path = run / "samples" / "step-00000020_euler_3steps_cfg1.5_seed4_classes-two-0.png"
+    path = run / "samples" / "step-00000020_euler_3steps_cfg1.5_seed4_classes-2-0_5images.png"
     with Image.open(path) as picture:
         assert picture.size == (2 + 2 * 66, 2 + 18 + 3 * 66)
     out = capsys.readouterr().out
@@ -104,11 +105,27 @@ def test_choosing_classes():
         choose_classes("three,1,3", NAMES)
 
 
+def test_a_name_with_commas_is_one_class():
+    names = ("tench, Tinca tinca", "goldfish, Carassius auratus", "tench", "a, b, c")
+    assert choose_classes("goldfish, Carassius auratus,tench, Tinca tinca,tench,0", names) == [1, 0, 2, 0]
+    assert choose_classes(" a, b, c ", names) == [3]
+    with pytest.raises(UserError, match="'goldfish' found"):
+        choose_classes("goldfish,tench", names)
+
+
+def test_what_is_made_of_a_checkpoint_goes_to_its_run_or_into_it(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    relative = Path(os.path.relpath(checkpoint_path(run, 10), tmp_path))
+    assert home_of(relative).resolve() == run.resolve()
+    assert home_of(tmp_path / "converted") == Path("converted")
+    assert home_of(Path("/elsewhere/converted")) == Path("/elsewhere/converted")
+
+
 def test_the_name_states_what_departs_from_the_defaults():
     config = SamplerConfig(
         sampler="ddim", ddim_eta=0.5, grid="karras", cfg_scale=2, cfg_channels=3, precision="bf16"
     )
-    name = picture_name(7, "weights", None, config)
+    name = picture_name(7, "weights", None, None, config)
     assert name == "step-00000007_ddim_250steps_grid-karras_eta0.5_cfg2_on3channels_seed0_weights_bf16.png"
 
 
@@ -117,6 +134,17 @@ def test_sample_refuses_what_does_not_fit(run, tmp_path):
         command(tmp_path)
     with pytest.raises(UserError, match="cfg_channels = 2"):
         command(run, cfg_scale=2.0, cfg_channels=2)
+    with pytest.raises(UserError, match="--cfg-scale inf: Input should be a finite number"):
+        command(run, cfg_scale=float("inf"))
+    with pytest.raises(UserError, match="--device meta: not usable here"):
+        command(run, device="meta")
     with pytest.raises(UserError, match="--device nonsense: not usable here"):
         command(run, device="nonsense")
     assert not (tmp_path / "samples").exists()
+
+
+def test_pictures_of_other_classes_and_counts_have_other_names():
+    config = SamplerConfig(sampler="euler", grid="own")
+    assert picture_name(7, "ema", [3, 1], 12, config).endswith("_seed0_classes-3-1_12images.png")
+    names = {picture_name(7, "ema", list(range(n)), None, config) for n in range(30, 60)}
+    assert len(names) == 30 and max(map(len, names)) < 120

@@ -1,7 +1,6 @@
 """Moments, Fréchet distance, precision/recall and the Inception Score against closed forms and scipy."""
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
-from ditmoe.model.errors import UserError
 from ditmoe.sampling.statistics import Moments, frechet_distance, inception_score, precision_recall
 
 
@@ -98,18 +96,6 @@ def test_orthogonal_supports_have_no_common_root() -> None:
     assert frechet_distance(a, b).value == pytest.approx(10.0)
     still = gaussian(np.ones(4), np.zeros((4, 4)))
     assert frechet_distance(a, still).value == pytest.approx(3.0 + 4.0)
-
-
-def test_moments_are_read_as_they_were_written(tmp_path: Path) -> None:
-    a = Moments.of(random_features(20, 6, 5))
-    a.save(tmp_path / "a.npz")
-    b = Moments.load(tmp_path / "a.npz")
-    assert b.count == 20
-    np.testing.assert_array_equal(a.scatter_FF, b.scatter_FF)
-    data = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "a.npz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(UserError, match=r"a\.npz"):
-        Moments.load(tmp_path / "a.npz")
 
 
 def test_precision_and_recall_by_hand() -> None:
