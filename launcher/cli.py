@@ -33,6 +33,9 @@ VERBS: Final[dict[str, Verb]] = {
     "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
+    "checkpoint": Verb(
+        "ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and write its weights out."
+    ),
     "models": Verb("ditmoe.launcher.commands.models", "List the presets, their parameters and FLOPs."),
     "convert": Verb("ditmoe.launcher.commands.convert", "Turn published weights into ours, and back."),
 }

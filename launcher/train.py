@@ -4,8 +4,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,11 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ditmoe.data.images import to_network_range, to_uint8
+from ditmoe.data.images import to_uint8
 from ditmoe.data.index import load_index
-from ditmoe.data.stream import Batch, open_stream
 from ditmoe.launcher.checks import layout_of
 from ditmoe.launcher.config import RunConfig
+from ditmoe.launcher.feed import Feed
 from ditmoe.launcher.report import Reporter
 from ditmoe.launcher.run_folder import RunFolder, config_yaml
 from ditmoe.launcher.signals import StopSignal
@@ -30,7 +29,7 @@ from ditmoe.model.objective import Objective, make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove_partials
 from ditmoe.parallel.config import OptimConfig
-from ditmoe.parallel.engine import MicroBatch, NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.engine import NonFiniteLossError, StepResult, TrainingEngine
 from ditmoe.parallel.training_state import load_training_state, save_training_state, unwritten
 from ditmoe.sampling.generate import generate_float
 from ditmoe.sampling.grid import image_grid, save_picture
@@ -169,18 +168,12 @@ class Trainer:
         if self.engine.step >= steps:
             self._say(f"the run is complete: step {self.engine.step} of {steps}")
             return
-        stream = open_stream(
-            self.config.data,
-            self.config.seed,
-            start=self.images,
-            micro_batch=self.layout.micro_batch,
-            rank=dist.get_rank(),
-            ranks=self.layout.data,
-        )
+        rank = dist.get_rank()
+        feed = Feed(self.config, self.objective, self.layout, self.device, rank, start=self.images)
         stopped = False
-        with closing(stream):
+        with feed:
             while self.engine.step < steps and not stopped:
-                stopped = self._step(stream).requests > 0
+                stopped = self._step(feed).requests > 0
                 step, every = self.engine.step, self.config.train.checkpoint_every
                 if stopped or step == steps or step % every == 0:
                     saved = self._save()
@@ -195,20 +188,19 @@ class Trainer:
         else:
             self._say(f"the run is complete: step {steps}; saved {saved}")
 
-    def _step(self, stream: Iterator[Batch]) -> StepResult:
+    def _step(self, feed: Feed) -> StepResult:
         """One optimiser step, counted and reported."""
         start = time.perf_counter()
-        batches = [next(stream) for _ in range(self.layout.accumulation)]
-        micro_batches = [self._micro_batch(batch) for batch in batches]
+        micro_batches, keys = feed.next_step()
         wait = time.perf_counter() - start
         step, steps = self.engine.step + 1, self.config.train.steps
         rate = learning_rate(self.config.optim, step, steps)
         try:
             result = self.engine.train_step(micro_batches, rate, self.stop.requested)
         except NonFiniteLossError as error:
-            raise self._not_finite(f"the loss is {error.loss}", step, batches) from None
+            raise self._not_finite(f"the loss is {error.loss}", step, keys) from None
         if not np.isfinite(result.grad_norm):
-            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batches)
+            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, keys)
         self.images += self.layout.batch
         self.sums.add(result)
         self.clock.add(time.perf_counter() - start, wait)
@@ -217,15 +209,6 @@ class Trainer:
         if self.report is not None:
             self.report.advance()
         return result
-
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
-        """Draw what is random in the samples, and bring all to the device."""
-        model = self.config.model
-        shape = tuple(batch.image_BCHW.shape[1:])
-        draws = self.objective.draw(self.config.seed, batch.position_B, shape, model.label_dropout)
-        label_B = torch.where(draws.drop_B, torch.tensor(model.num_classes), batch.label_B)
-        x_BCHW = to_network_range(batch.image_BCHW)
-        return MicroBatch(x_BCHW.to(self.device), label_B.to(self.device), draws.to(self.device))
 
     def _record(self, result: StepResult, rate: float) -> None:
         """Report the means since the last record, and the experts' load in the last step."""
@@ -287,9 +270,8 @@ class Trainer:
         save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
         self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
 
-    def _not_finite(self, what: str, step: int, batches: list[Batch]) -> UserError:
+    def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
         """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
-        own = [key for batch in batches for key in batch.keys]
         keys = [key for part in processes.gather_objects(own) for key in part]
         file = self.folder.path / f"not-finite-step-{step:08d}.json"
         if dist.get_rank() == 0:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,21 +113,39 @@ def write_safetensors(
     Returns:
         the files written; the last is the one to read.
     """
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
+    return write_safetensors_in_pieces(
+        path, sizes, lambda names: {name: state[name] for name in names}, description, shard_bytes
+    )
+
+
+def write_safetensors_in_pieces(
+    path: Path,
+    sizes: Mapping[str, int],
+    fetch: Callable[[list[str]], Mapping[str, Tensor]],
+    description: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Path]:
+    """As `write_safetensors`, asking for the tensors of one file at a time, so that no more are held.
+
+    Args:
+        sizes: bytes of each tensor, in the order of writing.
+        fetch: gives the named tensors.
+    """
     metadata = {"format": "pt"} if description is None else {"format": "pt", _DESCRIPTION_KEY: description}
-    shards = _cut(state, shard_bytes)
+    shards = _cut(sizes, shard_bytes)
     if len(shards) == 1:
-        _write_safetensors_file(path, shards[0], metadata)
+        _write_safetensors_file(path, fetch(shards[0]), metadata)
         return [path]
     files = [
         path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{SAFETENSORS}")
         for number in range(1, len(shards) + 1)
     ]
-    for file, shard in zip(files, shards, strict=True):
-        _write_safetensors_file(file, shard, {"format": "pt"})
-    size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    for file, names in zip(files, shards, strict=True):
+        _write_safetensors_file(file, fetch(names), {"format": "pt"})
     index = {
-        "metadata": {**metadata, "total_size": size},
-        "weight_map": {name: file.name for file, shard in zip(files, shards, strict=True) for name in shard},
+        "metadata": {**metadata, "total_size": sum(sizes.values())},
+        "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
     }
     index_file = path.with_name(path.stem + INDEX_SUFFIX)
     with _replacing(index_file) as temporary:
@@ -186,16 +204,15 @@ def _write_safetensors_file(path: Path, tensors: Mapping[str, Tensor], metadata:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
 
-def _cut(state: Mapping[str, Tensor], shard_bytes: int) -> list[dict[str, Tensor]]:
-    """Cut a state, in its order, into pieces of at most `shard_bytes` (or one tensor)."""
-    shards: list[dict[str, Tensor]] = [{}]
+def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Cut names, in their order, into pieces of at most `shard_bytes` (or one tensor)."""
+    shards: list[list[str]] = [[]]
     held = 0
-    for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
+    for name, size in sizes.items():
         if shards[-1] and held + size > shard_bytes:
-            shards.append({})
+            shards.append([])
             held = 0
-        shards[-1][name] = tensor
+        shards[-1].append(name)
         held += size
     return shards
 

@@ -9,6 +9,7 @@ A checkpoint is written under a name that ends in `.partial` and renamed when it
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from ditmoe.data.files import sync_folder
+from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.flat_storage import Run, load_runs, save_runs
+from ditmoe.parallel.flat_storage import Run, load_runs, missing_elements, save_runs
 
 FORMAT = 1
 MARKER = "checkpoint.json"
@@ -46,6 +48,8 @@ class CheckpointInfo:
     """The run's resolved configuration (a converted checkpoint: `model` and `objective`)."""
     dataset: dict[str, Any]
     """Name, image_size, channels, num_classes and class_names of the training data."""
+    layout: dict[str, Any] | None
+    """The layout that wrote it; None for a converted one."""
     parts: tuple[str, ...]
     """The folders it has: `weights`, `ema`, `exp_avg`, `exp_avg_sq`."""
     shapes: dict[str, tuple[int, ...]]
@@ -97,21 +101,25 @@ def read_info(path: Path) -> CheckpointInfo:
         if facts["format"] != FORMAT:
             raise UserError(f"{marker}: format {facts['format']} found, expected {FORMAT}")
         files = facts["files"]
-        return CheckpointInfo(
+        info = CheckpointInfo(
             path=path,
             step=facts["step"],
             images=facts["images"],
             sums=facts["sums"],
             config=facts["config"],
             dataset=facts["dataset"],
+            layout=facts.get("layout"),
             parts=tuple(facts["parts"]),
             shapes={name: tuple(shape) for name, shape in facts["shapes"].items()},
             files=files,
             fingerprint=_fingerprint(files),
         )
+        if not info.model.complete or not info.objective.kind:
+            raise ValueError("it does not say which model it is of")
+        return info
     except FileNotFoundError:
         raise UserError(f"{path}: no {MARKER} found; expected the folder of a complete checkpoint") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{marker}: not a checkpoint's marker ({type(error).__name__}: {error})") from None
 
 
@@ -136,6 +144,29 @@ def read_weights(path: Path, which: Literal["ema", "weights"] = "ema") -> dict[s
     runs = [Run(name, tensor.numel(), 0, tensor.view(-1)) for name, tensor in tensors.items()]
     load_runs(path / which, runs, collective=False)
     return tensors
+
+
+def incomplete(info: CheckpointInfo) -> list[str]:
+    """What keeps a checkpoint from holding each parameter of its model, each expert of each block, exactly once.
+
+    Compares the marker's shapes with those of the model that its configuration describes, and the files' headers
+    with both. One message each; the files must not be damaged.
+    """
+    expected = canonical_shapes(info.model)
+    expected.pop("pos_embed")
+    problems = [f"{info.path}: {name} is not in it" for name in expected if name not in info.shapes]
+    problems += [
+        f"{info.path}: {name} is no parameter of its model" for name in info.shapes if name not in expected
+    ]
+    problems += [
+        f"{info.path}: {name} is {shape} in it, and {expected[name]} in its model"
+        for name, shape in info.shapes.items()
+        if expected.get(name, shape) != shape
+    ]
+    sizes = {name: math.prod(shape) for name, shape in info.shapes.items()}
+    for part in info.parts:
+        problems += missing_elements(info.path / part, sizes)
+    return problems
 
 
 def damaged(info: CheckpointInfo, names: Iterable[str]) -> list[str]:

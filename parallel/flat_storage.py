@@ -83,6 +83,31 @@ def load_runs(folder: Path, runs: Sequence[Run], collective: bool = True) -> Non
         load({}, storage_reader=reader, planner=_LoadRuns(runs, folder), no_dist=not collective)
 
 
+def missing_elements(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """Where the files of a folder do not hold every element of every tensor exactly once, one message each.
+
+    Reads the files' headers only.
+
+    Args:
+        sizes: elements of each tensor that should be there.
+    """
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    problems = [f"{folder}: {name} is not in it" for name in sizes if name not in stored]
+    problems += [f"{folder}: {name} is no parameter of the model" for name in stored if name not in sizes]
+    for name, size in sizes.items():
+        end = 0
+        chunks: Sequence[ChunkStorageMetadata] = getattr(stored.get(name), "chunks", ())
+        for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[0]):
+            if chunk.offsets[0] != end:
+                kind = "twice" if chunk.offsets[0] < end else "nowhere"
+                first, last = sorted((chunk.offsets[0], end))
+                problems.append(f"{folder}: elements {first} to {last - 1} of {name} are {kind} in it")
+            end = max(end, chunk.offsets[0] + chunk.sizes[0])
+        if chunks and end != size:
+            problems.append(f"{folder}: {end} elements of {name} found, expected {size}")
+    return problems
+
+
 @contextmanager
 def _alone_without_a_word() -> Iterator[None]:
     """Without torch's warning that there is no process group: sampling and converting need none."""

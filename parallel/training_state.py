@@ -20,6 +20,7 @@ from ditmoe.parallel.checkpoint import (
     damaged,
     discard,
     file_facts,
+    incomplete,
     newest_checkpoint,
     read_info,
     start_partial,
@@ -113,7 +114,7 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
             skipped.append(found)
             continue
         info = found
-        problems = _damaged_on_any_rank(info)
+        problems = _problems_on_any_rank(info)
         if problems:
             skipped.extend(problems)
             continue
@@ -174,10 +175,11 @@ def _checksums(partial: Path) -> dict[str, Any]:
     return {name: facts for part in gather_objects(own) for name, facts in part.items()}
 
 
-def _damaged_on_any_rank(info: CheckpointInfo) -> list[str]:
-    """Check all files, each by one rank; every rank gets the same answer."""
+def _problems_on_any_rank(info: CheckpointInfo) -> list[str]:
+    """Check all files, each by one rank, and that they hold the whole model; every rank gets the same answer."""
     names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
-    return [problem for problems in gather_objects(damaged(info, names)) for problem in problems]
+    problems = [problem for problems in gather_objects(damaged(info, names)) for problem in problems]
+    return problems or from_first_rank(lambda: incomplete(info))
 
 
 def _on_first_rank(action: Any, run_dir: Path, path: Path) -> None:

@@ -1,7 +1,19 @@
-"""Tests that need a GPU are skipped, with a word, where there is none."""
+"""Tests that need a GPU are skipped where there is none, and no test changes the environment of another."""
+
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Puts the variables back: joining a process group in a test sets RANK and its kind."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -43,19 +43,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
-    """The engine of a case, with weights that depend on the seed alone."""
-    world = dist.get_world_size()
-    layout = Layout(
-        pipe=1,
-        data=world,
-        expert=case["expert"],
-        tensor=1,
-        zero=case["zero"],
-        micro_batch=case["micro_batch"],
-        accumulation=case["batch"] // (case["micro_batch"] * world),
-    )
-    config = ModelConfig(
+def make_config(case: dict[str, Any]) -> ModelConfig:
+    """The tiny network of a case."""
+    return ModelConfig(
         depth=3,
         hidden=32,
         heads=4,
@@ -68,7 +58,21 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         balance_weight=0.05,
         balance_group=case["balance_group"],
     )
-    network = DiT(config)
+
+
+def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
+    """The engine of a case, with weights that depend on the seed alone."""
+    world = dist.get_world_size()
+    layout = Layout(
+        pipe=1,
+        data=world,
+        expert=case["expert"],
+        tensor=1,
+        zero=case["zero"],
+        micro_batch=case["micro_batch"],
+        accumulation=case["batch"] // (case["micro_batch"] * world),
+    )
+    network = DiT(make_config(case))
     initialise(network, seed=0)
     network.checkpoint_blocks = case["checkpointing"]
     return TrainingEngine(
@@ -116,9 +120,9 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         timestep_B = torch.full((2,), 0.5, device=device)
         ema = network(x_BCHW, timestep_B, torch.tensor([1, 2], device=device)).double().square().sum().item()
     if case["save"]:
-        save_training_state(
-            Path(case["save"]), engine, engine.step * case["batch"], {}, {}, {"name": "test"}, CheckpointConfig()
-        )
+        config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
+        images = engine.step * case["batch"]
+        save_training_state(Path(case["save"]), engine, images, {}, config, {"name": "test"}, CheckpointConfig())
     return {"curve": curve, "ema": ema, "owned": sum(f.weight.numel() for f in engine.fragments)}
 
 

@@ -1,0 +1,89 @@
+"""`ditmoe checkpoint`: look into a checkpoint, and write its weights out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from ditmoe.parallel.checkpoint import CheckpointInfo
+
+app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint, and write its weights out.")
+
+Source = Annotated[
+    Path, typer.Argument(help="A run folder (its newest checkpoint) or a checkpoint folder.", metavar="PATH")
+]
+Step = Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step of a run.")]
+
+
+@app.command("inspect")
+def inspect(source: Source, step: Step = None) -> None:
+    """Print what a checkpoint holds, its sizes and the layout that wrote it, and check every byte of it."""
+    from ditmoe.model.errors import UserError
+    from ditmoe.parallel.checkpoint import damaged, incomplete, read_info
+    from ditmoe.sampling.load import find_checkpoint
+
+    info = read_info(find_checkpoint(source, step))
+    typer.echo(_description(info))
+    problems = damaged(info, info.files) or incomplete(info)
+    if problems:
+        raise UserError("\n".join(problems))
+    typer.echo("whole: each parameter is there once, and every file has its checksum")
+
+
+@app.command("export")
+def export(
+    source: Source,
+    destination: Annotated[Path, typer.Argument(help="NAME.safetensors.", metavar="DST")],
+    step: Step = None,
+    weights: Annotated[Literal["ema", "weights"], typer.Option(help="Which set.")] = "ema",
+    shard_size: Annotated[float, typer.Option(min=0.0001, help="Cut into files of at most this many GiB.")] = 5.0,
+) -> None:
+    """Write the EMA or the weights as safetensors, holding one file's tensors in memory at a time."""
+    from ditmoe.parallel.checkpoint import read_info
+    from ditmoe.parallel.export import export_weights
+    from ditmoe.sampling.load import find_checkpoint
+
+    info = read_info(find_checkpoint(source, step))
+    files = export_weights(
+        info,
+        destination,
+        weights,
+        int(shard_size * 2**30),
+        lambda done: typer.echo(f"{done / 2**20:,.1f} MiB", err=True),
+    )
+    for file in files:
+        typer.echo(str(file))
+
+
+def _description(info: "CheckpointInfo") -> str:
+    """A checkpoint in lines for a person."""
+    from math import prod
+
+    from ditmoe.launcher.commands.models import human
+
+    model = info.model
+    kind = model.preset or f"{model.depth} blocks of width {model.hidden}, patch {model.patch}"
+    experts = f"{model.experts} experts, {model.experts_per_token} per token" if model.experts else "dense"
+    parameters = human(sum(prod(shape) for shape in info.shapes.values()))
+    lines = [
+        str(info.path),
+        f"  step          {info.step:,}",
+        f"  images seen   {info.images:,}",
+        f"  model         {kind}, {experts}; {info.objective.kind}",
+        f"  parameters    {parameters} in {len(info.shapes):,} tensors",
+        f"  data          {info.dataset['name']}: {info.dataset['num_classes']} classes",
+        f"  written by    {_layout(info)}",
+        f"  fingerprint   {info.fingerprint[:16]}",
+    ]
+    for part in info.parts:
+        sizes = [facts["bytes"] for name, facts in info.files.items() if name.startswith(f"{part}/")]
+        lines.append(f"  {part:<13} {sum(sizes) / 2**20:>12,.1f} MiB in {len(sizes)} files")
+    return "\n".join(lines)
+
+
+def _layout(info: "CheckpointInfo") -> str:
+    if info.layout is None:
+        return "ditmoe convert"
+    axes = ", ".join(f"{axis} {info.layout[axis]}" for axis in ("pipe", "data", "expert", "tensor"))
+    return f"{axes}, ZeRO {info.layout['zero']}"
