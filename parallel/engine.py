@@ -104,12 +104,6 @@ class TrainingEngine:
         if layout.zero == 0:
             self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
 
-    @property
-    def network(self) -> nn.Module:
-        """The module tree that computes; a collective call under expert parallelism and ZeRO 3."""
-        module: nn.Module = self._engine.module
-        return module
-
     def _set_up_balance(self) -> None:
         """Scale the injected gradient like the loss, and take the balance means over the configured set."""
         group = self._balance[0].group if self._balance else 1
@@ -127,8 +121,35 @@ class TrainingEngine:
             NonFiniteLossError: on every rank, before the weights are touched.
         """
         assert len(micro_batches) == self.layout.accumulation
-        experts = self._balance[0].experts if self._balance else 0
+        totals = self._accumulate(micro_batches, stop_requested)
+        dist.all_reduce(totals)
+        totals = totals.cpu()
+        loss = float(totals[0] / totals[1])
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(loss)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self.step += 1
+        update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
         layers = len(self._balance)
+        balance_L, load = totals[3 : 3 + layers], totals[3 + layers :]
+        load_LN = load.view(layers, -1) if layers else load.view(0, 0)
+        return StepResult(
+            loss=loss,
+            balance_loss=float(balance_L.sum() / (self.layout.accumulation * self.layout.data)),
+            load_LN=load_LN / load_LN.sum(1, keepdim=True),
+            grad_norm=self._grad_norm(),
+            requests=int(totals[2]),
+        )
+
+    def _accumulate(self, micro_batches: Sequence[MicroBatch], stop_requested: bool) -> Tensor:
+        """Forward and backward passes of all micro-batches, without the optimiser's step.
+
+        Returns:
+            this rank's sums, float64: loss, samples, request to stop, balance loss `[L]`, assignments `[L·N]`.
+        """
+        layers, experts = len(self._balance), self._balance[0].experts if self._balance else 0
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         balance_L = torch.zeros(layers, dtype=torch.float64, device=self.device)
         load_LN = torch.zeros(layers, experts, dtype=torch.float64, device=self.device)
@@ -144,32 +165,9 @@ class TrainingEngine:
                 load_LN += torch.stack(loads_N)
             self._engine.backward(loss_B.mean())
             if index < len(micro_batches) - 1:
-                self._engine.step()
-        totals = torch.cat(
-            (
-                torch.stack((loss_sum, loss_sum.new_tensor(samples), loss_sum.new_tensor(stop_requested))),
-                balance_L,
-                load_LN.flatten(),
-            )
-        )
-        dist.all_reduce(totals)
-        totals = totals.cpu()
-        loss = float(totals[0] / totals[1])
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(loss)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        self._engine.step()
-        self.step += 1
-        update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
-        load = totals[3 + layers :].view(layers, experts)
-        return StepResult(
-            loss=loss,
-            balance_loss=float(totals[3 : 3 + layers].sum() / (self.layout.accumulation * self.layout.data)),
-            load_LN=load / load.sum(1, keepdim=True) if layers else load,
-            grad_norm=self._grad_norm(),
-            requests=int(totals[2]),
-        )
+                self._engine.step()  # counts the micro-step; the weights change at the last one only
+        counts = torch.tensor([samples, stop_requested], dtype=torch.float64, device=self.device)
+        return torch.cat((loss_sum.view(1), counts, balance_L, load_LN.flatten()))
 
     def _grad_norm(self) -> float:
         return self._own_grad_norm if self.layout.zero == 0 else float(self._engine.get_global_grad_norm())

@@ -126,7 +126,7 @@ def test_a_perfectly_balanced_router_has_loss_alpha() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
 def test_experts_on_a_gpu_compute_the_same(dtype: torch.dtype, tolerance: float) -> None:
-    """Forward and gradients for given assignments, with the grouped kernel in bfloat16, against the CPU in fp32."""
+    """Forward and gradients for given assignments (bfloat16: the grouped kernel), against the CPU in fp32."""
     experts, x_AD = make_layer().experts, torch.randn(48, HIDDEN)
     counts_N = torch.tensor([0, 1, 2, 3, 0, 0, 40, 2])
     results = []
