@@ -95,16 +95,9 @@ def missing_elements(folder: Path, sizes: Mapping[str, int]) -> list[str]:
     problems = [f"{folder}: {name} is not in it" for name in sizes if name not in stored]
     problems += [f"{folder}: {name} is no parameter of the model" for name in stored if name not in sizes]
     for name, size in sizes.items():
-        end = 0
-        chunks: Sequence[ChunkStorageMetadata] = getattr(stored.get(name), "chunks", ())
-        for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[0]):
-            if chunk.offsets[0] != end:
-                kind = "twice" if chunk.offsets[0] < end else "nowhere"
-                first, last = sorted((chunk.offsets[0], end))
-                problems.append(f"{folder}: elements {first} to {last - 1} of {name} are {kind} in it")
-            end = max(end, chunk.offsets[0] + chunk.sizes[0])
-        if chunks and end != size:
-            problems.append(f"{folder}: {end} elements of {name} found, expected {size}")
+        if name in stored:
+            chunks: Sequence[ChunkStorageMetadata] = getattr(stored[name], "chunks", ())
+            problems += [f"{folder}: {problem}" for problem in _tiling_problems(name, chunks, size)]
     return problems
 
 
@@ -141,7 +134,8 @@ class _SaveRuns(SavePlanner):
             stored = chunks.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
             stored.chunks.append(data.chunk)
         for name, stored in chunks.items():
-            _check_tiling(name, stored)
+            problems = [*_tiling_problems(name, stored.chunks, stored.size[0])]
+            assert not problems, f"the ranks' runs do not tile a tensor: {problems}"
         return all_plans, Metadata(dict(chunks))
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
@@ -159,14 +153,17 @@ def _write_item(run: Run) -> WriteItem:
     return WriteItem(MetadataIndex(run.name, torch.Size([run.start])), WriteItemType.SHARD, tensor_data=data)
 
 
-def _check_tiling(name: str, stored: TensorStorageMetadata) -> None:
+def _tiling_problems(name: str, chunks: Sequence[ChunkStorageMetadata], size: int) -> Iterator[str]:
+    """Where runs do not hold each of a flat tensor's `size` elements exactly once, one message each."""
     end = 0
-    for chunk in sorted(stored.chunks, key=lambda chunk: chunk.offsets[0]):
-        assert chunk.offsets[0] == end, (
-            f"{name}: elements {end} to {chunk.offsets[0]} are owned by no or two ranks"
-        )
-        end += chunk.sizes[0]
-    assert end == stored.size[0], f"{name}: {end} of {stored.size[0]} elements are owned"
+    for chunk in sorted(chunks, key=lambda chunk: chunk.offsets[0]):
+        if chunk.offsets[0] != end:
+            kind = "twice" if chunk.offsets[0] < end else "nowhere"
+            first, last = sorted((chunk.offsets[0], end))
+            yield f"elements {first} to {last - 1} of {name} are {kind} in it"
+        end = max(end, chunk.offsets[0] + chunk.sizes[0])
+    if end != size:
+        yield f"{end} elements of {name} found, expected {size}"
 
 
 class _LoadRuns(LoadPlanner):

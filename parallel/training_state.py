@@ -1,6 +1,7 @@
 """Saving and loading a training engine's whole state, each rank its own share."""
 
 import errno
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,15 +114,14 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
         if isinstance(found, str):
             skipped.append(found)
             continue
-        info = found
-        problems = _problems_on_any_rank(info)
+        problems = _problems_on_any_rank(found)
         if problems:
             skipped.extend(problems)
             continue
         for part in PARTS:
-            load_runs(info.path / part, _runs(engine, part, writing=False))
-        engine.resume_at(info.step)
-        return info, skipped
+            load_runs(found.path / part, _runs(engine, part, writing=False))
+        engine.resume_at(found.step)
+        return found, skipped
     if skipped:
         raise UserError(
             "\n".join(
@@ -148,16 +148,9 @@ def _runs(engine: TrainingEngine, part: str, writing: bool) -> list[Run]:
             first = last * fragment.replica // fragment.replicas
             last = last * (fragment.replica + 1) // fragment.replicas
         if first < last:
-            size = _size(fragment)
+            size = math.prod(fragment.shape)
             runs.append(Run(fragment.name, size, fragment.start + first, tensor[first:last]))
     return runs
-
-
-def _size(fragment: Fragment) -> int:
-    size = 1
-    for length in fragment.shape:
-        size *= length
-    return size
 
 
 def _shapes(fragments: Sequence[Fragment]) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 from typer.testing import CliRunner
 
 from ditmoe.launcher.commands.checkpoint import app
@@ -18,6 +19,7 @@ from ditmoe.model.initialise import initialise
 from ditmoe.model.weight_files import read_safetensors
 from ditmoe.parallel.checkpoint import CheckpointInfo, incomplete, read_info, write_weights_checkpoint
 from ditmoe.parallel.export import export_weights
+from ditmoe.parallel.flat_storage import Run, save_runs
 
 CONFIG = ModelConfig(
     depth=2,
@@ -84,6 +86,14 @@ def test_a_missing_and_a_doubled_expert_are_found(tmp_path: Path, network: DiT, 
     (tmp_path / "moved").unlink()
     file.unlink()
     assert f"{checkpoint / 'ema'}: {EXPERT} is not in it" in incomplete(read_info(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "problem"), [(0, 5, "5 elements of a found, expected 10"), (5, 5, "nowhere")]
+)
+def test_runs_that_leave_a_gap_are_not_saved(tmp_path: Path, start: int, length: int, problem: str) -> None:
+    with pytest.raises((AssertionError, CheckpointException), match=problem):
+        save_runs(tmp_path / "part", [Run("a", 10, start, torch.zeros(length))])
 
 
 def test_a_marker_of_another_model(checkpoint: Path) -> None:
