@@ -58,6 +58,22 @@ def check_experts(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return [f"parallel.expert = {parallel.expert} must divide model.experts = {model.experts}"]
 
 
+def check_tensor(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Heads can be dealt to the tensor ranks, and with them every width: each is a multiple of `heads`."""
+    problems = []
+    if model.heads % parallel.tensor:
+        valid = ", ".join(str(ranks) for ranks in range(1, model.heads + 1) if model.heads % ranks == 0)
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} must divide model.heads = {model.heads}; expected one of {valid}"
+        )
+    if parallel.tensor > 1 and parallel.expert > 1:
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} with parallel.expert = {parallel.expert}: DeepSpeed's"
+            " expert-parallel layers take no tensor ranks; expected parallel.tensor = 1 or parallel.expert = 1"
+        )
+    return problems
+
+
 def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | None) -> list[str]:
     """The global batch is made of whole micro-batches on every data rank."""
     data = _data_ranks(parallel, processes)
@@ -162,6 +178,7 @@ def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
 CHECKS: tuple[Check, ...] = (
     check_grid,
     check_experts,
+    check_tensor,
     check_batch,
     check_balance_group,
     check_precision,

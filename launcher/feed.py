@@ -34,8 +34,14 @@ class Feed:
     ) -> None:
         self._seed, self._model = config.seed, config.model
         self._objective, self._layout, self._device = objective, layout, device
+        _, data_rank, _ = layout.coordinates(rank)  # tensor ranks read the same samples
         self._stream = open_stream(
-            config.data, config.seed, start=start, micro_batch=layout.micro_batch, rank=rank, ranks=layout.data
+            config.data,
+            config.seed,
+            start=start,
+            micro_batch=layout.micro_batch,
+            rank=data_rank,
+            ranks=layout.data,
         )
         self._thread = ThreadPoolExecutor(1, "feed")
         self._ahead: Future[StepBatch] | None = None

@@ -249,30 +249,28 @@ class Trainer:
         return path
 
     def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
+        """Draw the grid of fixed seeds and classes from the EMA, each data rank its share of the images."""
         preview, model = self.config.preview, self.config.model
         assert model.num_classes is not None
-        ranks = dist.get_world_size()
-        share = -(-preview.images // ranks)
-        # Every rank draws the same number: under expert parallelism the network is a collective call.
-        mine = [
-            min(number, preview.images - 1)
-            for number in range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-        ]
+        _, data_rank, _ = self.layout.coordinates(dist.get_rank())
+        share = -(-preview.images // self.layout.data)
+        # Every rank draws the same number, and tensor ranks the same images: the network may be a collective call.
+        mine = [min(number, preview.images - 1) for number in range(data_rank * share, (data_rank + 1) * share)]
         with self.engine.ema_weights() as network:
             loaded = LoadedModel(network, model, self.config.objective, self.dataset.class_names, None, "preview")
             images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
         gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
         if self.report is None:
             return
-        images_NHWC = np.concatenate(gathered)[: preview.images].transpose(0, 2, 3, 1)
+        images_NHWC = np.concatenate(gathered[:: self.layout.tensor])[: preview.images].transpose(0, 2, 3, 1)
         picture = image_grid(images_NHWC, columns=min(8, preview.images))
         save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
         self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
 
     def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
         """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
-        keys = [key for part in processes.gather_objects(own) for key in part]
+        parts = processes.gather_objects(own)[:: self.layout.tensor]
+        keys = [key for part in parts for key in part]
         file = self.folder.path / f"not-finite-step-{step:08d}.json"
         if dist.get_rank() == 0:
             file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")

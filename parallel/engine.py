@@ -6,9 +6,11 @@ without ZeRO, an fp32 EMA sharded like the optimiser, and a loss that is checked
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from ditmoe.model.objective import Draws, Objective
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
+from ditmoe.parallel.groups import check_groups, groups_of_engine
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.shards import shard_of
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,9 @@ class TrainingEngine:
         self._balance = balance_losses(network)
         self.fragments: list[Fragment]
         with _blaming(extra):
-            self._engine = _initialize(network, layout, optim, precision, extra)
+            self._engine = _initialize(network, layout, optim, precision, extra, _tensor_grid(network, layout))
             self.fragments = find_fragments(self._engine, layout.zero, layout.expert_rank(dist.get_rank()))
+        check_groups(groups_of_engine(self._engine, layout))
         if layout.expert > 1:
             _attach_balance(self._engine.module, self._balance)
         self._weights = [fragment.weight for fragment in self.fragments]
@@ -112,7 +117,7 @@ class TrainingEngine:
             balance.gradient_scale = 1.0 / self.layout.accumulation
             if spans_ranks:
                 balance.ranks = self.layout.data
-                balance.sum_over_ranks = _sum_over_ranks
+                balance.sum_over_ranks = partial(_sum_over_ranks, group=self._engine.data_parallel_group)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool) -> StepResult:
         """One optimiser step over the layout's `accumulation` micro-batches.
@@ -137,7 +142,10 @@ class TrainingEngine:
         load_LN = load.view(layers, -1) if layers else load.view(0, 0)
         return StepResult(
             loss=loss,
-            balance_loss=float(balance_L.sum() / (self.layout.accumulation * self.layout.data)),
+            # Tensor ranks compute the same, and each has added it.
+            balance_loss=float(
+                balance_L.sum() / (self.layout.accumulation * self.layout.data * self.layout.tensor)
+            ),
             load_LN=load_LN / load_LN.sum(1, keepdim=True),
             grad_norm=self._grad_norm(),
             requests=int(totals[2]),
@@ -174,16 +182,20 @@ class TrainingEngine:
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, each expert counted once, and clipping by it."""
-        square = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """ZeRO 0: the exact global norm, each part of a parameter counted once, and clipping by it."""
+        # Of what is whole on every rank, of what is shared out over expert ranks, and over tensor ranks.
+        square = torch.zeros(3, dtype=torch.float64, device=self.device)
         gradients = []
         for parameter in self._engine.module.parameters():
             if parameter.grad is not None:
-                is_expert = not getattr(parameter, "allreduce", True)
-                square[int(is_expert)] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+                is_expert, is_shard = not getattr(parameter, "allreduce", True), shard_of(parameter) is not None
+                kind = 1 if is_expert else 2 if is_shard else 0
+                square[kind] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
                 gradients.append(parameter.grad)
         if self.layout.expert > 1:
-            dist.all_reduce(square[1:], group=_expert_group(self.layout.expert))
+            dist.all_reduce(square[1], group=_expert_group(self.layout.expert))
+        if self.layout.tensor > 1:
+            dist.all_reduce(square[2], group=_tensor_group(self._engine))
         norm = float(square.sum().sqrt())
         if self._optim.clip is not None and norm > self._optim.clip:
             torch._foreach_mul_(gradients, self._optim.clip / norm)
@@ -228,10 +240,29 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any]) -> Any:
+def _tensor_grid(network: nn.Module, layout: Layout) -> Any:
+    """Share the network out over tensor ranks: the grid of groups that DeepSpeed is to take, or None."""
+    if layout.tensor == 1:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
+        from ditmoe.parallel.megatron_grid import make_megatron_grid
+        from ditmoe.parallel.tensor import share_out
+
+    grid = make_megatron_grid(layout)
+    share_out(network)
+    return grid
+
+
+def _initialize(
+    network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any], grid: Any
+) -> Any:
     """Build the DeepSpeed engine with torch's AdamW."""
     import deepspeed
     from deepspeed.moe.utils import configure_moe_param_groups
+    from deepspeed.utils import groups
+
+    groups.mpu = None  # what an earlier engine of this process was given
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -255,6 +286,7 @@ def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str
         optimizer=make_optimizer,
         model_parameters=list(network.parameters()),
         config=settings,
+        mpu=grid,
         dist_init_required=False,
     )
     return engine
@@ -297,7 +329,13 @@ def _expert_group(expert: int) -> Any:
     return groups._get_expert_parallel_group(f"ep_size_{expert}")
 
 
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
+def _tensor_group(engine: Any) -> Any:
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
+
+    return bwc_tensor_model_parallel_group(engine.mpu)
+
+
+def _sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
     total = tensor.clone()
-    dist.all_reduce(total)
+    dist.all_reduce(total, group=group)
     return total

@@ -9,7 +9,7 @@ It reads private parts of DeepSpeed 0.19 (named where they are used); tests/para
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ditmoe.model.canonical import split_experts
+from ditmoe.parallel.shards import shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -64,6 +65,7 @@ def find_fragments(engine: Any, zero: int, expert_rank: int) -> list[Fragment]:
     for name, parameter in engine.module.named_parameters():
         run = find_run(engine, parameter)
         if run is not None and run.weight.numel():
+            run = _among_tensor_ranks(engine, parameter, run)
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
             fragments.extend(_cut(published_name(name), shape, expert_rank, run))
     return fragments
@@ -140,6 +142,17 @@ def _whole_run(engine: Any, parameter: Tensor) -> _Run:
         dist.get_rank(group),
         dist.get_world_size(group),
     )
+
+
+def _among_tensor_ranks(engine: Any, parameter: Tensor, run: _Run) -> _Run:
+    """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+
+    if engine.mpu is None or shard_of(parameter) is not None:
+        return run
+    ranks = bwc_tensor_model_parallel_world_size(engine.mpu)
+    rank = bwc_tensor_model_parallel_rank(engine.mpu)
+    return replace(run, replica=run.replica * ranks + rank, replicas=run.replicas * ranks)
 
 
 def _replica_group(engine: Any, parameter: Tensor) -> Any:

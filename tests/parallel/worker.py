@@ -29,6 +29,7 @@ SHAPE = (1, 8, 8)
 DEFAULTS: dict[str, Any] = {
     "objective": "rectified_flow",
     "expert": 1,
+    "tensor": 1,
     "zero": 1,
     "batch": 8,
     "micro_batch": 2,
@@ -38,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "checkpointing": False,
     "balance_group": 1,
     "experts": 4,
+    "attention": "plain",
     "save": None,
     "load": None,
 }
@@ -57,20 +59,21 @@ def make_config(case: dict[str, Any]) -> ModelConfig:
         num_classes=CLASSES,
         balance_weight=0.05,
         balance_group=case["balance_group"],
+        attention=case["attention"],
     )
 
 
 def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     """The engine of a case, with weights that depend on the seed alone."""
-    world = dist.get_world_size()
+    data = dist.get_world_size() // case["tensor"]
     layout = Layout(
         pipe=1,
-        data=world,
+        data=data,
         expert=case["expert"],
-        tensor=1,
+        tensor=case["tensor"],
         zero=case["zero"],
         micro_batch=case["micro_batch"],
-        accumulation=case["batch"] // (case["micro_batch"] * world),
+        accumulation=case["batch"] // (case["micro_batch"] * data),
     )
     network = DiT(make_config(case))
     initialise(network, seed=0)
@@ -91,7 +94,8 @@ def micro_batches(
     engine: TrainingEngine, case: dict[str, Any], step: int, device: torch.device
 ) -> list[MicroBatch]:
     """This rank's part of a step's global batch: samples and draws are functions of their positions."""
-    layout, rank = engine.layout, dist.get_rank()
+    layout = engine.layout
+    _, rank, _ = layout.coordinates(dist.get_rank())
     objective = make_objective(ObjectiveConfig(kind=case["objective"]))
     batches = []
     for micro_step in range(layout.accumulation):
