@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ditmoe.model.canonical import split_experts
-from ditmoe.parallel.shards import shard_of
+from ditmoe.parallel.boxes import Placement
+from ditmoe.parallel.shards import TensorShard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +31,7 @@ class Fragment:
     shape: tuple[int, ...]
     """Shape of the whole canonical parameter."""
     start: int
-    """Where the run begins in the flattened parameter."""
+    """Where the run begins in the flattened parameter, or in this rank's part of it (`placement`)."""
     weight: Tensor
     """fp32 `[length]`, a view of the weight that the optimiser steps."""
     moments: dict[str, Tensor]
@@ -38,6 +39,8 @@ class Fragment:
     replica: int = 0
     """This rank's number among the ranks that hold the same run (ZeRO 0)."""
     replicas: int = 1
+    placement: Placement | None = None
+    """What this rank's tensor, within which `start` counts, is of the canonical one; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,16 @@ def find_fragments(engine: Any, zero: int, expert_rank: int) -> list[Fragment]:
         run = find_run(engine, parameter)
         if run is not None and run.weight.numel():
             run = _among_tensor_ranks(engine, parameter, run)
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            fragments.extend(_cut(published_name(name), shape, expert_rank, run))
+            shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
+            cut = _cut(published_name(name), shape, expert_rank, run)
+            fragments.extend(cut if shard is None else (_within_whole(fragment, shard) for fragment in cut))
     return fragments
+
+
+def _within_whole(fragment: Fragment, shard: TensorShard) -> Fragment:
+    """A fragment of a tensor rank's part, as one of the whole canonical parameter."""
+    shape = shard.whole_shape(fragment.shape)
+    return replace(fragment, shape=shape, placement=shard.placement(shape))
 
 
 _REPLACED = (

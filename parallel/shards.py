@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ditmoe.parallel.boxes import Placement, column_slice, row_slices
+
 _ATTRIBUTE = "ditmoe_shard"
 
 
@@ -22,6 +24,7 @@ class TensorShard:
     """
 
     dim: int
+    """Counted from the last one, −1: so it is the same for one expert as for all of them stacked."""
     rank: int
     ranks: int
     stacked: int = 1
@@ -31,9 +34,17 @@ class TensorShard:
         length = whole.shape[self.dim] // (self.stacked * self.ranks)
         return torch.cat(torch.split(whole, length, self.dim)[self.rank :: self.ranks], self.dim)
 
-    def whole_shape(self, local: tuple[int, ...]) -> tuple[int, ...]:
+    def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor that a part of this shape was taken from."""
-        return (*local[: self.dim], local[self.dim] * self.ranks, *local[self.dim + 1 :])
+        cut = len(part) + self.dim
+        return (*part[:cut], part[cut] * self.ranks, *part[cut + 1 :])
+
+    def placement(self, whole: tuple[int, ...]) -> Placement:
+        """Where this rank's part lies in a canonical parameter of this shape, as checkpoints see it."""
+        if self.dim == -len(whole):
+            return row_slices(whole, self.rank, self.ranks, self.stacked)
+        assert self.stacked == 1
+        return column_slice(whole, self.rank, self.ranks)
 
 
 def mark(parameter: Tensor, shard: TensorShard) -> None:

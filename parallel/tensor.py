@@ -70,9 +70,9 @@ class Column(ColumnParallelLinear):  # type: ignore[misc]
             is_expert=in_region,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
-        shard = _shard(0, stacked)
-        mark(self.weight, shard)
+        mark(self.weight, _shard(-2, stacked))
         if linear.bias is not None:
+            shard = _shard(-1, stacked)
             mark(self.bias, shard)
             self.bias.data.copy_(shard.take(linear.bias.detach()))
 
@@ -103,7 +103,7 @@ class Row(RowParallelLinear):  # type: ignore[misc]
             is_expert=in_region,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
-        mark(self.weight, _shard(1))
+        mark(self.weight, _shard(-1))
         if linear.bias is not None:
             self.bias.data.copy_(linear.bias.detach())
 
@@ -151,7 +151,7 @@ class TensorMoE(MoE):
 
 def _cut_width(experts: Experts) -> None:
     """Of the stacked tensors `[N, W, D]`, `[N, W, D]` and `[N, D, W]`, keep this rank's part of W."""
-    for name, dim in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 2)):
+    for name, dim in (("gate_proj", -2), ("up_proj", -2), ("down_proj", -1)):
         shard = _shard(dim)
         parameter = nn.Parameter(shard.take(getattr(experts, name).detach()))
         mark(parameter, shard)

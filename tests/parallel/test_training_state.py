@@ -26,7 +26,7 @@ from ditmoe.parallel.checkpoint import (
     superseded,
 )
 from ditmoe.parallel.config import CheckpointConfig
-from ditmoe.parallel.training_state import _finish
+from ditmoe.parallel.saver import finish
 
 Runner = Callable[..., list[dict[str, Any]]]
 
@@ -35,13 +35,19 @@ Runner = Callable[..., list[dict[str, Any]]]
 def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runner, tmp_path: Path) -> None:
     folders = {zero: tmp_path / f"zero-{zero}" for zero in range(4)}
     first = [{"zero": zero, "expert": 2, "steps": 4, "save": str(path)} for zero, path in folders.items()]
-    whole = [{"zero": zero, "expert": 2, "steps": 8} for zero in folders]
+    # These are written when the run is over already: what they hold was copied after the fourth step.
+    late = {zero: tmp_path / f"late-{zero}" for zero in folders}
+    whole = [
+        {"zero": zero, "expert": 2, "steps": 8, "save": str(path), "save_at": 4} for zero, path in late.items()
+    ]
     later = [{"zero": zero, "expert": 2, "steps": 8, "load": str(path)} for zero, path in folders.items()]
     results = run_cases(2, first + whole + later)
     for zero in folders:
         uninterrupted, continued = results[4 + zero], results[8 + zero]
         assert continued["curve"] == uninterrupted["curve"][4:], f"ZeRO {zero}"
         assert continued["ema"] == uninterrupted["ema"], f"ZeRO {zero}"
+        early, later_on = (read_info(checkpoint_path(run[zero], 4)) for run in (folders, late))
+        assert early.files == later_on.files and early.fingerprint == later_on.fingerprint, f"ZeRO {zero}"
     # The same files, read by another world: one process, and ZeRO stages that did not write them.
     moved = [{"zero": (zero + 2) % 4, "steps": 8, "load": str(path)} for zero, path in folders.items()]
     for zero, result in zip(folders, run_cases(1, moved), strict=True):
@@ -75,7 +81,10 @@ def _check_damage(run: Path) -> None:
     (path / name).write_bytes(good)
     facts = json.loads((path / MARKER).read_text())
     (path / MARKER).write_text(json.dumps({**facts, "format": 99}))
-    with pytest.raises(UserError, match="format 99 found, expected 1"):
+    with pytest.raises(UserError, match="format 99 found, expected 2"):
+        read_info(path)
+    (path / MARKER).write_text(json.dumps({**facts, "format": 1}))
+    with pytest.raises(UserError, match="format 1 found, expected 2; export it with the version that wrote it"):
         read_info(path)
     (path / MARKER).write_text(json.dumps(facts)[:50])
     with pytest.raises(UserError, match="not a checkpoint's marker"):
@@ -96,7 +105,7 @@ def save_marker(run: Path, step: int, retention: CheckpointConfig) -> None:
     """Finish a checkpoint that has nothing but its marker."""
     path = checkpoint_path(run, step)
     start_partial(path)
-    _finish(run, path, {"step": step}, {}, retention)
+    finish(run, path, {"step": step}, {}, retention)
 
 
 def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Each case is a layout and settings; per case, rank 0 writes the curve of losses,
 import json
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import MicroBatch, TrainingEngine
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.training_state import load_training_state, save_training_state
+from ditmoe.parallel.saver import CheckpointSaver
+from ditmoe.parallel.training_state import load_training_state
 
 CLASSES = 10
 SHAPE = (1, 8, 8)
@@ -41,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "experts": 4,
     "attention": "plain",
     "save": None,
+    "save_at": None,
     "load": None,
 }
 
@@ -114,20 +117,43 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
+    with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
+        return train(engine, saver, case, device)
+
+
+class LateSaver(CheckpointSaver):
+    """Writes what it has copied no earlier than `trained` is set: training must not wait for it."""
+
+    trained = threading.Event()
+
+    def _write(self, *arguments: Any) -> None:
+        assert self.trained.wait(60), "training waits for the save"
+        super()._write(*arguments)
+
+
+def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Step, and save at a step in the middle or at the end."""
     curve = []
+    saver.trained.clear()
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
         result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
         curve.append([result.loss, result.balance_loss, result.grad_norm])
+        if engine.step == case["save_at"]:
+            save(saver, engine, case)
     with engine.ema_weights() as network, torch.no_grad():
         x_BCHW = torch.linspace(-1, 1, 128, device=device).view(2, *SHAPE)
         timestep_B = torch.full((2,), 0.5, device=device)
         ema = network(x_BCHW, timestep_B, torch.tensor([1, 2], device=device)).double().square().sum().item()
-    if case["save"]:
-        config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
-        images = engine.step * case["batch"]
-        save_training_state(Path(case["save"]), engine, images, {}, config, {"name": "test"}, CheckpointConfig())
+    saver.trained.set()
+    if case["save"] and not case["save_at"]:
+        save(saver, engine, case)
     return {"curve": curve, "ema": ema, "owned": sum(f.weight.numel() for f in engine.fragments)}
+
+
+def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -> None:
+    config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
+    saver.save(engine, engine.step * case["batch"], {}, config, {"name": "test"})
 
 
 def main() -> None:
