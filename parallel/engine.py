@@ -28,7 +28,7 @@ from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.groups import check_groups, groups_of_engine
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.shards import shard_of
+from ditmoe.parallel.tensor_shards import shard_of
 
 
 @dataclass(frozen=True)

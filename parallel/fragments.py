@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ditmoe.model.canonical import split_experts
 from ditmoe.parallel.boxes import Placement
-from ditmoe.parallel.shards import TensorShard, shard_of
+from ditmoe.parallel.tensor_shards import TensorShard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

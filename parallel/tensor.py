@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ditmoe.model.layers import DenseMlp, PlainAttention, QkNormAttention, SwiGlu
 from ditmoe.model.moe import Experts, MoE
-from ditmoe.parallel.shards import TensorShard, mark
+from ditmoe.parallel.tensor_shards import TensorShard, mark
 
 _QKV = 3
 

@@ -3,6 +3,7 @@
 Each case is a layout and settings; per case, rank 0 writes the curve of losses, balance losses and gradient norms.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -148,7 +149,20 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     saver.trained.set()
     if case["save"] and not case["save_at"]:
         save(saver, engine, case)
-    return {"curve": curve, "ema": ema, "owned": sum(f.weight.numel() for f in engine.fragments)}
+    return {
+        "curve": curve,
+        "ema": ema,
+        "owned": sum(f.weight.numel() for f in engine.fragments),
+        "alike": tensor_ranks_alike(engine),
+    }
+
+
+def tensor_ranks_alike(engine: TrainingEngine) -> bool:
+    """Whether what is not shared out over tensor ranks has the same bits on all of them."""
+    whole = [fragment.weight.cpu().numpy().tobytes() for fragment in engine.fragments if not fragment.placement]
+    digests = processes.gather_objects(hashlib.sha256(b"".join(whole)).hexdigest())
+    tensor = engine.layout.tensor
+    return all(digest == digests[rank // tensor * tensor] for rank, digest in enumerate(digests))
 
 
 def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -> None:
