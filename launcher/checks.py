@@ -58,6 +58,24 @@ def check_experts(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return [f"parallel.expert = {parallel.expert} must divide model.experts = {model.experts}"]
 
 
+def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Every stage has a block, and ZeRO shards what goes with stages."""
+    if parallel.pipe == 1:
+        return []
+    problems = []
+    if parallel.pipe > model.depth:
+        problems.append(
+            f"parallel.pipe = {parallel.pipe} must not exceed model.depth = {model.depth}:"
+            " each stage holds a block or more"
+        )
+    if parallel.zero > 1:
+        problems.append(
+            f"parallel.zero = {parallel.zero} with parallel.pipe = {parallel.pipe}: gradients and weights cannot"
+            " be sharded while several micro-batches are on their way; expected parallel.zero = 0 or 1"
+        )
+    return problems
+
+
 def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | None) -> list[str]:
     """The global batch is made of whole micro-batches on every data rank."""
     data = _data_ranks(parallel, processes)
@@ -162,6 +180,7 @@ def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
 CHECKS: tuple[Check, ...] = (
     check_grid,
     check_experts,
+    check_pipeline,
     check_batch,
     check_balance_group,
     check_precision,

@@ -30,6 +30,7 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove_partials
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine import NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.training_state import load_training_state, save_training_state, unwritten
 from ditmoe.sampling.generate import generate_float
 from ditmoe.sampling.grid import image_grid, save_picture
@@ -123,7 +124,8 @@ class Trainer:
         self.layout = layout_of(config)
         self.dataset = load_index(config.data.sources[0].path)
         self.objective: Objective = make_objective(config.objective)
-        network = DiT(config.model)
+        stages = stage_blocks(config.model, self.layout.pipe)
+        network = DiT(config.model, stages[self.layout.stage(dist.get_rank())])
         initialise(network, config.seed)
         network.checkpoint_blocks = config.parallel.activation_checkpointing
         self.engine = TrainingEngine(
@@ -252,27 +254,25 @@ class Trainer:
         """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
         preview, model = self.config.preview, self.config.model
         assert model.num_classes is not None
-        ranks = dist.get_world_size()
-        share = -(-preview.images // ranks)
-        # Every rank draws the same number: under expert parallelism the network is a collective call.
-        mine = [
-            min(number, preview.images - 1)
-            for number in range(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-        ]
+        share = -(-preview.images // self.layout.data)
+        first = self.layout.data_rank(dist.get_rank()) * share
+        # Every data rank draws the same number: on many layouts the network is a collective call.
+        mine = [min(number, preview.images - 1) for number in range(first, first + share)]
         with self.engine.ema_weights() as network:
             loaded = LoadedModel(network, model, self.config.objective, self.dataset.class_names, None, "preview")
             images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
         gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
         if self.report is None:
             return
-        images_NHWC = np.concatenate(gathered)[: preview.images].transpose(0, 2, 3, 1)
+        of_first_stage = gathered[: self.layout.data * self.layout.tensor : self.layout.tensor]
+        images_NHWC = np.concatenate(of_first_stage)[: preview.images].transpose(0, 2, 3, 1)
         picture = image_grid(images_NHWC, columns=min(8, preview.images))
         save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
         self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
 
     def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
         """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
-        keys = [key for part in processes.gather_objects(own) for key in part]
+        keys = list(dict.fromkeys(key for part in processes.gather_objects(own) for key in part))
         file = self.folder.path / f"not-finite-step-{step:08d}.json"
         if dist.get_rank() == 0:
             file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")

@@ -10,8 +10,8 @@ from ditmoe.model.settings import Settings
 class ParallelConfig(Settings):
     """The rank grid, and what of the training state is sharded over it."""
 
-    pipe: int = Field(default=1, ge=1, le=1)
-    """Pipeline stages. One for now."""
+    pipe: int = Field(default=1, ge=1)
+    """Pipeline stages, balanced by cost; at most `model.depth`. With several, `zero` is 0 or 1."""
     tensor: int = Field(default=1, ge=1, le=1)
     """Tensor-parallel ranks. One for now."""
     expert: int = Field(default=1, ge=1)

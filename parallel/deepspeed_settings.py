@@ -75,7 +75,7 @@ def _expert_parallel(ranks: int, model: ModelConfig) -> dict[str, Any]:
     settings = {
         "enabled": True,
         "autoep_size": ranks,
-        "moe_layer_pattern": r"blocks\.\d+\.moe",
+        "moe_layer_pattern": r"(.*\.)?blocks\.\d+\.moe",  # in a pipeline the stage's number comes before
         "expert_pattern": "experts",
         "router_pattern": "gate",
         "expert_w1": "gate_proj",

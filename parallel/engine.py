@@ -17,25 +17,17 @@ from torch import Tensor, nn
 
 from ditmoe.model.balance import BalanceLoss
 from ditmoe.model.config import EmaConfig
-from ditmoe.model.dit import DiT, balance_losses
+from ditmoe.model.dit import DiT
 from ditmoe.model.ema import ema_decay, update_ema
 from ditmoe.model.errors import UserError
-from ditmoe.model.objective import Draws, Objective
+from ditmoe.model.objective import Objective
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.layout import Layout
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One rank's samples of one micro-step, on the training device."""
-
-    x_BCHW: Tensor
-    """float32, −1…1."""
-    label_B: Tensor
-    """Classes, dropped ones already null."""
-    draws: Draws
+from ditmoe.parallel.passes import MicroBatch, Passes, WholeNetworkPasses
+from ditmoe.parallel.pipeline import PipelinePasses
+from ditmoe.parallel.step_totals import StepTotals
 
 
 @dataclass(frozen=True)
@@ -79,112 +71,95 @@ class TrainingEngine:
         """Hand an initialised network over to DeepSpeed.
 
         Args:
-            network: with the same weights on every rank.
+            network: the blocks of this rank's pipeline stage, with the same weights on every rank of it.
             precision: `fp32` or `bf16` (then with fp32 master weights).
             extra: the configuration's `deepspeed` section.
         """
         self.layout = layout
         self.device = device
         self.step = 0
-        self._objective = objective
+        self._network = network
         self._optim = optim
         self._ema_config = ema
-        self._balance = balance_losses(network)
-        self.fragments: list[Fragment]
         with _blaming(extra):
-            self._engine = _initialize(network, layout, optim, precision, extra)
-            self.fragments = find_fragments(self._engine, layout.zero, layout.expert_rank(dist.get_rank()))
+            self._passes: Passes = (
+                PipelinePasses(network, objective, layout)
+                if layout.pipe > 1
+                else WholeNetworkPasses(network, objective)
+            )
+            self._engine = _initialize(self._passes.module, network, layout, optim, precision, extra)
+            self._passes.engine = self._engine
+            self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         if layout.expert > 1:
-            _attach_balance(self._engine.module, self._balance)
+            _check_expert_groups(layout)
+            _attach_balance(network, list(self._passes.layers.values()))
+        self._set_up_balance()
         self._weights = [fragment.weight for fragment in self.fragments]
         self.ema = [weight.clone() for weight in self._weights]
         """fp32 average of each fragment's weight."""
-        self._set_up_balance()
         self._own_grad_norm = 0.0
         if layout.zero == 0:
             self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
 
     def _set_up_balance(self) -> None:
         """Scale the injected gradient like the loss, and take the balance means over the configured set."""
-        group = self._balance[0].group if self._balance else 1
-        spans_ranks = group > self.layout.micro_batch
-        for balance in self._balance:
+        group = self._engine.data_parallel_group
+
+        def sum_over_ranks(tensor: Tensor) -> Tensor:
+            total = tensor.clone()
+            dist.all_reduce(total, group=group)
+            return total
+
+        for balance in self._passes.layers.values():
             balance.gradient_scale = 1.0 / self.layout.accumulation
-            if spans_ranks:
+            if balance.group > self.layout.micro_batch:
                 balance.ranks = self.layout.data
-                balance.sum_over_ranks = _sum_over_ranks
+                balance.sum_over_ranks = sum_over_ranks
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool) -> StepResult:
         """One optimiser step over the layout's `accumulation` micro-batches.
 
+        Args:
+            micro_batches: of this rank's place on the data axis; stages between the first and the last take none.
+
         Raises:
             NonFiniteLossError: on every rank, before the weights are touched.
         """
-        assert len(micro_batches) == self.layout.accumulation
-        totals = self._accumulate(micro_batches, stop_requested)
-        dist.all_reduce(totals)
-        totals = totals.cpu()
-        loss = float(totals[0] / totals[1])
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(loss)
+        config = self._network.config
+        totals = StepTotals(config.depth if config.experts else 0, config.experts, self.device)
+        self._passes.forward_backward(micro_batches, totals)
+        seen = totals.over_ranks(stop_requested)
+        if not math.isfinite(seen.loss):
+            raise NonFiniteLossError(seen.loss)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        self._passes.step()
         self.step += 1
         update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
-        layers = len(self._balance)
-        balance_L, load = totals[3 : 3 + layers], totals[3 + layers :]
-        load_LN = load.view(layers, -1) if layers else load.view(0, 0)
         return StepResult(
-            loss=loss,
-            balance_loss=float(balance_L.sum() / (self.layout.accumulation * self.layout.data)),
-            load_LN=load_LN / load_LN.sum(1, keepdim=True),
+            loss=seen.loss,
+            balance_loss=seen.balance_loss / (self.layout.accumulation * self.layout.data),
+            load_LN=seen.load_LN,
             grad_norm=self._grad_norm(),
-            requests=int(totals[2]),
+            requests=seen.requests,
         )
-
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], stop_requested: bool) -> Tensor:
-        """Forward and backward passes of all micro-batches, without the optimiser's step.
-
-        Returns:
-            this rank's sums, float64: loss, samples, request to stop, balance loss `[L]`, assignments `[L·N]`.
-        """
-        layers, experts = len(self._balance), self._balance[0].experts if self._balance else 0
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        balance_L = torch.zeros(layers, dtype=torch.float64, device=self.device)
-        load_LN = torch.zeros(layers, experts, dtype=torch.float64, device=self.device)
-        samples = 0
-        self._engine.train()
-        for index, batch in enumerate(micro_batches):
-            loss_B = self._objective.loss(self._engine, batch.x_BCHW, batch.label_B, batch.draws)
-            loss_sum += loss_B.detach().double().sum()
-            samples += len(loss_B)
-            if self._balance:
-                losses, loads_N = zip(*(balance.recorded() for balance in self._balance), strict=True)
-                balance_L += torch.stack(losses)
-                load_LN += torch.stack(loads_N)
-            self._engine.backward(loss_B.mean())
-            if index < len(micro_batches) - 1:
-                self._engine.step()  # counts the micro-step; the weights change at the last one only
-        counts = torch.tensor([samples, stop_requested], dtype=torch.float64, device=self.device)
-        return torch.cat((loss_sum.view(1), counts, balance_L, load_LN.flatten()))
 
     def _grad_norm(self) -> float:
         return self._own_grad_norm if self.layout.zero == 0 else float(self._engine.get_global_grad_norm())
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, each expert counted once, and clipping by it."""
-        square = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """ZeRO 0: the exact global norm, every parameter counted once, and clipping by it."""
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
-        for parameter in self._engine.module.parameters():
+        for parameter in self._network.parameters():
             if parameter.grad is not None:
                 is_expert = not getattr(parameter, "allreduce", True)
-                square[int(is_expert)] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+                copies = self.layout.expert_copies if is_expert else self.layout.data
+                square += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2 / copies
                 gradients.append(parameter.grad)
-        if self.layout.expert > 1:
-            dist.all_reduce(square[1:], group=_expert_group(self.layout.expert))
-        norm = float(square.sum().sqrt())
+        dist.all_reduce(square)
+        norm = float(square.sqrt())
         if self._optim.clip is not None and norm > self._optim.clip:
             torch._foreach_mul_(gradients, self._optim.clip / norm)
         self._own_grad_norm = norm
@@ -202,7 +177,7 @@ class TrainingEngine:
         self._write(self.ema)
         self._engine.eval()
         try:
-            yield self._engine.module
+            yield self._passes.sampling_network()
         finally:
             self._write(kept)
             self._engine.train()
@@ -228,8 +203,10 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any]) -> Any:
-    """Build the DeepSpeed engine with torch's AdamW."""
+def _initialize(
+    module: nn.Module, network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any]
+) -> Any:
+    """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
     import deepspeed
     from deepspeed.moe.utils import configure_moe_param_groups
 
@@ -251,7 +228,7 @@ def _initialize(network: DiT, layout: Layout, optim: OptimConfig, precision: str
 
     settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
     engine, *_ = deepspeed.initialize(
-        model=network,
+        model=module,
         optimizer=make_optimizer,
         model_parameters=list(network.parameters()),
         config=settings,
@@ -291,13 +268,16 @@ class _RouterHooks:
         return self._balance(scores_TK, logits_TN.float().softmax(1), selected_TK), selected_TK, counts_N
 
 
-def _expert_group(expert: int) -> Any:
+def _check_expert_groups(layout: Layout) -> None:
+    """DeepSpeed deals the experts to the ranks that the layout says; it keeps groups from engine to engine."""
     from deepspeed.utils import groups
 
-    return groups._get_expert_parallel_group(f"ep_size_{expert}")
-
-
-def _sum_over_ranks(tensor: Tensor) -> Tensor:
-    total = tensor.clone()
-    dist.all_reduce(total)
-    return total
+    name, rank = f"ep_size_{layout.expert}", dist.get_rank()
+    for kind, expected, group in (
+        ("expert", layout.expert_ranks(rank), groups._get_expert_parallel_group(name)),
+        ("expert data", layout.expert_copy_ranks(rank), groups._get_expert_data_parallel_group(name)),
+    ):
+        found = dist.get_process_group_ranks(group)
+        assert found == expected, (
+            f"rank {rank}'s {kind} group is {found} in DeepSpeed and {expected} in the layout"
+        )

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe.model.canonical import split_experts
+from ditmoe.parallel.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -50,18 +51,18 @@ class _Run:
     replicas: int = 1
 
 
-def find_fragments(engine: Any, zero: int, expert_rank: int) -> list[Fragment]:
+def find_fragments(engine: Any, network: nn.Module, layout: Layout) -> list[Fragment]:
     """All fragments of this rank, in the order of the module tree.
 
     Args:
         engine: a `DeepSpeedEngine` whose basic optimiser is torch's AdamW.
-        zero: its ZeRO stage.
-        expert_rank: this rank's number among the ranks that experts are dealt to.
+        network: what it trains: this rank's blocks, under their canonical names.
     """
-    _create_moments(engine.basic_optimizer, engine.optimizer, zero)
-    find_run = {0: _whole_run, 1: _run_of_zero_1_2, 2: _run_of_zero_1_2, 3: _run_of_zero_3}[zero]
+    _create_moments(engine.basic_optimizer, engine.optimizer, layout.zero)
+    find_run = {0: _whole_run, 1: _run_of_zero_1_2, 2: _run_of_zero_1_2, 3: _run_of_zero_3}[layout.zero]
+    expert_rank = layout.expert_rank(dist.get_rank())
     fragments: list[Fragment] = []
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in network.named_parameters():
         run = find_run(engine, parameter)
         if run is not None and run.weight.numel():
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -25,6 +25,11 @@ def index(shards: Path) -> DatasetIndex:
     ("overrides", "found"),
     [
         (["parallel.data=4"], ["parallel.data = 4", "2 / (1 × 1) = 2"]),
+        (["parallel.pipe=3", "launch.processes=6", "train.batch=24"], ["parallel.pipe = 3", "model.depth = 2"]),
+        (
+            ["parallel.pipe=2", "parallel.expert=1", "parallel.zero=2"],
+            ["parallel.zero = 2", "parallel.pipe = 2", "0 or 1"],
+        ),
         (["parallel.expert=4"], ["parallel.expert = 4", "parallel.data = 2"]),
         (
             ["launch.processes=3", "parallel.expert=3", "train.batch=12"],

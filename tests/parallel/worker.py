@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
@@ -20,14 +21,18 @@ from ditmoe.model.initialise import initialise
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
-from ditmoe.parallel.engine import MicroBatch, TrainingEngine
+from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.passes import MicroBatch
+from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.training_state import load_training_state, save_training_state
 
 CLASSES = 10
 SHAPE = (1, 8, 8)
 DEFAULTS: dict[str, Any] = {
     "objective": "rectified_flow",
+    "pipe": 1,
+    "depth": 3,
     "expert": 1,
     "zero": 1,
     "batch": 8,
@@ -38,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "checkpointing": False,
     "balance_group": 1,
     "experts": 4,
+    "starved": False,
     "save": None,
     "load": None,
 }
@@ -46,7 +52,7 @@ DEFAULTS: dict[str, Any] = {
 def make_config(case: dict[str, Any]) -> ModelConfig:
     """The tiny network of a case."""
     return ModelConfig(
-        depth=3,
+        depth=case["depth"],
         hidden=32,
         heads=4,
         patch=2,
@@ -62,18 +68,21 @@ def make_config(case: dict[str, Any]) -> ModelConfig:
 
 def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     """The engine of a case, with weights that depend on the seed alone."""
-    world = dist.get_world_size()
+    data = dist.get_world_size() // case["pipe"]
     layout = Layout(
-        pipe=1,
-        data=world,
+        pipe=case["pipe"],
+        data=data,
         expert=case["expert"],
         tensor=1,
         zero=case["zero"],
         micro_batch=case["micro_batch"],
-        accumulation=case["batch"] // (case["micro_batch"] * world),
+        accumulation=case["batch"] // (case["micro_batch"] * data),
     )
-    network = DiT(make_config(case))
+    config = make_config(case)
+    network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
     initialise(network, seed=0)
+    if case["starved"]:
+        starve(network)
     network.checkpoint_blocks = case["checkpointing"]
     return TrainingEngine(
         network,
@@ -87,11 +96,20 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     )
 
 
+@torch.no_grad()
+def starve(network: DiT) -> None:
+    """Let every router favour the first two experts or the last two, and nothing in between."""
+    for name, weight_ND in network.named_parameters():
+        if name.endswith(".gate.weight"):
+            slope_N = torch.linspace(-1, 1, len(weight_ND))
+            weight_ND.copy_(100 * slope_N[:, None] * weight_ND[0])
+
+
 def micro_batches(
     engine: TrainingEngine, case: dict[str, Any], step: int, device: torch.device
 ) -> list[MicroBatch]:
     """This rank's part of a step's global batch: samples and draws are functions of their positions."""
-    layout, rank = engine.layout, dist.get_rank()
+    layout, rank = engine.layout, engine.layout.data_rank(dist.get_rank())
     objective = make_objective(ObjectiveConfig(kind=case["objective"]))
     batches = []
     for micro_step in range(layout.accumulation):
@@ -106,15 +124,17 @@ def micro_batches(
 
 def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Train a case; what is compared between layouts."""
+    groups._release_process_group_references()  # those of the case before, which may be of another grid
     engine = make_engine(case, device)
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
-    curve = []
+    curve, load = [], []
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
         result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
         curve.append([result.loss, result.balance_loss, result.grad_norm])
+        load.append(result.load_LN.tolist())
     with engine.ema_weights() as network, torch.no_grad():
         x_BCHW = torch.linspace(-1, 1, 128, device=device).view(2, *SHAPE)
         timestep_B = torch.full((2,), 0.5, device=device)
@@ -123,7 +143,8 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
         images = engine.step * case["batch"]
         save_training_state(Path(case["save"]), engine, images, {}, config, {"name": "test"}, CheckpointConfig())
-    return {"curve": curve, "ema": ema, "owned": sum(f.weight.numel() for f in engine.fragments)}
+    owned = sum(fragment.weight.numel() for fragment in engine.fragments)
+    return {"curve": curve, "load": load, "ema": ema, "owned": owned}
 
 
 def main() -> None:
