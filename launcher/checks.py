@@ -76,6 +76,16 @@ def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def check_offload(parallel: ParallelConfig) -> list[str]:
+    """What is moved to host memory is what ZeRO shards."""
+    if parallel.offload and parallel.zero == 0:
+        return [
+            "parallel.offload = true with parallel.zero = 0: without ZeRO the optimiser steps the weights"
+            " themselves; expected parallel.zero = 1 or more"
+        ]
+    return []
+
+
 def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | None) -> list[str]:
     """The global batch is made of whole micro-batches on every data rank."""
     data = _data_ranks(parallel, processes)
@@ -181,6 +191,7 @@ CHECKS: tuple[Check, ...] = (
     check_grid,
     check_experts,
     check_pipeline,
+    check_offload,
     check_batch,
     check_balance_group,
     check_precision,
@@ -259,6 +270,7 @@ def layout_of(config: "RunConfig") -> Layout:
         expert=parallel.expert,
         tensor=parallel.tensor,
         zero=parallel.zero,
+        offload=parallel.offload,
         micro_batch=train.micro_batch,
         accumulation=train.batch // (train.micro_batch * parallel.data),
     )

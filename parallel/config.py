@@ -20,6 +20,8 @@ class ParallelConfig(Settings):
     """Data-parallel ranks; null: all processes. Expert ranks subdivide them."""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights are sharded over data ranks."""
+    offload: bool = False
+    """Keep the optimiser's state and the EMA in host memory, and step there; needs `zero` 1 or more."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 

@@ -26,6 +26,8 @@ class Layout:
     """Samples that a data rank reads at once."""
     accumulation: int
     """Micro-steps of one optimiser step."""
+    offload: bool = False
+    """Whether the optimiser's state is kept, and stepped, in host memory."""
 
     @property
     def processes(self) -> int:

@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
     "balance_group": 1,
     "experts": 4,
     "starved": False,
+    "offload": False,
     "save": None,
     "load": None,
 }
@@ -77,6 +78,7 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         zero=case["zero"],
         micro_batch=case["micro_batch"],
         accumulation=case["batch"] // (case["micro_batch"] * data),
+        offload=case["offload"],
     )
     config = make_config(case)
     network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
