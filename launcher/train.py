@@ -141,7 +141,8 @@ class Trainer:
             config.deepspeed,
             device,
         )
-        self.saver = CheckpointSaver(folder.path, config.checkpoint, BestCheckpoints(folder, config))
+        best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
+        self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
         self.data_facts = {**self.dataset.facts, "fingerprint": self.dataset.fingerprint}
         if info is not None and info.dataset != self.data_facts:
