@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditmoe.model.canonical import split_experts
+from ditmoe.parallel.boxes import Placement
 from ditmoe.parallel.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,7 +31,7 @@ class Fragment:
     shape: tuple[int, ...]
     """Shape of the whole canonical parameter."""
     start: int
-    """Where the run begins in the flattened parameter."""
+    """Where the run begins in the flattened parameter, or in this rank's part of it (`placement`)."""
     weight: Tensor
     """fp32 `[length]`, a view of the weight that the optimiser steps."""
     moments: dict[str, Tensor]
@@ -38,6 +39,8 @@ class Fragment:
     replica: int = 0
     """This rank's number among the ranks that hold the same run (ZeRO 0)."""
     replicas: int = 1
+    placement: Placement | None = None
+    """What this rank's tensor, within which `start` counts, is of the canonical one; None: all of it."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Each case is a layout and settings; per case, rank 0 writes the curve of losses,
 import json
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch
+from ditmoe.parallel.saver import CheckpointSaver
 from ditmoe.parallel.stages import stage_blocks
-from ditmoe.parallel.training_state import load_training_state, save_training_state
+from ditmoe.parallel.training_state import load_training_state
 
 CLASSES = 10
 SHAPE = (1, 8, 8)
@@ -46,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "starved": False,
     "offload": False,
     "save": None,
+    "save_at": None,
     "load": None,
 }
 
@@ -131,22 +134,45 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
+    with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
+        return train(engine, saver, case, device)
+
+
+class LateSaver(CheckpointSaver):
+    """Writes what it has copied no earlier than `trained` is set: training must not wait for it."""
+
+    trained = threading.Event()
+
+    def _write(self, *arguments: Any) -> None:
+        assert self.trained.wait(60), "training waits for the save"
+        super()._write(*arguments)
+
+
+def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Step, and save at a step in the middle or at the end."""
     curve, load = [], []
+    saver.trained.clear()
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
         result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
         curve.append([result.loss, result.balance_loss, result.grad_norm])
         load.append(result.load_LN.tolist())
+        if engine.step == case["save_at"]:
+            save(saver, engine, case)
     with engine.ema_weights() as network, torch.no_grad():
         x_BCHW = torch.linspace(-1, 1, 128, device=device).view(2, *SHAPE)
         timestep_B = torch.full((2,), 0.5, device=device)
         ema = network(x_BCHW, timestep_B, torch.tensor([1, 2], device=device)).double().square().sum().item()
-    if case["save"]:
-        config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
-        images = engine.step * case["batch"]
-        save_training_state(Path(case["save"]), engine, images, {}, config, {"name": "test"}, CheckpointConfig())
+    saver.trained.set()
+    if case["save"] and not case["save_at"]:
+        save(saver, engine, case)
     owned = sum(fragment.weight.numel() for fragment in engine.fragments)
     return {"curve": curve, "load": load, "ema": ema, "owned": owned}
+
+
+def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -> None:
+    config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
+    saver.save(engine, engine.step * case["batch"], {}, config, {"name": "test"})
 
 
 def main() -> None:
