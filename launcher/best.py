@@ -7,10 +7,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from ditmoe.launcher.config import RunConfig
 from ditmoe.launcher.run_folder import RunFolder
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import read_info
+from ditmoe.parallel.config import CheckpointConfig
 
 LOWER_IS_BETTER: Final = ("loss", "fid", "sfid")
 """Of the rest of `checkpoint.best_metric` higher is better."""
@@ -19,11 +19,11 @@ LOWER_IS_BETTER: Final = ("loss", "fid", "sfid")
 class BestCheckpoints:
     """The steps of the best checkpoints of a run, as `checkpoint.keep_best` and `checkpoint.best_metric` say."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig) -> None:
+    def __init__(self, folder: RunFolder, retention: CheckpointConfig, checkpoint_every: int) -> None:
         self._folder = folder
-        self._count = config.checkpoint.keep_best
-        self._metric = config.checkpoint.best_metric
-        self._window = config.train.checkpoint_every
+        self._count = retention.keep_best
+        self._metric = retention.best_metric
+        self._window = checkpoint_every
 
     def __call__(self, paths: Sequence[Path]) -> list[int]:
         """Of these checkpoints, those to keep, the best first; of two equally good ones the later is better."""

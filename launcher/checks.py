@@ -74,6 +74,34 @@ def check_tensor(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Every stage has a block, and ZeRO shards what goes with stages."""
+    if parallel.pipe == 1:
+        return []
+    problems = []
+    if parallel.pipe > model.depth:
+        problems.append(
+            f"parallel.pipe = {parallel.pipe} must not exceed model.depth = {model.depth}:"
+            " each stage holds a block or more"
+        )
+    if parallel.zero > 1:
+        problems.append(
+            f"parallel.zero = {parallel.zero} with parallel.pipe = {parallel.pipe}: gradients and weights cannot"
+            " be sharded while several micro-batches are on their way; expected parallel.zero = 0 or 1"
+        )
+    return problems
+
+
+def check_offload(parallel: ParallelConfig) -> list[str]:
+    """What is moved to host memory is what ZeRO shards."""
+    if parallel.offload and parallel.zero == 0:
+        return [
+            "parallel.offload = true with parallel.zero = 0: without ZeRO the optimiser steps the weights"
+            " themselves; expected parallel.zero = 1 or more"
+        ]
+    return []
+
+
 def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | None) -> list[str]:
     """The global batch is made of whole micro-batches on every data rank."""
     data = _data_ranks(parallel, processes)
@@ -179,6 +207,8 @@ CHECKS: tuple[Check, ...] = (
     check_grid,
     check_experts,
     check_tensor,
+    check_pipeline,
+    check_offload,
     check_batch,
     check_balance_group,
     check_precision,
@@ -257,6 +287,7 @@ def layout_of(config: "RunConfig") -> Layout:
         expert=parallel.expert,
         tensor=parallel.tensor,
         zero=parallel.zero,
+        offload=parallel.offload,
         micro_batch=train.micro_batch,
         accumulation=train.batch // (train.micro_batch * parallel.data),
     )

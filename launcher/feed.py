@@ -11,14 +11,15 @@ from ditmoe.data.images import to_network_range
 from ditmoe.data.stream import Batch, open_stream
 from ditmoe.launcher.config import RunConfig
 from ditmoe.model.objective import Draws, Objective
-from ditmoe.parallel.engine import MicroBatch
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.passes import MicroBatch
 
 
 class StepBatch(NamedTuple):
     """What this rank trains on in one step."""
 
     micro_batches: list[MicroBatch]
+    """None on a pipeline stage between the first and the last, which sees no samples."""
     keys: list[str]
     """`shard.tar/key` of each sample."""
 
@@ -34,15 +35,15 @@ class Feed:
     ) -> None:
         self._seed, self._model = config.seed, config.model
         self._objective, self._layout, self._device = objective, layout, device
-        _, data_rank, _ = layout.coordinates(rank)  # tensor ranks read the same samples
         self._stream = open_stream(
             config.data,
             config.seed,
             start=start,
             micro_batch=layout.micro_batch,
-            rank=data_rank,
+            rank=layout.data_rank(rank),
             ranks=layout.data,
         )
+        self._sees_samples = layout.stage(rank) in (0, layout.pipe - 1)
         self._thread = ThreadPoolExecutor(1, "feed")
         self._ahead: Future[StepBatch] | None = None
 
@@ -61,6 +62,8 @@ class Feed:
         Raises:
             UserError: a sample cannot be used; names shard and key.
         """
+        if not self._sees_samples:
+            return StepBatch([], [])
         # The first are made here: the stream starts its processes then, and a fork belongs in the main thread.
         batch = self._prepare() if self._ahead is None else self._ahead.result()
         self._ahead = self._thread.submit(self._prepare)

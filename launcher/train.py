@@ -32,6 +32,7 @@ from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine import NonFiniteLossError, StepResult, TrainingEngine
 from ditmoe.parallel.saver import CheckpointSaver, unwritten
+from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.training_state import load_training_state
 from ditmoe.sampling.generate import generate_float
 from ditmoe.sampling.grid import image_grid, save_picture
@@ -128,7 +129,8 @@ class Trainer:
         self.layout = layout_of(config)
         self.dataset = load_index(config.data.sources[0].path)
         self.objective: Objective = make_objective(config.objective)
-        network = DiT(config.model)
+        stages = stage_blocks(config.model, self.layout.pipe)
+        network = DiT(config.model, stages[self.layout.stage(dist.get_rank())])
         initialise(network, config.seed)
         network.checkpoint_blocks = config.parallel.activation_checkpointing
         self.engine = TrainingEngine(
@@ -141,7 +143,8 @@ class Trainer:
             config.deepspeed,
             device,
         )
-        self.saver = CheckpointSaver(folder.path, config.checkpoint, BestCheckpoints(folder, config))
+        best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
+        self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
         self.data_facts = {**self.dataset.facts, "fingerprint": self.dataset.fingerprint}
         if info is not None and info.dataset != self.data_facts:
@@ -264,28 +267,28 @@ class Trainer:
             )
 
     def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA, each data rank its share of the images."""
+        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
         preview, model = self.config.preview, self.config.model
         assert model.num_classes is not None
-        _, data_rank, _ = self.layout.coordinates(dist.get_rank())
         share = -(-preview.images // self.layout.data)
-        # Every rank draws the same number, and tensor ranks the same images: the network may be a collective call.
-        mine = [min(number, preview.images - 1) for number in range(data_rank * share, (data_rank + 1) * share)]
+        first = self.layout.data_rank(dist.get_rank()) * share
+        # Every data rank draws the same number: on many layouts the network is a collective call.
+        mine = [min(number, preview.images - 1) for number in range(first, first + share)]
         with self.engine.ema_weights() as network:
             loaded = LoadedModel(network, model, self.config.objective, self.dataset.class_names, None, "preview")
             images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
         gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
         if self.report is None:
             return
-        images_NHWC = np.concatenate(gathered[:: self.layout.tensor])[: preview.images].transpose(0, 2, 3, 1)
+        of_first_stage = gathered[: self.layout.data * self.layout.tensor : self.layout.tensor]
+        images_NHWC = np.concatenate(of_first_stage)[: preview.images].transpose(0, 2, 3, 1)
         picture = image_grid(images_NHWC, columns=min(8, preview.images))
         save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
         self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
 
     def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
         """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
-        parts = processes.gather_objects(own)[:: self.layout.tensor]
-        keys = [key for part in parts for key in part]
+        keys = list(dict.fromkeys(key for part in processes.gather_objects(own) for key in part))
         self.saver.wait()  # it may be the last good one
         file = self.folder.path / f"not-finite-step-{step:08d}.json"
         if dist.get_rank() == 0:

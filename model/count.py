@@ -6,7 +6,9 @@ activations, the top-K choice) is left out, as is usual. The papers of the famil
 the name of Gflops: compare those with `Count.macs`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -44,16 +46,50 @@ class Count:
 
 def count(config: ModelConfig) -> Count:
     """Count a network of a complete configuration; allocates nothing of its size."""
+    modules = list(_modules(config))
+    return Count(
+        total=sum(module.total for module in modules),
+        activated=sum(module.activated for module in modules),
+        macs=sum(module.macs for module in modules),
+    )
+
+
+@dataclass(frozen=True)
+class PartMacs:
+    """Multiply-accumulates of the forward pass of one image, by part of the network."""
+
+    embedders: int
+    """Of patches, timestep and label together."""
+    block: int
+    """Of one block; all are alike."""
+    final_layer: int
+
+
+def macs_of_parts(config: ModelConfig) -> PartMacs:
+    """What each part of a network of a complete configuration costs."""
+    sums = {"blocks": 0, "final_layer": 0, "embedders": 0}
+    for module in _modules(config):
+        part = module.name.partition(".")[0]
+        sums[part if part in sums else "embedders"] += module.macs
+    return PartMacs(sums["embedders"], sums["blocks"] // config.depth, sums["final_layer"])
+
+
+class _ModuleCount(NamedTuple):
+    """One module's own share, without the modules in it."""
+
+    name: str
+    total: int
+    activated: int
+    macs: int
+
+
+def _modules(config: ModelConfig) -> Iterator[_ModuleCount]:
     with torch.device("meta"):
         network = DiT(config)
-    total = activated = macs = 0
     for name, module in network.named_modules():
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         active = own * config.experts_per_token // config.experts if isinstance(module, Experts) else own
-        total += own
-        activated += active
-        macs += _macs(name, module, active, config.tokens)
-    return Count(total, activated, macs)
+        yield _ModuleCount(name, own, active, _macs(name, module, active, config.tokens))
 
 
 def _macs(name: str, module: nn.Module, active: int, tokens: int) -> int:

@@ -51,27 +51,46 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """The network. Its weights are uninitialised until `ditmoe.model.initialise` or a load fills them."""
+    """The network, or a stretch of its blocks.
+
+    Its weights are uninitialised until `ditmoe.model.initialise` or a load fills them. The whole network is
+    `predict(*transform(*embed(…)))`; a pipeline stage holds some of the blocks and is asked for its part alone.
+    Blocks keep their numbers, so that parameters have the same names in a part as in the whole.
+    """
 
     pos_embed: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Build the network of a complete configuration (input size, channels and classes known)."""
+    def __init__(self, config: ModelConfig, blocks: range | None = None) -> None:
+        """Build the network of a complete configuration (input size, channels and classes known).
+
+        Args:
+            blocks: numbers of the blocks to hold; None: all. The embedders come with the first block and the
+                final layer with the last.
+        """
         super().__init__()
         assert config.complete, "the model's image_size, channels and num_classes are not known yet"
         assert config.image_size and config.channels and config.num_classes
+        blocks = range(config.depth) if blocks is None else blocks
+        assert blocks and blocks[0] >= 0 and blocks[-1] < config.depth, f"{blocks} of {config.depth} blocks"
         self.config = config
+        self.has_first = blocks[0] == 0
+        """Whether the embedders are here."""
+        self.has_last = blocks[-1] == config.depth - 1
+        """Whether the final layer is here."""
         self.checkpoint_blocks = False
         """Recompute each block in the backward pass instead of keeping its activations."""
-        self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch)
-        self.t_embedder = TimestepEmbedder(config.hidden)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
-        self.register_buffer("pos_embed", position_embedding(config.hidden, config.image_size // config.patch))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.final_layer = FinalLayer(config.hidden, config.patch, config.out_channels)
+        if self.has_first:
+            self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch)
+            self.t_embedder = TimestepEmbedder(config.hidden)
+            self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
+            embedding = position_embedding(config.hidden, config.image_size // config.patch)
+            self.register_buffer("pos_embed", embedding)
+        self.blocks = nn.ModuleDict({str(number): Block(config) for number in blocks})
+        if self.has_last:
+            self.final_layer = FinalLayer(config.hidden, config.patch, config.out_channels)
 
     def forward(self, x_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
-        """Predict from noisy images.
+        """Predict from noisy images, with all blocks.
 
         Args:
             x_BCHW: noisy images or latents.
@@ -81,15 +100,25 @@ class DiT(nn.Module):
         Returns:
             float32 `[B, out_channels, H, W]`.
         """
-        x_BTD = self.x_embedder(x_BCHW.to(self.x_embedder.proj.weight.dtype)) + self.pos_embed.to(
-            self.x_embedder.proj.weight.dtype
-        )
-        condition_BD = self.t_embedder(timestep_B) + self.y_embedder(label_B)
-        for block in self.blocks:
+        return self.predict(*self.transform(*self.embed(x_BCHW, timestep_B, label_B)))
+
+    def embed(self, x_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the first block: tokens `[B, T, D]` and condition `[B, D]`, in the weights' type."""
+        dtype = self.x_embedder.proj.weight.dtype
+        x_BTD = self.x_embedder(x_BCHW.to(dtype)) + self.pos_embed.to(dtype)
+        return x_BTD, self.t_embedder(timestep_B) + self.y_embedder(label_B)
+
+    def transform(self, x_BTD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The blocks that are here, one after the other: new tokens, and the condition as it was."""
+        for block in self.blocks.values():
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x_BTD = checkpoint(block, x_BTD, condition_BD, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, condition_BD)
+        return x_BTD, condition_BD
+
+    def predict(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+        """The prediction from what leaves the last block, float32 `[B, out_channels, H, W]`."""
         return self._unpatchify(self.final_layer(x_BTD, condition_BD)).float()
 
     def _unpatchify(self, patches_BTP: Tensor) -> Tensor:

@@ -57,6 +57,13 @@ class Objective(ABC):
     def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor: ...
 
     @abstractmethod
+    def noised(self, x_BCHW: Tensor, draws: Draws) -> Tensor:
+        """What the network is shown: clean images in −1…1, or latents, with noise."""
+
+    @abstractmethod
+    def loss_of(self, prediction_BCHW: Tensor, x_BCHW: Tensor, draws: Draws) -> Tensor:
+        """The loss of each sample's prediction, float32 `[B]`; the images are the clean ones."""
+
     def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
         """The loss of each sample, float32 `[B]`.
 
@@ -64,6 +71,8 @@ class Objective(ABC):
             x_BCHW: clean images in −1…1, or latents.
             label_B: classes, the null class already in place of the dropped ones.
         """
+        prediction_BCHW = network(self.noised(x_BCHW, draws), draws.timestep_B, label_B)
+        return self.loss_of(prediction_BCHW, x_BCHW, draws)
 
 
 class RectifiedFlow(Objective):
@@ -73,11 +82,14 @@ class RectifiedFlow(Objective):
     def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor:
         return randomness.normal(seed, "timestep", positions, ()).sigmoid()
 
-    def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
-        """Mean squared error of v per sample, `[B]`."""
+    def noised(self, x_BCHW: Tensor, draws: Draws) -> Tensor:
+        """z_t."""
         t = draws.timestep_B.view(-1, 1, 1, 1)
-        z_BCHW = (1 - t) * x_BCHW + t * draws.noise_BCHW
-        v_BCHW = network(z_BCHW, draws.timestep_B, label_B)[:, : x_BCHW.shape[1]]
+        return (1 - t) * x_BCHW + t * draws.noise_BCHW
+
+    def loss_of(self, prediction_BCHW: Tensor, x_BCHW: Tensor, draws: Draws) -> Tensor:
+        """Mean squared error of v per sample, `[B]`."""
+        v_BCHW = prediction_BCHW[:, : x_BCHW.shape[1]]
         return (v_BCHW - (draws.noise_BCHW - x_BCHW)).square().flatten(1).mean(1)
 
 
@@ -100,21 +112,23 @@ class Ddpm(Objective):
     def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor:
         return (randomness.uniform(seed, "timestep", positions) * DDPM_STEPS).floor().float()
 
-    def loss(self, network: Network, x_BCHW: Tensor, label_B: Tensor, draws: Draws) -> Tensor:
+    def noised(self, x_BCHW: Tensor, draws: Draws) -> Tensor:
+        """x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε."""
+        alpha_bar = self._at(draws.timestep_B.long()).alpha_bar
+        return alpha_bar.sqrt() * x_BCHW + (1 - alpha_bar).sqrt() * draws.noise_BCHW
+
+    def loss_of(self, prediction_BCHW: Tensor, x_BCHW: Tensor, draws: Draws) -> Tensor:
         """MSE(ε) plus, with a learned variance, the variational bound of the step in bits/dim, `[B]`.
 
         In the bound ε is detached, so that it trains the variance alone. The sum is L_simple + λ·L_vlb with
         λ = 1/1000: L_vlb sums over the steps what is drawn here as one of 1000 (arXiv 2102.09672, eq. 16).
         """
-        channels, step = x_BCHW.shape[1], draws.timestep_B.long()
-        alpha_bar = self._at(step).alpha_bar
-        noisy_BCHW = alpha_bar.sqrt() * x_BCHW + (1 - alpha_bar).sqrt() * draws.noise_BCHW
-        prediction = network(noisy_BCHW, draws.timestep_B, label_B)
-        epsilon_BCHW = prediction[:, :channels]
+        channels = x_BCHW.shape[1]
+        epsilon_BCHW, variance_BCHW = prediction_BCHW[:, :channels], prediction_BCHW[:, channels:]
         loss_B = (epsilon_BCHW - draws.noise_BCHW).square().flatten(1).mean(1)
-        if prediction.shape[1] == 2 * channels:
-            bound_B = self._bound(x_BCHW, noisy_BCHW, epsilon_BCHW.detach(), prediction[:, channels:], step)
-            loss_B = loss_B + bound_B
+        if variance_BCHW.shape[1] == channels:
+            noisy_BCHW, step = self.noised(x_BCHW, draws), draws.timestep_B.long()
+            loss_B = loss_B + self._bound(x_BCHW, noisy_BCHW, epsilon_BCHW.detach(), variance_BCHW, step)
         return loss_B
 
     def _bound(self, x: Tensor, noisy: Tensor, epsilon: Tensor, variance: Tensor, step: Tensor) -> Tensor:

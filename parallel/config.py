@@ -10,8 +10,8 @@ from ditmoe.model.settings import Settings
 class ParallelConfig(Settings):
     """The rank grid, and what of the training state is sharded over it."""
 
-    pipe: int = Field(default=1, ge=1, le=1)
-    """Pipeline stages. One for now."""
+    pipe: int = Field(default=1, ge=1)
+    """Pipeline stages, balanced by cost; at most `model.depth`. With several, `zero` is 0 or 1."""
     tensor: int = Field(default=1, ge=1)
     """Tensor-parallel ranks: they share out the heads of attention and the width of MLPs and experts, and read the
     same samples. Divides `model.heads`; needs `expert` = 1."""
@@ -21,6 +21,8 @@ class ParallelConfig(Settings):
     """Data-parallel ranks; null: all processes. Expert ranks subdivide them."""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights are sharded over data ranks."""
+    offload: bool = False
+    """Keep the optimiser's state and the EMA in host memory, and step there; needs `zero` 1 or more."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,27 +18,19 @@ from torch import Tensor, nn
 
 from ditmoe.model.balance import BalanceLoss
 from ditmoe.model.config import EmaConfig
-from ditmoe.model.dit import DiT, balance_losses
+from ditmoe.model.dit import DiT
 from ditmoe.model.ema import ema_decay, update_ema
 from ditmoe.model.errors import UserError
-from ditmoe.model.objective import Draws, Objective
+from ditmoe.model.objective import Objective
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.groups import check_groups, groups_of_engine
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.passes import MicroBatch, Passes, WholeNetworkPasses
+from ditmoe.parallel.pipeline import PipelinePasses
+from ditmoe.parallel.step_totals import StepTotals
 from ditmoe.parallel.tensor_shards import shard_of
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One rank's samples of one micro-step, on the training device."""
-
-    x_BCHW: Tensor
-    """float32, −1…1."""
-    label_B: Tensor
-    """Classes, dropped ones already null."""
-    draws: Draws
 
 
 @dataclass(frozen=True)
@@ -83,120 +74,99 @@ class TrainingEngine:
         """Hand an initialised network over to DeepSpeed.
 
         Args:
-            network: with the same weights on every rank.
+            network: the blocks of this rank's pipeline stage, with the same weights on every rank of it.
             precision: `fp32` or `bf16` (then with fp32 master weights).
             extra: the configuration's `deepspeed` section.
         """
         self.layout = layout
         self.device = device
         self.step = 0
-        self._objective = objective
+        self._network = network
         self._optim = optim
         self._ema_config = ema
-        self._balance = balance_losses(network)
-        self.fragments: list[Fragment]
+        grid = _share_out(network, layout) if layout.tensor > 1 else None
         with _blaming(extra):
-            self._engine = _initialize(network, layout, optim, precision, extra, _tensor_grid(network, layout))
-            self.fragments = find_fragments(self._engine, layout.zero, layout.expert_rank(dist.get_rank()))
+            self._passes: Passes = (
+                PipelinePasses(network, objective, layout)
+                if layout.pipe > 1
+                else WholeNetworkPasses(network, objective)
+            )
+            self._engine = _initialize(self._passes.module, network, layout, optim, precision, extra, grid)
+            self._passes.engine = self._engine
+            self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))
         if layout.expert > 1:
-            _attach_balance(self._engine.module, self._balance)
+            _attach_balance(network, list(self._passes.layers.values()))
+        self._set_up_balance()
         self._weights = [fragment.weight for fragment in self.fragments]
         self.ema = [weight.clone() for weight in self._weights]
         """fp32 average of each fragment's weight."""
-        self._set_up_balance()
         self._own_grad_norm = 0.0
         if layout.zero == 0:
             self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
 
     def _set_up_balance(self) -> None:
         """Scale the injected gradient like the loss, and take the balance means over the configured set."""
-        group = self._balance[0].group if self._balance else 1
-        spans_ranks = group > self.layout.micro_batch
-        for balance in self._balance:
+        group = self._engine.data_parallel_group
+
+        def sum_over_ranks(tensor: Tensor) -> Tensor:
+            total = tensor.clone()
+            dist.all_reduce(total, group=group)
+            return total
+
+        for balance in self._passes.layers.values():
             balance.gradient_scale = 1.0 / self.layout.accumulation
-            if spans_ranks:
+            if balance.group > self.layout.micro_batch:
                 balance.ranks = self.layout.data
-                balance.sum_over_ranks = partial(_sum_over_ranks, group=self._engine.data_parallel_group)
+                balance.sum_over_ranks = sum_over_ranks
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool) -> StepResult:
         """One optimiser step over the layout's `accumulation` micro-batches.
 
+        Args:
+            micro_batches: of this rank's place on the data axis; stages between the first and the last take none.
+
         Raises:
             NonFiniteLossError: on every rank, before the weights are touched.
         """
-        assert len(micro_batches) == self.layout.accumulation
-        totals = self._accumulate(micro_batches, stop_requested)
-        dist.all_reduce(totals)
-        totals = totals.cpu()
-        loss = float(totals[0] / totals[1])
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(loss)
+        config = self._network.config
+        totals = StepTotals(config.depth if config.experts else 0, config.experts, self.device)
+        self._passes.forward_backward(micro_batches, totals)
+        seen = totals.over_ranks(stop_requested)
+        if not math.isfinite(seen.loss):
+            raise NonFiniteLossError(seen.loss)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
+        self._passes.step()
         self.step += 1
         update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
-        layers = len(self._balance)
-        balance_L, load = totals[3 : 3 + layers], totals[3 + layers :]
-        load_LN = load.view(layers, -1) if layers else load.view(0, 0)
         return StepResult(
-            loss=loss,
+            loss=seen.loss,
             # Tensor ranks compute the same, and each has added it.
-            balance_loss=float(
-                balance_L.sum() / (self.layout.accumulation * self.layout.data * self.layout.tensor)
-            ),
-            load_LN=load_LN / load_LN.sum(1, keepdim=True),
+            balance_loss=seen.balance_loss / (self.layout.accumulation * self.layout.data * self.layout.tensor),
+            load_LN=seen.load_LN,
             grad_norm=self._grad_norm(),
-            requests=int(totals[2]),
+            requests=seen.requests,
         )
-
-    def _accumulate(self, micro_batches: Sequence[MicroBatch], stop_requested: bool) -> Tensor:
-        """Forward and backward passes of all micro-batches, without the optimiser's step.
-
-        Returns:
-            this rank's sums, float64: loss, samples, request to stop, balance loss `[L]`, assignments `[L·N]`.
-        """
-        layers, experts = len(self._balance), self._balance[0].experts if self._balance else 0
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        balance_L = torch.zeros(layers, dtype=torch.float64, device=self.device)
-        load_LN = torch.zeros(layers, experts, dtype=torch.float64, device=self.device)
-        samples = 0
-        self._engine.train()
-        for index, batch in enumerate(micro_batches):
-            loss_B = self._objective.loss(self._engine, batch.x_BCHW, batch.label_B, batch.draws)
-            loss_sum += loss_B.detach().double().sum()
-            samples += len(loss_B)
-            if self._balance:
-                losses, loads_N = zip(*(balance.recorded() for balance in self._balance), strict=True)
-                balance_L += torch.stack(losses)
-                load_LN += torch.stack(loads_N)
-            self._engine.backward(loss_B.mean())
-            if index < len(micro_batches) - 1:
-                self._engine.step()  # counts the micro-step; the weights change at the last one only
-        counts = torch.tensor([samples, stop_requested], dtype=torch.float64, device=self.device)
-        return torch.cat((loss_sum.view(1), counts, balance_L, load_LN.flatten()))
 
     def _grad_norm(self) -> float:
         return self._own_grad_norm if self.layout.zero == 0 else float(self._engine.get_global_grad_norm())
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, each part of a parameter counted once, and clipping by it."""
-        # Of what is whole on every rank, of what is shared out over expert ranks, and over tensor ranks.
-        square = torch.zeros(3, dtype=torch.float64, device=self.device)
+        """ZeRO 0: the exact global norm, every parameter counted once, and clipping by it."""
+        square = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
-        for parameter in self._engine.module.parameters():
+        for parameter in self._network.parameters():
             if parameter.grad is not None:
-                is_expert, is_shard = not getattr(parameter, "allreduce", True), shard_of(parameter) is not None
-                kind = 1 if is_expert else 2 if is_shard else 0
-                square[kind] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2
+                is_expert = not getattr(parameter, "allreduce", True)
+                copies = self.layout.expert_copies if is_expert else self.layout.data
+                if shard_of(parameter) is None:
+                    copies *= self.layout.tensor
+                square += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2 / copies
                 gradients.append(parameter.grad)
-        if self.layout.expert > 1:
-            dist.all_reduce(square[1], group=_expert_group(self.layout.expert))
-        if self.layout.tensor > 1:
-            dist.all_reduce(square[2], group=_tensor_group(self._engine))
-        norm = float(square.sum().sqrt())
+        dist.all_reduce(square)
+        norm = float(square.sqrt())
         if self._optim.clip is not None and norm > self._optim.clip:
             torch._foreach_mul_(gradients, self._optim.clip / norm)
         self._own_grad_norm = norm
@@ -214,7 +184,7 @@ class TrainingEngine:
         self._write(self.ema)
         self._engine.eval()
         try:
-            yield self._engine.module
+            yield self._passes.sampling_network()
         finally:
             self._write(kept)
             self._engine.train()
@@ -240,10 +210,8 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _tensor_grid(network: nn.Module, layout: Layout) -> Any:
-    """Share the network out over tensor ranks: the grid of groups that DeepSpeed is to take, or None."""
-    if layout.tensor == 1:
-        return None
+def _share_out(network: nn.Module, layout: Layout) -> Any:
+    """Leave this rank its part of the network; the groups of megatron-core's that it computes over."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
         from ditmoe.parallel.megatron_grid import make_megatron_grid
@@ -255,14 +223,17 @@ def _tensor_grid(network: nn.Module, layout: Layout) -> Any:
 
 
 def _initialize(
-    network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any], grid: Any
+    module: nn.Module,
+    network: DiT,
+    layout: Layout,
+    optim: OptimConfig,
+    precision: str,
+    extra: dict[str, Any],
+    grid: Any,
 ) -> Any:
-    """Build the DeepSpeed engine with torch's AdamW."""
+    """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
     import deepspeed
     from deepspeed.moe.utils import configure_moe_param_groups
-    from deepspeed.utils import groups
-
-    groups.mpu = None  # what an earlier engine of this process was given
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -282,11 +253,11 @@ def _initialize(
 
     settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
     engine, *_ = deepspeed.initialize(
-        model=network,
+        model=module,
         optimizer=make_optimizer,
         model_parameters=list(network.parameters()),
         config=settings,
-        mpu=grid,
+        mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
         dist_init_required=False,
     )
     return engine
@@ -321,21 +292,3 @@ class _RouterHooks:
         logits_TN, self._logits_TN = self._logits_TN, None
         assert logits_TN is not None
         return self._balance(scores_TK, logits_TN.float().softmax(1), selected_TK), selected_TK, counts_N
-
-
-def _expert_group(expert: int) -> Any:
-    from deepspeed.utils import groups
-
-    return groups._get_expert_parallel_group(f"ep_size_{expert}")
-
-
-def _tensor_group(engine: Any) -> Any:
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_group
-
-    return bwc_tensor_model_parallel_group(engine.mpu)
-
-
-def _sum_over_ranks(tensor: Tensor, group: Any) -> Tensor:
-    total = tensor.clone()
-    dist.all_reduce(total, group=group)
-    return total

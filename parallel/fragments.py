@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe.model.canonical import split_experts
 from ditmoe.parallel.boxes import Placement
+from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.tensor_shards import TensorShard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,7 +38,7 @@ class Fragment:
     moments: dict[str, Tensor]
     """Adam's `exp_avg` and `exp_avg_sq`, fp32 `[length]` views."""
     replica: int = 0
-    """This rank's number among the ranks that hold the same run (ZeRO 0)."""
+    """This rank's number among the ranks that hold the same run (ZeRO 0, and tensor ranks)."""
     replicas: int = 1
     placement: Placement | None = None
     """What this rank's tensor, within which `start` counts, is of the canonical one; None: all of it."""
@@ -54,25 +55,32 @@ class _Run:
     replicas: int = 1
 
 
-def find_fragments(engine: Any, zero: int, expert_rank: int) -> list[Fragment]:
+def find_fragments(engine: Any, network: nn.Module, layout: Layout) -> list[Fragment]:
     """All fragments of this rank, in the order of the module tree.
 
     Args:
         engine: a `DeepSpeedEngine` whose basic optimiser is torch's AdamW.
-        zero: its ZeRO stage.
-        expert_rank: this rank's number among the ranks that experts are dealt to.
+        network: what it trains: this rank's blocks, under their canonical names.
     """
-    _create_moments(engine.basic_optimizer, engine.optimizer, zero)
-    find_run = {0: _whole_run, 1: _run_of_zero_1_2, 2: _run_of_zero_1_2, 3: _run_of_zero_3}[zero]
+    _create_moments(engine.basic_optimizer, engine.optimizer, layout.zero)
+    find_run = {0: _whole_run, 1: _run_of_zero_1_2, 2: _run_of_zero_1_2, 3: _run_of_zero_3}[layout.zero]
+    expert_rank = layout.expert_rank(dist.get_rank())
     fragments: list[Fragment] = []
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in network.named_parameters():
         run = find_run(engine, parameter)
         if run is not None and run.weight.numel():
-            run = _among_tensor_ranks(engine, parameter, run)
             shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
+            if shard is None:
+                run = _among_tensor_ranks(run, layout)
             cut = _cut(published_name(name), shape, expert_rank, run)
             fragments.extend(cut if shard is None else (_within_whole(fragment, shard) for fragment in cut))
     return fragments
+
+
+def _among_tensor_ranks(run: _Run, layout: Layout) -> _Run:
+    """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
+    tensor_rank = layout.coordinates(dist.get_rank())[2]
+    return replace(run, replica=run.replica * layout.tensor + tensor_rank, replicas=run.replicas * layout.tensor)
 
 
 def _within_whole(fragment: Fragment, shard: TensorShard) -> Fragment:
@@ -152,17 +160,6 @@ def _whole_run(engine: Any, parameter: Tensor) -> _Run:
         dist.get_rank(group),
         dist.get_world_size(group),
     )
-
-
-def _among_tensor_ranks(engine: Any, parameter: Tensor, run: _Run) -> _Run:
-    """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
-
-    if engine.mpu is None or shard_of(parameter) is not None:
-        return run
-    ranks = bwc_tensor_model_parallel_world_size(engine.mpu)
-    rank = bwc_tensor_model_parallel_rank(engine.mpu)
-    return replace(run, replica=run.replica * ranks + rank, replicas=run.replicas * ranks)
 
 
 def _replica_group(engine: Any, parameter: Tensor) -> Any:

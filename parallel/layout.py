@@ -31,6 +31,8 @@ class Layout:
     """Samples that a data rank reads at once."""
     accumulation: int
     """Micro-steps of one optimiser step."""
+    offload: bool = False
+    """Whether the optimiser's state is kept, and stepped, in host memory."""
 
     @property
     def processes(self) -> int:
@@ -52,6 +54,14 @@ class Layout:
         assert 0 <= rank < self.processes
         return rank // (self.data * self.tensor), rank // self.tensor % self.data, rank % self.tensor
 
+    def stage(self, rank: int) -> int:
+        """Place of a rank on the pipe axis."""
+        return self.coordinates(rank)[0]
+
+    def data_rank(self, rank: int) -> int:
+        """Place of a rank on the data axis: which part of a batch it computes."""
+        return self.coordinates(rank)[1]
+
     def group(self, rank: int, *axes: Axis) -> list[int]:
         """The ranks that a collective over these axes joins with a rank: they differ from it on no other axis."""
         own = self.coordinates(rank)
@@ -64,17 +74,17 @@ class Layout:
 
     def expert_rank(self, rank: int) -> int:
         """Place of a rank on the expert axis: which part of the experts it holds."""
-        return self.coordinates(rank)[1] % self.expert
+        return self.data_rank(rank) % self.expert
 
-    def expert_group(self, rank: int) -> list[int]:
-        """The ranks that share out one copy of the experts with a rank."""
-        copy = self.coordinates(rank)[1] // self.expert
-        return [other for other in self.group(rank, "data") if self.coordinates(other)[1] // self.expert == copy]
+    def expert_ranks(self, rank: int) -> list[int]:
+        """The ranks that share out one copy of the experts with this one."""
+        first = rank - self.expert_rank(rank) * self.tensor
+        return list(range(first, first + self.expert * self.tensor, self.tensor))
 
-    def expert_copies_group(self, rank: int) -> list[int]:
-        """The ranks that hold the same experts as a rank."""
-        held = self.expert_rank(rank)
-        return [other for other in self.group(rank, "data") if self.expert_rank(other) == held]
+    def expert_copy_ranks(self, rank: int) -> list[int]:
+        """The ranks that hold the same experts as this one."""
+        first = rank - (self.data_rank(rank) - self.expert_rank(rank)) * self.tensor
+        return list(range(first, first + self.data * self.tensor, self.expert * self.tensor))
 
     def expert_slice(self, rank: int, experts: int) -> range:
         """Global ids of the experts that a rank holds, of `experts` in each block."""

@@ -25,6 +25,15 @@ def index(shards: Path) -> DatasetIndex:
     ("overrides", "found"),
     [
         (["parallel.data=4"], ["parallel.data = 4", "2 / (1 × 1) = 2"]),
+        (["parallel.pipe=3", "launch.processes=6", "train.batch=24"], ["parallel.pipe = 3", "model.depth = 2"]),
+        (
+            ["parallel.pipe=2", "parallel.expert=1", "parallel.zero=2"],
+            ["parallel.zero = 2", "parallel.pipe = 2", "0 or 1"],
+        ),
+        (
+            ["parallel.offload=true", "parallel.zero=0"],
+            ["parallel.offload = true", "parallel.zero = 0", "1 or more"],
+        ),
         (["parallel.expert=4"], ["parallel.expert = 4", "parallel.data = 2"]),
         (
             ["launch.processes=3", "parallel.expert=3", "train.batch=12"],
@@ -59,6 +68,10 @@ def index(shards: Path) -> DatasetIndex:
         ),
         (["deepspeed.train_batch_size=4"], ["deepspeed.train_batch_size", "train.batch"]),
         (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "parallel.zero"]),
+        (
+            ["deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
+            ["zero_optimization.offload_optimizer", "parallel.offload"],
+        ),
         (["deepspeed.gradient_clipping=1"], ["deepspeed.gradient_clipping", "optim.clip"]),
         (["deepspeed.optimizer={type: SGD}"], ["deepspeed.optimizer", "optim"]),
     ],

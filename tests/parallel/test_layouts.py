@@ -22,6 +22,7 @@ BF16: Final = 0.01
 MAIN: Final = {"clip": 0.3}
 DDPM: Final = {"objective": "ddpm", "steps": 8}
 GROUP: Final = {"steps": 6, "balance_group": 8}
+STARVED: Final = {"steps": 6, "experts": 8, "starved": True}
 DENSE: Final = {"experts": 0, "steps": 6}
 
 CASES: Final[dict[str, tuple[int, Result]]] = {
@@ -41,6 +42,32 @@ CASES: Final[dict[str, tuple[int, Result]]] = {
     "group over four ranks": (4, {**GROUP, "micro_batch": 2, "expert": 4}),
     "dense reference": (1, {**DENSE, "zero": 0}),
     **{f"dense, ZeRO {zero}": (2, {**DENSE, "zero": zero}) for zero in ZERO_STAGES},
+    "2 stages": (2, {**MAIN, "pipe": 2, "zero": 1, "micro_batch": 4}),
+    "2 stages, recomputation": (2, {**MAIN, "pipe": 2, "zero": 0, "micro_batch": 1, "checkpointing": True}),
+    **{
+        f"2 stages × data 2, expert {expert}, ZeRO {zero}": (
+            4,
+            {**MAIN, "pipe": 2, "zero": zero, "expert": expert, "micro_batch": 1},
+        )
+        for expert, zero in ((1, 0), (2, 0), (2, 1))
+    },
+    "ddpm, 3 stages": (3, {**DDPM, "pipe": 3, "micro_batch": 4, "zero": 1}),
+    "ddpm, 3 stages, ZeRO 0": (3, {**DDPM, "pipe": 3, "micro_batch": 1, "zero": 0, "checkpointing": True}),
+    "ddpm, 4 stages": (4, {**DDPM, "pipe": 4, "depth": 5, "micro_batch": 1}),
+    "ddpm, 5 blocks": (1, {**DDPM, "depth": 5, "micro_batch": 8}),
+    "group over two ranks of two stages": (4, {**GROUP, "pipe": 2, "expert": 2, "micro_batch": 4}),
+    "starved reference": (1, {**STARVED, "zero": 0}),
+    "starved, expert 2": (2, {**STARVED, "expert": 2, "zero": 2}),
+    "starved, 2 stages, expert 2": (4, {**STARVED, "expert": 2, "pipe": 2}),
+    "dense, 2 stages": (2, {**DENSE, "pipe": 2}),
+    "1 process, offload, ZeRO 1": (1, {**MAIN, "zero": 1, "offload": True}),
+    **{
+        f"2 processes, expert 2, offload, ZeRO {zero}": (2, {**MAIN, "zero": zero, "expert": 2, "offload": True})
+        for zero in (2, 3)
+    },
+    "2 stages, offload": (2, {**MAIN, "pipe": 2, "zero": 1, "offload": True}),
+    "bf16, offload": (2, {**MAIN, "precision": "bf16", "zero": 2, "expert": 2, "offload": True}),
+    "bf16, 2 stages": (2, {**MAIN, "precision": "bf16", "zero": 1, "pipe": 2}),
     **{f"bf16, ZeRO {zero}": (2, {**MAIN, "precision": "bf16", "zero": zero, "expert": 2}) for zero in (1, 2, 3)},
 }
 
@@ -49,7 +76,7 @@ CASES: Final[dict[str, tuple[int, Result]]] = {
 def results(run_cases: Runner) -> dict[str, Result]:
     """Name of a case → its result."""
     found: dict[str, Result] = {}
-    for world in (1, 2, 4):
+    for world in (1, 2, 3, 4):
         names = [name for name, (processes, _) in CASES.items() if processes == world]
         found |= zip(names, run_cases(world, [CASES[name][1] for name in names]), strict=True)
     return found
@@ -76,33 +103,43 @@ def test_the_reference_moves(results: dict[str, Result]) -> None:
     assert curve(results["reference"])[:, 2].max() > 0.3, "clipping is never active"
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "process" in name])
+@pytest.mark.parametrize("name", [name for name in CASES if "process" in name or name.startswith("2 stages")])
 def test_twenty_steps_agree(results: dict[str, Result], name: str) -> None:
     assert_same_curve(results[name], results["reference"])
     assert results[name]["ema"] == pytest.approx(results["reference"]["ema"], rel=EXACT)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("ddpm,")])
-def test_accumulation_and_recomputation_change_nothing(results: dict[str, Result], name: str) -> None:
-    assert_same_curve(results[name], results["ddpm reference"])
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("ddpm,") and "blocks" not in n])
+def test_accumulation_recomputation_and_stages_change_nothing(results: dict[str, Result], name: str) -> None:
+    deeper = "depth" in CASES[name][1]
+    assert_same_curve(results[name], results["ddpm, 5 blocks" if deeper else "ddpm reference"])
 
 
 def test_balance_loss_over_the_global_micro_step(results: dict[str, Result]) -> None:
     own, reference = curve(results["own group"]), curve(results["group reference"])
     assert abs(own[0, 1] / reference[0, 1] - 1) > 1e-4, "the group makes no difference here"
-    assert_same_curve(results["group over four ranks"], results["group reference"])
+    for name in ("group over four ranks", "group over two ranks of two stages"):
+        assert_same_curve(results[name], results["group reference"])
 
 
-@pytest.mark.parametrize("zero", ZERO_STAGES)
-def test_a_dense_network_trains(results: dict[str, Result], zero: int) -> None:
-    found, reference = curve(results[f"dense, ZeRO {zero}"]), curve(results["dense reference"])
+@pytest.mark.parametrize("name", ["starved, expert 2", "starved, 2 stages, expert 2"])
+def test_experts_without_tokens(results: dict[str, Result], name: str) -> None:
+    """On both ranks some experts get nothing in any micro-batch."""
+    load_LN = np.array(results["starved reference"]["load"][0])
+    assert (load_LN == 0).sum(1).tolist() == [4, 4, 4]
+    assert_same_curve(results[name], results["starved reference"])
+
+
+@pytest.mark.parametrize("layout", [*(f"ZeRO {zero}" for zero in ZERO_STAGES), "2 stages"])
+def test_a_dense_network_trains(results: dict[str, Result], layout: str) -> None:
+    found, reference = curve(results[f"dense, {layout}"]), curve(results["dense reference"])
     assert np.max(np.abs(found[:, [0, 2]] / reference[:, [0, 2]] - 1)) <= EXACT
     assert not found[:, 1].any(), "a dense network has no balance loss"
 
 
-@pytest.mark.parametrize("zero", (1, 2, 3))
-def test_bf16_stays_near_fp32(results: dict[str, Result], zero: int) -> None:
-    found, reference = curve(results[f"bf16, ZeRO {zero}"]), curve(results["reference"])
+@pytest.mark.parametrize("layout", ("ZeRO 1", "ZeRO 2", "ZeRO 3", "2 stages", "offload"))
+def test_bf16_stays_near_fp32(results: dict[str, Result], layout: str) -> None:
+    found, reference = curve(results[f"bf16, {layout}"]), curve(results["reference"])
     difference = np.max(np.abs(found[:, 0] / reference[:, 0] - 1))
     assert 0 < difference < BF16
 

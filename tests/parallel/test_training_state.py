@@ -21,6 +21,7 @@ from ditmoe.parallel.checkpoint import (
     newest_checkpoint,
     read_info,
     read_weights,
+    reading,
     remove_partials,
     start_partial,
     superseded,
@@ -99,6 +100,7 @@ def _check_damage(run: Path) -> None:
 )
 def test_retention(keep_last: int, keep_every: int | None, gone: list[int]) -> None:
     assert superseded([30, 10, 40, 20], keep_last, keep_every) == gone
+    assert superseded([30, 10, 40, 20], keep_last, keep_every, best=[10]) == [step for step in gone if step != 10]
 
 
 def save_marker(run: Path, step: int, retention: CheckpointConfig) -> None:
@@ -119,6 +121,18 @@ def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> N
     save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
     assert not (checkpoint_path(tmp_path, 6) / "damaged").exists()
+
+
+def test_what_is_being_read_stays_until_the_next_save(tmp_path: Path) -> None:
+    for step in (3, 4):
+        save_marker(tmp_path, step, CheckpointConfig())
+    with reading(checkpoint_path(tmp_path, 3)), reading(checkpoint_path(tmp_path, 3)):
+        save_marker(tmp_path, 5, CheckpointConfig(keep_last=1))
+        assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "5"]
+    save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["6"]
+    with pytest.raises(UserError, match="its run has removed it"), reading(checkpoint_path(tmp_path, 3)):
+        pass
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
@@ -22,15 +23,19 @@ from ditmoe.model.initialise import initialise
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
-from ditmoe.parallel.engine import MicroBatch, TrainingEngine
+from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.passes import MicroBatch
 from ditmoe.parallel.saver import CheckpointSaver
+from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.training_state import load_training_state
 
 CLASSES = 10
 SHAPE = (1, 8, 8)
 DEFAULTS: dict[str, Any] = {
     "objective": "rectified_flow",
+    "pipe": 1,
+    "depth": 3,
     "expert": 1,
     "tensor": 1,
     "zero": 1,
@@ -43,6 +48,8 @@ DEFAULTS: dict[str, Any] = {
     "balance_group": 1,
     "experts": 4,
     "attention": "plain",
+    "starved": False,
+    "offload": False,
     "save": None,
     "save_at": None,
     "load": None,
@@ -52,7 +59,7 @@ DEFAULTS: dict[str, Any] = {
 def make_config(case: dict[str, Any]) -> ModelConfig:
     """The tiny network of a case."""
     return ModelConfig(
-        depth=3,
+        depth=case["depth"],
         hidden=32,
         heads=4,
         patch=2,
@@ -69,18 +76,22 @@ def make_config(case: dict[str, Any]) -> ModelConfig:
 
 def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     """The engine of a case, with weights that depend on the seed alone."""
-    data = dist.get_world_size() // case["tensor"]
+    data = dist.get_world_size() // (case["pipe"] * case["tensor"])
     layout = Layout(
-        pipe=1,
+        pipe=case["pipe"],
         data=data,
         expert=case["expert"],
         tensor=case["tensor"],
         zero=case["zero"],
         micro_batch=case["micro_batch"],
         accumulation=case["batch"] // (case["micro_batch"] * data),
+        offload=case["offload"],
     )
-    network = DiT(make_config(case))
+    config = make_config(case)
+    network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
     initialise(network, seed=0)
+    if case["starved"]:
+        starve(network)
     network.checkpoint_blocks = case["checkpointing"]
     return TrainingEngine(
         network,
@@ -94,12 +105,20 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     )
 
 
+@torch.no_grad()
+def starve(network: DiT) -> None:
+    """Let every router favour the first two experts or the last two, and nothing in between."""
+    for name, weight_ND in network.named_parameters():
+        if name.endswith(".gate.weight"):
+            slope_N = torch.linspace(-1, 1, len(weight_ND))
+            weight_ND.copy_(100 * slope_N[:, None] * weight_ND[0])
+
+
 def micro_batches(
     engine: TrainingEngine, case: dict[str, Any], step: int, device: torch.device
 ) -> list[MicroBatch]:
     """This rank's part of a step's global batch: samples and draws are functions of their positions."""
-    layout = engine.layout
-    _, rank, _ = layout.coordinates(dist.get_rank())
+    layout, rank = engine.layout, engine.layout.data_rank(dist.get_rank())
     objective = make_objective(ObjectiveConfig(kind=case["objective"]))
     batches = []
     for micro_step in range(layout.accumulation):
@@ -114,6 +133,7 @@ def micro_batches(
 
 def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Train a case; what is compared between layouts."""
+    groups._release_process_group_references()  # those of the case before, which may be of another grid
     engine = make_engine(case, device)
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
@@ -134,12 +154,13 @@ class LateSaver(CheckpointSaver):
 
 def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Step, and save at a step in the middle or at the end."""
-    curve = []
+    curve, load = [], []
     saver.trained.clear()
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
         result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
         curve.append([result.loss, result.balance_loss, result.grad_norm])
+        load.append(result.load_LN.tolist())
         if engine.step == case["save_at"]:
             save(saver, engine, case)
     with engine.ema_weights() as network, torch.no_grad():
@@ -149,12 +170,8 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     saver.trained.set()
     if case["save"] and not case["save_at"]:
         save(saver, engine, case)
-    return {
-        "curve": curve,
-        "ema": ema,
-        "owned": sum(f.weight.numel() for f in engine.fragments),
-        "alike": tensor_ranks_alike(engine),
-    }
+    owned = sum(fragment.weight.numel() for fragment in engine.fragments)
+    return {"curve": curve, "load": load, "ema": ema, "owned": owned, "alike": tensor_ranks_alike(engine)}
 
 
 def tensor_ranks_alike(engine: TrainingEngine) -> bool:
