@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "experts": 4,
     "attention": "plain",
     "starved": False,
+    "awake": False,
     "offload": False,
     "save": None,
     "save_at": None,
@@ -92,6 +93,8 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     initialise(network, seed=0)
     if case["starved"]:
         starve(network)
+    if case["awake"]:
+        awaken(network)
     network.checkpoint_blocks = case["checkpointing"]
     return TrainingEngine(
         network,
@@ -112,6 +115,14 @@ def starve(network: DiT) -> None:
         if name.endswith(".gate.weight"):
             slope_N = torch.linspace(-1, 1, len(weight_ND))
             weight_ND.copy_(100 * slope_N[:, None] * weight_ND[0])
+
+
+@torch.no_grad()
+def awaken(network: DiT) -> None:
+    """Open the gates of the blocks, which start at zero: otherwise hardly a gradient reaches what is inside."""
+    for name, parameter in network.named_parameters():
+        if "adaLN_modulation" in name or name.startswith("final_layer."):
+            parameter.copy_(0.05 * randomness.normal(2, name, [0], parameter.shape)[0])
 
 
 def micro_batches(
