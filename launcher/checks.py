@@ -76,6 +76,22 @@ def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def check_tensor(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Heads can be dealt to the tensor ranks, and with them every width: each is a multiple of `heads`."""
+    problems = []
+    if model.heads % parallel.tensor:
+        valid = ", ".join(str(ranks) for ranks in range(1, model.heads + 1) if model.heads % ranks == 0)
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} must divide model.heads = {model.heads}; expected one of {valid}"
+        )
+    if parallel.tensor > 1 and parallel.expert > 1:
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} with parallel.expert = {parallel.expert}: DeepSpeed's"
+            " expert-parallel layers take no tensor ranks; expected parallel.tensor = 1 or parallel.expert = 1"
+        )
+    return problems
+
+
 def check_offload(parallel: ParallelConfig) -> list[str]:
     """What is moved to host memory is what ZeRO shards."""
     if parallel.offload and parallel.zero == 0:
@@ -192,6 +208,7 @@ CHECKS: tuple[Check, ...] = (
     check_experts,
     check_pipeline,
     check_offload,
+    check_tensor,
     check_batch,
     check_balance_group,
     check_precision,

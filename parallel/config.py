@@ -12,8 +12,9 @@ class ParallelConfig(Settings):
 
     pipe: int = Field(default=1, ge=1)
     """Pipeline stages, balanced by cost; at most `model.depth`. With several, `zero` is 0 or 1."""
-    tensor: int = Field(default=1, ge=1, le=1)
-    """Tensor-parallel ranks. One for now."""
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks: they share out the heads of attention and the width of MLPs and experts, and read the
+    same samples. Divides `model.heads`; needs `expert` = 1."""
     expert: int = Field(default=1, ge=1)
     """Ranks that the experts of each block are dealt to; divides `data` and `model.experts`."""
     data: int | None = Field(default=None, ge=1)

@@ -66,6 +66,8 @@ def deepspeed_settings(
         "zero_allow_untested_optimizer": True,
         # torch's AdamW steps in host memory too, and needs no compiler.
         "zero_force_ds_cpu_optimizer": False,
+        # Between stages both tensors carry gradients, which DeepSpeed's cutting over tensor ranks does not take.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }

@@ -40,6 +40,14 @@ def index(shards: Path) -> DatasetIndex:
             ["parallel.expert = 3", "model.experts = 4"],
         ),
         (["model.experts=0", "model.experts_per_token=0"], ["parallel.expert = 2", "model.experts = 0"]),
+        (
+            ["launch.processes=4", "parallel.tensor=2"],
+            ["parallel.tensor = 2", "parallel.expert = 2", "expected parallel.tensor = 1 or parallel.expert = 1"],
+        ),
+        (
+            ["launch.processes=3", "parallel.expert=1", "parallel.tensor=3"],
+            ["parallel.tensor = 3", "model.heads = 2", "one of 1, 2"],
+        ),
         (["train.batch=20"], ["train.batch = 20", "4 × 2 = 8"]),
         (["train.batch=15", "train.micro_batch=null"], ["train.batch = 15", "parallel.data = 2"]),
         (["train.precision=bf16", "parallel.zero=0"], ["train.precision = bf16", "parallel.zero = 0"]),

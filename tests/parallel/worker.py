@@ -3,6 +3,7 @@
 Each case is a layout and settings; per case, rank 0 writes the curve of losses, balance losses and gradient norms.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "pipe": 1,
     "depth": 3,
     "expert": 1,
+    "tensor": 1,
     "zero": 1,
     "batch": 8,
     "micro_batch": 2,
@@ -47,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "experts": 4,
     "starved": False,
     "offload": False,
+    "attention": "plain",
     "save": None,
     "save_at": None,
     "load": None,
@@ -67,17 +70,18 @@ def make_config(case: dict[str, Any]) -> ModelConfig:
         num_classes=CLASSES,
         balance_weight=0.05,
         balance_group=case["balance_group"],
+        attention=case["attention"],
     )
 
 
 def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     """The engine of a case, with weights that depend on the seed alone."""
-    data = dist.get_world_size() // case["pipe"]
+    data = dist.get_world_size() // (case["pipe"] * case["tensor"])
     layout = Layout(
         pipe=case["pipe"],
         data=data,
         expert=case["expert"],
-        tensor=1,
+        tensor=case["tensor"],
         zero=case["zero"],
         micro_batch=case["micro_batch"],
         accumulation=case["batch"] // (case["micro_batch"] * data),
@@ -166,8 +170,21 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     saver.trained.set()
     if case["save"] and not case["save_at"]:
         save(saver, engine, case)
-    owned = sum(fragment.weight.numel() for fragment in engine.fragments)
-    return {"curve": curve, "load": load, "ema": ema, "owned": owned}
+    return {
+        "curve": curve,
+        "load": load,
+        "ema": ema,
+        "owned": sum(fragment.weight.numel() for fragment in engine.fragments),
+        "alike": tensor_ranks_alike(engine),
+    }
+
+
+def tensor_ranks_alike(engine: TrainingEngine) -> bool:
+    """Whether what is not shared out over tensor ranks has the same bits on all of them."""
+    whole = [fragment.weight.cpu().numpy().tobytes() for fragment in engine.fragments if not fragment.placement]
+    digests = processes.gather_objects(hashlib.sha256(b"".join(whole)).hexdigest())
+    tensor = engine.layout.tensor
+    return all(digest == digests[rank // tensor * tensor] for rank, digest in enumerate(digests))
 
 
 def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -> None:
