@@ -267,7 +267,7 @@ class Trainer:
             )
 
     def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA, each data rank its share of the images."""
+        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
         preview, model = self.config.preview, self.config.model
         assert model.num_classes is not None
         share = -(-preview.images // self.layout.data)

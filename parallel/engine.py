@@ -84,8 +84,8 @@ class TrainingEngine:
         self._network = network
         self._optim = optim
         self._ema_config = ema
+        grid = _share_out(network, layout) if layout.tensor > 1 else None
         with _blaming(extra):
-            grid = _tensor_grid(network, layout)
             self._passes: Passes = (
                 PipelinePasses(network, objective, layout)
                 if layout.pipe > 1
@@ -154,7 +154,7 @@ class TrainingEngine:
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, each part of a parameter counted once, and clipping by it."""
+        """ZeRO 0: the exact global norm, every parameter counted once, and clipping by it."""
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
         for parameter in self._network.parameters():
@@ -210,10 +210,8 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _tensor_grid(network: nn.Module, layout: Layout) -> Any:
-    """Share the network out over tensor ranks: the grid of groups that DeepSpeed is to take, or None."""
-    if layout.tensor == 1:
-        return None
+def _share_out(network: nn.Module, layout: Layout) -> Any:
+    """Leave this rank its part of the network; the groups of megatron-core's that it computes over."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
         from ditmoe.parallel.megatron_grid import make_megatron_grid
@@ -233,17 +231,9 @@ def _initialize(
     extra: dict[str, Any],
     grid: Any,
 ) -> Any:
-    """Build the DeepSpeed engine with torch's AdamW.
-
-    Args:
-        module: the network, or what has it as its pipeline stage and brings a grid of its own.
-        grid: of a tensor layout without stages.
-    """
+    """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
     import deepspeed
     from deepspeed.moe.utils import configure_moe_param_groups
-    from deepspeed.utils import groups
-
-    groups.mpu = None  # what an earlier engine of this process was given
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -267,7 +257,7 @@ def _initialize(
         optimizer=make_optimizer,
         model_parameters=list(network.parameters()),
         config=settings,
-        mpu=None if layout.pipe > 1 else grid,
+        mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
         dist_init_required=False,
     )
     return engine

@@ -76,15 +76,15 @@ class Layout:
         """Place of a rank on the expert axis: which part of the experts it holds."""
         return self.data_rank(rank) % self.expert
 
-    def expert_group(self, rank: int) -> list[int]:
-        """The ranks that share out one copy of the experts with a rank."""
-        copy = self.data_rank(rank) // self.expert
-        return [other for other in self.group(rank, "data") if self.data_rank(other) // self.expert == copy]
+    def expert_ranks(self, rank: int) -> list[int]:
+        """The ranks that share out one copy of the experts with this one."""
+        first = rank - self.expert_rank(rank) * self.tensor
+        return list(range(first, first + self.expert * self.tensor, self.tensor))
 
-    def expert_copies_group(self, rank: int) -> list[int]:
-        """The ranks that hold the same experts as a rank."""
-        held = self.expert_rank(rank)
-        return [other for other in self.group(rank, "data") if self.expert_rank(other) == held]
+    def expert_copy_ranks(self, rank: int) -> list[int]:
+        """The ranks that hold the same experts as this one."""
+        first = rank - (self.data_rank(rank) - self.expert_rank(rank)) * self.tensor
+        return list(range(first, first + self.data * self.tensor, self.expert * self.tensor))
 
     def expert_slice(self, rank: int, experts: int) -> range:
         """Global ids of the experts that a rank holds, of `experts` in each block."""

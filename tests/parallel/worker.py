@@ -47,9 +47,9 @@ DEFAULTS: dict[str, Any] = {
     "checkpointing": False,
     "balance_group": 1,
     "experts": 4,
+    "attention": "plain",
     "starved": False,
     "offload": False,
-    "attention": "plain",
     "save": None,
     "save_at": None,
     "load": None,
@@ -170,13 +170,8 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     saver.trained.set()
     if case["save"] and not case["save_at"]:
         save(saver, engine, case)
-    return {
-        "curve": curve,
-        "load": load,
-        "ema": ema,
-        "owned": sum(fragment.weight.numel() for fragment in engine.fragments),
-        "alike": tensor_ranks_alike(engine),
-    }
+    owned = sum(fragment.weight.numel() for fragment in engine.fragments)
+    return {"curve": curve, "load": load, "ema": ema, "owned": owned, "alike": tensor_ranks_alike(engine)}
 
 
 def tensor_ranks_alike(engine: TrainingEngine) -> bool:
