@@ -5,6 +5,7 @@ import json
 import os
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from ditmoe.launcher.throughput import TRAINING_PASSES, Clock, Sums, peak_memory
 from ditmoe.model.count import flops_per_image
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.model.initialise import initialise
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove_partials
@@ -131,7 +132,6 @@ class Trainer:
         self.objective: Objective = make_objective(config.objective)
         stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, stages[self.layout.stage(dist.get_rank())])
-        initialise(network, config.seed)
         network.checkpoint_blocks = config.parallel.activation_checkpointing
         self.engine = TrainingEngine(
             network,
@@ -142,6 +142,7 @@ class Trainer:
             config.train.precision,
             config.deepspeed,
             device,
+            partial(initial_value, seed=config.seed),
         )
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)

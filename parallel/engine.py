@@ -26,6 +26,7 @@ from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.groups import check_groups, groups_of_engine
+from ditmoe.parallel.initial import Initial, fill
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.pipeline import PipelinePasses
@@ -70,11 +71,13 @@ class TrainingEngine:
         precision: str,
         extra: dict[str, Any],
         device: torch.device,
+        initial: Initial,
     ) -> None:
-        """Hand an initialised network over to DeepSpeed.
+        """Share a network out over the ranks, give it its initial weights and hand it over to DeepSpeed.
 
         Args:
-            network: the blocks of this rank's pipeline stage, with the same weights on every rank of it.
+            network: the blocks of this rank's pipeline stage, without values.
+            initial: the value of each parameter.
             precision: `fp32` or `bf16` (then with fp32 master weights).
             extra: the configuration's `deepspeed` section.
         """
@@ -91,7 +94,9 @@ class TrainingEngine:
                 if layout.pipe > 1
                 else WholeNetworkPasses(network, objective)
             )
-            self._engine = _initialize(self._passes.module, network, layout, optim, precision, extra, grid)
+            self._engine = _initialize(
+                self._passes.module, network, layout, optim, precision, extra, grid, initial
+            )
             self._passes.engine = self._engine
             self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))
@@ -217,6 +222,8 @@ def _share_out(network: nn.Module, layout: Layout) -> Any:
         from ditmoe.parallel.megatron_grid import make_megatron_grid
         from ditmoe.parallel.tensor import share_out
 
+    # Its hint on how kernels are best launched on GPUs is for docs/training.md to give.
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
     grid = make_megatron_grid(layout)
     share_out(network)
     return grid
@@ -230,6 +237,7 @@ def _initialize(
     precision: str,
     extra: dict[str, Any],
     grid: Any,
+    initial: Initial,
 ) -> Any:
     """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
     import deepspeed
@@ -238,7 +246,9 @@ def _initialize(
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     def make_optimizer(_: Any) -> torch.optim.Optimizer:
-        # Called after the experts were dealt out, so that these are the parameters that are trained.
+        # Called after the experts were dealt out, so that these are the parameters that are trained, and before
+        # any copy of their values is made.
+        fill(network, layout, initial)
         parameters: Any = list(network.parameters())
         if layout.expert > 1:
             parameters = configure_moe_param_groups(parameters)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from deepspeed.utils import groups
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.initialise import initialise
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import TrainingEngine
+from ditmoe.parallel.initial import Initial
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch
 from ditmoe.parallel.saver import CheckpointSaver
@@ -90,11 +92,6 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     )
     config = make_config(case)
     network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
-    initialise(network, seed=0)
-    if case["starved"]:
-        starve(network)
-    if case["awake"]:
-        awaken(network)
     network.checkpoint_blocks = case["checkpointing"]
     return TrainingEngine(
         network,
@@ -105,24 +102,31 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         case["precision"],
         {},
         device,
+        initial_of(case),
     )
 
 
-@torch.no_grad()
-def starve(network: DiT) -> None:
+def initial_of(case: dict[str, Any]) -> Initial:
+    """The weights that a case starts from."""
+    if case["starved"]:
+        return starved_value
+    return awake_value if case["awake"] else partial(initial_value, seed=0)
+
+
+def starved_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Let every router favour the first two experts or the last two, and nothing in between."""
-    for name, weight_ND in network.named_parameters():
-        if name.endswith(".gate.weight"):
-            slope_N = torch.linspace(-1, 1, len(weight_ND))
-            weight_ND.copy_(100 * slope_N[:, None] * weight_ND[0])
+    value = initial_value(name, shape, seed=0)
+    if name.endswith(".gate.weight"):
+        slope_N = torch.linspace(-1, 1, len(value))
+        value = 100 * slope_N[:, None] * value[0]
+    return value
 
 
-@torch.no_grad()
-def awaken(network: DiT) -> None:
+def awake_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Open the gates of the blocks, which start at zero: otherwise hardly a gradient reaches what is inside."""
-    for name, parameter in network.named_parameters():
-        if "adaLN_modulation" in name or name.startswith("final_layer."):
-            parameter.copy_(0.05 * randomness.normal(2, name, [0], parameter.shape)[0])
+    if "adaLN_modulation" in name or name.startswith("final_layer."):
+        return 0.05 * randomness.normal(2, name, [0], shape)[0]
+    return initial_value(name, shape, seed=0)
 
 
 def micro_batches(
