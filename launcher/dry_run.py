@@ -11,6 +11,7 @@ from ditmoe.model.config import ModelConfig
 from ditmoe.model.count import count
 from ditmoe.model.dit import DiT
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.stages import stage_blocks
 
 _GIB = 2**30
 
@@ -90,7 +91,7 @@ def dry_run(config: RunConfig) -> str:
     facts = "\n".join(
         [
             "rank grid",
-            layout.picture(config.model.experts),
+            layout.picture(config.model.experts, stage_blocks(config.model, layout.pipe)),
             "",
             "parameters",
             f"total      {counts.total:>15,}",

@@ -130,8 +130,8 @@ class Trainer:
         self.layout = layout_of(config)
         self.dataset = load_index(config.data.sources[0].path)
         self.objective: Objective = make_objective(config.objective)
-        stages = stage_blocks(config.model, self.layout.pipe)
-        network = DiT(config.model, stages[self.layout.stage(dist.get_rank())])
+        self.stages = stage_blocks(config.model, self.layout.pipe)
+        network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
         network.checkpoint_blocks = config.parallel.activation_checkpointing
         self.engine = TrainingEngine(
             network,
@@ -168,7 +168,7 @@ class Trainer:
             self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
         else:
             self.report.text("configuration", config_yaml(config))
-        self.report.log(self.layout.picture(config.model.experts))
+        self.report.log(self.layout.picture(config.model.experts, self.stages))
         if self.layout.accumulation > 1:
             self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
 
