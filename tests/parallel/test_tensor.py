@@ -23,9 +23,9 @@ BF16: Final = 0.01
 STEPS: Final = 6
 SAVED: Final = 3
 
-MIXED: Final = {"steps": STEPS, "awake": True, "clip": 0.3, "attention": "qk_norm"}
-DENSE: Final = {"steps": STEPS, "awake": True, "experts": 0, "objective": "ddpm"}
-GROUP: Final = {"steps": STEPS, "awake": True, "balance_group": 8}
+MIXED: Final = {"steps": STEPS, "clip": 0.3, "attention": "qk_norm"}
+DENSE: Final = {"steps": STEPS, "experts": 0, "objective": "ddpm"}
+GROUP: Final = {"steps": STEPS, "balance_group": 8}
 
 REFERENCES: Final = {"mixed": MIXED, "dense": DENSE, "group": {**GROUP, "micro_batch": 8}}
 CASES: Final[dict[str, tuple[str, int, dict[str, Any]]]] = {

@@ -51,7 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "experts": 4,
     "attention": "plain",
     "starved": False,
-    "awake": False,
+    "awake": True,
     "offload": False,
     "save": None,
     "save_at": None,
