@@ -66,6 +66,10 @@ def index(shards: Path) -> DatasetIndex:
             ["model.channels=1", "preview.sampler.cfg_channels=3"],
             ["cfg_channels = 3", "model.channels = 1"],
         ),
+        (
+            ["checkpoint.keep_best=1", "train.log_every=10", "train.checkpoint_every=5"],
+            ["train.log_every = 10", "train.checkpoint_every = 5", "checkpoint.keep_best = 1"],
+        ),
         (["deepspeed.train_batch_size=4"], ["deepspeed.train_batch_size", "train.batch"]),
         (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "parallel.zero"]),
         (
