@@ -26,7 +26,7 @@ def pids(folder: Path, count: int = 2) -> list[int]:
     return [int(file.read_text()) for file in files]
 
 
-def wait_for(condition: object, seconds: float = 10) -> None:
+def wait_for(condition: object, seconds: float = 40) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, "waited too long"
@@ -114,7 +114,7 @@ def test_a_stop_reaches_all_ranks_once(tmp_path: Path, sent: signal.Signals, rec
     parent = launcher_process("stop", tmp_path)
     pids(tmp_path)
     os.killpg(parent.pid, sent)  # as a terminal does: to the whole group, in which the ranks are not
-    _, err = parent.communicate(timeout=20)
+    _, err = parent.communicate(timeout=40)
     assert parent.returncode == 0, err
     assert {(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)} == {received}
     assert ("Ctrl-C again" in err) == (sent == signal.SIGINT)
@@ -129,7 +129,7 @@ def test_a_second_ctrl_c_kills(tmp_path: Path) -> None:
     time.sleep(REPEAT_SECONDS + 0.1)
     assert all(alive(pid) for pid in ranks)
     parent.send_signal(signal.SIGINT)
-    _, err = parent.communicate(timeout=20)
+    _, err = parent.communicate(timeout=40)
     assert parent.returncode == 128 + signal.SIGINT and "Ctrl-C again kills" in err
     assert not any(alive(pid) for pid in ranks)
 
@@ -138,7 +138,7 @@ def test_no_rank_outlives_a_killed_parent(tmp_path: Path) -> None:
     parent = launcher_process("stop", tmp_path)
     ranks = pids(tmp_path)
     parent.kill()
-    parent.communicate(timeout=20)
+    parent.communicate(timeout=40)
     wait_for(lambda: not any(alive(pid) for pid in ranks))
     assert (tmp_path / "stopped-0").read_text() == "SIGTERM"
 
