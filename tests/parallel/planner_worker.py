@@ -1,0 +1,129 @@
+"""Measures real training engines for the planner's tests: `python planner_worker.py CASES.json OUT.json`.
+
+Per case and rank: bytes of the training state, of unique storages, and the payloads of all collectives of a step.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ditmoe.model import randomness
+from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.initialise import initialise
+from ditmoe.model.objective import make_objective
+from ditmoe.parallel import processes
+from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.engine import MicroBatch, TrainingEngine
+from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.planner.ledger import Ledger
+
+SHAPE = (1, 8, 8)
+STEPS = 3
+"""The last one is measured: ZeRO 3 learns in the first two in which order weights are used."""
+
+
+def bytes_of(tensors: Iterable[Any]) -> int:
+    """Of the storages behind some tensors, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def make_engine(case: dict[str, Any]) -> TrainingEngine:
+    config = ModelConfig.model_validate(case["model"])
+    network = DiT(config)
+    initialise(network, seed=0)
+    network.checkpoint_blocks = case["recompute"]
+    return TrainingEngine(
+        network,
+        make_objective(ObjectiveConfig()),
+        Layout(**case["layout"]),
+        OptimConfig(clip=case["clip"]),
+        EmaConfig(),
+        case["precision"],
+        case["extra"],
+        torch.device("cpu"),
+    )
+
+
+def micro_batches(engine: TrainingEngine, step: int) -> list[MicroBatch]:
+    layout, rank, objective = engine.layout, dist.get_rank(), make_objective(ObjectiveConfig())
+    batches = []
+    for micro_step in range(layout.accumulation):
+        first = step * layout.batch + (micro_step * layout.data + rank) * layout.micro_batch
+        positions = list(range(first, first + layout.micro_batch))
+        draws = objective.draw(0, positions, SHAPE, label_dropout=0.1)
+        label_B = torch.where(draws.drop_B, 10, torch.tensor([p % 10 for p in positions]))
+        batches.append(MicroBatch(randomness.normal(1, "image", positions, SHAPE), label_B, draws))
+    return batches
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Train a few steps; the state before the last optimiser step, and the collectives of a whole step."""
+    engine = make_engine(case)
+    for step in range(STEPS):
+        ledger = Ledger()
+        with ledger:
+            engine.train_step(micro_batches(engine, step), lr=1e-4, stop_requested=False)
+    weights, optimizer = weights_of(engine), optimizer_of(engine)
+    gradients = gradients_of(engine, micro_batches(engine, STEPS))
+    return {
+        "sent": dict(ledger.sent),
+        "weights": bytes_of(weights),
+        "gradients": gradients,
+        "optimizer": bytes_of(optimizer),
+        "ema": bytes_of(engine.ema),
+    }
+
+
+def weights_of(engine: TrainingEngine) -> list[Any]:
+    parameters = list(engine._engine.module.parameters())
+    return [p.data for p in parameters] + [getattr(p, "ds_tensor", None) for p in parameters]
+
+
+def optimizer_of(engine: TrainingEngine) -> list[Any]:
+    optimizer, states = engine._engine.optimizer, engine._engine.basic_optimizer.state.values()
+    flat = [*getattr(optimizer, "single_partition_of_fp32_groups", [])]
+    flat += getattr(optimizer, "fp32_partitioned_groups_flat", [])
+    return [tensor for state in states for tensor in state.values()] + flat
+
+
+def gradients_of(engine: TrainingEngine, batches: list[MicroBatch]) -> int:
+    """The most that gradients hold: with ZeRO 1 before they are averaged, otherwise after the last pass."""
+    optimizer, parameters = engine._engine.optimizer, list(engine._engine.module.parameters())
+    before = 0
+    if engine.layout.zero == 1:
+        reduce = optimizer.reduce_gradients
+
+        def watched(*arguments: Any, **options: Any) -> None:
+            nonlocal before
+            before = bytes_of(parameter.grad for parameter in parameters)
+            reduce(*arguments, **options)
+
+        optimizer.reduce_gradients = watched
+    engine._accumulate(batches, False)
+    kept = [t for lists in getattr(optimizer, "averaged_gradients", {}).values() for t in lists or []]
+    kept += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
+    return max(before, bytes_of([*kept, *(parameter.grad for parameter in parameters)]))
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    processes.join(torch.device("cpu"))
+    results = [processes.gather_objects(measure(case)) for case in cases]
+    if dist.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main()
