@@ -77,6 +77,32 @@ def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return problems
 
 
+def check_tensor(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Heads can be dealt to the tensor ranks, and with them every width: each is a multiple of `heads`."""
+    problems = []
+    if model.heads % parallel.tensor:
+        valid = ", ".join(str(ranks) for ranks in range(1, model.heads + 1) if model.heads % ranks == 0)
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} must divide model.heads = {model.heads}; expected one of {valid}"
+        )
+    if parallel.tensor > 1 and parallel.expert > 1:
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} with parallel.expert = {parallel.expert}: DeepSpeed's"
+            " expert-parallel layers take no tensor ranks; expected parallel.tensor = 1 or parallel.expert = 1"
+        )
+    return problems
+
+
+def check_offload(parallel: ParallelConfig) -> list[str]:
+    """What is moved to host memory is what ZeRO shards."""
+    if parallel.offload and parallel.zero == 0:
+        return [
+            "parallel.offload = true with parallel.zero = 0: without ZeRO the optimiser steps the weights"
+            " themselves; expected parallel.zero = 1 or more"
+        ]
+    return []
+
+
 def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | None) -> list[str]:
     """The global batch is made of whole micro-batches on every data rank."""
     data = _data_ranks(parallel, processes)
@@ -182,6 +208,8 @@ CHECKS: tuple[Check, ...] = (
     check_grid,
     check_experts,
     check_pipeline,
+    check_offload,
+    check_tensor,
     check_batch,
     check_balance_group,
     check_precision,
@@ -270,6 +298,7 @@ def layout_of(config: "RunConfig") -> Layout:
         expert=parallel.expert,
         tensor=parallel.tensor,
         zero=parallel.zero,
+        offload=parallel.offload,
         micro_batch=train.micro_batch,
         accumulation=train.batch // (train.micro_batch * parallel.data),
     )

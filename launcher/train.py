@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ditmoe.data.images import to_uint8
 from ditmoe.data.index import load_index
+from ditmoe.launcher.best import BestCheckpoints
 from ditmoe.launcher.checks import layout_of
 from ditmoe.launcher.config import RunConfig
 from ditmoe.launcher.feed import Feed
@@ -30,8 +31,9 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove_partials
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine import NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.saver import CheckpointSaver, unwritten
 from ditmoe.parallel.stages import stage_blocks
-from ditmoe.parallel.training_state import load_training_state, save_training_state, unwritten
+from ditmoe.parallel.training_state import load_training_state
 from ditmoe.sampling.generate import generate_float
 from ditmoe.sampling.grid import image_grid, save_picture
 from ditmoe.sampling.load import LoadedModel
@@ -69,6 +71,9 @@ def run_training(config: RunConfig) -> int:
     processes.leave()
     return 0
 
+
+WAIT_TOLD: Final = 0.1
+"""Seconds of waiting for the last checkpoint from which on the log says so."""
 
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
@@ -138,6 +143,8 @@ class Trainer:
             config.deepspeed,
             device,
         )
+        best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
+        self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
         self.data_facts = {**self.dataset.facts, "fingerprint": self.dataset.fingerprint}
         if info is not None and info.dataset != self.data_facts:
@@ -173,15 +180,19 @@ class Trainer:
         rank = dist.get_rank()
         feed = Feed(self.config, self.objective, self.layout, self.device, rank, start=self.images)
         stopped = False
-        with feed:
+        with feed, self.saver:
             while self.engine.step < steps and not stopped:
                 stopped = self._step(feed).requests > 0
                 step, every = self.engine.step, self.config.train.checkpoint_every
                 if stopped or step == steps or step % every == 0:
                     saved = self._save()
+                self._tell_saved()
                 # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
                 if not stopped and self.config.preview.every and step % self.config.preview.every == 0:
                     self._preview()
+            # The last one is complete, or the run fails, before anything is said of it.
+            self.saver.wait()
+            self._tell_saved()
         if stopped and self.engine.step < steps:
             reason = self.stop.name or "a stop on another rank"
             self._say(
@@ -198,7 +209,8 @@ class Trainer:
         step, steps = self.engine.step + 1, self.config.train.steps
         rate = learning_rate(self.config.optim, step, steps)
         try:
-            result = self.engine.train_step(micro_batches, rate, self.stop.requested)
+            # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
+            result = self.engine.train_step(micro_batches, rate, self.stop.requested or self.saver.failed)
         except NonFiniteLossError as error:
             raise self._not_finite(f"the loss is {error.loss}", step, keys) from None
         if not np.isfinite(result.grad_norm):
@@ -236,22 +248,26 @@ class Trainer:
         self.sums, self.clock = Sums(), Clock()
 
     def _save(self) -> Path:
-        """Write a checkpoint."""
-        path = save_training_state(
-            self.folder.path,
-            self.engine,
-            self.images,
-            self.sums.plain(),
-            self.config.plain(),
-            self.data_facts,
-            self.config.checkpoint,
-        )
-        if self.report is not None and self.engine.step < self.config.train.steps:
-            self.report.log(f"saved {path}")
-        return path
+        """Save a checkpoint; it is complete once the saver says so."""
+        waited = self.saver.wait()
+        self._tell_saved()
+        if waited > WAIT_TOLD:
+            self._say(
+                f"step {self.engine.step}: training waited {waited:.1f} s for the last checkpoint to be written;"
+                " raise train.checkpoint_every to avoid that"
+            )
+        return self.saver.save(self.engine, self.images, self.sums.plain(), self.config.plain(), self.data_facts)
+
+    def _tell_saved(self) -> None:
+        """Say which checkpoint has become complete."""
+        saved = self.saver.finished()
+        if saved is not None:
+            self._say(
+                f"saved {saved.path}: copied in {saved.copy_seconds:.2f} s, written in {saved.write_seconds:.2f} s"
+            )
 
     def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
+        """Draw the grid of fixed seeds and classes from the EMA, each data rank its share of the images."""
         preview, model = self.config.preview, self.config.model
         assert model.num_classes is not None
         share = -(-preview.images // self.layout.data)
@@ -273,6 +289,7 @@ class Trainer:
     def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
         """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
         keys = list(dict.fromkeys(key for part in processes.gather_objects(own) for key in part))
+        self.saver.wait()  # it may be the last good one
         file = self.folder.path / f"not-finite-step-{step:08d}.json"
         if dist.get_rank() == 0:
             file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")

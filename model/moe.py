@@ -39,7 +39,8 @@ class Experts(nn.Module):
         # Measured (benchmarks/moe_layer.py): on a CPU one expert after the other stays in cache and is as fast as
         # or faster than grouped products; on GPUs one launch for all experts wins, and exists for bfloat16.
         # Its kernel takes rows of a multiple of 16 bytes.
-        if x_AD.is_cuda and x_AD.dtype == torch.bfloat16 and x_AD.shape[1] % 8 == 0:
+        rows_fit = x_AD.shape[1] % 8 == 0 and self.gate_proj.shape[1] % 8 == 0
+        if x_AD.is_cuda and x_AD.dtype == torch.bfloat16 and rows_fit:
             return self.grouped(x_AD, counts_N)
         if not torch.is_grad_enabled() and x_AD.device.type == "cpu" and x_AD.dtype == torch.float32:
             return self.in_blocks(x_AD, counts_N)
@@ -114,9 +115,13 @@ class MoE(nn.Module):
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_TK, selected_TK, probabilities_TN = route(self.gate(x_TD), self.experts_per_token)
         scores_TK = self.balance(scores_TK, probabilities_TN, selected_TK)
-        assignments = assign(selected_TK, probabilities_TN.shape[1])
+        return self.mix(x_TD, scores_TK, selected_TK).view_as(x_BTD)
+
+    def mix(self, x_TD: Tensor, scores_TK: Tensor, selected_TK: Tensor) -> Tensor:
+        """Send tokens through their experts, weigh and sum, and add the shared experts. `[T, D]` → `[T, D]`."""
+        assignments = assign(selected_TK, self.balance.experts)
         result_AD = self.experts(dispatch(x_TD, assignments), assignments.counts_N)
         out_TD = combine(result_AD, scores_TK, assignments)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
-        return out_TD.view_as(x_BTD)
+        return out_TD

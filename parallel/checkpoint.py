@@ -1,19 +1,20 @@
 """Checkpoint folders: layout-free, complete or invisible, and readable without any process group.
 
     checkpoints/step-00001000/
-        weights/ ema/ exp_avg/ exp_avg_sq/    safetensors, one entry per canonical parameter, flattened, in runs
+        weights/ ema/ exp_avg/ exp_avg_sq/    safetensors, one entry per canonical parameter, as a matrix, in boxes
         checkpoint.json                       written last: step, images, configuration, shapes, checksums
 
 A checkpoint is written under a name that ends in `.partial` and renamed when its marker is on disk.
 """
 
+import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +26,10 @@ from ditmoe.data.files import sync_folder
 from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.flat_storage import Run, load_runs, missing_elements, save_runs
+from ditmoe.parallel.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
 
-FORMAT = 1
+FORMAT = 2
+"""1 stored each parameter flattened, in runs."""
 MARKER = "checkpoint.json"
 PARTIAL = ".partial"
 WEIGHTS, EMA = "weights", "ema"
@@ -99,7 +101,9 @@ def read_info(path: Path) -> CheckpointInfo:
     try:
         facts = json.loads(marker.read_text())
         if facts["format"] != FORMAT:
-            raise UserError(f"{marker}: format {facts['format']} found, expected {FORMAT}")
+            raise UserError(
+                f"{marker}: format {facts['format']} found, expected {FORMAT}{_advice(facts['format'])}"
+            )
         files = facts["files"]
         info = CheckpointInfo(
             path=path,
@@ -123,6 +127,12 @@ def read_info(path: Path) -> CheckpointInfo:
         raise UserError(f"{marker}: not a checkpoint's marker ({type(error).__name__}: {error})") from None
 
 
+def _advice(found: Any) -> str:
+    if found == 1:
+        return "; export it with the version that wrote it, and convert that, or train anew"
+    return ""
+
+
 def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
     lines = "\n".join(f"{name} {files[name]['sha256']}" for name in sorted(files))
     return hashlib.sha256(lines.encode()).hexdigest()
@@ -137,12 +147,12 @@ def read_weights(path: Path, which: Literal["ema", "weights"] = "ema") -> dict[s
     info = read_info(path)
     if which not in info.parts:
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
-    problems = damaged(info, [name for name in info.files if name.startswith(f"{which}/")])
-    if problems:
-        raise UserError("\n".join(problems))
-    tensors = {name: torch.empty(shape) for name, shape in info.shapes.items()}
-    runs = [Run(name, tensor.numel(), 0, tensor.view(-1)) for name, tensor in tensors.items()]
-    load_runs(path / which, runs, collective=False)
+    with reading(path):
+        problems = damaged(info, [name for name in info.files if name.startswith(f"{which}/")])
+        if problems:
+            raise UserError("\n".join(problems))
+        tensors = {name: torch.empty(shape) for name, shape in info.shapes.items()}
+        load_pieces(path / which, [whole_piece(*named) for named in tensors.items()], collective=False)
     return tensors
 
 
@@ -163,9 +173,8 @@ def incomplete(info: CheckpointInfo) -> list[str]:
         for name, shape in info.shapes.items()
         if expected.get(name, shape) != shape
     ]
-    sizes = {name: math.prod(shape) for name, shape in info.shapes.items()}
     for part in info.parts:
-        problems += missing_elements(info.path / part, sizes)
+        problems += missing_elements(info.path / part, info.shapes)
     return problems
 
 
@@ -221,16 +230,47 @@ def discard(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep a checkpoint from being let go while its files are read: a run in progress removes old ones.
+
+    Raises:
+        UserError: it is gone already.
+    """
+    try:
+        marker = (path / MARKER).open()
+    except FileNotFoundError:
+        raise UserError(f"{path}: its run has removed it meanwhile; checkpoint.keep_every keeps more") from None
+    with marker:
+        with suppress(OSError):  # a file system without locks: then it has to be kept by its settings
+            fcntl.flock(marker, fcntl.LOCK_SH)
+        yield
+
+
+def is_being_read(path: Path) -> bool:
+    """Whether any process of this machine, or of the file system where it has locks, is `reading` it."""
+    with (path / MARKER).open("r+") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False  # no locks here
+        return False
+
+
 def remove_partials(run_dir: Path) -> None:
     """Remove what killed writes left behind."""
     for leftover in (run_dir / "checkpoints").glob(f"step-*{PARTIAL}"):
         shutil.rmtree(leftover)
 
 
-def superseded(steps: Sequence[int], keep_last: int, keep_every: int | None) -> list[int]:
-    """The steps whose checkpoints may go: not among the newest `keep_last`, nor a multiple of `keep_every`."""
+def superseded(
+    steps: Sequence[int], keep_last: int, keep_every: int | None, best: Collection[int] = ()
+) -> list[int]:
+    """The steps whose checkpoints may go: none of the newest `keep_last`, of every `keep_every`, of the best."""
     older = sorted(steps)[: -keep_last or None]
-    return [step for step in older if keep_every is None or step % keep_every]
+    return [step for step in older if step not in best and (keep_every is None or step % keep_every)]
 
 
 def write_weights_checkpoint(
@@ -253,11 +293,9 @@ def write_weights_checkpoint(
     files: dict[str, dict[str, Any]] = {}
     for part, tensors in parts.items():
         stored = {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
-        save_runs(
-            partial / part,
-            [Run(name, tensor.numel(), 0, tensor.float().reshape(-1)) for name, tensor in stored.items()],
-        )
-        files |= {f"{part}/{file.name}": file_facts(file) for file in sorted((partial / part).iterdir())}
+        pieces = [whole_piece(name, tensor.float().contiguous()) for name, tensor in stored.items()]
+        written = save_pieces(partial / part, pieces)
+        files |= {f"{part}/{name}": facts for name, facts in written.items()}
     facts = {
         "step": 0,
         "images": 0,

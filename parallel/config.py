@@ -12,14 +12,17 @@ class ParallelConfig(Settings):
 
     pipe: int = Field(default=1, ge=1)
     """Pipeline stages, balanced by cost; at most `model.depth`. With several, `zero` is 0 or 1."""
-    tensor: int = Field(default=1, ge=1, le=1)
-    """Tensor-parallel ranks. One for now."""
+    tensor: int = Field(default=1, ge=1)
+    """Tensor-parallel ranks: they share out the heads of attention and the width of MLPs and experts, and read the
+    same samples. Divides `model.heads`; needs `expert` = 1."""
     expert: int = Field(default=1, ge=1)
     """Ranks that the experts of each block are dealt to; divides `data` and `model.experts`."""
     data: int | None = Field(default=None, ge=1)
     """Data-parallel ranks; null: all processes. Expert ranks subdivide them."""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights are sharded over data ranks."""
+    offload: bool = False
+    """Keep the optimiser's state and the EMA in host memory, and step there; needs `zero` 1 or more."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
 
@@ -45,9 +48,19 @@ class OptimConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """Which checkpoints are kept."""
+    """How checkpoints are written, and which are kept: the union of what the keys below name."""
 
+    asynchronous: bool = True
+    """Training waits only for a copy of the state to host memory, which is written while training goes on. It
+    takes 16 bytes for each parameter that a rank owns, until it is written (on GPUs: pinned memory, to the end of
+    the run). false: training waits for the disk, and there is no copy."""
     keep_last: int = Field(default=2, ge=1)
     """The newest ones."""
     keep_every: int | None = Field(default=None, ge=1)
     """Every checkpoint whose step is a multiple of this is kept too."""
+    keep_best: int = Field(default=0, ge=0)
+    """So many of the best by `best_metric` are kept too; 0: none for being good."""
+    best_metric: Literal["loss", "fid", "sfid", "precision", "recall", "inception_score"] = "loss"
+    """`loss`: the mean over the records of the last `train.checkpoint_every` steps, lower is better. The others:
+    figures of `ditmoe evaluate RUN`, and a checkpoint without one is not among the best; of FID and sFID lower is
+    better, of the rest higher. Only evaluations with the settings of the latest one are compared."""

@@ -27,6 +27,8 @@ GOVERNED = {
     "tensor_parallel": "parallel.tensor",
     "activation_checkpointing": "parallel.activation_checkpointing",
     "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_force_ds_cpu_optimizer": "parallel.offload",
 }
 """DeepSpeed's key → the key of ours that decides it."""
 
@@ -62,9 +64,15 @@ def deepspeed_settings(
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": layout.zero},
         "zero_allow_untested_optimizer": True,
+        # torch's AdamW steps in host memory too, and needs no compiler.
+        "zero_force_ds_cpu_optimizer": False,
+        # Between stages both tensors carry gradients, which DeepSpeed's cutting over tensor ranks does not take.
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if layout.offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if layout.expert > 1:
         settings["expert_parallel"] = _expert_parallel(layout.expert, model)
     return _merged(settings, extra)

@@ -6,6 +6,7 @@ without ZeRO, an fp32 EMA sharded like the optimiser, and a loss that is checked
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +25,12 @@ from ditmoe.model.objective import Objective
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
+from ditmoe.parallel.groups import check_groups, groups_of_engine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.pipeline import PipelinePasses
 from ditmoe.parallel.step_totals import StepTotals
+from ditmoe.parallel.tensor_shards import shard_of
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,17 @@ class TrainingEngine:
         self._optim = optim
         self._ema_config = ema
         with _blaming(extra):
+            grid = _tensor_grid(network, layout)
             self._passes: Passes = (
                 PipelinePasses(network, objective, layout)
                 if layout.pipe > 1
                 else WholeNetworkPasses(network, objective)
             )
-            self._engine = _initialize(self._passes.module, network, layout, optim, precision, extra)
+            self._engine = _initialize(self._passes.module, network, layout, optim, precision, extra, grid)
             self._passes.engine = self._engine
             self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
+        check_groups(groups_of_engine(self._engine, layout))
         if layout.expert > 1:
-            _check_expert_groups(layout)
             _attach_balance(network, list(self._passes.layers.values()))
         self._set_up_balance()
         self._weights = [fragment.weight for fragment in self.fragments]
@@ -138,7 +142,8 @@ class TrainingEngine:
         update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
         return StepResult(
             loss=seen.loss,
-            balance_loss=seen.balance_loss / (self.layout.accumulation * self.layout.data),
+            # Tensor ranks compute the same, and each has added it.
+            balance_loss=seen.balance_loss / (self.layout.accumulation * self.layout.data * self.layout.tensor),
             load_LN=seen.load_LN,
             grad_norm=self._grad_norm(),
             requests=seen.requests,
@@ -149,13 +154,15 @@ class TrainingEngine:
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, every parameter counted once, and clipping by it."""
+        """ZeRO 0: the exact global norm, each part of a parameter counted once, and clipping by it."""
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
         for parameter in self._network.parameters():
             if parameter.grad is not None:
                 is_expert = not getattr(parameter, "allreduce", True)
                 copies = self.layout.expert_copies if is_expert else self.layout.data
+                if shard_of(parameter) is None:
+                    copies *= self.layout.tensor
                 square += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2 / copies
                 gradients.append(parameter.grad)
         dist.all_reduce(square)
@@ -203,12 +210,40 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
+def _tensor_grid(network: nn.Module, layout: Layout) -> Any:
+    """Share the network out over tensor ranks: the grid of groups that DeepSpeed is to take, or None."""
+    if layout.tensor == 1:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
+        from ditmoe.parallel.megatron_grid import make_megatron_grid
+        from ditmoe.parallel.tensor import share_out
+
+    grid = make_megatron_grid(layout)
+    share_out(network)
+    return grid
+
+
 def _initialize(
-    module: nn.Module, network: DiT, layout: Layout, optim: OptimConfig, precision: str, extra: dict[str, Any]
+    module: nn.Module,
+    network: DiT,
+    layout: Layout,
+    optim: OptimConfig,
+    precision: str,
+    extra: dict[str, Any],
+    grid: Any,
 ) -> Any:
-    """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
+    """Build the DeepSpeed engine with torch's AdamW.
+
+    Args:
+        module: the network, or what has it as its pipeline stage and brings a grid of its own.
+        grid: of a tensor layout without stages.
+    """
     import deepspeed
     from deepspeed.moe.utils import configure_moe_param_groups
+    from deepspeed.utils import groups
+
+    groups.mpu = None  # what an earlier engine of this process was given
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -232,6 +267,7 @@ def _initialize(
         optimizer=make_optimizer,
         model_parameters=list(network.parameters()),
         config=settings,
+        mpu=None if layout.pipe > 1 else grid,
         dist_init_required=False,
     )
     return engine
@@ -266,18 +302,3 @@ class _RouterHooks:
         logits_TN, self._logits_TN = self._logits_TN, None
         assert logits_TN is not None
         return self._balance(scores_TK, logits_TN.float().softmax(1), selected_TK), selected_TK, counts_N
-
-
-def _check_expert_groups(layout: Layout) -> None:
-    """DeepSpeed deals the experts to the ranks that the layout says; it keeps groups from engine to engine."""
-    from deepspeed.utils import groups
-
-    name, rank = f"ep_size_{layout.expert}", dist.get_rank()
-    for kind, expected, group in (
-        ("expert", layout.expert_ranks(rank), groups._get_expert_parallel_group(name)),
-        ("expert data", layout.expert_copy_ranks(rank), groups._get_expert_data_parallel_group(name)),
-    ):
-        found = dist.get_process_group_ranks(group)
-        assert found == expected, (
-            f"rank {rank}'s {kind} group is {found} in DeepSpeed and {expected} in the layout"
-        )

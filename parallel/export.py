@@ -11,8 +11,8 @@ from torch import Tensor
 from ditmoe.model.errors import UserError
 from ditmoe.model.layers import position_embedding
 from ditmoe.model.weight_files import SAFETENSORS, SHARD_BYTES, write_safetensors_in_pieces
-from ditmoe.parallel.checkpoint import CheckpointInfo, damaged, incomplete
-from ditmoe.parallel.flat_storage import Run, load_runs
+from ditmoe.parallel.box_storage import load_pieces, whole_piece
+from ditmoe.parallel.checkpoint import CheckpointInfo, damaged, incomplete, reading
 
 BYTES = 4
 
@@ -55,12 +55,12 @@ def export_weights(
         stored = [name for name in names if name != "pos_embed"]
         if "pos_embed" in tensors:
             tensors["pos_embed"].copy_(embedding)
-        runs = [Run(name, tensors[name].numel(), 0, tensors[name].view(-1)) for name in stored]
-        load_runs(info.path / which, runs, collective=False)
+        load_pieces(info.path / which, [whole_piece(name, tensors[name]) for name in stored], collective=False)
         written += sum(tensor.numel() * BYTES for tensor in tensors.values())
         if progress is not None:
             progress(written)
         return tensors
 
     sizes = {name: BYTES * math.prod(shape) for name, shape in shapes.items()}
-    return write_safetensors_in_pieces(destination, sizes, fetch, shard_bytes=shard_bytes)
+    with reading(info.path):
+        return write_safetensors_in_pieces(destination, sizes, fetch, shard_bytes=shard_bytes)

@@ -9,7 +9,7 @@ It reads private parts of DeepSpeed 0.19 (named where they are used); tests/para
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditmoe.model.canonical import split_experts
+from ditmoe.parallel.boxes import Placement
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.tensor_shards import TensorShard, shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -30,7 +32,7 @@ class Fragment:
     shape: tuple[int, ...]
     """Shape of the whole canonical parameter."""
     start: int
-    """Where the run begins in the flattened parameter."""
+    """Where the run begins in the flattened parameter, or in this rank's part of it (`placement`)."""
     weight: Tensor
     """fp32 `[length]`, a view of the weight that the optimiser steps."""
     moments: dict[str, Tensor]
@@ -38,6 +40,8 @@ class Fragment:
     replica: int = 0
     """This rank's number among the ranks that hold the same run (ZeRO 0)."""
     replicas: int = 1
+    placement: Placement | None = None
+    """What this rank's tensor, within which `start` counts, is of the canonical one; None: all of it."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,17 @@ def find_fragments(engine: Any, network: nn.Module, layout: Layout) -> list[Frag
     for name, parameter in network.named_parameters():
         run = find_run(engine, parameter)
         if run is not None and run.weight.numel():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            fragments.extend(_cut(published_name(name), shape, expert_rank, run))
+            run = _among_tensor_ranks(engine, parameter, run)
+            shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
+            cut = _cut(published_name(name), shape, expert_rank, run)
+            fragments.extend(cut if shard is None else (_within_whole(fragment, shard) for fragment in cut))
     return fragments
+
+
+def _within_whole(fragment: Fragment, shard: TensorShard) -> Fragment:
+    """A fragment of a tensor rank's part, as one of the whole canonical parameter."""
+    shape = shard.whole_shape(fragment.shape)
+    return replace(fragment, shape=shape, placement=shard.placement(shape))
 
 
 _REPLACED = (
@@ -141,6 +153,17 @@ def _whole_run(engine: Any, parameter: Tensor) -> _Run:
         dist.get_rank(group),
         dist.get_world_size(group),
     )
+
+
+def _among_tensor_ranks(engine: Any, parameter: Tensor, run: _Run) -> _Run:
+    """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
+
+    if engine.mpu is None or shard_of(parameter) is not None:
+        return run
+    ranks = bwc_tensor_model_parallel_world_size(engine.mpu)
+    rank = bwc_tensor_model_parallel_rank(engine.mpu)
+    return replace(run, replica=run.replica * ranks + rank, replicas=run.replicas * ranks)
 
 
 def _replica_group(engine: Any, parameter: Tensor) -> Any:

@@ -6,6 +6,11 @@ copy of the experts: with data 4 and expert 2, ranks 0 and 1 hold one copy and r
 """
 
 from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+Axis = Literal["pipe", "data", "tensor"]
+AXES: Final[tuple[Axis, ...]] = get_args(Axis)
+"""In the order of `Layout.coordinates`, the one that counts slowest first."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class Layout:
     """Samples that a data rank reads at once."""
     accumulation: int
     """Micro-steps of one optimiser step."""
+    offload: bool = False
+    """Whether the optimiser's state is kept, and stepped, in host memory."""
 
     @property
     def processes(self) -> int:
@@ -55,19 +62,29 @@ class Layout:
         """Place of a rank on the data axis: which part of a batch it computes."""
         return self.coordinates(rank)[1]
 
+    def group(self, rank: int, *axes: Axis) -> list[int]:
+        """The ranks that a collective over these axes joins with a rank: they differ from it on no other axis."""
+        own = self.coordinates(rank)
+        fixed = [place for place, axis in enumerate(AXES) if axis not in axes]
+        return [
+            other
+            for other in range(self.processes)
+            if all(self.coordinates(other)[place] == own[place] for place in fixed)
+        ]
+
     def expert_rank(self, rank: int) -> int:
         """Place of a rank on the expert axis: which part of the experts it holds."""
         return self.data_rank(rank) % self.expert
 
-    def expert_ranks(self, rank: int) -> list[int]:
-        """The ranks that share out one copy of the experts with this one."""
-        first = rank - self.expert_rank(rank) * self.tensor
-        return list(range(first, first + self.expert * self.tensor, self.tensor))
+    def expert_group(self, rank: int) -> list[int]:
+        """The ranks that share out one copy of the experts with a rank."""
+        copy = self.data_rank(rank) // self.expert
+        return [other for other in self.group(rank, "data") if self.data_rank(other) // self.expert == copy]
 
-    def expert_copy_ranks(self, rank: int) -> list[int]:
-        """The ranks that hold the same experts as this one."""
-        first = rank - (self.data_rank(rank) - self.expert_rank(rank)) * self.tensor
-        return list(range(first, first + self.data * self.tensor, self.expert * self.tensor))
+    def expert_copies_group(self, rank: int) -> list[int]:
+        """The ranks that hold the same experts as a rank."""
+        held = self.expert_rank(rank)
+        return [other for other in self.group(rank, "data") if self.expert_rank(other) == held]
 
     def expert_slice(self, rank: int, experts: int) -> range:
         """Global ids of the experts that a rank holds, of `experts` in each block."""

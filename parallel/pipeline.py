@@ -99,7 +99,7 @@ class PipelinePasses(Passes):
 
 def _pipeline_module(stage: Stage, layout: Layout, loss_of: Callable[..., Tensor]) -> nn.Module:
     from deepspeed.runtime.pipe.module import PipelineModule
-    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     number = layout.stage(dist.get_rank())
     # Only this rank's layer is looked at; the others hold the places of the other stages.
@@ -107,7 +107,7 @@ def _pipeline_module(stage: Stage, layout: Layout, loss_of: Callable[..., Tensor
     with redirect_stdout(io.StringIO()):  # it prints its partition
         module: nn.Module = PipelineModule(
             layers,
-            topology=PipeDataParallelTopology(num_pp=layout.pipe, num_dp=layout.data),
+            topology=PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data),
             loss_fn=loss_of,
             partition_method="uniform",
         )

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroup, TCPStore  # type: ignore[attr-defined]
 
 from ditmoe.model.errors import UserError
 
@@ -69,8 +69,8 @@ def from_first_rank(make: Callable[[], Value]) -> Value:
     return value
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, on every rank, in rank order."""
+def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, on every rank, in rank order; `group` is of all ranks too."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group)
     return gathered

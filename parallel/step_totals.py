@@ -50,7 +50,12 @@ class StepTotals:
         counts = torch.tensor([self._samples, stop_requested], dtype=torch.float64, device=self._loss.device)
         sums = torch.cat((self._loss.view(1), counts, self._balance_L, self._load_LN.flatten()))
         dist.all_reduce(sums)
-        loss, samples, requests, *_ = sums[:3].tolist()
-        balance_L, load = sums[3:].cpu().split((len(self._balance_L), self._load_LN.numel()))
-        load_LN = load.view(self._load_LN.shape)
-        return Seen(loss / samples, float(balance_L.sum()), load_LN / load_LN.sum(1, keepdim=True), int(requests))
+        sums, layers = sums.cpu(), len(self._balance_L)
+        loss, samples, requests = sums[:3].tolist()
+        load_LN = sums[3 + layers :].view(self._load_LN.shape)
+        return Seen(
+            loss=loss / samples,
+            balance_loss=float(sums[3 : 3 + layers].sum()),
+            load_LN=load_LN / load_LN.sum(1, keepdim=True),
+            requests=int(requests),
+        )

@@ -28,6 +28,7 @@ def inspect(source: Source, step: Step = None) -> None:
     problems = damaged(info, info.files) or incomplete(info)
     if problems:
         raise UserError("\n".join(problems))
+    typer.echo("\n".join(_cuts(info)))
     typer.echo("whole: each parameter is there once, and every file has its checksum")
 
 
@@ -80,6 +81,25 @@ def _description(info: "CheckpointInfo") -> str:
         sizes = [facts["bytes"] for name, facts in info.files.items() if name.startswith(f"{part}/")]
         lines.append(f"  {part:<13} {sum(sizes) / 2**20:>12,.1f} MiB in {len(sizes)} files")
     return "\n".join(lines)
+
+
+def _cuts(info: "CheckpointInfo") -> list[str]:
+    """How the ranks that wrote each part had it cut, in lines for a person; the files must not be damaged."""
+    from ditmoe.parallel.box_storage import stored_boxes
+    from ditmoe.parallel.boxes import matrix_shape
+
+    lines = []
+    for part in info.parts:
+        stored = stored_boxes(info.path / part)
+        columns = {name: matrix_shape(info.shapes[name])[1] for name in stored}
+        boxes = sum(map(len, stored.values()))
+        cut = sum(len(found) > 1 for found in stored.values())
+        by_columns = sum(any(b.columns < columns[name] for b in found) for name, found in stored.items())
+        lines.append(
+            f"  {part:<13} {boxes:>12,} boxes: {cut:,} of {len(stored):,} tensors in several, "
+            f"{by_columns:,} cut within rows"
+        )
+    return lines
 
 
 def _layout(info: "CheckpointInfo") -> str:

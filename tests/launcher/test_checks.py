@@ -30,12 +30,24 @@ def index(shards: Path) -> DatasetIndex:
             ["parallel.pipe=2", "parallel.expert=1", "parallel.zero=2"],
             ["parallel.zero = 2", "parallel.pipe = 2", "0 or 1"],
         ),
+        (
+            ["parallel.offload=true", "parallel.zero=0"],
+            ["parallel.offload = true", "parallel.zero = 0", "1 or more"],
+        ),
         (["parallel.expert=4"], ["parallel.expert = 4", "parallel.data = 2"]),
         (
             ["launch.processes=3", "parallel.expert=3", "train.batch=12"],
             ["parallel.expert = 3", "model.experts = 4"],
         ),
         (["model.experts=0", "model.experts_per_token=0"], ["parallel.expert = 2", "model.experts = 0"]),
+        (
+            ["launch.processes=4", "parallel.tensor=2"],
+            ["parallel.tensor = 2", "parallel.expert = 2", "expected parallel.tensor = 1 or parallel.expert = 1"],
+        ),
+        (
+            ["launch.processes=3", "parallel.expert=1", "parallel.tensor=3"],
+            ["parallel.tensor = 3", "model.heads = 2", "one of 1, 2"],
+        ),
         (["train.batch=20"], ["train.batch = 20", "4 × 2 = 8"]),
         (["train.batch=15", "train.micro_batch=null"], ["train.batch = 15", "parallel.data = 2"]),
         (["train.precision=bf16", "parallel.zero=0"], ["train.precision = bf16", "parallel.zero = 0"]),
@@ -56,6 +68,10 @@ def index(shards: Path) -> DatasetIndex:
         ),
         (["deepspeed.train_batch_size=4"], ["deepspeed.train_batch_size", "train.batch"]),
         (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "parallel.zero"]),
+        (
+            ["deepspeed.zero_optimization.offload_optimizer={device: cpu}"],
+            ["zero_optimization.offload_optimizer", "parallel.offload"],
+        ),
         (["deepspeed.gradient_clipping=1"], ["deepspeed.gradient_clipping", "optim.clip"]),
         (["deepspeed.optimizer={type: SGD}"], ["deepspeed.optimizer", "optim"]),
     ],

@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ditmoe.parallel.checkpoint.save_runs", full)
+    monkeypatch.setattr("ditmoe.parallel.checkpoint.save_pieces", full)
     with pytest.raises(UserError, match=r"cannot be written .*No space left"):
         convert(tmp_path / "source.pt", tmp_path / "checkpoint")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pt"]

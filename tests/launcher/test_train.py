@@ -203,6 +203,80 @@ def test_kill_while_a_checkpoint_is_written(
     assert curve(run) == uninterrupted
 
 
+@pytest.mark.timeout(280)
+def test_one_rank_is_killed_while_a_checkpoint_is_written(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    """The others end, with its name, and what they have written of the checkpoint counts for nothing."""
+    config = make_config()
+    run = config.with_suffix("")
+    folder = run / "checkpoints"
+    for _attempt in range(5):
+        process = start(config, "train.checkpoint_every=1", "train.steps=200")
+        wait_for(lambda: len(checkpoints(run)) >= 1, process)
+        rank = process_of_rank(1, process)
+        wait_for(lambda: [*folder.glob(f"*{PARTIAL}/weights/*")], process)
+        os.kill(rank, signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - killed < 30
+        assert process.returncode == 128 + signal.SIGKILL, err
+        assert "error: rank 1 was killed by SIGKILL" in err and "the others were ended" in err, err
+        if [*folder.glob(f"*{PARTIAL}")]:
+            break
+        shutil.rmtree(run)  # it was finished in that very moment
+    else:
+        pytest.fail("no kill came while a checkpoint was written")
+    before = newest_checkpoint(run)
+    assert before is not None
+    # Its steps may be more than the whole run's by now: those of the records are compared.
+    steps = max(12, int(before.name[-8:]) + 2)
+    result = train(config, f"train.steps={steps}")
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {before}" in result.stdout
+    assert not [*folder.glob(f"*{PARTIAL}")]
+    assert curve(run)[:12] == uninterrupted and len(curve(run)) == steps
+
+
+@pytest.mark.timeout(240)
+def test_one_rank_cannot_write(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
+    """All ranks stop at the same step, with one message; nothing is lost."""
+    config = make_config()
+    run = config.with_suffix("")
+    process = start(config, "train.checkpoint_every=3", "train.steps=100000")
+    wait_for(lambda: newest_checkpoint(run), process)
+    resource.prlimit(process_of_rank(1, process), resource.RLIMIT_FSIZE, (30_000, 30_000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert err.count("error:") == 1 and "Traceback" not in err, err
+    assert "could not be written" in err and "File too large" in err
+    newest = newest_checkpoint(run)
+    assert newest is not None and f"newest complete checkpoint is {newest}" in err
+    assert not [*(run / "checkpoints").glob(f"*{PARTIAL}")]
+    steps = max(12, int(newest.name[-8:]) + 2)
+    result = train(config, f"train.steps={steps}")
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {newest}" in result.stdout
+    assert curve(run)[:12] == uninterrupted and len(curve(run)) == steps
+
+
+@pytest.mark.timeout(120)
+def test_the_best_checkpoints_stay(make_config: Callable[..., Path]) -> None:
+    """By the training loss, and whether training waits for the disk or not."""
+    for asynchronous in ("true", "false"):
+        config = make_config(f"asynchronous-{asynchronous}", processes=1)
+        run = config.with_suffix("")
+        settings = (f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep_last=1", "checkpoint.keep_best=2")
+        result = train(config, *settings)
+        assert result.returncode == 0, result.stderr
+        loss = [record["loss"] for record in curve(run)]
+        means = {step: sum(loss[step - 3 : step]) for step in (3, 6, 9, 12)}
+        best = sorted(means, key=means.__getitem__)[:2]
+        assert [int(path.name[-8:]) for path in checkpoints(run)] == sorted({*best, 12})
+        for step in means:
+            assert f"saved {run}/checkpoints/step-{step:08d}: copied in" in result.stdout
+
+
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("number", "reason"),

@@ -17,9 +17,10 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
 from ditmoe.model.weight_files import read_safetensors
+from ditmoe.parallel.box_storage import Piece, save_pieces
+from ditmoe.parallel.boxes import Box
 from ditmoe.parallel.checkpoint import CheckpointInfo, incomplete, read_info, write_weights_checkpoint
 from ditmoe.parallel.export import export_weights
-from ditmoe.parallel.flat_storage import Run, save_runs
 
 CONFIG = ModelConfig(
     depth=2,
@@ -78,22 +79,28 @@ def test_a_missing_and_a_doubled_expert_are_found(tmp_path: Path, network: DiT, 
         export_weights(read_info(lost), tmp_path / "lost.safetensors")
 
     file = next((checkpoint / "ema").iterdir())
-    shutil.copy(file, file.with_name("shard-00009-model-00001-of-00001.safetensors"))
+    shutil.copy(file, file.with_name("shard-00009.safetensors"))
     doubled = incomplete(read_info(checkpoint))
     assert len(doubled) == len(read_info(checkpoint).shapes)
     assert any(f"of {EXPERT} are twice in it" in problem for problem in doubled)
-    file.with_name("shard-00009-model-00001-of-00001.safetensors").rename(tmp_path / "moved")
+    file.with_name("shard-00009.safetensors").rename(tmp_path / "moved")
     (tmp_path / "moved").unlink()
     file.unlink()
     assert f"{checkpoint / 'ema'}: {EXPERT} is not in it" in incomplete(read_info(checkpoint))
 
 
 @pytest.mark.parametrize(
-    ("start", "length", "problem"), [(0, 5, "5 elements of a found, expected 10"), (5, 5, "nowhere")]
+    ("boxes", "problem"),
+    [
+        ([Box(0, 0, 5, 2)], "rows 5 to 9, columns 0 to 1 of a are nowhere in it"),
+        ([Box(0, 0, 10, 2), Box(4, 1, 1, 1)], "rows 4 to 4, columns 1 to 1 of a are twice in it"),
+        ([Box(0, 0, 10, 2), Box(9, 2, 1, 1)], "columns 2 to 2 of a are beyond its 10 × 2"),
+    ],
 )
-def test_runs_that_leave_a_gap_are_not_saved(tmp_path: Path, start: int, length: int, problem: str) -> None:
+def test_boxes_that_do_not_tile_are_not_saved(tmp_path: Path, boxes: list[Box], problem: str) -> None:
+    pieces = [Piece("a", (10, 2), box, torch.zeros(box.rows, box.columns)) for box in boxes]
     with pytest.raises((AssertionError, CheckpointException), match=problem):
-        save_runs(tmp_path / "part", [Run("a", 10, start, torch.zeros(length))])
+        save_pieces(tmp_path / "part", pieces)
 
 
 def test_a_marker_of_another_model(checkpoint: Path) -> None:

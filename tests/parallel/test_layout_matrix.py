@@ -1,12 +1,14 @@
 """Every layout of up to 8 processes has one loss curve, and checkpoints move between them: `make test-layouts`.
 
-{pipe 1, 2, 3} × {data 1, 2, 4} × {expert 1, 2, 4} × {ZeRO 0, 1, 2, 3} × {accumulation 1, 2} × {recomputation
-off, on}: every legal cell over 50 steps in fp32, with and without clipping and with each of the two objectives.
-Then bf16, whose bound is stated, and every pair of eight layouts: saved at one, continued at the other.
+{pipe 1, 2, 3} × {data 1, 2, 4} × {expert 1, 2, 4} × {tensor 1, 2, 4} × {ZeRO 0, 1, 2, 3} × {accumulation 1, 2} ×
+{recomputation off, on}: every legal cell over 50 steps in fp32, with and without clipping and with each of the
+two objectives. Then bf16, whose bound is stated, and every pair of eight layouts: saved at one, continued at the
+other.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -31,6 +33,7 @@ class Cell(NamedTuple):
     pipe: int
     data: int
     expert: int
+    tensor: int
     zero: int
     accumulation: int = 1
     recomputation: bool = False
@@ -40,12 +43,12 @@ class Cell(NamedTuple):
 
     @property
     def processes(self) -> int:
-        return self.pipe * self.data
+        return self.pipe * self.data * self.tensor
 
     @property
     def reference(self) -> "Cell":
         """The same training in one process, in fp32."""
-        return Cell(1, 1, 1, 0, objective=self.objective, clip=self.clip)
+        return Cell(1, 1, 1, 1, 0, objective=self.objective, clip=self.clip)
 
     def case(self) -> dict[str, Any]:
         """As the worker takes it."""
@@ -59,23 +62,21 @@ class Cell(NamedTuple):
 
     def row(self) -> str:
         return (
-            f"{self.pipe:>4} {self.data:>4} {self.expert:>6} {self.zero:>4} {self.accumulation:>5}"
-            f" {'yes' if self.recomputation else 'no':>9} {self.objective:>14} {self.clip or '–':>4}"
+            f"{self.pipe:>4} {self.data:>4} {self.expert:>6} {self.tensor:>6} {self.zero:>4}"
+            f" {self.accumulation:>5} {'yes' if self.recomputation else 'no':>9} {self.objective:>14} {self.clip or '–':>4}"
             f" {self.precision:>9}"
         )
 
 
-HEADING: Final = "pipe data expert ZeRO accum recompute      objective clip precision  largest difference"
+HEADING: Final = "pipe data expert tensor ZeRO accum recompute      objective clip precision  largest difference"
 
 
-def grids() -> Iterator[tuple[int, int, int, int]]:
-    """Every legal (pipe, data, expert, ZeRO)."""
-    for pipe in (1, 2, 3):
-        for data in (1, 2, 4):
-            for expert in (1, 2, 4):
-                for zero in (0, 1) if pipe > 1 else (0, 1, 2, 3):
-                    if expert <= data and pipe * data <= LARGEST:
-                        yield pipe, data, expert, zero
+def grids() -> Iterator[tuple[int, int, int, int, int]]:
+    """Every legal (pipe, data, expert, tensor, ZeRO)."""
+    for pipe, data, expert, tensor in product((1, 2, 3), (1, 2, 4), (1, 2, 4), (1, 2, 4)):
+        if expert <= data and min(expert, tensor) == 1 and pipe * data * tensor <= LARGEST:
+            for zero in (0, 1) if pipe > 1 else (0, 1, 2, 3):
+                yield pipe, data, expert, tensor, zero
 
 
 def cells() -> Iterator[Cell]:
@@ -91,7 +92,7 @@ def cells() -> Iterator[Cell]:
 def bf16_cells() -> Iterator[Cell]:
     """Every grid that computes in bf16."""
     for grid in grids():
-        if grid[3] > 0:
+        if grid[-1] > 0:
             yield Cell(*grid, accumulation=2, clip=0.3, precision="bf16")
 
 
@@ -146,14 +147,14 @@ def test_bf16_stays_near_fp32(run_cases: Runner, capsys: pytest.CaptureFixture[s
 
 
 PAIRED: Final = (
-    Cell(1, 1, 1, 0),
-    Cell(1, 2, 1, 2),
-    Cell(1, 2, 2, 3),
-    Cell(1, 4, 4, 1),
-    Cell(2, 1, 1, 1),
-    Cell(2, 2, 2, 0),
-    Cell(3, 2, 2, 1),
-    Cell(2, 4, 2, 1),
+    Cell(1, 1, 1, 1, 0),
+    Cell(1, 2, 2, 1, 3),
+    Cell(1, 4, 4, 1, 1),
+    Cell(1, 2, 1, 2, 2),
+    Cell(2, 2, 2, 1, 0),
+    Cell(2, 1, 1, 2, 1),
+    Cell(3, 2, 2, 1, 1),
+    Cell(2, 4, 2, 1, 1),
 )
 """The layouts between which checkpoints move."""
 SAVED: Final = 5
@@ -178,7 +179,15 @@ def test_checkpoints_move_between_layouts(
 
     numbers = range(len(PAIRED))
     layouts = [
-        {"pipe": cell.pipe, "expert": cell.expert, "zero": cell.zero, "clip": 0.3, "steps": CONTINUED}
+        {
+            "pipe": cell.pipe,
+            "expert": cell.expert,
+            "tensor": cell.tensor,
+            "zero": cell.zero,
+            "clip": 0.3,
+            "micro_batch": BATCH // cell.data,
+            "steps": CONTINUED,
+        }
         for cell in PAIRED
     ]
     (reference,) = run_cases(1, [{"zero": 0, "steps": CONTINUED, "clip": 0.3}])
@@ -192,6 +201,8 @@ def test_checkpoints_move_between_layouts(
     with capsys.disabled():
         print("\nsaved at (down), continued at (across, in the same order): largest difference")
         for cell, row in zip(PAIRED, differences, strict=True):
-            name = f"pipe {cell.pipe}, data {cell.data}, expert {cell.expert}, ZeRO {cell.zero}"
-            print(f"{name:<36}" + "".join(f"{value:>9.1e}" for value in row))
+            name = (
+                f"pipe {cell.pipe}, data {cell.data}, expert {cell.expert}, tensor {cell.tensor}, ZeRO {cell.zero}"
+            )
+            print(f"{name:<46}" + "".join(f"{value:>9.1e}" for value in row))
     assert differences.max() <= EXACT

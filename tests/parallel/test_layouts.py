@@ -60,6 +60,13 @@ CASES: Final[dict[str, tuple[int, Result]]] = {
     "starved, expert 2": (2, {**STARVED, "expert": 2, "zero": 2}),
     "starved, 2 stages, expert 2": (4, {**STARVED, "expert": 2, "pipe": 2}),
     "dense, 2 stages": (2, {**DENSE, "pipe": 2}),
+    "1 process, offload, ZeRO 1": (1, {**MAIN, "zero": 1, "offload": True}),
+    **{
+        f"2 processes, expert 2, offload, ZeRO {zero}": (2, {**MAIN, "zero": zero, "expert": 2, "offload": True})
+        for zero in (2, 3)
+    },
+    "2 stages, offload": (2, {**MAIN, "pipe": 2, "zero": 1, "offload": True}),
+    "bf16, offload": (2, {**MAIN, "precision": "bf16", "zero": 2, "expert": 2, "offload": True}),
     "bf16, 2 stages": (2, {**MAIN, "precision": "bf16", "zero": 1, "pipe": 2}),
     **{f"bf16, ZeRO {zero}": (2, {**MAIN, "precision": "bf16", "zero": zero, "expert": 2}) for zero in (1, 2, 3)},
 }
@@ -130,7 +137,7 @@ def test_a_dense_network_trains(results: dict[str, Result], layout: str) -> None
     assert not found[:, 1].any(), "a dense network has no balance loss"
 
 
-@pytest.mark.parametrize("layout", ("ZeRO 1", "ZeRO 2", "ZeRO 3", "2 stages"))
+@pytest.mark.parametrize("layout", ("ZeRO 1", "ZeRO 2", "ZeRO 3", "2 stages", "offload"))
 def test_bf16_stays_near_fp32(results: dict[str, Result], layout: str) -> None:
     found, reference = curve(results[f"bf16, {layout}"]), curve(results["reference"])
     difference = np.max(np.abs(found[:, 0] / reference[:, 0] - 1))

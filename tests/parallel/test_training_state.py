@@ -21,12 +21,13 @@ from ditmoe.parallel.checkpoint import (
     newest_checkpoint,
     read_info,
     read_weights,
+    reading,
     remove_partials,
     start_partial,
     superseded,
 )
 from ditmoe.parallel.config import CheckpointConfig
-from ditmoe.parallel.training_state import _finish
+from ditmoe.parallel.saver import finish
 
 Runner = Callable[..., list[dict[str, Any]]]
 
@@ -35,13 +36,19 @@ Runner = Callable[..., list[dict[str, Any]]]
 def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runner, tmp_path: Path) -> None:
     folders = {zero: tmp_path / f"zero-{zero}" for zero in range(4)}
     first = [{"zero": zero, "expert": 2, "steps": 4, "save": str(path)} for zero, path in folders.items()]
-    whole = [{"zero": zero, "expert": 2, "steps": 8} for zero in folders]
+    # These are written when the run is over already: what they hold was copied after the fourth step.
+    late = {zero: tmp_path / f"late-{zero}" for zero in folders}
+    whole = [
+        {"zero": zero, "expert": 2, "steps": 8, "save": str(path), "save_at": 4} for zero, path in late.items()
+    ]
     later = [{"zero": zero, "expert": 2, "steps": 8, "load": str(path)} for zero, path in folders.items()]
     results = run_cases(2, first + whole + later)
     for zero in folders:
         uninterrupted, continued = results[4 + zero], results[8 + zero]
         assert continued["curve"] == uninterrupted["curve"][4:], f"ZeRO {zero}"
         assert continued["ema"] == uninterrupted["ema"], f"ZeRO {zero}"
+        early, later_on = (read_info(checkpoint_path(run[zero], 4)) for run in (folders, late))
+        assert early.files == later_on.files and early.fingerprint == later_on.fingerprint, f"ZeRO {zero}"
     # The same files, read by another world: one process, and ZeRO stages that did not write them.
     moved = [{"zero": (zero + 2) % 4, "steps": 8, "load": str(path)} for zero, path in folders.items()]
     for zero, result in zip(folders, run_cases(1, moved), strict=True):
@@ -75,7 +82,10 @@ def _check_damage(run: Path) -> None:
     (path / name).write_bytes(good)
     facts = json.loads((path / MARKER).read_text())
     (path / MARKER).write_text(json.dumps({**facts, "format": 99}))
-    with pytest.raises(UserError, match="format 99 found, expected 1"):
+    with pytest.raises(UserError, match="format 99 found, expected 2"):
+        read_info(path)
+    (path / MARKER).write_text(json.dumps({**facts, "format": 1}))
+    with pytest.raises(UserError, match="format 1 found, expected 2; export it with the version that wrote it"):
         read_info(path)
     (path / MARKER).write_text(json.dumps(facts)[:50])
     with pytest.raises(UserError, match="not a checkpoint's marker"):
@@ -90,13 +100,14 @@ def _check_damage(run: Path) -> None:
 )
 def test_retention(keep_last: int, keep_every: int | None, gone: list[int]) -> None:
     assert superseded([30, 10, 40, 20], keep_last, keep_every) == gone
+    assert superseded([30, 10, 40, 20], keep_last, keep_every, best=[10]) == [step for step in gone if step != 10]
 
 
 def save_marker(run: Path, step: int, retention: CheckpointConfig) -> None:
     """Finish a checkpoint that has nothing but its marker."""
     path = checkpoint_path(run, step)
     start_partial(path)
-    _finish(run, path, {"step": step}, {}, retention)
+    finish(run, path, {"step": step}, {}, retention)
 
 
 def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> None:
@@ -110,6 +121,18 @@ def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> N
     save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
     assert not (checkpoint_path(tmp_path, 6) / "damaged").exists()
+
+
+def test_what_is_being_read_stays_until_the_next_save(tmp_path: Path) -> None:
+    for step in (3, 4):
+        save_marker(tmp_path, step, CheckpointConfig())
+    with reading(checkpoint_path(tmp_path, 3)), reading(checkpoint_path(tmp_path, 3)):
+        save_marker(tmp_path, 5, CheckpointConfig(keep_last=1))
+        assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "5"]
+    save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["6"]
+    with pytest.raises(UserError, match="its run has removed it"), reading(checkpoint_path(tmp_path, 3)):
+        pass
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

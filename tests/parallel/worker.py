@@ -3,9 +3,11 @@
 Each case is a layout and settings; per case, rank 0 writes the curve of losses, balance losses and gradient norms.
 """
 
+import hashlib
 import json
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch
+from ditmoe.parallel.saver import CheckpointSaver
 from ditmoe.parallel.stages import stage_blocks
-from ditmoe.parallel.training_state import load_training_state, save_training_state
+from ditmoe.parallel.training_state import load_training_state
 
 CLASSES = 10
 SHAPE = (1, 8, 8)
@@ -34,6 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "pipe": 1,
     "depth": 3,
     "expert": 1,
+    "tensor": 1,
     "zero": 1,
     "batch": 8,
     "micro_batch": 2,
@@ -44,7 +48,10 @@ DEFAULTS: dict[str, Any] = {
     "balance_group": 1,
     "experts": 4,
     "starved": False,
+    "offload": False,
+    "attention": "plain",
     "save": None,
+    "save_at": None,
     "load": None,
 }
 
@@ -63,20 +70,22 @@ def make_config(case: dict[str, Any]) -> ModelConfig:
         num_classes=CLASSES,
         balance_weight=0.05,
         balance_group=case["balance_group"],
+        attention=case["attention"],
     )
 
 
 def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     """The engine of a case, with weights that depend on the seed alone."""
-    data = dist.get_world_size() // case["pipe"]
+    data = dist.get_world_size() // (case["pipe"] * case["tensor"])
     layout = Layout(
         pipe=case["pipe"],
         data=data,
         expert=case["expert"],
-        tensor=1,
+        tensor=case["tensor"],
         zero=case["zero"],
         micro_batch=case["micro_batch"],
         accumulation=case["batch"] // (case["micro_batch"] * data),
+        offload=case["offload"],
     )
     config = make_config(case)
     network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
@@ -129,22 +138,58 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
+    with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
+        return train(engine, saver, case, device)
+
+
+class LateSaver(CheckpointSaver):
+    """Writes what it has copied no earlier than `trained` is set: training must not wait for it."""
+
+    trained = threading.Event()
+
+    def _write(self, *arguments: Any) -> None:
+        assert self.trained.wait(60), "training waits for the save"
+        super()._write(*arguments)
+
+
+def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Step, and save at a step in the middle or at the end."""
     curve, load = [], []
+    saver.trained.clear()
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
         result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
         curve.append([result.loss, result.balance_loss, result.grad_norm])
         load.append(result.load_LN.tolist())
+        if engine.step == case["save_at"]:
+            save(saver, engine, case)
     with engine.ema_weights() as network, torch.no_grad():
         x_BCHW = torch.linspace(-1, 1, 128, device=device).view(2, *SHAPE)
         timestep_B = torch.full((2,), 0.5, device=device)
         ema = network(x_BCHW, timestep_B, torch.tensor([1, 2], device=device)).double().square().sum().item()
-    if case["save"]:
-        config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
-        images = engine.step * case["batch"]
-        save_training_state(Path(case["save"]), engine, images, {}, config, {"name": "test"}, CheckpointConfig())
-    owned = sum(fragment.weight.numel() for fragment in engine.fragments)
-    return {"curve": curve, "load": load, "ema": ema, "owned": owned}
+    saver.trained.set()
+    if case["save"] and not case["save_at"]:
+        save(saver, engine, case)
+    return {
+        "curve": curve,
+        "load": load,
+        "ema": ema,
+        "owned": sum(fragment.weight.numel() for fragment in engine.fragments),
+        "alike": tensor_ranks_alike(engine),
+    }
+
+
+def tensor_ranks_alike(engine: TrainingEngine) -> bool:
+    """Whether what is not shared out over tensor ranks has the same bits on all of them."""
+    whole = [fragment.weight.cpu().numpy().tobytes() for fragment in engine.fragments if not fragment.placement]
+    digests = processes.gather_objects(hashlib.sha256(b"".join(whole)).hexdigest())
+    tensor = engine.layout.tensor
+    return all(digest == digests[rank // tensor * tensor] for rank, digest in enumerate(digests))
+
+
+def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -> None:
+    config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
+    saver.save(engine, engine.step * case["batch"], {}, config, {"name": "test"})
 
 
 def main() -> None:
