@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ class PlannedExpertLayer(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` → `[B, T, D]`."""
-        from deepspeed.module_inject.auto_ep_layer import _AllToAllV, combine_from_routed
+        from deepspeed.module_inject.auto_ep_layer import combine_from_routed
 
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         scores_TK, selected_TK, counts_N = self.router(x_TD)
@@ -102,8 +103,8 @@ class PlannedExpertLayer(nn.Module):
         routed_AD = x_TD[order_A // self.top_k]
         self._exchange_counts(counts_N)
 
-        send, receive = list(self.planned.send), list(self.planned.receive)
-        routed_AD = _AllToAllV.apply(self.group, routed_AD, send, receive)
+        send, receive = self.planned.send, self.planned.receive
+        routed_AD = _exchange(routed_AD, send, receive, self.group)
         rows = sum(receive)
         padded = -(-(rows + self.held * _ALIGNMENT) // _ALIGNMENT) * _ALIGNMENT
         place_P = torch.zeros(padded, dtype=torch.int32, device=x_TD.device)
@@ -112,7 +113,7 @@ class PlannedExpertLayer(nn.Module):
         sorted_PD = _Permute.apply(routed_AD, place_P, inverse_A)  # type: ignore[no-untyped-call]
         result_PD = self.experts(sorted_PD, counts_E)
         result_AD = _Permute.apply(result_PD, inverse_A, place_P)  # type: ignore[no-untyped-call]
-        result_AD = _AllToAllV.apply(self.group, result_AD, receive, send)
+        result_AD = _exchange(result_AD, receive, send, self.group)
 
         out_BTD: Tensor = combine_from_routed(
             result_AD, scores_TK, order_A, self.top_k, "post", "weighted_sum", tuple(x_BTD.shape)
@@ -121,9 +122,31 @@ class PlannedExpertLayer(nn.Module):
 
     def _exchange_counts(self, counts_N: Tensor) -> None:
         """Tell each rank how many assignments of each of its experts come from here."""
-        import torch.distributed as dist
-
         dist.all_to_all_single(torch.empty_like(counts_N), counts_N, group=self.group)
+
+
+def _exchange(rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Any) -> Tensor:
+    """Rows to the expert ranks and from them."""
+    out: Tensor = _Exchange.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Exchange(torch.autograd.Function):
+    """An all-to-all whose gradient is the all-to-all in the other direction."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: tuple[int, ...], receive: tuple[int, ...], group: Any) -> Tensor:
+        ctx.routing = send, receive, group
+        out = rows.new_empty((sum(receive), rows.shape[1]))
+        dist.all_to_all_single(out, rows.contiguous(), list(receive), list(send), group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive, group = ctx.routing
+        out = gradients[0].new_empty((sum(send), gradients[0].shape[1]))
+        dist.all_to_all_single(out, gradients[0].contiguous(), list(send), list(receive), group=group)
+        return out, None, None, None
 
 
 class _Permute(torch.autograd.Function):

@@ -6,7 +6,7 @@ fake tensors with the `fake` process group. So the same counter serves a run of 
 
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -99,6 +99,11 @@ class Ledger(TorchDispatchMode):
         self._seen[key].atexit = False
         self.held += size
         self.peak = max(self.peak, self.held)
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count the storages of these tensors, whatever is made of them."""
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
 
     def _freed(self, key: int, size: int) -> None:
         del self._seen[key]

@@ -45,12 +45,18 @@ def expert_traffic(config: ModelConfig, layout: Layout, blocks: range, workload:
 
 
 def tensor_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
-    """Megatron's sums: after attention and after the feed-forward part, and of their inputs' gradients."""
+    """Sums over tensor ranks: after attention and after the feed-forward part, and of their inputs' gradients.
+
+    Beside the tokens' gradients there are those of the scores, and of the norms of queries and keys.
+    """
     if layout.tensor == 1:
         return Counter()
-    stream = layout.micro_batch * config.tokens * config.hidden * workload.number_bytes
-    passes = 3 if workload.recompute else 2
-    return Counter({"all-reduce": layout.accumulation * len(blocks) * passes * 2 * stream})
+    tokens, size = layout.micro_batch * config.tokens, workload.number_bytes
+    stream = 2 * tokens * config.hidden * size
+    forward = stream * (2 if workload.recompute else 1)
+    norms = 4 * config.hidden // config.heads * size if config.attention == "qk_norm" else 0
+    backward = stream + 4 * tokens * config.experts_per_token + norms
+    return Counter({"all-reduce": layout.accumulation * len(blocks) * (forward + backward)})
 
 
 def pipe_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
@@ -89,21 +95,24 @@ def control_traffic(config: ModelConfig, layout: Layout, blocks: range, workload
     ranks = layout.processes
     if ranks == 1:
         return Counter()
-    layers = len(blocks) if config.experts else 0
+    layers = config.depth if config.experts else 0
     figures = 8 * (3 + layers * (1 + config.experts))
     spans = 0
     if config.experts and config.balance_group > layout.micro_batch:
         passes = 2 if workload.recompute else 1
-        spans = 4 * config.experts * layers * passes * layout.accumulation
+        spans = 4 * config.experts * len(blocks) * passes * layout.accumulation
     return Counter({"all-reduce": figures + _norm_bytes(layout, workload) + spans})
 
 
 def _norm_bytes(layout: Layout, workload: Workload) -> int:
-    """Numbers that make up the gradient's norm: one of all parameters, two more where experts are dealt out."""
-    dealt = layout.expert > 1
+    """Numbers that make up the gradient's norm: summed over the data ranks and over the parts of the network, for
+    experts that are dealt out apart."""
     if layout.zero == 0:
-        return 8 if dealt else 0  # ours
-    numbers = 1 + dealt + (dealt and layout.expert_copies > 1)
+        return 8  # ours
+    shared, copies = layout.data > 1, layout.pipe * layout.tensor > 1
+    numbers = shared + copies
+    if layout.expert > 1:
+        numbers += 1 + (layout.expert_copies > 1) + copies
     if layout.zero == 3:
         return 8 * numbers
-    return 4 * numbers + (workload.precision == "bf16")  # whether any gradient is infinite
+    return 4 * numbers + (shared + copies) * (workload.precision == "bf16")  # whether any gradient is infinite

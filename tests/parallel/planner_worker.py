@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor
 
 from ditmoe.model import randomness
@@ -21,9 +22,12 @@ from ditmoe.model.initialise import initialise
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import OptimConfig
-from ditmoe.parallel.engine import MicroBatch, TrainingEngine
+from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.passes import MicroBatch
 from ditmoe.parallel.planner.ledger import Ledger
+from ditmoe.parallel.stages import stage_blocks
+from ditmoe.parallel.step_totals import StepTotals
 
 SHAPE = (1, 8, 8)
 STEPS = 3
@@ -37,14 +41,14 @@ def bytes_of(tensors: Iterable[Any]) -> int:
 
 
 def make_engine(case: dict[str, Any]) -> TrainingEngine:
-    config = ModelConfig.model_validate(case["model"])
-    network = DiT(config)
+    config, layout = ModelConfig.model_validate(case["model"]), Layout(**case["layout"])
+    network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
     initialise(network, seed=0)
     network.checkpoint_blocks = case["recompute"]
     return TrainingEngine(
         network,
         make_objective(ObjectiveConfig()),
-        Layout(**case["layout"]),
+        layout,
         OptimConfig(clip=case["clip"]),
         EmaConfig(),
         case["precision"],
@@ -54,7 +58,8 @@ def make_engine(case: dict[str, Any]) -> TrainingEngine:
 
 
 def micro_batches(engine: TrainingEngine, step: int) -> list[MicroBatch]:
-    layout, rank, objective = engine.layout, dist.get_rank(), make_objective(ObjectiveConfig())
+    layout, objective = engine.layout, make_objective(ObjectiveConfig())
+    rank = layout.coordinates(dist.get_rank())[1]
     batches = []
     for micro_step in range(layout.accumulation):
         first = step * layout.batch + (micro_step * layout.data + rank) * layout.micro_batch
@@ -67,6 +72,7 @@ def micro_batches(engine: TrainingEngine, step: int) -> list[MicroBatch]:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps; the state before the last optimiser step, and the collectives of a whole step."""
+    groups._release_process_group_references()  # those of the case before, which may be of another grid
     engine = make_engine(case)
     for step in range(STEPS):
         ledger = Ledger()
@@ -84,7 +90,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(engine: TrainingEngine) -> list[Any]:
-    parameters = list(engine._engine.module.parameters())
+    parameters = list(engine._network.parameters())
     return [p.data for p in parameters] + [getattr(p, "ds_tensor", None) for p in parameters]
 
 
@@ -97,7 +103,7 @@ def optimizer_of(engine: TrainingEngine) -> list[Any]:
 
 def gradients_of(engine: TrainingEngine, batches: list[MicroBatch]) -> int:
     """The most that gradients hold: with ZeRO 1 before they are averaged, otherwise after the last pass."""
-    optimizer, parameters = engine._engine.optimizer, list(engine._engine.module.parameters())
+    optimizer, parameters = engine._engine.optimizer, list(engine._network.parameters())
     before = 0
     if engine.layout.zero == 1:
         reduce = optimizer.reduce_gradients
@@ -108,7 +114,9 @@ def gradients_of(engine: TrainingEngine, batches: list[MicroBatch]) -> int:
             reduce(*arguments, **options)
 
         optimizer.reduce_gradients = watched
-    engine._accumulate(batches, False)
+    config = engine._network.config
+    totals = StepTotals(config.depth if config.experts else 0, config.experts, torch.device("cpu"))
+    engine._passes.forward_backward(batches, totals)
     kept = [t for lists in getattr(optimizer, "averaged_gradients", {}).values() for t in lists or []]
     kept += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
     return max(before, bytes_of([*kept, *(parameter.grad for parameter in parameters)]))

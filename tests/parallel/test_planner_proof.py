@@ -14,10 +14,11 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.memory import Workload, rank_memory
 from ditmoe.parallel.planner.traffic import step_traffic
 from ditmoe.parallel.planner.zero import ZeroSettings
+from ditmoe.parallel.stages import stage_blocks
 
 WORKER = Path(__file__).with_name("planner_worker.py")
 MODEL: Final = {
-    "depth": 6,
+    "depth": 4,
     "hidden": 32,
     "heads": 4,
     "patch": 2,
@@ -42,6 +43,7 @@ def case(data: int, zero: int, expert: int = 1, accumulation: int = 1, **changes
     """A layout, with changes to the model and the rest."""
     rest = {"clip": None, "precision": "fp32", "recompute": False, "extra": {}}
     layout = {"pipe": 1, "data": data, "expert": expert, "tensor": 1, "zero": zero, "micro_batch": 2}
+    layout |= {key: changes.pop(key) for key in ("pipe", "tensor") if key in changes}
     model = {key: value for key, value in changes.items() if key not in rest}
     return {
         **rest,
@@ -53,18 +55,21 @@ def case(data: int, zero: int, expert: int = 1, accumulation: int = 1, **changes
 
 CASES: Final = {
     2: [
-        *(case(2, zero, accumulation=2) for zero in (0, 1, 2, 3)),
-        *(case(2, zero, expert=2, clip=0.1) for zero in (0, 1, 2, 3)),
-        *(case(2, zero, expert=2, accumulation=2, precision="bf16") for zero in (1, 2, 3)),
-        *(case(2, zero, precision="bf16", experts=0, experts_per_token=0) for zero in (1, 2, 3)),
-        case(2, 0, expert=2, recompute=True, accumulation=2),
-        case(2, 1, expert=2, balance_group=4, recompute=True),
+        case(2, 1, precision="bf16", accumulation=2),
+        case(2, 2, precision="bf16", experts=0, experts_per_token=0),
+        case(2, 3, precision="bf16", accumulation=2),
+        case(2, 0, expert=2, clip=0.1, accumulation=2, recompute=True),
+        case(2, 2, expert=2, clip=0.1, accumulation=2),
+        case(1, 0, tensor=2, accumulation=2, recompute=True),
     ],
     4: [
-        *(case(4, zero, expert=2, accumulation=2) for zero in (0, 1, 2, 3)),
-        *(case(4, zero, expert=4, precision="bf16") for zero in (1, 3)),
+        case(4, 1, expert=2),
+        case(4, 1, expert=4, balance_group=8, precision="bf16"),
         case(4, 3, expert=2, accumulation=2, extra=SMALL_DISTANCE),
-        case(4, 3, extra=SMALL_DISTANCE, recompute=True),
+        case(2, 1, pipe=2, expert=2, accumulation=4),
+        case(1, 1, pipe=4, accumulation=2, precision="bf16", recompute=True),
+        case(2, 2, tensor=2, attention="qk_norm", precision="bf16"),
+        case(1, 1, pipe=2, tensor=2, experts=0, experts_per_token=0, accumulation=2),
     ],
 }
 
@@ -76,6 +81,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[l
 
     def results(world: int) -> list[list[dict[str, Any]]]:
         if world not in found:
+            found[world] = []  # started once, also where it fails
             folder = tmp_path_factory.mktemp("planner")
             (folder / "cases.json").write_text(json.dumps(CASES[world]))
             arguments = [str(WORKER), str(folder / "cases.json"), str(folder / "out.json")]
@@ -93,7 +99,7 @@ NUMBERED: Final = [(world, number) for world, cases in CASES.items() for number 
 def name(world: int, number: int) -> str:
     """A test's name: what is special about its case."""
     found = CASES[world][number]
-    words = [f"{key}{found['layout'][key]}" for key in ("data", "expert", "zero", "accumulation")]
+    words = [f"{key}{found['layout'][key]}" for key in ("pipe", "data", "tensor", "expert", "zero")]
     words += [key for key in ("clip", "recompute", "extra") if found[key]]
     return "-".join([*words, found["precision"], "moe" if found["model"]["experts"] else "dense"])
 
@@ -109,12 +115,16 @@ def test_state_and_collectives(measured: Any, world: int, number: int) -> None:
     found, ranks = CASES[world][number], measured(world)[number]
     config, layout = ModelConfig.model_validate(found["model"]), Layout(**found["layout"])
     work = Workload(found["precision"], found["recompute"], zero=ZeroSettings.from_extra(found["extra"]))
-    memory = rank_memory(config, layout, range(config.depth), 0, work)
-    for rank in ranks:
+    for stage, blocks in enumerate(stage_blocks(config, layout.pipe)):
+        members = [of_rank for rank, of_rank in enumerate(ranks) if layout.stage(rank) == stage]
+        memory = rank_memory(config, layout, blocks, stage, work)
         for part in PARTS:
-            assert rank[part] == pytest.approx(getattr(memory, part), rel=0.05), part
-    expected = dict(step_traffic(config, layout, range(config.depth), work))
-    exchanged = sum(rank["sent"].pop("all-to-all", 0) for rank in ranks)
-    assert exchanged == world * expected.pop("all-to-all", 0)
-    for rank in ranks:
-        assert rank["sent"] == expected
+            assert max(m[part] for m in members) == pytest.approx(getattr(memory, part), rel=0.05), part
+        expected = dict(step_traffic(config, layout, blocks, work))
+        exchanged = sum(m["sent"].pop("all-to-all", 0) for m in members)
+        assert exchanged == len(members) * expected.pop("all-to-all", 0)
+        if found["extra"]:  # what DeepSpeed keeps gathered between two passes depends on what it fetched ahead
+            upper = expected.pop("all-gather")
+            assert all(0 < m["sent"].pop("all-gather") <= upper for m in members)
+        for measured_rank in members:
+            assert measured_rank["sent"] == expected
