@@ -59,6 +59,22 @@ def check_experts(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     return [f"parallel.expert = {parallel.expert} must divide model.experts = {model.experts}"]
 
 
+def check_tensor(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
+    """Heads can be dealt to the tensor ranks, and with them every width: each is a multiple of `heads`."""
+    problems = []
+    if model.heads % parallel.tensor:
+        valid = ", ".join(str(ranks) for ranks in range(1, model.heads + 1) if model.heads % ranks == 0)
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} must divide model.heads = {model.heads}; expected one of {valid}"
+        )
+    if parallel.tensor > 1 and parallel.expert > 1:
+        problems.append(
+            f"parallel.tensor = {parallel.tensor} with parallel.expert = {parallel.expert}: DeepSpeed's"
+            " expert-parallel layers take no tensor ranks; expected parallel.tensor = 1 or parallel.expert = 1"
+        )
+    return problems
+
+
 def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
     """Every stage has a block, and ZeRO shards what goes with stages."""
     if parallel.pipe == 1:
@@ -73,22 +89,6 @@ def check_pipeline(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
         problems.append(
             f"parallel.zero = {parallel.zero} with parallel.pipe = {parallel.pipe}: gradients and weights cannot"
             " be sharded while several micro-batches are on their way; expected parallel.zero = 0 or 1"
-        )
-    return problems
-
-
-def check_tensor(parallel: ParallelConfig, model: ModelConfig) -> list[str]:
-    """Heads can be dealt to the tensor ranks, and with them every width: each is a multiple of `heads`."""
-    problems = []
-    if model.heads % parallel.tensor:
-        valid = ", ".join(str(ranks) for ranks in range(1, model.heads + 1) if model.heads % ranks == 0)
-        problems.append(
-            f"parallel.tensor = {parallel.tensor} must divide model.heads = {model.heads}; expected one of {valid}"
-        )
-    if parallel.tensor > 1 and parallel.expert > 1:
-        problems.append(
-            f"parallel.tensor = {parallel.tensor} with parallel.expert = {parallel.expert}: DeepSpeed's"
-            " expert-parallel layers take no tensor ranks; expected parallel.tensor = 1 or parallel.expert = 1"
         )
     return problems
 
@@ -207,9 +207,9 @@ def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
 CHECKS: tuple[Check, ...] = (
     check_grid,
     check_experts,
+    check_tensor,
     check_pipeline,
     check_offload,
-    check_tensor,
     check_batch,
     check_balance_group,
     check_precision,

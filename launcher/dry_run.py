@@ -40,7 +40,7 @@ def dry_run(raw: RunConfig, origin: str) -> str:
         [
             *missing,
             "rank grid",
-            layout.picture(config.model.experts),
+            layout.picture(config.model.experts, stage_blocks(config.model, layout.pipe)),
             "",
             "parameters",
             f"total      {counts.total:>15,}",

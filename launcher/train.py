@@ -5,6 +5,7 @@ import json
 import os
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,7 +26,7 @@ from ditmoe.launcher.throughput import TRAINING_PASSES, Clock, Sums, peak_memory
 from ditmoe.model.count import flops_per_image
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.model.initialise import initialise
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import CheckpointInfo, newest_checkpoint, remove_partials
@@ -129,9 +130,8 @@ class Trainer:
         self.layout = layout_of(config)
         self.dataset = load_index(config.data.sources[0].path)
         self.objective: Objective = make_objective(config.objective)
-        stages = stage_blocks(config.model, self.layout.pipe)
-        network = DiT(config.model, stages[self.layout.stage(dist.get_rank())])
-        initialise(network, config.seed)
+        self.stages = stage_blocks(config.model, self.layout.pipe)
+        network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
         network.checkpoint_blocks = config.parallel.activation_checkpointing
         self.engine = TrainingEngine(
             network,
@@ -142,6 +142,7 @@ class Trainer:
             config.train.precision,
             config.deepspeed,
             device,
+            partial(initial_value, seed=config.seed),
         )
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
@@ -167,7 +168,7 @@ class Trainer:
             self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
         else:
             self.report.text("configuration", config_yaml(config))
-        self.report.log(self.layout.picture(config.model.experts))
+        self.report.log(self.layout.picture(config.model.experts, self.stages))
         if self.layout.accumulation > 1:
             self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
 
@@ -267,7 +268,7 @@ class Trainer:
             )
 
     def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA, each data rank its share of the images."""
+        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
         preview, model = self.config.preview, self.config.model
         assert model.num_classes is not None
         share = -(-preview.images // self.layout.data)

@@ -66,13 +66,14 @@ def deepspeed_settings(
         "zero_allow_untested_optimizer": True,
         # torch's AdamW steps in host memory too, and needs no compiler.
         "zero_force_ds_cpu_optimizer": False,
-        # Between stages both tensors carry gradients, which DeepSpeed's cutting over tensor ranks does not take.
-        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
     if layout.offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if layout.pipe > 1:
+        # It would send each tensor rank's share alone, and takes no second tensor with a gradient then.
+        settings["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     if layout.expert > 1:
         settings["expert_parallel"] = _expert_parallel(layout.expert, model)
     return _merged(settings, extra)

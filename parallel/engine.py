@@ -26,6 +26,7 @@ from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.deepspeed_settings import deepspeed_settings
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.groups import check_groups, groups_of_engine
+from ditmoe.parallel.initial import Initial, fill
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.pipeline import PipelinePasses
@@ -70,11 +71,13 @@ class TrainingEngine:
         precision: str,
         extra: dict[str, Any],
         device: torch.device,
+        initial: Initial,
     ) -> None:
-        """Hand an initialised network over to DeepSpeed.
+        """Share a network out over the ranks, give it its initial weights and hand it over to DeepSpeed.
 
         Args:
-            network: the blocks of this rank's pipeline stage, with the same weights on every rank of it.
+            network: the blocks of this rank's pipeline stage, without values.
+            initial: the value of each parameter.
             precision: `fp32` or `bf16` (then with fp32 master weights).
             extra: the configuration's `deepspeed` section.
         """
@@ -84,14 +87,16 @@ class TrainingEngine:
         self._network = network
         self._optim = optim
         self._ema_config = ema
+        grid = _share_out(network, layout) if layout.tensor > 1 else None
         with _blaming(extra):
-            grid = _tensor_grid(network, layout)
             self._passes: Passes = (
                 PipelinePasses(network, objective, layout)
                 if layout.pipe > 1
                 else WholeNetworkPasses(network, objective)
             )
-            self._engine = _initialize(self._passes.module, network, layout, optim, precision, extra, grid)
+            self._engine = _initialize(
+                self._passes.module, network, layout, optim, precision, extra, grid, initial
+            )
             self._passes.engine = self._engine
             self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))
@@ -154,7 +159,7 @@ class TrainingEngine:
 
     @torch.no_grad()
     def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, each part of a parameter counted once, and clipping by it."""
+        """ZeRO 0: the exact global norm, every parameter counted once, and clipping by it."""
         square = torch.zeros((), dtype=torch.float64, device=self.device)
         gradients = []
         for parameter in self._network.parameters():
@@ -210,10 +215,8 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _tensor_grid(network: nn.Module, layout: Layout) -> Any:
-    """Share the network out over tensor ranks: the grid of groups that DeepSpeed is to take, or None."""
-    if layout.tensor == 1:
-        return None
+def _share_out(network: nn.Module, layout: Layout) -> Any:
+    """Leave this rank its part of the network; the groups of megatron-core's that it computes over."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
         from ditmoe.parallel.megatron_grid import make_megatron_grid
@@ -232,23 +235,18 @@ def _initialize(
     precision: str,
     extra: dict[str, Any],
     grid: Any,
+    initial: Initial,
 ) -> Any:
-    """Build the DeepSpeed engine with torch's AdamW.
-
-    Args:
-        module: the network, or what has it as its pipeline stage and brings a grid of its own.
-        grid: of a tensor layout without stages.
-    """
+    """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
     import deepspeed
     from deepspeed.moe.utils import configure_moe_param_groups
-    from deepspeed.utils import groups
-
-    groups.mpu = None  # what an earlier engine of this process was given
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
     def make_optimizer(_: Any) -> torch.optim.Optimizer:
-        # Called after the experts were dealt out, so that these are the parameters that are trained.
+        # Called after the experts were dealt out, so that these are the parameters that are trained, and before
+        # any copy of their values is made.
+        fill(network, layout, initial)
         parameters: Any = list(network.parameters())
         if layout.expert > 1:
             parameters = configure_moe_param_groups(parameters)
@@ -267,7 +265,7 @@ def _initialize(
         optimizer=make_optimizer,
         model_parameters=list(network.parameters()),
         config=settings,
-        mpu=None if layout.pipe > 1 else grid,
+        mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
         dist_init_required=False,
     )
     return engine

@@ -38,7 +38,7 @@ class Fragment:
     moments: dict[str, Tensor]
     """Adam's `exp_avg` and `exp_avg_sq`, fp32 `[length]` views."""
     replica: int = 0
-    """This rank's number among the ranks that hold the same run (ZeRO 0)."""
+    """This rank's number among the ranks that hold the same run (ZeRO 0, and tensor ranks)."""
     replicas: int = 1
     placement: Placement | None = None
     """What this rank's tensor, within which `start` counts, is of the canonical one; None: all of it."""
@@ -69,11 +69,18 @@ def find_fragments(engine: Any, network: nn.Module, layout: Layout) -> list[Frag
     for name, parameter in network.named_parameters():
         run = find_run(engine, parameter)
         if run is not None and run.weight.numel():
-            run = _among_tensor_ranks(engine, parameter, run)
             shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
+            if shard is None:
+                run = _among_tensor_ranks(run, layout)
             cut = _cut(published_name(name), shape, expert_rank, run)
             fragments.extend(cut if shard is None else (_within_whole(fragment, shard) for fragment in cut))
     return fragments
+
+
+def _among_tensor_ranks(run: _Run, layout: Layout) -> _Run:
+    """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
+    tensor_rank = layout.coordinates(dist.get_rank())[2]
+    return replace(run, replica=run.replica * layout.tensor + tensor_rank, replicas=run.replicas * layout.tensor)
 
 
 def _within_whole(fragment: Fragment, shard: TensorShard) -> Fragment:
@@ -153,17 +160,6 @@ def _whole_run(engine: Any, parameter: Tensor) -> _Run:
         dist.get_rank(group),
         dist.get_world_size(group),
     )
-
-
-def _among_tensor_ranks(engine: Any, parameter: Tensor, run: _Run) -> _Run:
-    """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
-    from deepspeed.utils.bwc import bwc_tensor_model_parallel_rank, bwc_tensor_model_parallel_world_size
-
-    if engine.mpu is None or shard_of(parameter) is not None:
-        return run
-    ranks = bwc_tensor_model_parallel_world_size(engine.mpu)
-    rank = bwc_tensor_model_parallel_rank(engine.mpu)
-    return replace(run, replica=run.replica * ranks + rank, replicas=run.replicas * ranks)
 
 
 def _replica_group(engine: Any, parameter: Tensor) -> Any:

@@ -38,8 +38,8 @@ def groups_of_engine(engine: Any, layout: Layout) -> Iterator[Pair]:
         yield "ZeRO's data group", engine.optimizer.dp_process_group, data
     if layout.expert > 1:
         name = f"ep_size_{layout.expert}"
-        yield "DeepSpeed's expert group", engine.expert_parallel_group[name], layout.expert_group(rank)
-        copies = layout.expert_copies_group(rank)
+        yield "DeepSpeed's expert group", engine.expert_parallel_group[name], layout.expert_ranks(rank)
+        copies = layout.expert_copy_ranks(rank)
         yield "DeepSpeed's group of an expert's copies", engine.expert_data_parallel_group[name], copies
     if engine.mpu is not None:
         yield from groups_of_unit(engine.mpu, layout, "the engine's")

@@ -5,6 +5,7 @@ first, then `data`, then `pipe`, as DeepSpeed's and Megatron's grids do. Consecu
 copy of the experts: with data 4 and expert 2, ranks 0 and 1 hold one copy and ranks 2 and 3 the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
@@ -76,15 +77,15 @@ class Layout:
         """Place of a rank on the expert axis: which part of the experts it holds."""
         return self.data_rank(rank) % self.expert
 
-    def expert_group(self, rank: int) -> list[int]:
-        """The ranks that share out one copy of the experts with a rank."""
-        copy = self.data_rank(rank) // self.expert
-        return [other for other in self.group(rank, "data") if self.data_rank(other) // self.expert == copy]
+    def expert_ranks(self, rank: int) -> list[int]:
+        """The ranks that share out one copy of the experts with this one."""
+        first = rank - self.expert_rank(rank) * self.tensor
+        return list(range(first, first + self.expert * self.tensor, self.tensor))
 
-    def expert_copies_group(self, rank: int) -> list[int]:
-        """The ranks that hold the same experts as a rank."""
-        held = self.expert_rank(rank)
-        return [other for other in self.group(rank, "data") if self.expert_rank(other) == held]
+    def expert_copy_ranks(self, rank: int) -> list[int]:
+        """The ranks that hold the same experts as this one."""
+        first = rank - (self.data_rank(rank) - self.expert_rank(rank)) * self.tensor
+        return list(range(first, first + self.data * self.tensor, self.expert * self.tensor))
 
     def expert_slice(self, rank: int, experts: int) -> range:
         """Global ids of the experts that a rank holds, of `experts` in each block."""
@@ -93,11 +94,12 @@ class Layout:
         first = self.expert_rank(rank) * held
         return range(first, first + held)
 
-    def picture(self, experts: int) -> str:
+    def picture(self, experts: int, stages: Sequence[range]) -> str:
         """The grid as text: a line per group of ranks that hold one copy of all the experts.
 
         Args:
             experts: routed experts N of each block; 0 for a dense network.
+            stages: numbers of each stage's blocks.
         """
         lines = [
             f"{self.processes} processes = pipe {self.pipe} × data {self.data} × tensor {self.tensor}"
@@ -105,6 +107,9 @@ class Layout:
             f"batch {self.batch} = micro_batch {self.micro_batch} × data {self.data}"
             f" × accumulation {self.accumulation}",
         ]
+        if self.pipe > 1:
+            held = [f"{blocks[0]}–{blocks[-1]}" if len(blocks) > 1 else str(blocks[0]) for blocks in stages]
+            lines.append("blocks of the stages: " + " | ".join(held))
         if not experts:
             return "\n".join([*lines, *self._stage_lines()])
         shown = self.expert_copies if self.expert_copies <= 8 else 4

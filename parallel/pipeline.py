@@ -107,7 +107,7 @@ def _pipeline_module(stage: Stage, layout: Layout, loss_of: Callable[..., Tensor
     with redirect_stdout(io.StringIO()):  # it prints its partition
         module: nn.Module = PipelineModule(
             layers,
-            topology=PipeModelDataParallelTopology(num_pp=layout.pipe, num_mp=layout.tensor, num_dp=layout.data),
+            topology=PipeModelDataParallelTopology(num_pp=layout.pipe, num_dp=layout.data, num_mp=layout.tensor),
             loss_fn=loss_of,
             partition_method="uniform",
         )

@@ -63,7 +63,7 @@ def command(
     if dry_run:
         from ditmoe.launcher.plan_dry_run import dry_run_report
 
-        typer.echo(dry_run_report(run, gpus, rank, imbalance, as_json))
+        typer.echo(dry_run_report(run, _number_of_gpus(run, gpus), rank, imbalance, as_json))
         return
     found = plans(run, _number_of_gpus(run, gpus), machine, imbalance)
     if as_json:

@@ -87,7 +87,7 @@ def _groups(layout: Layout, rank: int) -> dict[str, Any]:
     """This rank's groups."""
     ranks = {"data": layout.group(rank, "data")}
     if layout.expert > 1:
-        ranks |= {"expert": layout.expert_group(rank), "copies": layout.expert_copies_group(rank)}
+        ranks |= {"expert": layout.expert_ranks(rank), "copies": layout.expert_copy_ranks(rank)}
     return {name: dist.new_group(members) for name, members in ranks.items()}
 
 
@@ -137,6 +137,11 @@ def _share_out(network: nn.Module, layout: Layout) -> None:
 
         make_megatron_grid(layout)
         share_out(network)
+    # megatron-core makes fp32 parameters, and fake ones cannot be cast in place.
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.dtype != torch.get_default_dtype():
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, dtype=torch.get_default_dtype()))
 
 
 def _replicated(network: DiT, layout: Layout, rank: int, groups: dict[str, Any]) -> list[Replicated]:

@@ -108,8 +108,10 @@ def test_layout_facts(write_config: Write, index: DatasetIndex) -> None:
     assert (layout.processes, layout.batch, layout.accumulation, layout.expert_copies) == (4, 32, 2, 2)
     assert [layout.expert_rank(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert list(layout.expert_slice(3, 4)) == [2, 3]
-    assert "stage 0, copy 1 of the experts: rank 2: experts 0–1 | rank 3: experts 2–3" in layout.picture(4)
-    assert "stage 0: rank 0 to 3" in layout.picture(0)
+    assert "stage 0, copy 1 of the experts: rank 2: experts 0–1 | rank 3: experts 2–3" in layout.picture(
+        4, [range(2)]
+    )
+    assert "stage 0: rank 0 to 3" in layout.picture(0, [range(2)])
 
 
 def test_whole_micro_step_is_a_balance_group(write_config: Write, index: DatasetIndex) -> None:

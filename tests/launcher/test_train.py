@@ -33,6 +33,8 @@ parallel: {{expert: {processes}, zero: 1}}
 train: {{steps: 12, batch: 16, precision: fp32, log_every: 1, checkpoint_every: 3}}
 optim: {{lr: 1.0e-3}}
 """
+STAGES = "parallel.expert=1 parallel.pipe=2 train.micro_batch=4"
+TENSOR_RANKS = "parallel.expert=1 parallel.tensor=2"
 COMPARED = ("step", "images", "loss", "balance_loss", "grad_norm", "lr", "expert_load")
 
 
@@ -175,6 +177,30 @@ def test_kill_at_a_random_step(make_config: Callable[..., Path], uninterrupted: 
     result = train(config)
     assert result.returncode == 0, result.stderr
     assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(280)
+def test_killed_on_one_layout_and_continued_on_others(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    """Stages, of which one is killed; then tensor ranks; then expert ranks: the curve of these alone."""
+    config = make_config()
+    run = config.with_suffix("")
+    process = start(config, *STAGES.split())
+    wait_for(reached(run, 4), process)
+    killed = time.monotonic()
+    os.kill(process_of_rank(1, process), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 128 + signal.SIGKILL and "rank 1 was killed by SIGKILL" in err, err
+    for layout, steps in ((TENSOR_RANKS, 8), ("parallel.expert=2", 12)):
+        result = train(config, *layout.split(), f"train.steps={steps}")
+        assert result.returncode == 0, result.stderr
+    found = curve(run)
+    assert [record["images"] for record in found] == [record["images"] for record in uninterrupted]
+    for key in ("loss", "balance_loss", "grad_norm"):
+        expected = [record[key] for record in uninterrupted]
+        assert [record[key] for record in found] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.timeout(280)
@@ -355,13 +381,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: Callable[..., Path
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("zero", [0, 3])
-def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], zero: int) -> None:
-    """Also where the EMA has to be gathered for it; and the grid is there to be looked at."""
+@pytest.mark.parametrize("layout", ["parallel.zero=0", "parallel.zero=3", STAGES])
+def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], layout: str) -> None:
+    """Also where the EMA has to be gathered for it, or stages gone through; and the grid is there to be seen."""
     curves = []
     for every in ("null", "2"):
         config = make_config(f"every-{every}")
-        overrides = (f"parallel.zero={zero}", "train.steps=6", f"preview.every={every}", "preview.sampler.steps=3")
+        overrides = (*layout.split(), "train.steps=6", f"preview.every={every}", "preview.sampler.steps=3")
         result = train(config, *overrides, "preview.images=5")
         assert result.returncode == 0, result.stderr
         curves.append(curve(config.with_suffix("")))

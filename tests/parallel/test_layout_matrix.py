@@ -63,8 +63,8 @@ class Cell(NamedTuple):
     def row(self) -> str:
         return (
             f"{self.pipe:>4} {self.data:>4} {self.expert:>6} {self.tensor:>6} {self.zero:>4}"
-            f" {self.accumulation:>5} {'yes' if self.recomputation else 'no':>9} {self.objective:>14} {self.clip or '–':>4}"
-            f" {self.precision:>9}"
+            f" {self.accumulation:>5} {'yes' if self.recomputation else 'no':>9} {self.objective:>14}"
+            f" {self.clip or '–':>4} {self.precision:>9}"
         )
 
 

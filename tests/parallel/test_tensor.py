@@ -35,6 +35,8 @@ CASES: Final[dict[str, tuple[str, int, dict[str, Any]]]] = {
     "2 × data 2, recomputation": ("mixed", 4, {**MIXED, "tensor": 2, "zero": 2, "checkpointing": True}),
     "2 × data 2, dense": ("dense", 4, {**DENSE, "tensor": 2, "zero": 0, "micro_batch": 4}),
     "2 × data 2, balance over the micro-step": ("group", 4, {**GROUP, "tensor": 2, "micro_batch": 4}),
+    "2 × pipe 2": ("mixed", 4, {**MIXED, "tensor": 2, "pipe": 2, "zero": 1}),
+    "2 × pipe 2, dense": ("dense", 4, {**DENSE, "tensor": 2, "pipe": 2, "zero": 0}),
     "4 ranks": ("mixed", 4, {**MIXED, "tensor": 4, "zero": 1, "micro_batch": 4}),
 }
 """Name → its reference, its processes, and the case; all of one size run in one start of its processes."""
@@ -47,7 +49,7 @@ def results(run_cases: Runner, tmp_path_factory: pytest.TempPathFactory) -> dict
     moved = {
         "saved at one": (1, {**MIXED, "zero": 0, "steps": SAVED, "save": one}),
         "saved at four": (4, {**MIXED, "tensor": 4, "zero": 3, "steps": SAVED, "save": four}),
-        "one to 2 × data 2": (4, {**MIXED, "tensor": 2, "zero": 1, "load": one}),
+        "one to 2 × pipe 2": (4, {**MIXED, "tensor": 2, "pipe": 2, "zero": 1, "load": one}),
         "four to 2": (2, {**MIXED, "tensor": 2, "zero": 0, "load": four}),
         "four to data 2": (2, {**MIXED, "zero": 3, "load": four}),
     }
@@ -84,7 +86,7 @@ def test_bf16_stays_near_fp32(results: dict[str, dict[str, Any]]) -> None:
     assert results["2 ranks, bf16"]["alike"]
 
 
-@pytest.mark.parametrize("name", ["one to 2 × data 2", "four to 2", "four to data 2"])
+@pytest.mark.parametrize("name", ["one to 2 × pipe 2", "four to 2", "four to data 2"])
 def test_checkpoints_move_between_tensor_layouts(results: dict[str, dict[str, Any]], name: str) -> None:
     """Weights, moments and EMA: the curve and the EMA go on as those of one process."""
     assert largest_difference(results[name], results["mixed"], STEPS - SAVED) <= EXACT
@@ -137,7 +139,7 @@ def test_groups_of_the_rank_grid() -> None:
     assert layout.group(5, "pipe") == [1, 5]
     assert layout.group(5, "pipe", "tensor") == [0, 1, 4, 5]
     experts = Layout(pipe=2, data=4, expert=2, tensor=1, zero=1, micro_batch=1, accumulation=1)
-    assert experts.expert_group(5) == [4, 5] and experts.expert_copies_group(5) == [5, 7]
+    assert experts.expert_ranks(5) == [4, 5] and experts.expert_copy_ranks(5) == [5, 7]
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (1, 2, 2), (2, 2, 2), (3, 1, 4), (2, 4, 1)])

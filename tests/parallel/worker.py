@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from deepspeed.utils import groups
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.initialise import initialise
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
@@ -47,9 +48,9 @@ DEFAULTS: dict[str, Any] = {
     "checkpointing": False,
     "balance_group": 1,
     "experts": 4,
+    "attention": "plain",
     "starved": False,
     "offload": False,
-    "attention": "plain",
     "save": None,
     "save_at": None,
     "load": None,
@@ -89,9 +90,6 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     )
     config = make_config(case)
     network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
-    initialise(network, seed=0)
-    if case["starved"]:
-        starve(network)
     network.checkpoint_blocks = case["checkpointing"]
     return TrainingEngine(
         network,
@@ -102,16 +100,17 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         case["precision"],
         {},
         device,
+        starved_value if case["starved"] else partial(initial_value, seed=0),
     )
 
 
-@torch.no_grad()
-def starve(network: DiT) -> None:
+def starved_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Let every router favour the first two experts or the last two, and nothing in between."""
-    for name, weight_ND in network.named_parameters():
-        if name.endswith(".gate.weight"):
-            slope_N = torch.linspace(-1, 1, len(weight_ND))
-            weight_ND.copy_(100 * slope_N[:, None] * weight_ND[0])
+    value = initial_value(name, shape, seed=0)
+    if name.endswith(".gate.weight"):
+        slope_N = torch.linspace(-1, 1, len(value))
+        value = 100 * slope_N[:, None] * value[0]
+    return value
 
 
 def micro_batches(
@@ -170,13 +169,8 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     saver.trained.set()
     if case["save"] and not case["save_at"]:
         save(saver, engine, case)
-    return {
-        "curve": curve,
-        "load": load,
-        "ema": ema,
-        "owned": sum(fragment.weight.numel() for fragment in engine.fragments),
-        "alike": tensor_ranks_alike(engine),
-    }
+    owned = sum(fragment.weight.numel() for fragment in engine.fragments)
+    return {"curve": curve, "load": load, "ema": ema, "owned": owned, "alike": tensor_ranks_alike(engine)}
 
 
 def tensor_ranks_alike(engine: TrainingEngine) -> bool:
