@@ -34,11 +34,17 @@ def plans(config: RunConfig, gpus: int, machine: Machine, imbalance: float = 1.0
     workloads = [Workload(config.train.precision, recompute, imbalance, zero) for recompute in (False, True)]
     legal = _legality(config)
     found = search(
-        config.model, candidates(config.model, gpus, config.train.batch), workloads, machine, lambda *x: not legal(*x)
+        config.model,
+        candidates(config.model, gpus, config.train.batch),
+        workloads,
+        machine,
+        lambda *x: not legal(*x),
     )
     if not found:
         problems = legal(Layout(1, gpus, 1, 1, 1, max(1, config.train.batch // gpus), 1), workloads[0])
-        raise UserError("\n".join([f"--gpus {gpus}: no layout can run", *(f"  {problem}" for problem in problems)]))
+        raise UserError(
+            "\n".join([f"--gpus {gpus}: no layout can run", *(f"  {problem}" for problem in problems)])
+        )
     return found
 
 

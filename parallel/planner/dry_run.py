@@ -11,15 +11,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT, balance_losses
+from ditmoe.model.errors import UserError
 from ditmoe.model.moe import Experts
 from ditmoe.model.objective import Draws, make_objective
 from ditmoe.parallel.layout import Layout
@@ -56,7 +59,15 @@ def dry_run(
     Args:
         config: complete.
         rank: of the layout's processes.
+
+    Raises:
+        UserError: fp32 with experts that are dealt out.
     """
+    if workload.precision == "fp32" and layout.expert > 1:
+        raise UserError(
+            "train.precision = fp32 with parallel.expert > 1: torch knows grouped products under fake tensors in"
+            " bf16 alone; expected train.precision = bf16 for a dry run, or parallel.expert = 1"
+        )
     begin = time.perf_counter()
     stage = layout.stage(rank)
     blocks = stage_blocks(config, layout.pipe)[stage]
@@ -65,7 +76,9 @@ def dry_run(
         stack.enter_context(FakeTensorMode())
         groups = _groups(layout, rank)
         network = _network(config, blocks, layout, workload, rank, groups)
-        state = ShardedState(_replicated(network, layout, rank, groups), layout.zero, workload.zero, layout.offload)
+        state = ShardedState(
+            _replicated(network, layout, rank, groups), layout.zero, workload.zero, layout.offload
+        )
         run = _Passes(network, objective, layout, stage, state)
         return run.step(rank, blocks, begin)
 
@@ -112,10 +125,27 @@ def _network(
             _share_out(network, layout)
         for module in network.modules():
             if isinstance(module, Experts):
-                module.forward = module.grouped  # type: ignore[method-assign]  # as on a GPU in bf16
+                module.forward = partial(_grouped if workload.precision == "bf16" else _in_turn, module)  # type: ignore[method-assign]
     finally:
         torch.set_default_dtype(kept)
     return network
+
+
+def _grouped(experts: Experts, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+    """As on a GPU in bf16."""
+    return experts.grouped(x_AD, counts_N)
+
+
+def _in_turn(experts: Experts, x_AD: Tensor, _counts_N: Tensor) -> Tensor:
+    """As on a GPU in fp32, for which grouped products do not exist: each expert by itself, with an equal share."""
+    runs = x_AD.tensor_split(len(experts.gate_proj))
+    weights = zip(experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
+    return torch.cat(
+        [
+            F.linear(F.silu(F.linear(run, gate)) * F.linear(run, up), down)
+            for run, (gate, up, down) in zip(runs, weights, strict=True)
+        ]
+    )
 
 
 def _sum_over(group: Any) -> Any:
@@ -141,7 +171,9 @@ def _share_out(network: nn.Module, layout: Layout) -> None:
     for module in network.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.dtype != torch.get_default_dtype():
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, dtype=torch.get_default_dtype()))
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_like(parameter, dtype=torch.get_default_dtype())
+                )
 
 
 def _replicated(network: DiT, layout: Layout, rank: int, groups: dict[str, Any]) -> list[Replicated]:

@@ -1,6 +1,7 @@
 """How long one optimiser step of a layout takes: an estimate from peaks, bandwidths and a few stated assumptions.
 
-Compute runs at `efficiency` of the GPU's peak, beside it the element-wise work at its memory's bandwidth.
+Compute runs at `efficiency` of the GPU's peak, beside it the element-wise work at its memory's bandwidth; or at the
+pace at which the host starts kernels, where that is slower.
 Collectives reach NETWORK_SHARE of the links, and are not overlapped with compute; of ZeRO 3's, half the compute's
 time is. Stages run 1F1B at the pace of the slowest.
 """
@@ -13,6 +14,7 @@ from ditmoe.model.config import ModelConfig
 from ditmoe.model.count import PartMacs, macs_of_parts
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
+from ditmoe.parallel.planner.anatomy import anatomy
 from ditmoe.parallel.planner.gpus import Gpu
 from ditmoe.parallel.planner.memory import RankMemory, Workload, in_flight, rank_memory
 from ditmoe.parallel.planner.traffic import (
@@ -33,6 +35,8 @@ ELEMENT_PASSES: Final = 5
 KERNELS_PER_BLOCK: Final = 150
 """Kernels of a block's forward and backward pass, each at least KERNEL_SECONDS on the host."""
 KERNEL_SECONDS: Final = 5e-6
+ZERO_3_SECONDS: Final = 1e-4
+"""Host time of fetching and releasing one tensor for one pass with ZeRO 3, in Python hooks."""
 NETWORK_SHARE: Final = 0.75
 """Share of the links' bandwidth that collectives reach."""
 ZERO_3_OVERLAP: Final = 0.5
@@ -118,7 +122,9 @@ def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machi
     """Memory, traffic and time of a layout of a complete configuration."""
     stages = stage_blocks(config, layout.pipe)
     macs = macs_of_parts(config)
-    memories = [rank_memory(config, layout, blocks, n, workload) for n, blocks in _distinct(config, layout, stages)]
+    memories = [
+        rank_memory(config, layout, blocks, n, workload) for n, blocks in _distinct(config, layout, stages)
+    ]
     numbers = [number for number, _ in _distinct(config, layout, stages)]
     fullest = max(range(len(memories)), key=lambda at: memories[at].peak)
     busiest = max((step_traffic(config, layout, blocks, workload) for blocks in stages), key=_total)
@@ -177,11 +183,12 @@ def _seconds(
     # The fullest expert rank computes its share of the routed experts while the others wait.
     flops *= 1 + (workload.imbalance - 1) * _routed_share(config, macs)
     saved = len(blocks) * activations(config, layout, workload.number_bytes, workload.imbalance).block
-    compute = max(
-        flops / (gpu.tflops(workload.precision) * 1e12 * machine.efficiency)
-        + saved * ELEMENT_PASSES / (gpu.memory_bandwidth * 1e9),
-        len(blocks) * KERNELS_PER_BLOCK * KERNEL_SECONDS * passes / TRAINING_PASSES,
-    )
+    on_gpu = flops / (gpu.tflops(workload.precision) * 1e12 * machine.efficiency)
+    on_gpu += saved * ELEMENT_PASSES / (gpu.memory_bandwidth * 1e9)
+    on_host = len(blocks) * KERNELS_PER_BLOCK * KERNEL_SECONDS * passes / TRAINING_PASSES
+    if layout.zero == 3:
+        on_host += len(list(anatomy(config).stage(blocks))) * (passes - 1) * ZERO_3_SECONDS
+    compute = max(on_gpu, on_host)
 
     expert = expert_traffic(config, layout, blocks, workload)["all-to-all"] / micro_steps
     calls = len(blocks) * (3 * (1 + workload.recompute) + 2) if layout.expert > 1 else 0

@@ -39,7 +39,7 @@ def search(
     machine: Machine,
     legal: Callable[[Layout, Workload], bool],
 ) -> list[Plan]:
-    """The plans of all legal layouts: those that fit first, each part by falling throughput.
+    """The plans of all legal layouts: those that fit first, each part by falling throughput, then by memory.
 
     Args:
         legal: whether a layout can run.
@@ -51,4 +51,6 @@ def search(
         for workload in choices
         if legal(layout, workload)
     ]
-    return sorted(plans, key=lambda found: (not machine.fits(found.memory), -found.images_per_second))
+    return sorted(
+        plans, key=lambda found: (not machine.fits(found.memory), -found.images_per_second, found.memory.peak)
+    )

@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.initialise import initialise
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import OptimConfig
@@ -43,7 +44,6 @@ def bytes_of(tensors: Iterable[Any]) -> int:
 def make_engine(case: dict[str, Any]) -> TrainingEngine:
     config, layout = ModelConfig.model_validate(case["model"]), Layout(**case["layout"])
     network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
-    initialise(network, seed=0)
     network.checkpoint_blocks = case["recompute"]
     return TrainingEngine(
         network,
@@ -54,6 +54,7 @@ def make_engine(case: dict[str, Any]) -> TrainingEngine:
         case["precision"],
         case["extra"],
         torch.device("cpu"),
+        partial(initial_value, seed=0),
     )
 
 
