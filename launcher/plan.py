@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ditmoe.launcher.checks import layout_problems
+from ditmoe.launcher.checks import layout_problems, problem_list
 from ditmoe.launcher.config import RunConfig
 from ditmoe.launcher.sections import TrainConfig
 from ditmoe.model.count import count
@@ -33,18 +33,11 @@ def plans(config: RunConfig, gpus: int, machine: Machine, imbalance: float = 1.0
     zero = ZeroSettings.from_extra(config.deepspeed)
     workloads = [Workload(config.train.precision, recompute, imbalance, zero) for recompute in (False, True)]
     legal = _legality(config)
-    found = search(
-        config.model,
-        candidates(config.model, gpus, config.train.batch),
-        workloads,
-        machine,
-        lambda *x: not legal(*x),
-    )
+    layouts = candidates(config.model, gpus, config.train.batch)
+    found = search(config.model, layouts, workloads, machine, lambda *tried: not legal(*tried))
     if not found:
         problems = legal(Layout(1, gpus, 1, 1, 1, max(1, config.train.batch // gpus), 1), workloads[0])
-        raise UserError(
-            "\n".join([f"--gpus {gpus}: no layout can run", *(f"  {problem}" for problem in problems)])
-        )
+        raise UserError(problem_list(f"--gpus {gpus}: no layout can run, the plainest because of", problems))
     return found
 
 
@@ -59,7 +52,7 @@ def _legality(config: RunConfig) -> Callable[[Layout, Workload], list[str]]:
                 tensor=layout.tensor,
                 expert=layout.expert,
                 data=layout.data,
-                zero=layout.zero,  # type: ignore[arg-type]
+                zero=layout.zero,
                 activation_checkpointing=workload.recompute,
             )
         except ValidationError as error:
@@ -94,8 +87,8 @@ def report(config: RunConfig, found: list[Plan], machine: Machine, shown: int | 
 
 def _table(rows: list[Plan], machine: Machine) -> list[str]:
     lines = [
-        "pipe tensor expert  data ZeRO micro recompute |  weights   grads   optim     EMA activat buffers    peak GiB"
-        " | bubble  step s  images/s    MFU"
+        "pipe tensor expert  data ZeRO micro recompute |"
+        "  weights   grads   optim     EMA activat buffers    peak GiB | bubble  step s  images/s    MFU"
     ]
     for plan in rows:
         layout, memory = plan.layout, plan.memory

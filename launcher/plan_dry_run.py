@@ -31,7 +31,7 @@ def dry_run_report(config: RunConfig, processes: int, rank: int, imbalance: floa
         raise UserError(f"--rank {rank}: expected 0 to {layout.processes - 1}")
     if imbalance > layout.expert:
         raise UserError(
-            f"--imbalance {imbalance:g}: expected at most parallel.expert = {layout.expert}, where one rank gets all"
+            f"--imbalance {imbalance:g}: expected at most parallel.expert = {layout.expert}, one rank getting all"
         )
     work = Workload(
         resolved.train.precision,

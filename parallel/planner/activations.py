@@ -1,7 +1,8 @@
 """Bytes that one micro-batch leaves on a rank for its backward pass, tensor by tensor.
 
-Counted are the tensors that autograd saves in `ditmoe.model.dit.Block`, attention by a flash kernel, and experts by
-grouped products. Widths are in multiples of the hidden size D; K experts per token, S shared experts, N experts.
+Counted are the tensors that autograd saves in `ditmoe.model.dit.Block`, attention by a flash kernel and experts
+by grouped products. Widths are in multiples of the hidden size D; K experts per token, S shared experts, N
+experts.
 """
 
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def activations(config: ModelConfig, layout: Layout, number_bytes: int, imbalanc
 
 
 def _mixture(config: ModelConfig, layout: Layout, imbalance: float) -> tuple[tuple[float, float], float]:
-    """Widths that a mixture saves: (whole, shared out over tensor ranks), and experts per token that arrive here."""
+    """Widths that a mixture saves: (whole, shared out over tensor ranks), and those that arrive for each token."""
     k, shared = config.experts_per_token, config.shared_experts
     if layout.expert == 1:
         # The rows of the experts, their results; gate, SiLU, up and the product, all of width 4.

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT, balance_losses
 from ditmoe.model.errors import UserError
-from ditmoe.model.moe import Experts
+from ditmoe.model.moe import Experts, MoE
 from ditmoe.model.objective import Draws, make_objective
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.expert_layer import PlannedExpertLayer, even_routing
@@ -120,6 +120,7 @@ def _network(
             assignments = layout.micro_batch * config.tokens * config.experts_per_token
             planned = even_routing(assignments, layout.expert, layout.expert_rank(rank), workload.imbalance)
             for block in network.blocks.values():
+                assert isinstance(block.moe, MoE)
                 block.moe = PlannedExpertLayer(block.moe, layout.expert, planned, groups["expert"])
         if layout.tensor > 1:
             _share_out(network, layout)
@@ -168,12 +169,11 @@ def _share_out(network: nn.Module, layout: Layout) -> None:
         make_megatron_grid(layout)
         share_out(network)
     # megatron-core makes fp32 parameters, and fake ones cannot be cast in place.
+    dtype = torch.get_default_dtype()
     for module in network.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.dtype != torch.get_default_dtype():
-                module._parameters[name] = nn.Parameter(
-                    torch.empty_like(parameter, dtype=torch.get_default_dtype())
-                )
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype != dtype:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype)))
 
 
 def _replicated(network: DiT, layout: Layout, rank: int, groups: dict[str, Any]) -> list[Replicated]:

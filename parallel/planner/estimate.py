@@ -1,7 +1,7 @@
 """How long one optimiser step of a layout takes: an estimate from peaks, bandwidths and a few stated assumptions.
 
-Compute runs at `efficiency` of the GPU's peak, beside it the element-wise work at its memory's bandwidth; or at the
-pace at which the host starts kernels, where that is slower.
+Compute runs at `efficiency` of the GPU's peak, beside it the element-wise work at its memory's bandwidth; or at
+the pace at which the host starts kernels, where that is slower.
 Collectives reach NETWORK_SHARE of the links, and are not overlapped with compute; of ZeRO 3's, half the compute's
 time is. Stages run 1F1B at the pace of the slowest.
 """
@@ -122,11 +122,11 @@ def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machi
     """Memory, traffic and time of a layout of a complete configuration."""
     stages = stage_blocks(config, layout.pipe)
     macs = macs_of_parts(config)
-    memories = [
-        rank_memory(config, layout, blocks, n, workload) for n, blocks in _distinct(config, layout, stages)
-    ]
-    numbers = [number for number, _ in _distinct(config, layout, stages)]
-    fullest = max(range(len(memories)), key=lambda at: memories[at].peak)
+    memories = {
+        number: rank_memory(config, layout, blocks, number, workload)
+        for number, blocks in _distinct(config, layout, stages)
+    }
+    fullest = max(memories, key=lambda number: memories[number].peak)
     busiest = max((step_traffic(config, layout, blocks, workload) for blocks in stages), key=_total)
     slowest = max(stages, key=lambda blocks: _stage_macs(macs, config, blocks))
     seconds = _seconds(config, layout, slowest, macs, memories[fullest], workload, machine)
@@ -137,7 +137,7 @@ def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machi
         layout=layout,
         workload=workload,
         memory=memories[fullest],
-        stage=numbers[fullest],
+        stage=fullest,
         traffic=busiest,
         bubble=(layout.pipe - 1) / (layout.accumulation + layout.pipe - 1),
         seconds=seconds,

@@ -1,9 +1,9 @@
 """DeepSpeed's expert-parallel layer with routing that is given instead of computed.
 
-AutoEP's layer asks its router how many tokens go where and waits for the numbers, which fake tensors cannot answer.
-This one has the same parameters, makes the same tensors in the same order and sends the same collectives
+AutoEP's layer asks its router how many tokens go where and waits for the numbers, which fake tensors cannot
+answer. This one has the same parameters, makes the same tensors in the same order and sends the same collectives
 (`deepspeed/module_inject/auto_ep_layer.py`, the path of a GPU), with numbers that it is told.
-tests/parallel/test_planned_layer.py compares the two on real processes.
+tests/parallel/test_planner_proof.py compares the two on real processes.
 
 A assignments (a token and one of its experts), T tokens, K experts per token, N experts, D hidden.
 """
@@ -53,6 +53,8 @@ def even_routing(assignments: int, ranks: int, rank: int, imbalance: float = 1.0
 class PlannedExpertLayer(nn.Module):
     """One block's mixture as one rank of AutoEP runs it."""
 
+    tokens_per_expert: Tensor
+
     def __init__(self, source: MoE, ranks: int, planned: Routing, group: Any, fused: bool = True) -> None:
         """Take the place of a block's `MoE`.
 
@@ -98,7 +100,7 @@ class PlannedExpertLayer(nn.Module):
         assert logits_TN is not None
         scores_TK = self.balance(scores_TK, logits_TN.float().softmax(1), selected_TK)
         with torch.no_grad():
-            self.tokens_per_expert.add_(counts_N)
+            self.tokens_per_expert += counts_N
         order_A = torch.argsort(selected_TK.view(-1), stable=True)
         routed_AD = x_TD[order_A // self.top_k]
         self._exchange_counts(counts_N)
@@ -159,7 +161,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        there, back = ctx.saved_tensors
+        _, back = ctx.saved_tensors
         return gradients[0].index_select(0, back), None, None
 
 

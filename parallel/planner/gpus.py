@@ -36,5 +36,5 @@ GPUS: Final = {
     "l40s": Gpu("L40S", 362, 91.6, 48, 864, 32, 12.5, 8),
     "rtx4090": Gpu("RTX 4090", 165, 82.6, 24, 1008, 16, 3, 8),
 }
-"""By the name that `--gpu` takes. NVLink where the GPU has it, PCIe otherwise; networks of 400, 200, 100 and 25 Gb/s
-per GPU are what such machines usually have, and should be given where they differ."""
+"""By the name that `--gpu` takes. NVLink where the GPU has it, PCIe otherwise; networks of 400, 200, 100 and 25
+Gb/s per GPU are what such machines usually have, and should be given where they differ."""

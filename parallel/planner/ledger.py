@@ -36,7 +36,7 @@ _SILENT: Final = ("recv_", "barrier", "monitored_barrier_")
 """Operations that send no payload of their own."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within its context, counts collectives by kind and follows the storages of all tensors made in it.
 
     Collectives in groups of one rank send nothing and are not counted.
@@ -48,7 +48,7 @@ class Ledger(TorchDispatchMode):
         Args:
             tensors: made before, and counted in `held` and `peak`.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sent: Counter[str] = Counter()
         """Kind of collective → bytes of the payloads of all calls."""
         self.calls: Counter[str] = Counter()

@@ -10,7 +10,7 @@ from ditmoe.model.config import ModelConfig
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
 from ditmoe.parallel.planner.anatomy import anatomy
-from ditmoe.parallel.planner.zero import Shard, ZeroSettings, shards
+from ditmoe.parallel.planner.zero import DEFAULTS, Shard, ZeroSettings, shards
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class RankMemory:
     gradients: int
     """In the same type. ZeRO 2 keeps whole tensors of which a rank has a part."""
     optimizer: int
-    """AdamW's two fp32 moments, and with ZeRO the fp32 weights that it updates."""
+    """AdamW's two fp32 moments, and with ZeRO the fp32 weights that it updates; none where they are offloaded."""
     ema: int
     """fp32."""
     activations: int = 0
@@ -48,7 +48,7 @@ class Workload:
     """Blocks are computed again in the backward pass."""
     imbalance: float = 1.0
     """The fullest expert rank gets this many times the mean."""
-    zero: ZeroSettings = ZeroSettings()
+    zero: ZeroSettings = DEFAULTS
 
     @property
     def number_bytes(self) -> int:
@@ -69,8 +69,8 @@ def state_memory(parts: list[Shard], layout: Layout, number_bytes: int) -> RankM
     return RankMemory(
         weights=number_bytes * (partition + persistent if layout.zero == 3 else held),
         gradients=number_bytes * {2: sum(part.touched for part in parts), 3: partition}.get(layout.zero, held),
-        optimizer=12 * partition if layout.zero else 8 * held,
-        ema=4 * (partition if layout.zero else held),
+        optimizer=0 if layout.offload else 12 * partition if layout.zero else 8 * held,
+        ema=0 if layout.offload else 4 * (partition if layout.zero else held),
     )
 
 

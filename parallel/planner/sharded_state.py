@@ -1,7 +1,7 @@
-"""What DeepSpeed's ZeRO does around the passes of a dry run: the tensors that it holds and the collectives it sends.
+"""What DeepSpeed's ZeRO does around the passes of a dry run: the tensors it holds and the collectives it sends.
 
-DeepSpeed itself asks tensors for their addresses, which fake ones do not have. This makes the same tensors from the
-rank's real parameters (stages 0 to 3 of DeepSpeed 0.19), frees and gathers them at the same places.
+DeepSpeed itself asks tensors for their addresses, which fake ones do not have. This makes the same tensors from
+the rank's real parameters (stages 0 to 3 of DeepSpeed 0.19), frees and gathers them at the same places.
 """
 
 from collections.abc import Iterator, Sequence
@@ -85,7 +85,7 @@ class ShardedState:
         if self.zero >= 2:
             for number, part in enumerate(self.parts):
                 for parameter in part.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._taking(number))
+                    parameter.register_post_accumulate_grad_hook(self._taking(number))  # type: ignore[no-untyped-call]
         if self.zero == 3:
             whole = {id(p) for part in self.parts for p in part.parameters if self.stays_whole(p, part)}
             ledger.leave_out(p for p in network.parameters() if id(p) not in whole)

@@ -1,4 +1,4 @@
-"""How DeepSpeed's ZeRO cuts the training state of a rank, and the settings of it that decide memory and traffic."""
+"""How DeepSpeed's ZeRO cuts the training state of a rank, and its settings that decide memory and traffic."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
@@ -40,6 +40,9 @@ class ZeroSettings:
         return cls(**{field: int(given[key]) for field, key in keys.items() if key in given})
 
 
+DEFAULTS: Final = ZeroSettings()
+
+
 @dataclass(frozen=True)
 class Shard:
     """Elements of a stage's tensors that have the same replicas."""
@@ -55,7 +58,7 @@ class Shard:
     largest: int
     """Elements of the largest tensor."""
     touched: int
-    """Elements of all tensors that some rank has a part of: the most of any rank (ZeRO 2 keeps their gradients)."""
+    """Elements of the tensors that a rank has a part of, the most of any rank (ZeRO 2 keeps their gradients)."""
 
     @property
     def partition(self) -> int:
@@ -64,7 +67,7 @@ class Shard:
 
 
 def shards(weights: Iterable[Weight], layout: Layout, settings: ZeroSettings) -> list[Shard]:
-    """The state of a rank in the groups that ZeRO shards by itself: everything, or experts apart when dealt out."""
+    """The state of a rank in the groups that ZeRO shards: all of it, or the experts apart when dealt out."""
     found: dict[bool, list[int]] = {}
     for weight in weights:
         found.setdefault(weight.routed and layout.expert > 1, []).append(weight.held(layout))

@@ -13,19 +13,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor
 
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
-from ditmoe.model.dit import DiT
+from ditmoe.model.dit import Block, DiT
 from ditmoe.model.initialise import initial_value
+from ditmoe.model.moe import MoE
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch
+from ditmoe.parallel.planner.expert_layer import PlannedExpertLayer, Routing
 from ditmoe.parallel.planner.ledger import Ledger
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.step_totals import StepTotals
@@ -81,7 +84,9 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             engine.train_step(micro_batches(engine, step), lr=1e-4, stop_requested=False)
     weights, optimizer = weights_of(engine), optimizer_of(engine)
     gradients = gradients_of(engine, micro_batches(engine, STEPS))
+    compared = compare_layers(engine) if engine.layout.expert > 1 and engine.layout.zero < 3 else None
     return {
+        "layers": compared,
         "sent": dict(ledger.sent),
         "weights": bytes_of(weights),
         "gradients": gradients,
@@ -121,6 +126,41 @@ def gradients_of(engine: TrainingEngine, batches: list[MicroBatch]) -> int:
     kept = [t for lists in getattr(optimizer, "averaged_gradients", {}).values() for t in lists or []]
     kept += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
     return max(before, bytes_of([*kept, *(parameter.grad for parameter in parameters)]))
+
+
+def compare_layers(engine: TrainingEngine) -> list[dict[str, Any]]:
+    """One pass through DeepSpeed's expert-parallel layer, and one through the dry run's with the same routing."""
+    config, layout = engine._network.config, engine.layout
+    theirs = next(m for m in engine._network.modules() if isinstance(m, AutoEPMoELayer))
+    dtype = theirs.router.gate.weight.dtype
+    x_BTD = randomness.normal(dist.get_rank(), "tokens", [0, 1], (config.tokens, config.hidden)).to(dtype)
+    seen: list[Tensor] = []
+    hook = theirs.router.register_forward_hook(lambda _module, _inputs, output: seen.append(output[2]))
+    first = pass_through(theirs, x_BTD)
+    hook.remove()
+    to_ranks = [counts.view(layout.expert, -1).sum(1).tolist() for counts in processes.gather_objects(seen[0])]
+    group, rank = layout.expert_ranks(dist.get_rank()), layout.expert_rank(dist.get_rank())
+    planned = Routing(tuple(to_ranks[dist.get_rank()]), tuple(to_ranks[other][rank] for other in group))
+    block = Block(config)
+    assert isinstance(block.moe, MoE)
+    ours = PlannedExpertLayer(block.moe.to(dtype), layout.expert, planned, theirs.ep_group, fused=False).to(dtype)
+    shapes = [sorted(tuple(p.shape) for p in layer.parameters()) for layer in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+    return [first, pass_through(ours, x_BTD)]
+
+
+def pass_through(layer: torch.nn.Module, x_BTD: Tensor) -> dict[str, Any]:
+    """What a forward and a backward pass of a layer keep, hold at most and send."""
+    x_BTD = x_BTD.clone().requires_grad_()
+    for parameter in layer.parameters():
+        parameter.grad = None
+    ledger = Ledger([x_BTD, *layer.parameters(), *layer.buffers()])
+    with ledger:
+        before = ledger.held
+        out_BTD = layer(x_BTD)
+        kept = ledger.held - before
+        torch.autograd.backward(out_BTD, torch.ones_like(out_BTD))
+    return {"kept": kept, "sent": dict(ledger.sent), "calls": dict(ledger.calls)}
 
 
 def main() -> None:

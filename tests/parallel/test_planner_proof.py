@@ -128,3 +128,13 @@ def test_state_and_collectives(measured: Any, world: int, number: int) -> None:
             assert all(0 < m["sent"].pop("all-gather") <= upper for m in members)
         for measured_rank in members:
             assert measured_rank["sent"] == expected
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(("world", "number"), [(2, 4), (4, 0), (4, 3)])
+def test_the_dry_run_s_expert_layer_is_deepspeed_s(measured: Any, world: int, number: int) -> None:
+    """The same collectives; what is kept for the backward pass, within the rows that a CPU's path adds."""
+    for rank in measured(world)[number]:
+        theirs, ours = rank["layers"]
+        assert theirs["sent"] == ours["sent"] and theirs["calls"] == ours["calls"]
+        assert ours["kept"] == pytest.approx(theirs["kept"], rel=0.05)
