@@ -33,7 +33,7 @@ def plans(config: RunConfig, gpus: int, machine: Machine, imbalance: float = 1.0
     zero = ZeroSettings.from_extra(config.deepspeed)
     workloads = [Workload(config.train.precision, recompute, imbalance, zero) for recompute in (False, True)]
     legal = _legality(config)
-    layouts = candidates(config.model, gpus, config.train.batch)
+    layouts = candidates(config.model, gpus, config.train.batch, config.parallel.offload)
     found = search(config.model, layouts, workloads, machine, lambda *tried: not legal(*tried))
     if not found:
         problems = legal(Layout(1, gpus, 1, 1, 1, max(1, config.train.batch // gpus), 1), workloads[0])
@@ -53,6 +53,7 @@ def _legality(config: RunConfig) -> Callable[[Layout, Workload], list[str]]:
                 expert=layout.expert,
                 data=layout.data,
                 zero=layout.zero,
+                offload=layout.offload,
                 activation_checkpointing=workload.recompute,
             )
         except ValidationError as error:

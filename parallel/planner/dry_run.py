@@ -6,7 +6,9 @@ and what the collectives would send. ZeRO around it is `sharded_state.py`; DeepS
 `expert_layer.py`.
 """
 
+import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -88,6 +90,9 @@ def _fake_ranks(world: int, rank: int) -> Iterator[None]:
     """A process group of which only this rank exists: its collectives return at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The collectives have the names that DeepSpeed 0.19 calls, which torch 2.13 is retiring.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     assert not dist.is_initialized(), "a dry run needs a process of its own"
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
@@ -159,8 +164,6 @@ def _sum_over(group: Any) -> Any:
 
 
 def _share_out(network: nn.Module, layout: Layout) -> None:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent
         from ditmoe.parallel.megatron_grid import make_megatron_grid

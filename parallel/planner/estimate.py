@@ -26,6 +26,7 @@ from ditmoe.parallel.planner.traffic import (
     tensor_traffic,
     zero_traffic,
 )
+from ditmoe.parallel.planner.zero import shards
 from ditmoe.parallel.stages import stage_blocks
 
 TRAINING_PASSES: Final = 3
@@ -41,6 +42,8 @@ NETWORK_SHARE: Final = 0.75
 """Share of the links' bandwidth that collectives reach."""
 ZERO_3_OVERLAP: Final = 0.5
 """Share of the compute's time in which ZeRO 3 can gather and reduce."""
+HOST_BANDWIDTH: Final = 10e9
+"""Bytes per second that one rank's part of an optimiser step moves in host memory."""
 COLLECTIVE_SECONDS: Final = 3e-5
 """Start of one collective."""
 
@@ -115,6 +118,7 @@ class Plan:
             f"parallel.zero={layout.zero}",
             f"parallel.activation_checkpointing={str(self.workload.recompute).lower()}",
             f"train.micro_batch={layout.micro_batch}",
+            *(["parallel.offload=true"] if layout.offload else []),
         ]
 
 
@@ -205,6 +209,11 @@ def _seconds(
     if layout.zero == 3:
         averaging = max(0.0, averaging - ZERO_3_OVERLAP * micro_steps * compute)
     stepping = (memory.optimizer * 2 + memory.ema * 2 + memory.gradients * 2) / (gpu.memory_bandwidth * 1e9)
+    if layout.offload:
+        parts = shards(anatomy(config).stage(blocks), layout, workload.zero)
+        stepping += (
+            40 * sum(part.partition for part in parts) / HOST_BANDWIDTH
+        )  # 16 bytes of state, twice, and EMA
     return {
         "compute": micro_steps * compute,
         "all-to-all": micro_steps * exchange,

@@ -8,11 +8,12 @@ from ditmoe.parallel.planner.estimate import Machine, Plan, plan
 from ditmoe.parallel.planner.memory import Workload
 
 
-def candidates(config: ModelConfig, gpus: int, batch: int) -> Iterator[Layout]:
+def candidates(config: ModelConfig, gpus: int, batch: int, offload: bool = False) -> Iterator[Layout]:
     """Every layout whose numbers divide; whether it can run is for others to check.
 
     Args:
         batch: images of one optimiser step.
+        offload: the optimiser's state is in host memory.
     """
     experts = divisors(config.experts) if config.experts else [1]
     for pipe in (number for number in divisors(gpus) if number <= config.depth):
@@ -24,7 +25,7 @@ def candidates(config: ModelConfig, gpus: int, batch: int) -> Iterator[Layout]:
                 for zero in range(4):
                     for micro_batch in divisors(batch // data):
                         accumulation = batch // data // micro_batch
-                        yield Layout(pipe, data, expert, tensor, zero, micro_batch, accumulation)
+                        yield Layout(pipe, data, expert, tensor, zero, micro_batch, accumulation, offload)
 
 
 def divisors(number: int) -> list[int]:
