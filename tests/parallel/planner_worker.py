@@ -3,6 +3,7 @@
 Per case and rank: bytes of the training state, of unique storages, and the payloads of all collectives of a step.
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -158,6 +159,7 @@ def pass_through(layer: torch.nn.Module, x_BTD: Tensor) -> dict[str, Any]:
     with ledger:
         before = ledger.held
         out_BTD = layer(x_BTD)
+        gc.collect()
         kept = ledger.held - before
         torch.autograd.backward(out_BTD, torch.ones_like(out_BTD))
     return {"kept": kept, "sent": dict(ledger.sent), "calls": dict(ledger.calls)}
