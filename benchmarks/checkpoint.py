@@ -115,10 +115,8 @@ def measure(repeats: int, parent: Path) -> None:
             f"{memory / max(shares):>12.0%}"
         )
     alone = statistics.median(timed(step) for _ in range(5))
-    meanwhile = steps_while_saving(engine, step, parent)
-    say(
-        f"a step: {alone:.2f} s; while a save is under way {statistics.median(meanwhile):.2f} s ({len(meanwhile)})"
-    )
+    meanwhile = statistics.median(step_while_saving(engine, step, parent) for _ in range(repeats))
+    say(f"a step: {alone:.2f} s; one that begins with a save under way: {meanwhile:.2f} s")
     processes.leave()
 
 
@@ -139,17 +137,11 @@ def save_once(engine: TrainingEngine, way: Way, parent: Path) -> tuple[float, fl
     return waits, totals, memory
 
 
-def steps_while_saving(engine: TrainingEngine, step: Callable[[], None], parent: Path) -> list[float]:
-    """Seconds of each step that is begun and ended while a save is under way."""
-    seconds: list[float] = []
+def step_while_saving(engine: TrainingEngine, step: Callable[[], None], parent: Path) -> float:
+    """Seconds of a step that begins with a save under way."""
     with run_folder(parent) as folder, saver_of(folder, True) as saver:
         saver.save(engine, 0, {}, {}, {})
-        while True:
-            took = timed(step)
-            if any(gather_objects(saver.finished() is not None)):
-                break
-            seconds.append(took)
-    return seconds or [took]
+        return timed(step)
 
 
 def saver_of(folder: Path, asynchronous: bool) -> CheckpointSaver:

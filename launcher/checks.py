@@ -16,7 +16,7 @@ from ditmoe.launcher.processes import known_processes
 from ditmoe.launcher.sections import LaunchConfig, TrainConfig
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.config import OptimConfig, ParallelConfig
+from ditmoe.parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 from ditmoe.parallel.deepspeed_settings import governed_keys
 from ditmoe.parallel.layout import Layout
 from ditmoe.sampling.config import PreviewConfig
@@ -199,6 +199,17 @@ def check_optimiser(optim: OptimConfig) -> list[str]:
     ]
 
 
+def check_best(checkpoint: CheckpointConfig, train: TrainConfig) -> list[str]:
+    """Each checkpoint has a record to be judged by."""
+    by_loss = checkpoint.keep_best and checkpoint.best_metric == "loss"
+    if by_loss and train.log_every > train.checkpoint_every:
+        return [
+            f"train.log_every = {train.log_every} must be at most train.checkpoint_every ="
+            f" {train.checkpoint_every}, for checkpoint.keep_best = {checkpoint.keep_best} goes by recorded losses"
+        ]
+    return []
+
+
 def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
     """The free section decides nothing that a key of ours decides."""
     return governed_keys(deepspeed)
@@ -217,6 +228,7 @@ CHECKS: tuple[Check, ...] = (
     check_preview,
     check_schedule,
     check_optimiser,
+    check_best,
     check_deepspeed,
 )
 

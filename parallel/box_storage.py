@@ -211,6 +211,7 @@ class _LoadPieces(LoadPlanner):
 
     def __init__(self, pieces: Sequence[Piece], folder: Path) -> None:
         self._pieces = {(piece.name, piece.chunk.offsets): piece for piece in pieces}
+        assert len(self._pieces) == len(pieces), "a rank holds an element of a parameter at most once"
         self._folder = folder
 
     def set_up_planner(

@@ -30,10 +30,12 @@ Hidden = tuple[Tensor, Tensor]
 class Stage(nn.Module):
     """One stage as DeepSpeed's pipeline wants it: a tuple in, a tuple out (the last stage: the prediction)."""
 
-    def __init__(self, network: DiT, after_blocks: Callable[[], None]) -> None:
-        """Take the stage's blocks, and what is to be called when a micro-batch has been through them."""
+    network: DiT
+    """The stage's blocks."""
+
+    def __init__(self, after_blocks: Callable[[], None]) -> None:
+        """Take what is to be called when a micro-batch has been through the blocks, which come later."""
         super().__init__()
-        self.network = network
         self._after_blocks = after_blocks
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Hidden:
@@ -54,7 +56,10 @@ class PipelinePasses(Passes):
         """Put this rank's blocks into a `PipelineModule` on the grid of the layout; a collective call."""
         super().__init__(network, objective)
         self._totals: StepTotals | None = None
-        self.module = _pipeline_module(Stage(network, self._count_routing), layout, self._loss_of)
+        stage = Stage(self._count_routing)
+        self.module = _pipeline_module(stage, layout, self._loss_of)
+        # Not before: a `PipelineModule` moves what it is given to the device, with the experts of all ranks.
+        stage.network = network
 
     def forward_backward(self, micro_batches: Sequence[MicroBatch], totals: StepTotals) -> None:
         """Send all micro-batches through; only the first and the last stage look at theirs."""

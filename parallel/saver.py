@@ -45,7 +45,7 @@ from ditmoe.parallel.training_state import PARTS, owned_pieces
 TIMEOUT = timedelta(hours=2)
 """Longest wait of a rank that has written its share for the others."""
 PATIENCE = 10.0
-"""Seconds that a program which fails gives the save under way to finish."""
+"""Seconds that a program which fails gives the save under way to finish. A second Ctrl-C is given none."""
 
 Best = Callable[[Sequence[Path]], Collection[int]]
 """Of a run's checkpoints, the steps of those that are kept for being good; called on rank 0, in its thread."""
@@ -81,7 +81,7 @@ class CheckpointSaver:
     ) -> None:
         if error is None:
             self.wait()
-        elif self._writing is not None:
+        elif self._writing is not None and isinstance(error, Exception):
             wait([self._writing], PATIENCE)
         self._host.close()
 

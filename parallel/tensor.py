@@ -25,10 +25,10 @@ _QKV = 3
 
 
 def share_out(network: nn.Module) -> None:
-    """Replace the layers of an initialised network by this rank's part of them, of the same values and names.
+    """Replace the layers of a network by this rank's part of them, under the same names and without values yet.
 
     Args:
-        network: a DiT or any modules of one, with the same weights on every tensor rank.
+        network: a DiT, or any modules of one.
     """
     for module in list(network.modules()):
         if isinstance(module, PlainAttention):
@@ -64,17 +64,14 @@ class Column(ColumnParallelLinear):  # type: ignore[misc]
             linear.in_features,
             linear.out_features,
             config=_config(),
-            init_method=lambda weight: weight.copy_(linear.weight.detach()),
+            init_method=None,
             bias=linear.bias is not None,
-            stride=stacked,
             is_expert=in_region,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
         mark(self.weight, _shard(-2, stacked))
         if linear.bias is not None:
-            shard = _shard(-1, stacked)
-            mark(self.bias, shard)
-            self.bias.data.copy_(shard.take(linear.bias.detach()))
+            mark(self.bias, _shard(-1, stacked))
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` → `[..., out / ranks]`."""
@@ -96,7 +93,7 @@ class Row(RowParallelLinear):  # type: ignore[misc]
             linear.in_features,
             linear.out_features,
             config=_config(),
-            init_method=lambda weight: weight.copy_(linear.weight.detach()),
+            init_method=None,
             bias=linear.bias is not None,
             input_is_parallel=True,
             skip_bias_add=in_region,
@@ -104,8 +101,6 @@ class Row(RowParallelLinear):  # type: ignore[misc]
             tp_group=parallel_state.get_tensor_model_parallel_group(),
         )
         mark(self.weight, _shard(-1))
-        if linear.bias is not None:
-            self.bias.data.copy_(linear.bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in / ranks]` → `[..., out]`."""
@@ -152,10 +147,10 @@ class TensorMoE(MoE):
 def _cut_width(experts: Experts) -> None:
     """Of the stacked tensors `[N, W, D]`, `[N, W, D]` and `[N, D, W]`, keep this rank's part of W."""
     for name, dim in (("gate_proj", -2), ("up_proj", -2), ("down_proj", -1)):
-        shard = _shard(dim)
-        parameter = nn.Parameter(shard.take(getattr(experts, name).detach()))
-        mark(parameter, shard)
-        setattr(experts, name, parameter)
+        shard, whole = _shard(dim), getattr(experts, name)
+        part = nn.Parameter(whole.new_empty(shard.part_shape(tuple(whole.shape))))
+        mark(part, shard)
+        setattr(experts, name, part)
 
 
 def _cut_shared(mlp: SwiGlu) -> None:
@@ -166,6 +161,9 @@ def _cut_shared(mlp: SwiGlu) -> None:
 def _enter(tensor: Tensor) -> Tensor:
     """The same tensor; its gradient is summed over the ranks, each of which goes on with a part."""
     entered: Tensor = copy_to_tensor_model_parallel_region(tensor, group=_group())
+    if entered.requires_grad:
+        # Of a gradient that is not contiguous megatron-core would sum a copy, and go on with the part.
+        entered.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
     return entered
 
 
@@ -183,5 +181,7 @@ def _shard(dim: int, stacked: int = 1) -> TensorShard:
 
 
 def _config() -> ModelParallelConfig:
-    # On the CPU, where the network was built: megatron-core's other way is the current CUDA device.
-    return ModelParallelConfig(tensor_model_parallel_size=_ranks(), use_cpu_initialization=True)
+    # On the CPU, where the network is built: megatron-core's other way is the current CUDA device.
+    return ModelParallelConfig(
+        tensor_model_parallel_size=_ranks(), use_cpu_initialization=True, perform_initialization=False
+    )

@@ -34,6 +34,11 @@ class TensorShard:
         length = whole.shape[self.dim] // (self.stacked * self.ranks)
         return torch.cat(torch.split(whole, length, self.dim)[self.rank :: self.ranks], self.dim)
 
+    def part_shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this rank's part of a tensor of this shape."""
+        cut = len(whole) + self.dim
+        return (*whole[:cut], whole[cut] // self.ranks, *whole[cut + 1 :])
+
     def whole_shape(self, part: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the tensor that a part of this shape was taken from."""
         cut = len(part) + self.dim

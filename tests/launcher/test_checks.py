@@ -66,6 +66,10 @@ def index(shards: Path) -> DatasetIndex:
             ["model.channels=1", "preview.sampler.cfg_channels=3"],
             ["cfg_channels = 3", "model.channels = 1"],
         ),
+        (
+            ["checkpoint.keep_best=1", "train.log_every=10", "train.checkpoint_every=5"],
+            ["train.log_every = 10", "train.checkpoint_every = 5", "checkpoint.keep_best = 1"],
+        ),
         (["deepspeed.train_batch_size=4"], ["deepspeed.train_batch_size", "train.batch"]),
         (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "parallel.zero"]),
         (
@@ -108,10 +112,13 @@ def test_layout_facts(write_config: Write, index: DatasetIndex) -> None:
     assert (layout.processes, layout.batch, layout.accumulation, layout.expert_copies) == (4, 32, 2, 2)
     assert [layout.expert_rank(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert list(layout.expert_slice(3, 4)) == [2, 3]
-    assert "stage 0, copy 1 of the experts: rank 2: experts 0–1 | rank 3: experts 2–3" in layout.picture(
-        4, [range(2)]
-    )
-    assert "stage 0: rank 0 to 3" in layout.picture(0, [range(2)])
+    blocks = [range(2)]
+    assert "stage 0, copy 1 of the experts: rank 2: experts 0–1 | rank 3: experts 2–3" in layout.picture(4, blocks)
+    assert "stage 0: rank 0 to 3" in layout.picture(0, blocks)
+    layout = Layout(pipe=2, data=1, expert=1, tensor=2, zero=1, micro_batch=4, accumulation=4)
+    picture = layout.picture(4, [range(2), range(2, 3)])
+    assert "blocks of the stages: 0–1 | 2" in picture
+    assert "stage 1, copy 0 of the experts: ranks 2–3: experts 0–3" in picture
 
 
 def test_whole_micro_step_is_a_balance_group(write_config: Write, index: DatasetIndex) -> None:

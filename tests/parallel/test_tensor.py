@@ -116,6 +116,7 @@ def test_a_shard_is_where_its_boxes_say(shape: tuple[int, ...], dim: int, stacke
         stood_for = [matrix[b.row : b.row + b.rows, b.column : b.column + b.columns].flatten() for b in boxes]
         assert torch.equal(part.flatten(), torch.cat(stood_for))
         assert shard.whole_shape(tuple(part.shape)) == shape
+        assert shard.part_shape(shape) == tuple(part.shape)
 
 
 @contextmanager

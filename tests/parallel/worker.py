@@ -25,6 +25,7 @@ from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import TrainingEngine
+from ditmoe.parallel.initial import Initial
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch
 from ditmoe.parallel.saver import CheckpointSaver
@@ -50,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "experts": 4,
     "attention": "plain",
     "starved": False,
+    "awake": True,
     "offload": False,
     "save": None,
     "save_at": None,
@@ -100,8 +102,15 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         case["precision"],
         {},
         device,
-        starved_value if case["starved"] else partial(initial_value, seed=0),
+        initial_of(case),
     )
+
+
+def initial_of(case: dict[str, Any]) -> Initial:
+    """The weights that a case starts from."""
+    if case["starved"]:
+        return starved_value
+    return awake_value if case["awake"] else partial(initial_value, seed=0)
 
 
 def starved_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -111,6 +120,13 @@ def starved_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
         slope_N = torch.linspace(-1, 1, len(value))
         value = 100 * slope_N[:, None] * value[0]
     return value
+
+
+def awake_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Open the gates of the blocks, which start at zero: otherwise hardly a gradient reaches what is inside."""
+    if "adaLN_modulation" in name or name.startswith("final_layer."):
+        return 0.05 * randomness.normal(2, name, [0], shape)[0]
+    return initial_value(name, shape, seed=0)
 
 
 def micro_batches(

@@ -10,6 +10,7 @@ import torch
 
 from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.sources import open_source
+from ditmoe.launcher.best import evaluated
 from ditmoe.launcher.commands.evaluate import command
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
@@ -62,6 +63,9 @@ def test_a_run_is_evaluated_once(run: Path, shards: Path) -> None:
     assert job.folder.parent == run / "evaluations"
     metrics = evaluate_run(job)
     assert metrics == stored_result(job)
+    # What keeping the best checkpoints by this figure goes by.
+    found = evaluated(run / "evaluations", "fid", [checkpoint_path(run, 0)])
+    assert found == {0: metrics["results"]["classifier"]["fid"]}
     assert metrics["evaluation"]["sampler"]["sampler"] == "euler"  # of a rectified flow
     assert metrics["evaluation"]["objective"] == {"kind": "rectified_flow"}
     assert metrics["evaluation"]["nfe"] == 2
