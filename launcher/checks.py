@@ -7,6 +7,7 @@ invalid. `processes` is their number where it is known, otherwise None.
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ditmoe.data.config import DataConfig
@@ -232,6 +233,11 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
+def layout_problems(sections: Mapping[str, Any], processes: int) -> list[str]:
+    """What keeps valid sections from running on a number of processes; one message each."""
+    return _run_checks({**sections, "processes": processes})
+
+
 def static_problems(sections: Mapping[str, Any]) -> list[str]:
     """Run every check whose sections are valid, without looking at devices or data.
 
@@ -257,25 +263,30 @@ def check_data(data: DataConfig, model: ModelConfig, index: DatasetIndex) -> lis
     return problems
 
 
+def with_input_of(model: ModelConfig, index: DatasetIndex) -> ModelConfig:
+    """The network with what it leaves out of its input taken from the data."""
+    keys = ("image_size", "channels", "num_classes")
+    return model.model_copy(update={key: getattr(model, key) or getattr(index, key) for key in keys})
+
+
 def resolve(
-    config: "RunConfig", index: DatasetIndex, processes: int, origin: str = "configuration"
+    config: "RunConfig", index: DatasetIndex | None, processes: int, origin: str = "configuration"
 ) -> "RunConfig":
     """Fill in what follows from the data and the number of processes, after checking that all of it fits.
 
     `model.{image_size,channels,num_classes}`, `parallel.data` and `train.micro_batch` are numbers afterwards.
 
+    Args:
+        index: of the data; None where they are not there and the model says all of its input.
+
     Raises:
         UserError: something does not fit: every problem at once, a line each.
     """
     values = {name: getattr(config, name) for name in type(config).model_fields}
-    model = config.model
-    filled = model.model_copy(
-        update={
-            key: getattr(model, key) or getattr(index, key) for key in ("image_size", "channels", "num_classes")
-        }
-    )
+    assert index is not None or config.model.complete
+    filled = config.model if index is None else with_input_of(config.model, index)
     problems = _run_checks({**values, "model": filled, "processes": processes})
-    problems += check_data(config.data, model, index)
+    problems += [] if index is None else check_data(config.data, config.model, index)
     if problems:
         raise UserError(problem_list(origin, problems))
     data = processes // (config.parallel.pipe * config.parallel.tensor)
@@ -315,10 +326,16 @@ def _run_checks(available: Mapping[str, Any]) -> list[str]:
     """Run the checks whose parameters are all available."""
     problems = []
     for check in CHECKS:
-        names = inspect.signature(check).parameters
+        names = _sections_of(check)
         if all(name in available for name in names):
             problems += check(**{name: available[name] for name in names})
     return problems
+
+
+@cache
+def _sections_of(check: Check) -> tuple[str, ...]:
+    """Names of a check's parameters."""
+    return tuple(inspect.signature(check).parameters)
 
 
 def _data_ranks(parallel: ParallelConfig, processes: int | None) -> int | None:

@@ -36,6 +36,7 @@ VERBS: Final[dict[str, Verb]] = {
     "checkpoint": Verb(
         "ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and write its weights out."
     ),
+    "plan": Verb("ditmoe.launcher.commands.plan", "Estimate every layout of a run on a number of GPUs."),
     "models": Verb("ditmoe.launcher.commands.models", "List the presets, their parameters and FLOPs."),
     "convert": Verb("ditmoe.launcher.commands.convert", "Turn published weights into ours, and back."),
 }

@@ -8,6 +8,7 @@ the name of Gflops: compare those with `Count.macs`.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ class PartMacs:
     final_layer: int
 
 
+@lru_cache(maxsize=64)
 def macs_of_parts(config: ModelConfig) -> PartMacs:
     """What each part of a network of a complete configuration costs."""
     sums = {"blocks": 0, "final_layer": 0, "embedders": 0}

@@ -54,7 +54,8 @@ class LabelEmbedder(nn.Module):
 
     def __init__(self, num_classes: int, hidden: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden)
+        # Given its (uninitialised) weight: drawing one on the meta device would import half of torch's compiler.
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden, _weight=torch.empty(num_classes + 1, hidden))
 
     def forward(self, label_B: Tensor) -> Tensor:
         """`[B]` → `[B, D]`."""

@@ -27,14 +27,14 @@ def command(
 
     chosen = overrides or []
     raw = load_config(config, chosen)
-    index = load_index(raw.data.sources[0].path)
-    processes = process_count(raw.launch)
-    resolved = resolve(raw, index, processes, origin=str(config))
     if dry_run:
         from ditmoe.launcher.dry_run import dry_run as describe
 
-        typer.echo(describe(resolved))
+        typer.echo(describe(raw, str(config)))
         return
+    index = load_index(raw.data.sources[0].path)
+    processes = process_count(raw.launch)
+    resolved = resolve(raw, index, processes, origin=str(config))
     if not in_worker():
         from ditmoe.launcher.run_folder import RunFolder
 

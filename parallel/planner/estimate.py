@@ -1,0 +1,243 @@
+"""How long one optimiser step of a layout takes: an estimate from peaks, bandwidths and a few stated assumptions.
+
+Compute runs at `efficiency` of the GPU's peak, beside it the element-wise work at its memory's bandwidth; or at
+the pace at which the host starts kernels, where that is slower.
+Collectives reach NETWORK_SHARE of the links, and are not overlapped with compute; of ZeRO 3's, half the compute's
+time is. Stages run 1F1B at the pace of the slowest.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from ditmoe.model.config import ModelConfig
+from ditmoe.model.count import PartMacs, macs_of_parts
+from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.planner.activations import activations
+from ditmoe.parallel.planner.anatomy import anatomy
+from ditmoe.parallel.planner.gpus import Gpu
+from ditmoe.parallel.planner.memory import RankMemory, Workload, in_flight, rank_memory
+from ditmoe.parallel.planner.traffic import (
+    Traffic,
+    control_traffic,
+    expert_traffic,
+    pipe_traffic,
+    step_traffic,
+    tensor_traffic,
+    zero_traffic,
+)
+from ditmoe.parallel.planner.zero import shards
+from ditmoe.parallel.stages import stage_blocks
+
+TRAINING_PASSES: Final = 3
+"""A backward pass costs two forward passes."""
+ELEMENT_PASSES: Final = 5
+"""Times that a saved activation goes through memory: written, read, and its gradient likewise."""
+KERNELS_PER_BLOCK: Final = 150
+"""Kernels of a block's forward and backward pass, each at least KERNEL_SECONDS on the host."""
+KERNEL_SECONDS: Final = 5e-6
+ZERO_3_SECONDS: Final = 1e-4
+"""Host time of fetching and releasing one tensor for one pass with ZeRO 3, in Python hooks."""
+NETWORK_SHARE: Final = 0.75
+"""Share of the links' bandwidth that collectives reach."""
+ZERO_3_OVERLAP: Final = 0.5
+"""Share of the compute's time in which ZeRO 3 can gather and reduce."""
+HOST_BANDWIDTH: Final = 10e9
+"""Bytes per second that one rank's part of an optimiser step moves in host memory."""
+COLLECTIVE_SECONDS: Final = 3e-5
+"""Start of one collective."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPUs that a run is planned for."""
+
+    gpu: Gpu
+    efficiency: float = 0.4
+    """Share of the peak that matrix products reach."""
+
+    def fits(self, memory: RankMemory) -> bool:
+        """Whether a rank's memory is there: 92% of it, for the CUDA context, NCCL and fragmentation."""
+        return memory.peak <= 0.92 * self.gpu.memory_gib * 2**30
+
+    def seconds(self, sent: float, ranks: int, stride: int) -> float:
+        """Time of a ring that sends so many bytes from each of its ranks.
+
+        Args:
+            sent: by each rank.
+            ranks: of the group.
+            stride: distance of the group's neighbours in the order of ranks.
+        """
+        per_node = max(1, min(ranks, self.gpu.gpus_per_node // stride))
+        if ranks <= per_node:
+            return sent / (NETWORK_SHARE * self.gpu.bandwidth * 1e9)
+        # Between machines the group's GPUs of one machine share the ring's crossing.
+        return sent / (NETWORK_SHARE * min(self.gpu.bandwidth, per_node * self.gpu.node_bandwidth) * 1e9)
+
+    def exchange_seconds(self, payload: float, ranks: int, stride: int) -> float:
+        """Time of an all-to-all: what stays on the machine and what leaves it, side by side."""
+        per_node = max(1, min(ranks, self.gpu.gpus_per_node // stride))
+        inside = payload * (per_node - 1) / ranks / (self.gpu.bandwidth * 1e9)
+        outside = payload * (ranks - per_node) / ranks / (self.gpu.node_bandwidth * 1e9)
+        return max(inside, outside) / NETWORK_SHARE
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout, what it needs and how fast it should be."""
+
+    layout: Layout
+    workload: Workload
+    memory: RankMemory
+    """Of the stage that needs most."""
+    stage: int
+    """That stage."""
+    traffic: Traffic
+    """Of the stage that sends most."""
+    bubble: float
+    """Share of the pipeline's time in which a stage waits: (p − 1) / (m + p − 1)."""
+    seconds: dict[str, float]
+    """Of one step, by part."""
+    images_per_second: float
+    mfu: float
+    """3 × forward FLOPs of the batch / (step × peak of all GPUs)."""
+
+    @cached_property
+    def step_seconds(self) -> float:
+        """Of one optimiser step."""
+        return sum(self.seconds.values())
+
+    def overrides(self) -> list[str]:
+        """The layout as keys of a configuration."""
+        layout = self.layout
+        return [
+            f"parallel.pipe={layout.pipe}",
+            f"parallel.tensor={layout.tensor}",
+            f"parallel.expert={layout.expert}",
+            f"parallel.data={layout.data}",
+            f"parallel.zero={layout.zero}",
+            f"parallel.activation_checkpointing={str(self.workload.recompute).lower()}",
+            f"train.micro_batch={layout.micro_batch}",
+            *(["parallel.offload=true"] if layout.offload else []),
+        ]
+
+
+def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machine) -> Plan:
+    """Memory, traffic and time of a layout of a complete configuration."""
+    stages = stage_blocks(config, layout.pipe)
+    macs = macs_of_parts(config)
+    memories = {
+        number: rank_memory(config, layout, blocks, number, workload)
+        for number, blocks in _distinct(config, layout, stages)
+    }
+    fullest = max(memories, key=lambda number: memories[number].peak)
+    busiest = max((step_traffic(config, layout, blocks, workload) for blocks in stages), key=_total)
+    slowest = max(stages, key=lambda blocks: _stage_macs(macs, config, blocks))
+    seconds = _seconds(config, layout, slowest, macs, memories[fullest], workload, machine)
+    step = sum(seconds.values())
+    flops = 2 * TRAINING_PASSES * _stage_macs(macs, config, range(config.depth)) * layout.batch
+    peak = machine.gpu.tflops(workload.precision) * 1e12 * layout.processes
+    return Plan(
+        layout=layout,
+        workload=workload,
+        memory=memories[fullest],
+        stage=fullest,
+        traffic=busiest,
+        bubble=(layout.pipe - 1) / (layout.accumulation + layout.pipe - 1),
+        seconds=seconds,
+        images_per_second=layout.batch / step,
+        mfu=flops / (step * peak),
+    )
+
+
+def _distinct(config: ModelConfig, layout: Layout, stages: tuple[range, ...]) -> list[tuple[int, range]]:
+    """The stages that can need most: of those with equal tensors and micro-batches in flight, the first."""
+    seen: dict[tuple[int, bool, bool, int], tuple[int, range]] = {}
+    for number, blocks in enumerate(stages):
+        ends = (blocks[0] == 0, blocks[-1] == config.depth - 1)
+        seen.setdefault((len(blocks), *ends, in_flight(layout, number)), (number, blocks))
+    most: dict[tuple[int, bool, bool], tuple[int, range]] = {}
+    for (length, first, last, _), found in seen.items():
+        most.setdefault((length, first, last), found)  # earlier stages have more in flight
+    return list(most.values())
+
+
+def _stage_macs(macs: PartMacs, config: ModelConfig, blocks: range) -> int:
+    ends = (macs.embedders if blocks[0] == 0 else 0) + (macs.final_layer if blocks[-1] == config.depth - 1 else 0)
+    return len(blocks) * macs.block + ends
+
+
+def _total(traffic: Traffic) -> int:
+    return sum(traffic.values())
+
+
+def _seconds(
+    config: ModelConfig,
+    layout: Layout,
+    blocks: range,
+    macs: PartMacs,
+    memory: RankMemory,
+    workload: Workload,
+    machine: Machine,
+) -> dict[str, float]:
+    """One step's time by part, at the pace of the slowest stage."""
+    gpu, micro_steps = machine.gpu, layout.accumulation
+    passes = TRAINING_PASSES + workload.recompute
+    flops = 2 * passes * _stage_macs(macs, config, blocks) * layout.micro_batch / layout.tensor
+    # The fullest expert rank computes its share of the routed experts while the others wait.
+    flops *= 1 + (workload.imbalance - 1) * _routed_share(config, macs)
+    saved = len(blocks) * activations(config, layout, workload.number_bytes, workload.imbalance).block
+    on_gpu = flops / (gpu.tflops(workload.precision) * 1e12 * machine.efficiency)
+    on_gpu += saved * ELEMENT_PASSES / (gpu.memory_bandwidth * 1e9)
+    on_host = len(blocks) * KERNELS_PER_BLOCK * KERNEL_SECONDS * passes / TRAINING_PASSES
+    if layout.zero == 3:
+        on_host += len(list(anatomy(config).stage(blocks))) * (passes - 1) * ZERO_3_SECONDS
+    compute = max(on_gpu, on_host)
+
+    expert = expert_traffic(config, layout, blocks, workload)["all-to-all"] / micro_steps
+    calls = len(blocks) * (3 * (1 + workload.recompute) + 2) if layout.expert > 1 else 0
+    exchange = machine.exchange_seconds(expert, layout.expert, layout.tensor) + calls * COLLECTIVE_SECONDS
+    tensor = tensor_traffic(config, layout, blocks, workload)["all-reduce"] / micro_steps
+    ring = machine.seconds(2 * tensor * (layout.tensor - 1) / layout.tensor, layout.tensor, 1)
+    ring += len(blocks) * 2 * (2 + workload.recompute) * COLLECTIVE_SECONDS if layout.tensor > 1 else 0
+    crossing = pipe_traffic(config, layout, blocks, workload)["point-to-point"] / micro_steps
+    hop = machine.seconds(crossing, layout.pipe, layout.data * layout.tensor)
+    hop += 4 * COLLECTIVE_SECONDS if layout.pipe > 1 else 0
+
+    turns = micro_steps + layout.pipe - 1
+    averaging = _averaging_seconds(config, layout, blocks, workload, machine)
+    if layout.zero == 3:
+        averaging = max(0.0, averaging - ZERO_3_OVERLAP * micro_steps * compute)
+    stepping = (memory.optimizer * 2 + memory.ema * 2 + memory.gradients * 2) / (gpu.memory_bandwidth * 1e9)
+    if layout.offload:
+        parts = shards(anatomy(config).stage(blocks), layout, workload.zero)
+        stepping += (
+            40 * sum(part.partition for part in parts) / HOST_BANDWIDTH
+        )  # 16 bytes of state, twice, and EMA
+    return {
+        "compute": micro_steps * compute,
+        "all-to-all": micro_steps * exchange,
+        "tensor sums": micro_steps * ring,
+        "between stages": micro_steps * hop,
+        "bubble": (turns - micro_steps) * (compute + exchange + ring + hop),
+        "ZeRO and gradients": averaging,
+        "optimiser": stepping,
+    }
+
+
+def _routed_share(config: ModelConfig, macs: PartMacs) -> float:
+    """Share of a block's products that are the routed experts'."""
+    return 12 * config.experts_per_token * config.hidden**2 * config.tokens / macs.block
+
+
+def _averaging_seconds(
+    config: ModelConfig, layout: Layout, blocks: range, workload: Workload, machine: Machine
+) -> float:
+    """Gradients averaged and weights gathered over data ranks, plus the sums that each step needs."""
+    total = 2 * COLLECTIVE_SECONDS * bool(control_traffic(config, layout, blocks, workload))
+    traffic = zero_traffic(config, layout, blocks, workload)
+    share = (layout.data - 1) / layout.data
+    for kind, payload in traffic.items():
+        sent = payload * share * (2 if kind == "all-reduce" else 1)
+        total += machine.seconds(sent, layout.data, layout.tensor) + COLLECTIVE_SECONDS
+    return total

@@ -1,0 +1,131 @@
+"""Memory of one rank by part: the training state by the rules of ZeRO, activations, and buffers.
+
+ZeRO: arXiv 1910.02054, section 3. What DeepSpeed 0.19 holds beside it (buckets, gathered weights) was read in
+`deepspeed/runtime/zero/stage_1_and_2.py` and `stage3.py` and is held by tests/parallel/test_planner_proof.py.
+"""
+
+from dataclasses import dataclass
+
+from ditmoe.model.config import ModelConfig
+from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.planner.activations import activations
+from ditmoe.parallel.planner.anatomy import anatomy
+from ditmoe.parallel.planner.zero import DEFAULTS, Shard, ZeroSettings, shards
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on one rank."""
+
+    weights: int
+    """In the type of the computation."""
+    gradients: int
+    """In the same type. ZeRO 2 keeps whole tensors of which a rank has a part."""
+    optimizer: int
+    """AdamW's two fp32 moments, and with ZeRO the fp32 weights that it updates; none where they are offloaded."""
+    ema: int
+    """fp32."""
+    activations: int = 0
+    """Of all micro-batches in flight, and what one block's backward pass needs on top."""
+    buffers: int = 0
+    """Fixed tensors, buckets that gradients are reduced in, and with ZeRO 3 gathered weights."""
+    peak: int = 0
+    """The most at once: buckets of ZeRO 1 come after the activations are gone."""
+
+    @property
+    def state(self) -> int:
+        """Weights, gradients, optimiser and EMA."""
+        return self.weights + self.gradients + self.optimizer + self.ema
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides memory and traffic beside the layout's axes."""
+
+    precision: str
+    """`fp32` or `bf16`."""
+    recompute: bool
+    """Blocks are computed again in the backward pass."""
+    imbalance: float = 1.0
+    """The fullest expert rank gets this many times the mean."""
+    zero: ZeroSettings = DEFAULTS
+
+    @property
+    def number_bytes(self) -> int:
+        """Size of a number of the computation."""
+        return 2 if self.precision == "bf16" else 4
+
+
+def in_flight(layout: Layout, stage: int) -> int:
+    """Micro-batches whose activations a stage holds at once under 1F1B (arXiv 2006.09503)."""
+    return min(layout.pipe - stage, layout.accumulation)
+
+
+def state_memory(parts: list[Shard], layout: Layout, number_bytes: int) -> RankMemory:
+    """The training state of a rank, from the tensors of its stage."""
+    held = sum(part.held for part in parts)
+    partition = sum(part.partition for part in parts)
+    persistent = sum(part.persistent for part in parts)
+    return RankMemory(
+        weights=number_bytes * (partition + persistent if layout.zero == 3 else held),
+        gradients=number_bytes * {2: sum(part.touched for part in parts), 3: partition}.get(layout.zero, held),
+        optimizer=0 if layout.offload else 12 * partition if layout.zero else 8 * held,
+        ema=0 if layout.offload else 4 * (partition if layout.zero else held),
+    )
+
+
+def rank_memory(config: ModelConfig, layout: Layout, blocks: range, stage: int, workload: Workload) -> RankMemory:
+    """Everything on a rank of a pipeline stage.
+
+    Args:
+        blocks: the stage's blocks.
+        stage: its number.
+    """
+    size = workload.number_bytes
+    parts = shards(anatomy(config).stage(blocks), layout, workload.zero)
+    state = state_memory(parts, layout, size)
+    last = blocks[-1] == config.depth - 1
+    kept = activations(config, layout, size, workload.imbalance)
+    per_micro_batch = len(blocks) * (kept.block_input if workload.recompute else kept.block)
+    per_micro_batch += kept.final_layer if last else 0
+    largest = size * max(part.largest for part in parts)
+    working = kept.backward + (kept.block if workload.recompute else 0) + largest
+    if layout.pipe > 1:
+        working += 2 * kept.stream  # a gradient that has arrived, and one that leaves
+    at_once = in_flight(layout, stage) * per_micro_batch + working
+
+    fixed = size * config.tokens * config.hidden if blocks[0] == 0 else 0
+    bucket = size * workload.zero.reduce_bucket
+    partition = sum(part.partition for part in parts)
+    if layout.zero == 0:
+        in_backward, in_step = 0, size * min(workload.zero.reduce_bucket, sum(part.held for part in parts))
+    elif layout.zero == 1:
+        in_backward, in_step = 0, bucket
+    elif layout.zero == 2:
+        in_backward, in_step = bucket, 4 * partition
+    else:
+        gathered = size * _gathered(parts, workload)
+        in_backward, in_step = bucket + gathered, bucket + 4 * partition
+    before = state.weights + state.optimizer + state.ema + fixed
+    whole_gradients = layout.zero >= 2 or layout.accumulation > 1
+    backward = at_once + state.gradients if whole_gradients else max(at_once, state.gradients)
+    peak = before + max(backward + in_backward, state.gradients + in_step)
+    return RankMemory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        ema=state.ema,
+        activations=at_once,
+        buffers=fixed + max(in_backward, in_step),
+        peak=peak,
+    )
+
+
+def _gathered(parts: list[Shard], workload: Workload) -> int:
+    """ZeRO 3: elements of gathered weights that are there at once.
+
+    At the turn from the forward to the backward pass, all those are kept that are used again within the distance,
+    in which each weight is passed twice.
+    """
+    shared = sum(part.padded - part.persistent for part in parts)
+    return min(shared, workload.zero.reuse_distance // 2 + workload.zero.prefetch_bucket)

@@ -1,0 +1,118 @@
+"""Bytes that one rank hands to collectives in one optimiser step, by kind.
+
+Counted are the payloads: the whole tensor that a rank puts into a collective or gets out of it, whichever is
+larger, as `ditmoe.parallel.planner.ledger` counts them in a run. What DeepSpeed 0.19 sends was read in its source
+and is compared with what real processes send in tests/parallel/test_planner_proof.py.
+"""
+
+from collections import Counter
+
+from ditmoe.model.config import ModelConfig
+from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.planner.anatomy import anatomy
+from ditmoe.parallel.planner.memory import Workload
+from ditmoe.parallel.planner.zero import Shard, shards
+
+Traffic = Counter[str]
+"""Kind of collective → bytes."""
+
+
+def step_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
+    """Of a rank of the stage with these blocks."""
+    traffic: Traffic = Counter()
+    for part in (
+        expert_traffic(config, layout, blocks, workload),
+        tensor_traffic(config, layout, blocks, workload),
+        pipe_traffic(config, layout, blocks, workload),
+        zero_traffic(config, layout, blocks, workload),
+        control_traffic(config, layout, blocks, workload),
+    ):
+        traffic.update(part)
+    return +traffic
+
+
+def expert_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
+    """AutoEP: tokens to their experts and back, in the forward pass and as gradients; counts ahead of them."""
+    if layout.expert == 1:
+        return Counter()
+    assignments = layout.micro_batch * config.tokens * config.experts_per_token
+    row = config.hidden * workload.number_bytes
+    # There and back: the rows that leave, and the rows that arrived and leave again.
+    there_and_back = round(assignments * row * (1 + workload.imbalance))
+    forward = there_and_back + 4 * config.experts
+    passes = 2 if workload.recompute else 1
+    return Counter({"all-to-all": layout.accumulation * len(blocks) * (passes * forward + there_and_back)})
+
+
+def tensor_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
+    """Sums over tensor ranks: after attention and after the feed-forward part, and of their inputs' gradients.
+
+    Beside the tokens' gradients there are those of the scores, and of the norms of queries and keys.
+    """
+    if layout.tensor == 1:
+        return Counter()
+    tokens, size = layout.micro_batch * config.tokens, workload.number_bytes
+    stream = 2 * tokens * config.hidden * size
+    forward = stream * (2 if workload.recompute else 1)
+    norms = 4 * config.hidden // config.heads * size if config.attention == "qk_norm" else 0
+    backward = stream + 4 * tokens * config.experts_per_token + norms
+    return Counter({"all-reduce": layout.accumulation * len(blocks) * (forward + backward)})
+
+
+def pipe_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
+    """Between stages: tokens and condition to the next one, their gradients to the one before."""
+    neighbours = (blocks[0] > 0) + (blocks[-1] < config.depth - 1)
+    crossing = layout.micro_batch * (config.tokens + 1) * config.hidden * workload.number_bytes
+    return Counter({"point-to-point": layout.accumulation * neighbours * crossing})
+
+
+def zero_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
+    """Gradients averaged, and weights gathered, over the ranks that hold the same."""
+    traffic: Traffic = Counter()
+    size, micro_steps = workload.number_bytes, layout.accumulation
+    parts = [p for p in shards(anatomy(config).stage(blocks), layout, workload.zero) if p.replicas > 1]
+    for part in parts:
+        if layout.zero < 3:
+            # DeepSpeed sums whole buckets also where a rank keeps a part of them; ZeRO 2 after each micro-step.
+            traffic["all-reduce"] += size * part.held * (micro_steps if layout.zero == 2 else 1)
+            traffic["all-gather"] += size * part.padded if layout.zero else 0
+        else:
+            traffic["reduce-scatter"] += size * part.padded * micro_steps
+            traffic["all-gather"] += size * part.persistent
+    if layout.zero == 3:
+        traffic["all-gather"] += size * micro_steps * _gathered_weights(parts, workload)
+    return traffic
+
+
+def _gathered_weights(parts: list[Shard], workload: Workload) -> int:
+    """ZeRO 3: elements gathered in one micro-step: forward and backward, but for those kept in between."""
+    shared = sum(part.padded - part.persistent for part in parts)
+    return 2 * shared - min(shared, workload.zero.reuse_distance // 2)
+
+
+def control_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
+    """Sums that a step needs to know of itself: the loss, the experts' load, the norm of the gradient."""
+    ranks = layout.processes
+    if ranks == 1:
+        return Counter()
+    layers = config.depth if config.experts else 0
+    figures = 8 * (3 + layers * (1 + config.experts))
+    spans = 0
+    if config.experts and config.balance_group > layout.micro_batch:
+        passes = 2 if workload.recompute else 1
+        spans = 4 * config.experts * len(blocks) * passes * layout.accumulation
+    return Counter({"all-reduce": figures + _norm_bytes(layout, workload) + spans})
+
+
+def _norm_bytes(layout: Layout, workload: Workload) -> int:
+    """Numbers that make up the gradient's norm: summed over the data ranks and over the parts of the network, for
+    experts that are dealt out apart."""
+    if layout.zero == 0:
+        return 8  # ours
+    shared, copies = layout.data > 1, layout.pipe * layout.tensor > 1
+    numbers = shared + copies
+    if layout.expert > 1:
+        numbers += 1 + (layout.expert_copies > 1) + copies
+    if layout.zero == 3:
+        return 8 * numbers
+    return 4 * numbers + (shared + copies) * (workload.precision == "bf16")  # whether any gradient is infinite
