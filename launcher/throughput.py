@@ -8,28 +8,17 @@ from typing import Any, Final
 import torch
 
 from ditmoe.parallel.engine import StepResult
-
-PEAK_TFLOPS: Final = {
-    ("H200", "bf16"): 989.0,
-    ("H100", "bf16"): 989.0,
-    ("A100", "bf16"): 312.0,
-    ("L40S", "bf16"): 362.0,
-    ("H200", "fp32"): 67.0,
-    ("H100", "fp32"): 67.0,
-    ("A100", "fp32"): 19.5,
-}
-"""Dense peak by part of the GPU's name and precision, from the vendor's data sheets."""
+from ditmoe.parallel.planner.gpus import tflops_of_device
 
 TRAINING_PASSES: Final = 3
 """A backward pass costs two forward passes; recomputed activations do not count."""
 
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
-    """Peak of a known GPU, or None."""
+    """Peak of a known GPU, TFLOP/s, or None."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for (part, kind), peak in PEAK_TFLOPS.items() if part in name and kind == precision), None)
+    return tflops_of_device(torch.cuda.get_device_name(device), precision)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -9,6 +9,8 @@ class Gpu:
     """One kind of GPU, and the usual machine around it."""
 
     name: str
+    model: str
+    """A part of the name that the driver gives it."""
     bf16_tflops: float
     """Dense peak, TFLOP/s."""
     fp32_tflops: float
@@ -28,13 +30,18 @@ class Gpu:
 
 
 GPUS: Final = {
-    "h100": Gpu("H100 SXM", 989, 67, 80, 3350, 450, 50, 8),
-    "h200": Gpu("H200 SXM", 989, 67, 141, 4800, 450, 50, 8),
-    "b200": Gpu("B200 SXM", 2250, 80, 180, 8000, 900, 50, 8),
-    "a100-40": Gpu("A100 SXM 40 GB", 312, 19.5, 40, 1555, 300, 25, 8),
-    "a100-80": Gpu("A100 SXM 80 GB", 312, 19.5, 80, 2039, 300, 25, 8),
-    "l40s": Gpu("L40S", 362, 91.6, 48, 864, 32, 12.5, 8),
-    "rtx4090": Gpu("RTX 4090", 165, 82.6, 24, 1008, 16, 3, 8),
+    "h100": Gpu("H100 SXM", "H100", 989, 67, 80, 3350, 450, 50, 8),
+    "h200": Gpu("H200 SXM", "H200", 989, 67, 141, 4800, 450, 50, 8),
+    "b200": Gpu("B200 SXM", "B200", 2250, 80, 180, 8000, 900, 50, 8),
+    "a100-40": Gpu("A100 SXM 40 GB", "A100", 312, 19.5, 40, 1555, 300, 25, 8),
+    "a100-80": Gpu("A100 SXM 80 GB", "A100", 312, 19.5, 80, 2039, 300, 25, 8),
+    "l40s": Gpu("L40S", "L40S", 362, 91.6, 48, 864, 32, 12.5, 8),
+    "rtx4090": Gpu("RTX 4090", "RTX 4090", 165, 82.6, 24, 1008, 16, 3, 8),
 }
 """By the name that `--gpu` takes. NVLink where the GPU has it, PCIe otherwise; networks of 400, 200, 100 and 25
 Gb/s per GPU are what such machines usually have, and should be given where they differ."""
+
+
+def tflops_of_device(name: str, precision: str) -> float | None:
+    """Dense peak of the GPU that the driver calls so, TFLOP/s; None where it is not known."""
+    return next((gpu.tflops(precision) for gpu in GPUS.values() if gpu.model in name), None)

@@ -19,7 +19,7 @@ from ditmoe.launcher.config import load_config
 from ditmoe.launcher.plan import plans
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.planner.estimate import Machine
-from ditmoe.parallel.planner.gpus import GPUS
+from ditmoe.parallel.planner.gpus import GPUS, tflops_of_device
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = sorted((ROOT / "configs").glob("dit-*.yaml"))
@@ -112,3 +112,16 @@ def test_published_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert values["train"]["micro_batch"] == chosen.layout.micro_batch
     assert f"{chosen.images_per_second:,.0f} images/s" in text
     assert f"peak {chosen.memory.peak / 2**30:.1f} GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_the_peak_by_the_driver_s_name(name: str, peak: float | None) -> None:
+    assert tflops_of_device(name, "bf16") == peak
