@@ -194,6 +194,11 @@ class TrainingEngine:
             self._write(kept)
             self._engine.train()
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the gradients; otherwise they keep an engine, and the threads of its process
+        groups, for as long as the program runs."""
+        self._engine.destroy()
+
     @torch.no_grad()
     def _write(self, values: Sequence[Tensor]) -> None:
         for weight, value in zip(self._weights, values, strict=True):

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from between_cases import end_groups
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.utils import groups
 from torch import Tensor
 
 from ditmoe.model import randomness
@@ -78,7 +78,6 @@ def micro_batches(engine: TrainingEngine, step: int) -> list[MicroBatch]:
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps; the state before the last optimiser step, and the collectives of a whole step."""
-    groups._release_process_group_references()  # those of the case before, which may be of another grid
     engine = make_engine(case)
     for step in range(STEPS):
         ledger = Ledger()
@@ -87,7 +86,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     weights, optimizer = weights_of(engine), optimizer_of(engine)
     gradients = gradients_of(engine, micro_batches(engine, STEPS))
     compared = compare_layers(engine) if engine.layout.expert > 1 and engine.layout.zero < 3 else None
-    return {
+    result = {
         "layers": compared,
         "sent": dict(ledger.sent),
         "weights": bytes_of(weights),
@@ -95,6 +94,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "optimizer": bytes_of(optimizer),
         "ema": bytes_of(engine.ema),
     }
+    engine.close()
+    return result
 
 
 def weights_of(engine: TrainingEngine) -> list[Any]:
@@ -167,9 +168,9 @@ def pass_through(layer: torch.nn.Module, x_BTD: Tensor) -> dict[str, Any]:
 
 def settled(ledger: Ledger) -> int:
     """What is still held when gloo's threads have let go of the last collective's tensors, some time after it."""
+    gc.collect()
     least = ledger.held
     for _ in range(30):
-        gc.collect()
         time.sleep(0.02)
         least = min(least, ledger.held)
     return least
@@ -180,7 +181,10 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
     processes.join(torch.device("cpu"))
-    results = [processes.gather_objects(measure(case)) for case in cases]
+    results = []
+    for case in cases:
+        results.append(processes.gather_objects(measure(case)))
+        end_groups()
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     processes.leave()

@@ -26,7 +26,7 @@ BF16: Final = 0.02
 LARGEST: Final = 8
 """Processes."""
 AT_ONCE: Final = 28
-"""Cells in one start of processes: DeepSpeed's engines stay, and each has threads of its groups."""
+"""Cells in one start of processes: so rows are printed every few minutes."""
 
 
 class Cell(NamedTuple):

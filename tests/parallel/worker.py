@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import groups
+from between_cases import end_groups
 
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
@@ -148,13 +148,14 @@ def micro_batches(
 
 def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Train a case; what is compared between layouts."""
-    groups._release_process_group_references()  # those of the case before, which may be of another grid
     engine = make_engine(case, device)
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
     with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
-        return train(engine, saver, case, device)
+        result = train(engine, saver, case, device)
+    engine.close()
+    return result
 
 
 class LateSaver(CheckpointSaver):
@@ -208,7 +209,10 @@ def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "gpu" in sys.argv else torch.device("cpu")
     processes.join(device)
-    results = [run({**DEFAULTS, **case}, device) for case in cases]
+    results = []
+    for case in cases:
+        results.append(run({**DEFAULTS, **case}, device))
+        end_groups()
     if dist.get_rank() == 0:
         Path(sys.argv[2]).write_text(json.dumps(results))
     processes.leave()
