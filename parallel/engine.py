@@ -4,9 +4,7 @@ That is: the balance loss inside expert-parallel layers (which drop the source r
 without ZeRO, an fp32 EMA sharded like the optimiser, and a loss that is checked before the weights are touched.
 """
 
-import logging
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,17 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ditmoe.model.balance import BalanceLoss
 from ditmoe.model.config import EmaConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.ema import ema_decay, update_ema
 from ditmoe.model.errors import UserError
 from ditmoe.model.objective import Objective
 from ditmoe.parallel.config import OptimConfig
-from ditmoe.parallel.deepspeed_settings import deepspeed_settings
+from ditmoe.parallel.deepspeed_engine import attach_balance, share_out, start_deepspeed
 from ditmoe.parallel.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.groups import check_groups, groups_of_engine
-from ditmoe.parallel.initial import Initial, fill
+from ditmoe.parallel.initial import Initial
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.pipeline import PipelinePasses
@@ -87,21 +84,19 @@ class TrainingEngine:
         self._network = network
         self._optim = optim
         self._ema_config = ema
-        grid = _share_out(network, layout) if layout.tensor > 1 else None
+        grid = share_out(network, layout) if layout.tensor > 1 else None
         with _blaming(extra):
             self._passes: Passes = (
                 PipelinePasses(network, objective, layout)
                 if layout.pipe > 1
                 else WholeNetworkPasses(network, objective)
             )
-            self._engine = _initialize(
-                self._passes.module, network, layout, optim, precision, extra, grid, initial
-            )
+            self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, initial, grid)
             self._passes.engine = self._engine
             self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))
         if layout.expert > 1:
-            _attach_balance(network, list(self._passes.layers.values()))
+            attach_balance(network, list(self._passes.layers.values()))
         self._set_up_balance()
         self._weights = [fragment.weight for fragment in self.fragments]
         self.ema = [weight.clone() for weight in self._weights]
@@ -218,92 +213,3 @@ def _blaming(extra: dict[str, Any]) -> Iterator[None]:
             f"deepspeed = {extra}: DeepSpeed does not start with these ({type(error).__name__}: {error}); "
             "expected settings that it and this engine take, or none"
         ) from error
-
-
-def _share_out(network: nn.Module, layout: Layout) -> Any:
-    """Leave this rank its part of the network; the groups of megatron-core's that it computes over."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
-        from ditmoe.parallel.megatron_grid import make_megatron_grid
-        from ditmoe.parallel.tensor import share_out
-
-    # Its hint on how kernels are best launched on GPUs is for docs/training.md to give.
-    warnings.filterwarnings("ignore", message="When using async grad allreduce")
-    grid = make_megatron_grid(layout)
-    share_out(network)
-    return grid
-
-
-def _initialize(
-    module: nn.Module,
-    network: DiT,
-    layout: Layout,
-    optim: OptimConfig,
-    precision: str,
-    extra: dict[str, Any],
-    grid: Any,
-    initial: Initial,
-) -> Any:
-    """Build the DeepSpeed engine with torch's AdamW; `module` is the network, or has it as its pipeline stage."""
-    import deepspeed
-    from deepspeed.moe.utils import configure_moe_param_groups
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-    def make_optimizer(_: Any) -> torch.optim.Optimizer:
-        # Called after the experts were dealt out, so that these are the parameters that are trained, and before
-        # any copy of their values is made.
-        fill(network, layout, initial)
-        parameters: Any = list(network.parameters())
-        if layout.expert > 1:
-            parameters = configure_moe_param_groups(parameters)
-        return torch.optim.AdamW(
-            parameters,
-            lr=optim.lr,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,  # without a temporary as large as a partition
-        )
-
-    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=make_optimizer,
-        model_parameters=list(network.parameters()),
-        config=settings,
-        mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
-        dist_init_required=False,
-    )
-    return engine
-
-
-def _attach_balance(module: nn.Module, balances: Sequence[BalanceLoss]) -> None:
-    """Give DeepSpeed's expert-parallel layers back the balance loss that its router has no place for."""
-    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, AutoEPMoELayer)]
-    assert len(layers) == len(balances), f"{len(layers)} expert-parallel layers, expected {len(balances)}"
-    for layer, balance in zip(layers, balances, strict=True):
-        _RouterHooks(balance).attach(layer.router)
-
-
-class _RouterHooks:
-    """Catches a router's logits and sends its scores through the balance loss."""
-
-    def __init__(self, balance: BalanceLoss) -> None:
-        self._balance = balance
-        self._logits_TN: Tensor | None = None
-
-    def attach(self, router: Any) -> None:
-        router.gate.register_forward_hook(self._keep_logits)
-        router.register_forward_hook(self._send_through)
-
-    def _keep_logits(self, _module: nn.Module, _inputs: Any, logits_TN: Tensor) -> None:
-        self._logits_TN = logits_TN
-
-    def _send_through(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-        scores_TK, selected_TK, counts_N = output
-        logits_TN, self._logits_TN = self._logits_TN, None
-        assert logits_TN is not None
-        return self._balance(scores_TK, logits_TN.float().softmax(1), selected_TK), selected_TK, counts_N
