@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import traceback
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -102,18 +102,32 @@ def main() -> None:
     except UserError as error:
         if not record_failure(str(error), USER_ERROR):
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        _end(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _end(INTERRUPTED)
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough; nothing more can be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception:
         if not record_failure(traceback.format_exc(), 1):
-            raise
-        sys.exit(1)
+            traceback.print_exc()
+        _end(1)
+
+
+def _end(code: int) -> NoReturn:
+    """End this process after a failure.
+
+    In a process group at once: its threads may wait for ranks that are gone, and the interpreter's own end would
+    cut them short, which C++ answers with SIGABRT in place of the exit code.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run() -> int:

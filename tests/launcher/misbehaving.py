@@ -24,6 +24,16 @@ def command(kind: str, folder: Path) -> None:
         (folder / f"variables-{rank}").write_text(" ".join(os.environ[name] for name in names.split()))
     elif kind == "user-error-everywhere":
         raise UserError("data.sources: the same mistake on every rank")
+    elif kind == "user-error-in-a-group":
+        import atexit
+
+        import torch
+
+        from ditmoe.parallel import processes
+
+        processes.join(torch.device("cpu"))
+        atexit.register(os.abort)  # as threads of a group may end the interpreter's own end
+        raise UserError("data.sources: a mistake that shows late")
     elif kind == "crash-1":
         if rank != 1:
             hang_in_a_collective()

@@ -65,6 +65,13 @@ def test_a_user_error_of_every_rank_is_shown_once(tmp_path: Path, capfd: pytest.
     assert capfd.readouterr().err == "error: data.sources: the same mistake on every rank\n"
 
 
+@pytest.mark.timeout(120)
+def test_the_exit_code_of_an_error_in_a_process_group(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever the group's threads do at the end."""
+    assert start("user-error-in-a-group", tmp_path, processes=1) == 2
+    assert capfd.readouterr().err.count("a mistake that shows late") == 1
+
+
 def test_one_crash_ends_a_hanging_group(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     begin = time.monotonic()
     assert start("crash-1", tmp_path, processes=3) == 1
