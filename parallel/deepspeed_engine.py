@@ -23,7 +23,7 @@ def share_out(network: nn.Module, layout: Layout) -> Any:
         from ditmoe.parallel import tensor
         from ditmoe.parallel.megatron_grid import make_megatron_grid
 
-    # Its hint on how kernels are best launched on GPUs is for docs/training.md to give.
+    # Its hint on how kernels are best launched on GPUs is in docs/tensor-parallelism.md.
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     grid = make_megatron_grid(layout)
     tensor.share_out(network)

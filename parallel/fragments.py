@@ -79,7 +79,7 @@ def find_fragments(engine: Any, network: nn.Module, layout: Layout) -> list[Frag
 
 def _among_tensor_ranks(run: _Run, layout: Layout) -> _Run:
     """Count the tensor ranks, which hold the same run of whatever is not shared out over them."""
-    tensor_rank = layout.coordinates(dist.get_rank())[2]
+    tensor_rank = layout.tensor_rank(dist.get_rank())
     return replace(run, replica=run.replica * layout.tensor + tensor_rank, replicas=run.replicas * layout.tensor)
 
 

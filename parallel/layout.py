@@ -63,6 +63,10 @@ class Layout:
         """Place of a rank on the data axis: which part of a batch it computes."""
         return self.coordinates(rank)[1]
 
+    def tensor_rank(self, rank: int) -> int:
+        """Place of a rank on the tensor axis: which part of the heads and widths it holds."""
+        return self.coordinates(rank)[2]
+
     def group(self, rank: int, *axes: Axis) -> list[int]:
         """The ranks that a collective over these axes joins with a rank: they differ from it on no other axis."""
         own = self.coordinates(rank)

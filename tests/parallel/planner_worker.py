@@ -65,7 +65,7 @@ def make_engine(case: dict[str, Any]) -> TrainingEngine:
 
 def micro_batches(engine: TrainingEngine, step: int) -> list[MicroBatch]:
     layout, objective = engine.layout, make_objective(ObjectiveConfig())
-    rank = layout.coordinates(dist.get_rank())[1]
+    rank = layout.data_rank(dist.get_rank())
     batches = []
     for micro_step in range(layout.accumulation):
         first = step * layout.batch + (micro_step * layout.data + rank) * layout.micro_batch
