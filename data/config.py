@@ -1,25 +1,57 @@
 """Configuration of the training data (`data`)."""
 
+from pathlib import Path
+from typing import Literal
+
 from pydantic import Field
 
 from ditmoe.model.settings import Settings
 
 
 class SourceConfig(Settings):
-    """One folder of shards."""
+    """One folder of shards, wherever it lies."""
 
-    path: str
-    """Folder with `index.json`, as `ditmoe data pack` writes it."""
+    path: str = Field(min_length=1)
+    """The folder with `index.json` and the shards: a local path, `http(s)://…`, any other URL that fsspec knows
+    (`s3://…`, `gs://…`), or `pipe:COMMAND {}`, a shell command that writes the file named `{}` to its output."""
+    index: Path | None = None
+    """An index.json elsewhere, for shards that lie where nothing can be written; null: in the folder."""
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Share of the samples, relative to the other sources'."""
+    classes: dict[str, str | int | None] = Field(default_factory=dict)
+    """Class of this source, by name or number → class of the first source, or null: leave its samples out.
+
+    A class that is not named here is the first source's class of the same name."""
+    min_score: float | None = None
+    """Leave out samples whose quality score is lower; null: take all."""
+    max_samples: int | None = Field(default=None, ge=1)
+    """Use at most so many samples, chosen by the seed; null: all."""
+    max_per_class: int | None = Field(default=None, ge=1)
+    """Use at most so many samples of each class, chosen by the seed; null: all."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What happens to a sample that cannot be used: the run stops, or another takes its place, up to a budget."""
+    skip_budget: int = Field(default=100, ge=0)
+    """Most samples that are skipped in one epoch of the source before the run stops."""
+    retries: int = Field(default=5, ge=0)
+    """Times that fetching a remote shard is tried again, after 1, 2, 4, … seconds, at most 60."""
+    timeout: float = Field(default=30.0, gt=0)
+    """Seconds without a byte after which fetching is given up, or tried again."""
 
 
 class DataConfig(Settings):
     """What is read, and in which order."""
 
-    sources: tuple[SourceConfig, ...] = Field(min_length=1, max_length=1)
-    """The folders of shards. One for now."""
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """The folders of shards. The first one's classes are the run's."""
+    window: int | None = Field(default=None, ge=1)
+    """Samples over which the sources' weights hold exactly, in every stretch of so many; null: the fewest."""
+    lanes: int = Field(default=64, ge=1)
+    """Sequential readers that the order of samples is made of, dealt to ranks and workers; see docs/data.md."""
+    shuffle: int = Field(default=1024, ge=1)
+    """Neighbouring samples of a lane that are shuffled together; bounds the shards that are open at a time."""
     flip: bool = False
     """Mirror each image left to right with probability ½, drawn from (seed, position)."""
-    shuffle_shards: int = Field(default=8, ge=1)
-    """Shards that are shuffled together; all of a run's shards are open for reading within this window."""
     workers: int = Field(default=1, ge=0)
     """Processes per rank that read and decode; 0: the training process itself. The order is the same."""
+    cache: Path | None = None
+    """Folder for remote shards while they are read; null: the system's folder for temporary files."""

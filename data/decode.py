@@ -13,7 +13,16 @@ import numpy as np
 from numpy.lib import format as npy_format
 from PIL import Image
 
-from ditmoe.data.images import BadImage, ImageArray, describe, load_pixels, open_image, to_array
+from ditmoe.data.images import (
+    BadImage,
+    ImageArray,
+    describe,
+    load_pixels,
+    open_image,
+    photograph_to_rgb,
+    prepare,
+    to_array,
+)
 from ditmoe.data.index import DatasetIndex
 
 PICTURE_FORMATS: Final = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -42,11 +51,15 @@ def image_extension(extensions: Iterable[str]) -> str:
 def decode_image(extension: str, data: bytes, index: DatasetIndex) -> ImageArray:
     """The pixels, uint8 `[H, W, C]`, of the size and channels of the index.
 
-    BadSample when they are damaged or of another size; the size is read from the header, before any pixels.
+    BadSample when they are damaged, of another size, or so many that they are taken for a decompression bomb; the
+    size is read from the header, before any pixels. Where the index says `crop`, any size is brought to its own.
     """
     try:
         if extension == "npy":
             return _decode_npy(data, index)
+        if index.crop:  # photographs of others are often of another format than their name says
+            image = load_pixels(open_image(io.BytesIO(data), tuple(sorted(set(PICTURE_FORMATS.values())))))
+            return prepare(to_array(photograph_to_rgb(image)), index.image_size, index.channels)
         image = open_image(io.BytesIO(data), (PICTURE_FORMATS[extension],))
         _check_picture(image, index)
         return to_array(load_pixels(image))
@@ -88,17 +101,33 @@ def _decode_npy(data: bytes, index: DatasetIndex) -> ImageArray:
     return np.ascontiguousarray(array)
 
 
-def decode_label(data: bytes | None, num_classes: int) -> int:
-    """The label of a `cls` member (an integer in ASCII). BadSample when missing or outside the classes."""
+def decode_label(data: bytes | None, index: DatasetIndex) -> int:
+    """The label in the member that the index's rule names. BadSample when missing or outside the classes."""
+    rule = index.label
     if data is None:
-        raise BadSample(f"no label: expected a .{LABEL_EXTENSION} member")
-    text = data.strip()
-    if not text.isdigit() or len(text) > 18:
-        raise BadSample(f"label is {data[:40]!r}, expected an integer from 0 to {num_classes - 1}")
+        raise BadSample(f"no label: expected a .{rule.extension} member")
+    value = _json_value(data, rule.key) if rule.key is not None else data.decode(errors="replace").strip()
+    if rule.by_name:
+        if value not in index.class_names:
+            raise BadSample(f"label is {str(value)[:40]!r}, expected one of the {index.num_classes} class names")
+        return index.class_names.index(str(value))
+    text = str(value)
+    if isinstance(value, bool | float) or not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise BadSample(f"label is {text[:40]!r}, expected an integer from 0 to {index.num_classes - 1}")
     label = int(text)
-    if label >= num_classes:
-        raise BadSample(f"label {label} is outside the {num_classes} classes (0 to {num_classes - 1})")
+    if label >= index.num_classes:
+        raise BadSample(f"label {label} is outside the {index.num_classes} classes (0 to {index.num_classes - 1})")
     return label
+
+
+def _json_value(data: bytes, key: str) -> Any:
+    """What stands under `outer.inner` in a JSON object. BadSample when nothing does."""
+    value: Any = decode_metadata(data)
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise BadSample(f"no label: the json has no key {key}")
+        value = value[part]
+    return value
 
 
 def decode_metadata(data: bytes) -> dict[str, Any]:

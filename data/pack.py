@@ -1,6 +1,7 @@
 """Packing: a source's images, shuffled, cropped, encoded and written to shards, and the index last."""
 
 import io
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ditmoe.data.images import BadImage, ImageArray, prepare, to_pillow
 from ditmoe.data.index import DatasetIndex, write_index
 from ditmoe.data.preview import COLUMNS, ROWS, draw_contact_sheet, write_png
 from ditmoe.data.progress import track
+from ditmoe.data.sample_table import Samples, write_table
 from ditmoe.data.shards import PackedSample, ShardLimits, claim_folder, write_shards
 from ditmoe.data.sources import Source
 from ditmoe.data.workers import in_order
@@ -100,6 +102,7 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
             channels=channels,
             num_classes=len(source.class_names),
             class_names=source.class_names,
+            samples=write_table(out, packing.table()),
             shards=tuple(entries),
         )
         preview = out / PREVIEW_FILE
@@ -131,6 +134,14 @@ class _Packing:
         self.first_of_class: dict[int, list[PackedSample]] = {}
         """What the contact sheet shows."""
         self.skipped: list[str] = []
+        self._labels: list[int] = []
+        self._scores: list[float] = []
+        """NaN where a sample has none."""
+
+    def table(self) -> Samples:
+        """Label and score of every sample, in the order of writing."""
+        scores = np.array(self._scores, dtype=np.float32)
+        return Samples(np.array(self._labels, dtype=np.int32), None if np.isnan(scores).all() else scores)
 
     def samples(self) -> Iterator[PackedSample]:
         """The samples in the order of writing, all of one shape."""
@@ -141,6 +152,8 @@ class _Packing:
             if problem is None:
                 assert isinstance(result, _Encoded)
                 self._keep_for_preview(result.sample)
+                self._labels.append(result.sample.label)
+                self._scores.append(result.sample.metadata.get("score", math.nan))
                 yield result.sample
             elif self._settings.skip_unreadable:
                 self.skipped.append(problem)

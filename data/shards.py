@@ -127,7 +127,7 @@ def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
                 raise UserError(f"{folder}: another process is packing into it") from None
             _refuse_packed(folder, overwrite)  # another pack may have ended since
             index.unlink(missing_ok=True)  # first: from here on there is no dataset here
-            for pattern in ("*.tar", f"*{PARTIAL_SUFFIX}"):
+            for pattern in ("*.tar", "samples.npz", f"*{PARTIAL_SUFFIX}"):
                 for path in folder.glob(pattern):
                     path.unlink()
             yield

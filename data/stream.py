@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ditmoe.data.config import DataConfig
-from ditmoe.data.decode import LABEL_EXTENSION, BadSample, decode_image, decode_label, image_extension
+from ditmoe.data.decode import BadSample, decode_image, decode_label, image_extension
 from ditmoe.data.index import DatasetIndex, check_files, load_index
 from ditmoe.data.order import EpochOrder
 from ditmoe.data.reader import ShardPool
@@ -53,8 +53,8 @@ class SampleReader:
 
     def __init__(self, folder: Path, index: DatasetIndex, config: DataConfig, seed: int) -> None:
         self._index = index
-        self._order = EpochOrder(index.samples_per_shard, seed, config.shuffle_shards)
-        self._pool = ShardPool(folder, index, config.shuffle_shards)
+        self._order = EpochOrder(index.samples_per_shard, seed, 8)
+        self._pool = ShardPool(folder, index, 8)
         self._flip = config.flip
         self._seed = seed
 
@@ -71,7 +71,7 @@ class SampleReader:
             try:
                 extension = image_extension(shard.extensions(member))
                 image_HWC = decode_image(extension, shard.read(member, extension) or b"", self._index)
-                label_B[row] = decode_label(shard.read(member, LABEL_EXTENSION), self._index.num_classes)
+                label_B[row] = decode_label(shard.read(member, self._index.label.extension), self._index)
             except BadSample as error:
                 raise UserError(f"{shard.where(member)}: {error}") from error
             if flipped_B[row]:

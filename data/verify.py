@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ditmoe.data.decode import (
-    LABEL_EXTENSION,
     METADATA_EXTENSION,
     BadSample,
     decode_image,
@@ -114,7 +113,7 @@ def _verify_samples(path: Path, index: DatasetIndex, contents: Contents, report:
                 members[extension] = file.read(extent.size)
             report.problems.extend(f"{path}, sample {key}: {problem}" for problem in _problems(members, index))
             with suppress(BadSample):  # already among the problems
-                report.labels[decode_label(members.get(LABEL_EXTENSION), index.num_classes)] += 1
+                report.labels[decode_label(members.get(index.label.extension), index)] += 1
 
 
 def _problems(members: dict[str, bytes], index: DatasetIndex) -> list[str]:
@@ -125,7 +124,7 @@ def _problems(members: dict[str, bytes], index: DatasetIndex) -> list[str]:
         decode_image(extension, members[extension], index)
 
     def label() -> None:
-        decode_label(members.get(LABEL_EXTENSION), index.num_classes)
+        decode_label(members.get(index.label.extension), index)
 
     def metadata() -> None:
         if METADATA_EXTENSION in members:

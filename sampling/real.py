@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.decode import LABEL_EXTENSION, BadSample, decode_image, decode_label, image_extension
+from ditmoe.data.decode import BadSample, decode_image, decode_label, image_extension
 from ditmoe.data.index import DatasetIndex, check_files, load_index
 from ditmoe.data.reader import Shard
 from ditmoe.model.errors import UserError
@@ -80,6 +80,6 @@ class RealImages:
         try:
             extension = image_extension(shard.extensions(member))
             image_HWC = decode_image(extension, shard.read(member, extension) or b"", self.index)
-            return image_HWC, decode_label(shard.read(member, LABEL_EXTENSION), self.index.num_classes)
+            return image_HWC, decode_label(shard.read(member, self.index.label.extension), self.index)
         except BadSample as error:
             raise UserError(f"{shard.where(member)}: {error}") from error

@@ -98,7 +98,12 @@ def test_two_packs_are_equal_to_the_byte_whatever_the_workers(tmp_path: Path) ->
         settings = PackSettings(limits=ShardLimits(samples=16), workers=workers)
         pack(Shapes(40, 10, 16, seed=2), tmp_path / name, settings)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["index.json", "preview.png", *(f"shapes-{number:05d}.tar" for number in range(3))]
+    assert names == [
+        "index.json",
+        "preview.png",
+        "samples.npz",
+        *(f"shapes-{number:05d}.tar" for number in range(3)),
+    ]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -233,7 +238,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 2}, "version is 2, and this program reads version 1"),
+        ({"version": 3}, "version is 3, and this program reads versions 1 and 2"),
         ({"format": "other"}, "is not an index of shards"),
         ({"num_classes": 3}, "10 class_names for num_classes = 3"),
         ({"image_size": "big", "channels": 0}, "image_size: .*; channels: "),

@@ -61,7 +61,7 @@ FAULTS: dict[str, tuple[Callable[[Members], Members], str]] = {
     "two images": (lambda m: {**m, "jpg": m["png"]}, "2 images"),
     "label outside": (lambda m: {**m, "cls": b"10"}, r"label 10 is outside the 10 classes"),
     "label negative": (lambda m: {**m, "cls": b"-1"}, "expected an integer from 0 to 9"),
-    "label not a number": (lambda m: {**m, "cls": b"cat"}, r"label is b'cat'"),
+    "label not a number": (lambda m: {**m, "cls": b"cat"}, r"label is 'cat'"),
     "wrong size": (lambda m: replaced(m, png=png("L", 9, 8)), "wrong size: 9×8 pixels, expected 8×8"),
     "wrong channels": (lambda m: replaced(m, png=png("RGB", 8, 8)), "wrong channels: 3, expected 1"),
     "palette": (lambda m: replaced(m, png=png("P", 8, 8)), "wrong channels: mode P, expected 1"),
@@ -212,7 +212,7 @@ def test_a_workers_error_arrives_as_itself(digits: Path, rewrite: Callable[..., 
 
 
 def test_a_shard_that_vanishes_while_training(digits: Path) -> None:
-    config = DataConfig.model_validate({"sources": [{"path": str(digits)}], "workers": 0, "shuffle_shards": 1})
+    config = DataConfig.model_validate({"sources": [{"path": str(digits)}], "workers": 0, "shuffle": 1})
     batches = open_stream(config, 0, start=0, micro_batch=5, rank=0, ranks=1)
     next(batches)
     for path in digits.glob("*.tar"):

@@ -1,0 +1,70 @@
+"""The table of samples: label and score of each, in the index's order, known without reading a shard."""
+
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.data.files import replacing
+from ditmoe.data.index import DatasetIndex, SampleTable
+from ditmoe.model.errors import UserError
+
+TABLE_FILE: Final = "samples.npz"
+
+
+class Samples(NamedTuple):
+    """What is known of each sample of an index."""
+
+    label_N: NDArray[np.int32]
+    score_N: NDArray[np.float32] | None
+    """Quality, higher is better; NaN for a sample without one. Null: none has one."""
+
+
+def write_table(folder: Path, samples: Samples) -> SampleTable:
+    """Write `folder/samples.npz`, whole or not at all; what the index says of it."""
+    arrays: dict[str, Any] = {"label": samples.label_N.astype(np.int32)}
+    if samples.score_N is not None:
+        assert samples.score_N.shape == samples.label_N.shape
+        arrays["score"] = samples.score_N.astype(np.float32)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # numpy writes no times, so equal tables are equal bytes
+    data = buffer.getvalue()
+    with replacing(folder / TABLE_FILE) as file:
+        file.write(data)
+    return SampleTable(file=TABLE_FILE, sha256=hashlib.sha256(data).hexdigest())
+
+
+def parse_table(data: bytes, index: DatasetIndex, path: str) -> Samples:
+    """A table's contents; `path` is for messages. UserError when they are not what the index says."""
+    assert index.samples is not None
+    if hashlib.sha256(data).hexdigest() != index.samples.sha256:
+        raise UserError(f"{path}: checksum mismatch: not the table that index.json was written with")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+            arrays = dict(stored)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: could not be read: {error}") from error
+    label_N, score_N = arrays.get("label"), arrays.get("score")
+    if label_N is None or label_N.shape != (index.total,) or label_N.dtype != np.int32:
+        raise UserError(f"{path}: expected {index.total:,} labels, one of each sample of index.json")
+    if score_N is not None and (score_N.shape != label_N.shape or score_N.dtype != np.float32):
+        raise UserError(f"{path}: expected {index.total:,} scores, one of each sample of index.json")
+    if len(label_N) and not 0 <= label_N.min() <= label_N.max() < index.num_classes:
+        raise UserError(f"{path}: has labels outside the {index.num_classes} classes")
+    return Samples(label_N, score_N)
+
+
+def read_table(folder: Path, index: DatasetIndex) -> Samples | None:
+    """The table of a local folder; null where the index names none. UserError when it cannot be read."""
+    if index.samples is None:
+        return None
+    path = folder / index.samples.file
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
+    return parse_table(data, index, str(path))
