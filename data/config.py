@@ -30,7 +30,7 @@ class SourceConfig(Settings):
     """Use at most so many samples of each class, chosen by the seed; null: all."""
     on_error: Literal["stop", "skip"] = "stop"
     """What happens to a sample that cannot be used: the run stops, or another takes its place, up to a budget."""
-    skip_budget: int = Field(default=100, ge=0)
+    skip_budget: int = Field(default=1000, ge=0)
     """Most samples that are skipped in one epoch of the source before the run stops."""
     retries: int = Field(default=5, ge=0)
     """Times that fetching a remote shard is tried again, after 1, 2, 4, … seconds, at most 60."""

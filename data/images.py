@@ -133,6 +133,11 @@ def to_network_range(image_BCHW: Tensor) -> Tensor:
     return image_BCHW.to(torch.float32) / 127.5 - 1
 
 
+def network_input(image_BCHW: Tensor) -> Tensor:
+    """What a network takes: uint8 images in its range, float32 latents as they are."""
+    return to_network_range(image_BCHW) if image_BCHW.dtype == torch.uint8 else image_BCHW
+
+
 def to_uint8(image_BCHW: Tensor) -> Tensor:
     """Float −1 … 1 → uint8 0 … 255, rounded to nearest, values outside clipped: undoes `to_network_range`."""
     return ((image_BCHW.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

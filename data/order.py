@@ -1,77 +1,125 @@
-"""The global order of samples: position → (epoch, shard, sample in the shard), and nothing else.
+"""The order of one source's samples: number → (epoch, shard, member), and nothing else.
 
-Position p belongs to epoch p // total. Each epoch permutes the shards by (seed, epoch), takes them in windows
-of `shuffle_shards` neighbours, and permutes the samples of a window together; so every sample comes exactly
-once per epoch, a reader needs only one window's shards open, and no rank, worker or start has a say.
-
-Seam: the stream asks an order for `total` and `locate(position)` only. A mixture of sources or an order in
-lanes is another class with these two, and its whole state stays one integer, the position.
+Number i belongs to epoch i // total. Each epoch permutes the shards by (seed, epoch) and cuts the samples, shard
+after shard, into one stretch per lane, as long as the mixture gives the lane turns in this epoch. A lane reads
+its stretch from front to back, and permutes every `shuffle` neighbours of it. So each sample comes exactly once
+per epoch, whoever reads a lane needs the shards of a few neighbours at a time, any number can be asked for at
+once, and no rank, worker or start has a say.
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe.data.mixture import Mixture, Numbers
 from ditmoe.model.randomness import permutation
 
 
-class Place(NamedTuple):
-    """Where a position's sample lies."""
+class Address(NamedTuple):
+    """Where a sample lies."""
 
     epoch: int
     shard: int
     """Number of the shard in the index."""
     member: int
-    """Number of the sample in its shard, in the tar's order."""
+    """Which of the shard's usable samples it is, from 0, in the tar's order."""
+    ahead: tuple[int, ...]
+    """Shards that the lane reads now and next: one tuple for all addresses of a window."""
+
+
+class _Epoch(NamedTuple):
+    shards: Numbers
+    """The shards in order."""
+    starts: Numbers
+    """First sample of each of them in the epoch's concatenation, and the total."""
+    lane_starts: Numbers
+    """First sample of each lane's stretch in it, and the total."""
+    before: Numbers
+    """Turns that each lane has had in the epochs before."""
 
 
 class _Window(NamedTuple):
-    shards: NDArray[np.int64]
-    """Shards of the window."""
-    starts: NDArray[np.int64]
-    """First sample of each shard in the window's concatenation."""
-    samples: NDArray[np.int64]
-    """The window's samples, as numbers in the concatenation, in the order in which they come."""
+    """Some neighbours of a lane in the order in which they come."""
+
+    shard: Numbers
+    member: Numbers
+    ahead: tuple[int, ...]
 
 
-class EpochOrder:
-    """Order of the samples of one dataset."""
+WINDOWS_PER_LANE: Final = 2
+"""Windows kept of each lane: a batch may cross from one to the next."""
 
-    def __init__(self, samples_per_shard: Sequence[int], seed: int, shuffle_shards: int) -> None:
-        assert samples_per_shard and min(samples_per_shard) > 0 and shuffle_shards > 0
-        self.total = int(sum(samples_per_shard))
+
+class SourceOrder:
+    """Order of the usable samples of one source.
+
+    Args:
+        samples_per_shard: usable samples of each shard of the index; some may have none.
+        mixture: when the source's turns come, and in which lane.
+        source: its number in the mixture.
+        seed: of all permutations.
+        shuffle: neighbours of a lane that are permuted together.
+    """
+
+    def __init__(
+        self, samples_per_shard: Sequence[int], mixture: Mixture, source: int, seed: int, shuffle: int
+    ) -> None:
         self._counts = np.asarray(samples_per_shard, dtype=np.int64)
-        self._seed = seed
-        self._width = shuffle_shards
-        self._windows_per_epoch = -(-len(samples_per_shard) // shuffle_shards)
-        # Batches cross from one window to the next, so two are kept; a window is the largest thing in memory.
+        self._filled = np.flatnonzero(self._counts)
+        assert len(self._filled) and shuffle > 0
+        self.total = int(self._counts.sum())
+        self._mixture, self._source, self._seed, self._shuffle = mixture, source, seed, shuffle
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._window = lru_cache(maxsize=2)(self._make_window)
+        self._window = lru_cache(maxsize=WINDOWS_PER_LANE * mixture.lanes)(self._make_window)
 
-    def locate(self, position: int) -> Place:
-        """Where the sample at `position` (≥ 0) lies."""
-        epoch, offset = divmod(position, self.total)
-        _, window_starts = self._epoch(epoch)
-        number = int(np.searchsorted(window_starts, offset, side="right")) - 1
-        window = self._window(epoch, number)
-        sample = window.samples[offset - window_starts[number]]
-        slot = int(np.searchsorted(window.starts, sample, side="right")) - 1
-        return Place(epoch, int(window.shards[slot]), int(sample - window.starts[slot]))
+    def locate(self, numbers: Numbers) -> list[Address]:
+        """Where the samples of some numbers (≥ 0) lie."""
+        lanes, turns = self._mixture.lane(self._source, numbers)
+        epochs = numbers // self.total
+        addresses = []
+        for epoch, lane, turn in zip(epochs.tolist(), lanes.tolist(), turns.tolist(), strict=True):
+            number, offset = divmod(turn - int(self._epoch(epoch).before[lane]), self._shuffle)
+            window = self._window(epoch, lane, number)
+            addresses.append(Address(epoch, int(window.shard[offset]), int(window.member[offset]), window.ahead))
+        return addresses
 
-    def _make_epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The epoch's shards in order, and the first offset of each window."""
-        shards = permutation(self._seed, "data/shards", epoch, len(self._counts))
-        return shards, _starts(np.add.reduceat(self._counts[shards], np.arange(0, len(shards), self._width)))
+    def instead_of(self, address: Address, whole_shard: bool) -> Address:
+        """Whose sample stands in for one that cannot be used; a function of that one's address alone.
 
-    def _make_window(self, epoch: int, number: int) -> _Window:
-        shards = self._epoch(epoch)[0][number * self._width : (number + 1) * self._width]
-        counts = self._counts[shards]
-        draw = epoch * self._windows_per_epoch + number
-        return _Window(shards, _starts(counts), permutation(self._seed, "data/samples", draw, int(counts.sum())))
+        The next of the same shard or, where the `whole_shard` cannot be read, the same of the next shard.
+        """
+        if not whole_shard:
+            return address._replace(member=(address.member + 1) % int(self._counts[address.shard]))
+        shards = self._epoch(address.epoch).shards
+        following = int(shards[(int(np.flatnonzero(shards == address.shard)[0]) + 1) % len(shards)])
+        return address._replace(shard=following, member=address.member % int(self._counts[following]))
+
+    def _make_epoch(self, epoch: int) -> _Epoch:
+        order = permutation(self._seed, f"data/shards/source {self._source}", epoch, len(self._filled))
+        shards = self._filled[order]
+        before, after = (
+            self._mixture.counts_before(self._source, number * self.total) for number in (epoch, epoch + 1)
+        )
+        return _Epoch(shards, _starts(self._counts[shards]), _starts(after - before), before)
+
+    def _make_window(self, epoch: int, lane: int, number: int) -> _Window:
+        facts = self._epoch(epoch)
+        stretch_end = int(facts.lane_starts[lane + 1])
+        first = int(facts.lane_starts[lane]) + number * self._shuffle
+        end = min(first + self._shuffle, stretch_end)
+        draw = (epoch << 64) + (lane << 32) + number
+        order = permutation(self._seed, f"data/samples/source {self._source}", draw, end - first)
+        slot = np.searchsorted(facts.starts, np.arange(first, end), side="right") - 1
+        shard, member = facts.shards[slot], np.arange(first, end) - facts.starts[slot]
+        last_ahead = min(end + self._shuffle, stretch_end) - 1
+        last_slot = int(np.searchsorted(facts.starts, last_ahead, side="right")) - 1
+        ahead = tuple(facts.shards[int(slot[0]) : last_slot + 1].tolist())
+        return _Window(shard[order], member[order], ahead)
 
 
-def _starts(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts[:-1])])
+def _starts(counts: NDArray[np.int64]) -> Numbers:
+    """Where each of some stretches begins when they follow on each other, and the end of the last."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])

@@ -5,14 +5,16 @@ Names in an archive are only ever keys and extensions: nothing is extracted and 
 Seam: a shard on another machine is another `Shard` with `keys`, `extensions` and `read`.
 """
 
-import errno
 import os
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from ditmoe.data.decode import BadSample
+from ditmoe.data.faults import ShardFault
 from ditmoe.data.index import DatasetIndex, ShardEntry
+from ditmoe.data.place import Place
 from ditmoe.model.errors import UserError
 
 
@@ -100,21 +102,18 @@ def _after(contents: Contents) -> str:
 class Shard:
     """One tar, open for reading. Reads are by offset and leave no state, so any order is as good."""
 
-    def __init__(self, path: Path, entry: ShardEntry) -> None:
-        """Open and scan it. UserError when it is missing, truncated, or does not hold what the index says."""
+    def __init__(self, descriptor: int, path: str, entry: ShardEntry) -> None:
+        """Scan it; the descriptor becomes its own. ShardFault when it does not hold what the index says."""
         self.path = path
-        try:
-            contents = scan(path)
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            hint = "; lower data.shuffle_shards or raise `ulimit -n`" if error.errno == errno.EMFILE else ""
-            raise UserError(f"{path}: could not be opened: {error.strerror or error}{hint}") from error
+        self.name = entry.file
+        self._descriptor = descriptor
+        contents = scan(Path(path))
         problem = contents.problem
         if problem is None and len(contents.keys) != entry.samples:
             problem = f"holds {len(contents.keys)} samples, and the index says {entry.samples}"
         if problem is not None:
             self.close()
-            raise UserError(f"{path}: {problem}")
+            raise ShardFault(path, problem)
         self.keys = contents.keys
         self._members = contents.members
 
@@ -123,7 +122,7 @@ class Shard:
         return list(self._members[member])
 
     def read(self, member: int, extension: str) -> bytes | None:
-        """The bytes of a sample's member; null when it has none. UserError when the file ends early."""
+        """The bytes of a sample's member; null when it has none. BadSample when the file ends early."""
         extent = self._members[member].get(extension)
         if extent is None:
             return None
@@ -135,11 +134,9 @@ class Shard:
                     break
                 data += more
         except OSError as error:
-            raise UserError(f"{self.where(member)}: could not be read: {error.strerror or error}") from error
+            raise BadSample(f"could not be read: {error.strerror or error}") from error
         if len(data) < extent.size:
-            raise UserError(
-                f"{self.where(member)}: truncated tar: {len(data)} of {extent.size} bytes of its .{extension}"
-            )
+            raise BadSample(f"truncated tar: {len(data)} of {extent.size} bytes of its .{extension}")
         return data
 
     def where(self, member: int) -> str:
@@ -151,24 +148,43 @@ class Shard:
         os.close(self._descriptor)
 
 
-class ShardPool:
-    """The shards of a folder, opened when first read; the least recently used one is closed beyond `limit`."""
+def open_shard(folder: Path, entry: ShardEntry) -> Shard:
+    """A shard of a local folder. UserError when it cannot be read, or does not hold what the index says."""
+    path = folder / entry.file
+    try:
+        return Shard(os.open(path, os.O_RDONLY), str(path), entry)
+    except OSError as error:
+        raise UserError(f"{path}: could not be opened: {error.strerror or error}") from error
+    except ShardFault as fault:
+        raise UserError(str(fault)) from fault
 
-    def __init__(self, folder: Path, index: DatasetIndex, limit: int) -> None:
-        self._folder = folder
+
+class ShardPool:
+    """The shards of a source that its lanes are reading, each opened when first read.
+
+    A shard stays open while some lane expects it. One that stands in for another is open until the next does.
+    """
+
+    def __init__(self, place: Place, index: DatasetIndex) -> None:
+        self._place = place
         self._index = index
-        self._limit = limit
-        self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._expected: dict[int, tuple[int, ...]] = {}
+        self._open: dict[int, Shard] = {}
+
+    def expect(self, lane: int, shards: tuple[int, ...]) -> None:
+        """Say which shards a lane reads from now on; those that none reads any more are closed."""
+        if self._expected.get(lane) is shards:
+            return
+        self._expected[lane] = shards
+        wanted = {shard for each in self._expected.values() for shard in each}
+        for number in [number for number in self._open if number not in wanted]:
+            self._open.pop(number).close()
 
     def __getitem__(self, number: int) -> Shard:
-        """The shard with this number in the index."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        while len(self._open) >= self._limit:
-            self._open.popitem(last=False)[1].close()
-        entry = self._index.shards[number]
-        self._open[number] = Shard(self._folder / entry.file, entry)
+        """The shard with this number in the index. ShardFault when it cannot be read."""
+        if number not in self._open:
+            entry = self._index.shards[number]
+            self._open[number] = Shard(self._place.open(entry), self._place.where(entry.file), entry)
         return self._open[number]
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """`ditmoe train --dry-run`: what a run would be, without starting it: grid, parameters, and memory of a rank."""
 
-from ditmoe.data.index import DatasetIndex, load_index
+from ditmoe.data.dataset import open_index
+from ditmoe.data.index import DatasetIndex
 from ditmoe.launcher.checks import layout_of, resolve
 from ditmoe.launcher.config import RunConfig
 from ditmoe.launcher.processes import in_worker, process_count
@@ -73,7 +74,7 @@ def largest_stage(config: RunConfig) -> tuple[int, RankMemory]:
 def _index(config: RunConfig) -> tuple[DatasetIndex | None, list[str]]:
     """The data's index; where it cannot be read and is not needed, None and the lines that say so."""
     try:
-        return load_index(config.data.sources[0].path), []
+        return open_index(config.data.sources[0]), []
     except UserError as error:
         if not config.model.complete:
             raise

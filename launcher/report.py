@@ -32,7 +32,7 @@ TAGS: Final = {
 }
 """Key of stats.jsonl → name in TensorBoard, with its unit; other keys go under `other/`."""
 
-Value = float | int | str | list[Any] | None
+Value = float | int | str | list[Any] | dict[str, Any] | None
 
 
 class Reporter:
@@ -90,7 +90,8 @@ class Reporter:
         Args:
             step: the step's number, from 1.
             values: numbers by the keys of `TAGS` (`loss`, `images`, …); `expert_load` is `[L][N]` shares, and
-                other lists are not drawn. Infinite and undefined numbers become null in stats.jsonl.
+                `sources` numbers by source and name; other lists are not drawn. Infinite and undefined numbers
+                become null in stats.jsonl.
         """
         record = {"step": step, **{key: _json_value(value) for key, value in values.items()}}
         self._stats.write(json.dumps(record, allow_nan=False) + "\n")
@@ -98,6 +99,8 @@ class Reporter:
         for key, value in values.items():
             if key == "expert_load" and isinstance(value, list):
                 self._draw_load(step, value)
+            elif key == "sources" and isinstance(value, dict):
+                self._draw_sources(step, value)
             elif isinstance(value, int | float):
                 self._board.add_scalar(TAGS.get(key, f"other/{key}"), value, step)
         self._board.flush()
@@ -124,6 +127,12 @@ class Reporter:
         for layer, load_N in enumerate(load_LN):
             for expert, share in enumerate(load_N):
                 self._board.add_scalar(f"{TAGS['expert_load']}/block {layer}/expert {expert}", share, step)
+
+    def _draw_sources(self, step: int, sources: dict[str, dict[str, float]]) -> None:
+        """Images, epochs and skipped samples of each source of the data."""
+        for name, numbers in sources.items():
+            for key, number in numbers.items():
+                self._board.add_scalar(f"sources/{name}/{key}", number, step)
 
     def _write_log(self, message: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -157,6 +166,8 @@ def _step_of(line: bytes) -> float:
 def _json_value(value: Value) -> Value:
     if isinstance(value, list):
         return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -29,6 +29,7 @@ MAY_CHANGE: Final = (
     "deepspeed",
     "data.sources",  # where the samples lie; a resume compares their fingerprint with the checkpoint's
     "data.workers",
+    "data.cache",
     "model.preset",  # the shape's own keys say what it is
     "train.steps",
     "train.micro_batch",

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from ditmoe.data.dataset import open_dataset
+from ditmoe.data.dealing import Dealing
 from ditmoe.data.images import to_uint8
-from ditmoe.data.index import load_index
+from ditmoe.data.samples import Skip
 from ditmoe.launcher.best import BestCheckpoints
 from ditmoe.launcher.checks import layout_of
 from ditmoe.launcher.config import RunConfig
@@ -22,6 +24,7 @@ from ditmoe.launcher.feed import Feed
 from ditmoe.launcher.report import Reporter
 from ditmoe.launcher.run_folder import RunFolder, config_yaml
 from ditmoe.launcher.signals import StopSignal
+from ditmoe.launcher.skips import SkipLedger
 from ditmoe.launcher.throughput import TRAINING_PASSES, Clock, Sums, peak_memory_gib, peak_tflops
 from ditmoe.model.count import flops_per_image
 from ditmoe.model.dit import DiT
@@ -100,12 +103,12 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _other_data(info: CheckpointInfo, facts: dict[str, Any], source: str) -> UserError:
+def _other_data(info: CheckpointInfo, facts: dict[str, Any]) -> UserError:
     """The message of a run whose position in the sample order would now stand for other samples."""
     differing = ", ".join(key for key, value in facts.items() if info.dataset.get(key) != value)
     return UserError(
-        f"data.sources: the samples of {source} are not those that {info.path} was trained on"
-        f" (another {differing}); expected the same shards, or another run.dir"
+        f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
+        f" (another {differing}); expected the same shards and settings, or another run.dir"
     )
 
 
@@ -128,7 +131,9 @@ class Trainer:
         self.device = device
         self.stop = stop
         self.layout = layout_of(config)
-        self.dataset = load_index(config.data.sources[0].path)
+        self.dataset = open_dataset(config.data, config.seed)
+        if dist.get_rank() == 0:
+            self.dataset.check_files()
         self.objective: Objective = make_objective(config.objective)
         self.stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
@@ -147,12 +152,15 @@ class Trainer:
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
-        self.data_facts = {**self.dataset.facts, "fingerprint": self.dataset.fingerprint}
-        if info is not None and info.dataset != self.data_facts:
-            raise _other_data(info, self.data_facts, config.data.sources[0].path)
+        if info is not None and info.dataset != self.dataset.facts:
+            raise _other_data(info, self.dataset.facts)
         self.resumed = None if info is None else info.path
         self.images = 0 if info is None else info.images
-        self.sums = Sums() if info is None else Sums(**info.sums)
+        sums = {} if info is None else dict(info.sums)
+        self.ledger = SkipLedger(self.dataset, sums.pop("skips", {}))
+        self.unreported: list[Skip] = []
+        """This rank's skips since the last record."""
+        self.sums = Sums(**sums)
         self.clock = Clock()
         self.report: Reporter | None = None
 
@@ -179,7 +187,8 @@ class Trainer:
             self._say(f"the run is complete: step {self.engine.step} of {steps}")
             return
         rank = dist.get_rank()
-        feed = Feed(self.config, self.objective, self.layout, self.device, rank, start=self.images)
+        feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
+        self._tell_dealing(feed.dealing)
         stopped = False
         with feed, self.saver:
             while self.engine.step < steps and not stopped:
@@ -205,7 +214,8 @@ class Trainer:
     def _step(self, feed: Feed) -> StepResult:
         """One optimiser step, counted and reported."""
         start = time.perf_counter()
-        micro_batches, keys = feed.next_step()
+        micro_batches, keys, skips = feed.next_step()
+        self.unreported += skips
         wait = time.perf_counter() - start
         step, steps = self.engine.step + 1, self.config.train.steps
         rate = learning_rate(self.config.optim, step, steps)
@@ -229,10 +239,12 @@ class Trainer:
         """Report the means since the last record, and the experts' load in the last step."""
         memory = torch.tensor(peak_memory_gib(self.device), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
+        self._count_skips()
+        progress = self.dataset.progress(self.images)
         rates = self.clock.rates(self.layout.batch)
         values: dict[str, Any] = {
             "images": self.images,
-            "epoch": self.images / self.dataset.total,
+            "epoch": progress[self.dataset.sources[0].name].epoch,
             **self.sums.means(),
             "lr": rate,
             **rates,
@@ -244,6 +256,9 @@ class Trainer:
             values["mfu"] = flops / (peak * 1e12 * self.layout.processes)
         if self.config.model.experts:
             values["expert_load"] = [[round(share, 5) for share in row] for row in result.load_LN.tolist()]
+        values["sources"] = {
+            name: {**progress[name]._asdict(), "skipped": self.ledger.total(name)} for name in progress
+        }
         if self.report is not None:
             self.report.record(self.engine.step, values)
         self.sums, self.clock = Sums(), Clock()
@@ -257,7 +272,31 @@ class Trainer:
                 f"step {self.engine.step}: training waited {waited:.1f} s for the last checkpoint to be written;"
                 " raise train.checkpoint_every to avoid that"
             )
-        return self.saver.save(self.engine, self.images, self.sums.plain(), self.config.plain(), self.data_facts)
+        self._count_skips()
+        sums = {**self.sums.plain(), "skips": self.ledger.plain()}
+        return self.saver.save(self.engine, self.images, sums, self.config.plain(), self.dataset.facts)
+
+    def _count_skips(self) -> None:
+        """Count what all data ranks skipped since the last time. UserError on all ranks beyond a budget."""
+        rank = dist.get_rank()
+        # Stages and tensor ranks read the same samples; one of them tells.
+        tells = self.layout.stage(rank) == self.layout.tensor_rank(rank) == 0
+        gathered = processes.gather_objects(self.unreported if tells else [])
+        self.unreported = []
+        for line in self.ledger.add(Skip(*skip) for skips in gathered for skip in skips):
+            self._say(line)
+
+    def _tell_dealing(self, dealing: Dealing) -> None:
+        """Say so where shards are read by more processes than need be."""
+        if self.report is None:
+            return
+        readers = dealing.readers_per_lane(self.config.data.lanes, self.config.data.workers)
+        if readers > 1:
+            self.report.log(
+                f"each shard is read by up to {readers} processes; it is one where data.lanes ="
+                f" {self.config.data.lanes} is a multiple of data ranks × workers = {self.layout.data} ×"
+                f" {max(self.config.data.workers, 1)}, and the micro-batch one of the workers"
+            )
 
     def _tell_saved(self) -> None:
         """Say which checkpoint has become complete."""
@@ -276,7 +315,9 @@ class Trainer:
         # Every data rank draws the same number: on many layouts the network is a collective call.
         mine = [min(number, preview.images - 1) for number in range(first, first + share)]
         with self.engine.ema_weights() as network:
-            loaded = LoadedModel(network, model, self.config.objective, self.dataset.class_names, None, "preview")
+            loaded = LoadedModel(
+                network, model, self.config.objective, self.dataset.index.class_names, None, "preview"
+            )
             images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
         gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
         if self.report is None:

@@ -81,14 +81,14 @@ SHOWN = 12
 
 def _complete(path: Path, overrides: list[str]) -> "RunConfig":
     """The configuration with its network's input known: from the shards, where it leaves that out."""
-    from ditmoe.data.index import load_index
+    from ditmoe.data.dataset import open_index
     from ditmoe.launcher.checks import with_input_of
     from ditmoe.launcher.config import load_config
 
     run = load_config(path, overrides)
     if run.model.complete:
         return run
-    index = load_index(run.data.sources[0].path)
+    index = open_index(run.data.sources[0])
     return run.model_copy(update={"model": with_input_of(run.model, index)})
 
 

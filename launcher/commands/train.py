@@ -20,7 +20,7 @@ def command(
 
     Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun or srun it joins their processes.
     """
-    from ditmoe.data.index import load_index
+    from ditmoe.data.dataset import open_dataset
     from ditmoe.launcher.checks import resolve
     from ditmoe.launcher.config import load_config
     from ditmoe.launcher.processes import in_worker, process_count
@@ -32,10 +32,11 @@ def command(
 
         typer.echo(describe(raw, str(config)))
         return
-    index = load_index(raw.data.sources[0].path)
+    dataset = open_dataset(raw.data, raw.seed)
     processes = process_count(raw.launch)
-    resolved = resolve(raw, index, processes, origin=str(config))
+    resolved = resolve(raw, dataset.index, processes, origin=str(config))
     if not in_worker():
+        dataset.check_files()
         from ditmoe.launcher.run_folder import RunFolder
 
         folder = RunFolder(resolved.run.dir)
