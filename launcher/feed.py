@@ -24,6 +24,8 @@ class StepBatch(NamedTuple):
 
     micro_batches: list[MicroBatch]
     """None on a pipeline stage between the first and the last, which sees no samples."""
+    positions: list[int]
+    """Of each sample in the global order."""
     keys: list[str]
     """`shard.tar/key` of each sample."""
     skips: list[Skip]
@@ -77,7 +79,7 @@ class Feed:
             UserError: a sample cannot be used; names shard and key.
         """
         if self._stream is None:
-            return StepBatch([], [], [])
+            return StepBatch([], [], [], [])
         # The first are made here: the stream starts its processes then, and a fork belongs in the main thread.
         batch = self._prepare(self._stream) if self._ahead is None else self._ahead.result()
         self._ahead = self._thread.submit(self._prepare, self._stream)
@@ -87,6 +89,7 @@ class Feed:
         batches = list(islice(stream, self._layout.accumulation))
         return StepBatch(
             list(map(self._micro_batch, batches)),
+            [position for batch in batches for position in batch.position_B],
             [key for batch in batches for key in batch.keys],
             [skip for batch in batches for skip in batch.skips],
         )

@@ -4,8 +4,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Final, Self, TextIO
 
 import numpy as np
@@ -48,10 +49,12 @@ class Reporter:
     def __init__(self, folder: RunFolder, steps: int, step: int = 0, terminal: TextIO | None = None) -> None:
         self._terminal = terminal or sys.stdout
         folder.path.mkdir(parents=True, exist_ok=True)
-        drop_after(folder, step)
+        drop_after(folder.stats, step)
+        drop_after(folder.sample_keys, step)
+        self._folder = folder
         self._files = ExitStack()
-        log, stats = (open(path, "a", encoding="utf-8") for path in (folder.log, folder.stats))  # noqa: SIM115
-        self._log, self._stats = self._files.enter_context(log), self._files.enter_context(stats)
+        self._log, self._stats = self._open(folder.log), self._open(folder.stats)
+        self._keys: TextIO | None = None
         # purge_step hides what an interrupted run wrote of the steps that are now repeated.
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
         self._bar: tqdm[Any] | None = None
@@ -78,6 +81,13 @@ class Reporter:
             self._bar.write(message, file=self._terminal)
         else:
             print(message, file=self._terminal, flush=True)
+
+    def samples(self, step: int, keys: Sequence[str]) -> None:
+        """Write the keys of a step's samples to samples.jsonl."""
+        if self._keys is None:
+            self._keys = self._open(self._folder.sample_keys)
+        self._keys.write(json.dumps({"step": step, "keys": keys}) + "\n")
+        self._keys.flush()
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
@@ -122,6 +132,9 @@ class Reporter:
         self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
         self._board.flush()
 
+    def _open(self, path: Path) -> TextIO:
+        return self._files.enter_context(open(path, "a", encoding="utf-8"))
+
     def _draw_load(self, step: int, load_LN: list[Any]) -> None:
         """Share of a layer's tokens that each expert got; all equal at 1/N."""
         for layer, load_N in enumerate(load_LN):
@@ -140,17 +153,17 @@ class Reporter:
         self._log.flush()
 
 
-def drop_after(folder: RunFolder, step: int) -> int:
-    """Drop the records of stats.jsonl after a step, and a last line that a kill cut short; how many it dropped.
+def drop_after(path: Path, step: int) -> int:
+    """Drop the records of a file after a step, and a last line that a kill cut short; how many it dropped.
 
     So that the curve of a run that was interrupted has each step once.
     """
-    if not folder.stats.exists():
+    if not path.exists():
         return 0
-    lines = folder.stats.read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        with replacing(folder.stats) as file:
+        with replacing(path) as file:
             file.writelines(kept)
     return len(lines) - len(kept)
 

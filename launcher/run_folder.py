@@ -35,6 +35,7 @@ MAY_CHANGE: Final = (
     "train.micro_batch",
     "train.log_every",
     "train.checkpoint_every",
+    "train.log_samples",
     "train.peak_tflops",
 )
 """Keys, with all below them, that may change when a run is resumed. All others decide its loss curve."""
@@ -53,6 +54,8 @@ class RunFolder:
         """What the run said, with times."""
         self.stats = path / "stats.jsonl"
         """One object per logged step."""
+        self.sample_keys = path / "samples.jsonl"
+        """One object per step: the keys of its samples. Where `train.log_samples` asks for it."""
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"

@@ -41,6 +41,8 @@ class TrainConfig(Settings):
     """Number type of the computation; the optimiser and the EMA are fp32 always."""
     log_every: int = Field(default=100, ge=1)
     """Steps between two records of stats.jsonl, log.txt and TensorBoard."""
+    log_samples: bool = False
+    """Write the keys of each step's samples to samples.jsonl, in the global order: what the run has read."""
     checkpoint_every: int = Field(default=5_000, ge=1)
     """Steps between two checkpoints; the last step and a stop by signal write one too."""
     peak_tflops: float | None = Field(default=None, gt=0)

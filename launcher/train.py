@@ -20,7 +20,7 @@ from ditmoe.data.samples import Skip
 from ditmoe.launcher.best import BestCheckpoints
 from ditmoe.launcher.checks import layout_of
 from ditmoe.launcher.config import RunConfig
-from ditmoe.launcher.feed import Feed
+from ditmoe.launcher.feed import Feed, StepBatch
 from ditmoe.launcher.report import Reporter
 from ditmoe.launcher.run_folder import RunFolder, config_yaml
 from ditmoe.launcher.signals import StopSignal
@@ -214,21 +214,23 @@ class Trainer:
     def _step(self, feed: Feed) -> StepResult:
         """One optimiser step, counted and reported."""
         start = time.perf_counter()
-        micro_batches, keys, skips = feed.next_step()
-        self.unreported += skips
+        batch = feed.next_step()
+        self.unreported += batch.skips
         wait = time.perf_counter() - start
         step, steps = self.engine.step + 1, self.config.train.steps
         rate = learning_rate(self.config.optim, step, steps)
         try:
             # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
-            result = self.engine.train_step(micro_batches, rate, self.stop.requested or self.saver.failed)
+            result = self.engine.train_step(batch.micro_batches, rate, self.stop.requested or self.saver.failed)
         except NonFiniteLossError as error:
-            raise self._not_finite(f"the loss is {error.loss}", step, keys) from None
+            raise self._not_finite(f"the loss is {error.loss}", step, batch.keys) from None
         if not np.isfinite(result.grad_norm):
-            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, keys)
+            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batch.keys)
         self.images += self.layout.batch
         self.sums.add(result)
         self.clock.add(time.perf_counter() - start, wait)
+        if self.config.train.log_samples:
+            self._log_samples(batch, step)
         if step % self.config.train.log_every == 0 or step == steps:
             self._record(result, rate)
         if self.report is not None:
@@ -278,13 +280,24 @@ class Trainer:
 
     def _count_skips(self) -> None:
         """Count what all data ranks skipped since the last time. UserError on all ranks beyond a budget."""
-        rank = dist.get_rank()
-        # Stages and tensor ranks read the same samples; one of them tells.
-        tells = self.layout.stage(rank) == self.layout.tensor_rank(rank) == 0
-        gathered = processes.gather_objects(self.unreported if tells else [])
+        gathered = processes.gather_objects(self.unreported if self._tells_of_samples else [])
         self.unreported = []
         for line in self.ledger.add(Skip(*skip) for skips in gathered for skip in skips):
             self._say(line)
+
+    @property
+    def _tells_of_samples(self) -> bool:
+        """Stages and tensor ranks read the same samples; one of them tells what became of them."""
+        rank = dist.get_rank()
+        return self.layout.stage(rank) == self.layout.tensor_rank(rank) == 0
+
+    def _log_samples(self, batch: StepBatch, step: int) -> None:
+        """Write the keys of all ranks' samples of a step, in the order of positions."""
+        mine = list(zip(batch.positions, batch.keys, strict=True)) if self._tells_of_samples else []
+        gathered = processes.gather_objects(mine)
+        if self.report is not None:
+            ordered = sorted((position, key) for part in gathered for position, key in part)
+            self.report.samples(step, [key for _, key in ordered])
 
     def _tell_dealing(self, dealing: Dealing) -> None:
         """Say so where shards are read by more processes than need be."""

@@ -41,10 +41,10 @@ def test_a_resumed_curve_has_each_step_once(tmp_path: Path) -> None:
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.stats.write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n{"step": 3, "lo')
-    assert drop_after(folder, 5) == 1
+    assert drop_after(folder.stats, 5) == 1
     assert steps(folder) == [(1, 0.5), (2, 0.4)]
-    assert drop_after(folder, 5) == 0
-    assert drop_after(folder, 0) == 2 and steps(folder) == []
+    assert drop_after(folder.stats, 5) == 0
+    assert drop_after(folder.stats, 0) == 2 and steps(folder) == []
 
 
 def test_plain_lines(tmp_path: Path) -> None:

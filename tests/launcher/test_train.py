@@ -204,6 +204,41 @@ def test_killed_on_one_layout_and_continued_on_others(
 
 
 @pytest.mark.timeout(280)
+def test_other_ranks_and_workers_read_the_same_samples_in_the_same_order(
+    make_config: Callable[..., Path], shards: Path
+) -> None:
+    """A mixture, killed anywhere on 2 ranks × 2 workers, and continued on 1 × 3 and 2 × 1: keys and curve."""
+    sources = f"data.sources=[{{path: {shards}, max_per_class: 30}}, {{path: {shards}, weight: 3}}]"
+    common = [sources, "parallel.expert=1", "data.lanes=12", "data.shuffle=20", "train.log_samples=true"]
+    whole, config = make_config("whole", processes=1), make_config(processes=2)
+    result = train(whole, *common, "data.workers=0")
+    assert result.returncode == 0, result.stderr
+    run = config.with_suffix("")
+    process = start(config, *common, "data.workers=2", "train.micro_batch=4")
+    wait_for(reached(run, random.randint(3, 6)), process)
+    kill_everything(process, run)
+    for overrides in (
+        ["launch.processes=1", "data.workers=3", "train.micro_batch=8", "train.steps=8"],
+        ["launch.processes=2", "data.workers=1"],
+    ):
+        result = train(config, *common, *overrides)
+        assert result.returncode == 0, result.stderr
+    expected, found = (
+        [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        for run in (whole.with_suffix(""), run)
+    )
+    assert [record["step"] for record in found] == list(range(1, 13))
+    assert found == expected and {len(record["keys"]) for record in found} == {16}
+    assert all(sum("digits 0/" in key for key in record["keys"]) == 4 for record in found)
+    for key in ("loss", "balance_loss", "grad_norm"):
+        values = [[record[key] for record in curve(each)] for each in (whole.with_suffix(""), run)]
+        assert values[1] == pytest.approx(values[0], rel=1e-5)
+    last = json.loads((run / "stats.jsonl").read_text().splitlines()[-1])
+    assert last["sources"]["digits 0"] == {"images": 48, "epoch": 48 / 300, "skipped": 0}
+    assert last["sources"]["digits 1"]["images"] == 144
+
+
+@pytest.mark.timeout(280)
 def test_kill_while_a_checkpoint_is_written(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
 ) -> None:
@@ -357,10 +392,10 @@ def test_data_may_move_but_not_change(make_config: Callable[..., Path], shards: 
     assert result.returncode == 0, result.stderr
     assert "changed since the run was started: data.sources" in result.stdout and "resumed from" in result.stdout
     index = load_index(moved)
-    write_index(moved, index.model_copy(update={"shards": index.shards[:-1]}))
+    write_index(moved, index.model_copy(update={"shards": index.shards[:-1], "samples": None}))
     result = train(config, "train.steps=6", f"data.sources.0.path={moved}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert f"the samples of {moved} are not those that" in result.stderr
+    assert "data.sources: the samples, or their order, are not those that" in result.stderr
     assert "step-00000004 was trained on (another fingerprint)" in result.stderr
 
 
@@ -470,7 +505,8 @@ def break_image(folder: Path) -> str:
 
 def break_label(folder: Path) -> str:
     index = load_index(folder)
-    write_index(folder, index.model_copy(update={"num_classes": 4, "class_names": index.class_names[:4]}))
+    fewer = {"num_classes": 4, "class_names": index.class_names[:4], "samples": None}
+    write_index(folder, index.model_copy(update=fewer))
     return "0 to 3"
 
 
