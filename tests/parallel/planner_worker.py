@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from batches import micro_batches
 from between_cases import end_groups
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor
@@ -35,7 +36,7 @@ from ditmoe.parallel.planner.ledger import Ledger
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.step_totals import StepTotals
 
-SHAPE = (1, 8, 8)
+CPU = torch.device("cpu")
 STEPS = 3
 """The last one is measured: ZeRO 3 learns in the first two in which order weights are used."""
 
@@ -63,28 +64,15 @@ def make_engine(case: dict[str, Any]) -> TrainingEngine:
     )
 
 
-def micro_batches(engine: TrainingEngine, step: int) -> list[MicroBatch]:
-    layout, objective = engine.layout, make_objective(ObjectiveConfig())
-    rank = layout.data_rank(dist.get_rank())
-    batches = []
-    for micro_step in range(layout.accumulation):
-        first = step * layout.batch + (micro_step * layout.data + rank) * layout.micro_batch
-        positions = list(range(first, first + layout.micro_batch))
-        draws = objective.draw(0, positions, SHAPE, label_dropout=0.1)
-        label_B = torch.where(draws.drop_B, 10, torch.tensor([p % 10 for p in positions]))
-        batches.append(MicroBatch(randomness.normal(1, "image", positions, SHAPE), label_B, draws))
-    return batches
-
-
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """Train a few steps; the state before the last optimiser step, and the collectives of a whole step."""
     engine = make_engine(case)
     for step in range(STEPS):
         ledger = Ledger()
         with ledger:
-            engine.train_step(micro_batches(engine, step), lr=1e-4, stop_requested=False)
+            engine.train_step(micro_batches(engine, step, ObjectiveConfig(), CPU), lr=1e-4, stop_requested=False)
     weights, optimizer = weights_of(engine), optimizer_of(engine)
-    gradients = gradients_of(engine, micro_batches(engine, STEPS))
+    gradients = gradients_of(engine, micro_batches(engine, STEPS, ObjectiveConfig(), CPU))
     compared = compare_layers(engine) if engine.layout.expert > 1 and engine.layout.zero < 3 else None
     result = {
         "layers": compared,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from batches import CLASSES, SHAPE, micro_batches
 from between_cases import end_groups
 
 from ditmoe.model import randomness
@@ -27,13 +28,10 @@ from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import TrainingEngine
 from ditmoe.parallel.initial import Initial
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.passes import MicroBatch
 from ditmoe.parallel.saver import CheckpointSaver
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.training_state import load_training_state
 
-CLASSES = 10
-SHAPE = (1, 8, 8)
 DEFAULTS: dict[str, Any] = {
     "objective": "rectified_flow",
     "pipe": 1,
@@ -129,23 +127,6 @@ def awake_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return initial_value(name, shape, seed=0)
 
 
-def micro_batches(
-    engine: TrainingEngine, case: dict[str, Any], step: int, device: torch.device
-) -> list[MicroBatch]:
-    """This rank's part of a step's global batch: samples and draws are functions of their positions."""
-    layout, rank = engine.layout, engine.layout.data_rank(dist.get_rank())
-    objective = make_objective(ObjectiveConfig(kind=case["objective"]))
-    batches = []
-    for micro_step in range(layout.accumulation):
-        first = step * layout.batch + (micro_step * layout.data + rank) * layout.micro_batch
-        positions = list(range(first, first + layout.micro_batch))
-        draws = objective.draw(0, positions, SHAPE, label_dropout=0.1)
-        label_B = torch.where(draws.drop_B, CLASSES, torch.tensor([p % CLASSES for p in positions]))
-        x_BCHW = randomness.normal(1, "image", positions, SHAPE).clamp(-1, 1)
-        batches.append(MicroBatch(x_BCHW.to(device), label_B.to(device), draws.to(device)))
-    return batches
-
-
 def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Train a case; what is compared between layouts."""
     engine = make_engine(case, device)
@@ -174,7 +155,11 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     saver.trained.clear()
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
-        result = engine.train_step(micro_batches(engine, case, step, device), lr=lr, stop_requested=False)
+        result = engine.train_step(
+            micro_batches(engine, step, ObjectiveConfig(kind=case["objective"]), device),
+            lr=lr,
+            stop_requested=False,
+        )
         curve.append([result.loss, result.balance_loss, result.grad_norm])
         load.append(result.load_LN.tolist())
         if engine.step == case["save_at"]:
