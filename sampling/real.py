@@ -61,7 +61,7 @@ class RealImages:
         shards = len(self.index.shards)
         for number in range(shards * part // self.parts, shards * (part + 1) // self.parts):
             entry = self.index.shards[number]
-            shard = Shard(self.folder / entry.file, entry)
+            shard = Shard.at(self.folder / entry.file, entry)
             try:
                 for first in range(0, entry.samples, batch):
                     members = range(first, min(first + batch, entry.samples))
