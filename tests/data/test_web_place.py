@@ -238,7 +238,10 @@ MENDED: dict[str, tuple[list[Callable[[Handler], None]], list[str | None]]] = {
     "chunked": ([chunked], [None]),
     "chunked and truncated": ([chunked_truncated], [None, None]),
     "another version between two tries": ([other_version], [None, f"bytes={CUT}-"]),
-    "another version against If-Range": ([truncated, ignores_if_range], [None, f"bytes={CUT}-", None]),
+    "another version against If-Range": (
+        [truncated, ignores_if_range] * 2,
+        [None, f"bytes={CUT}-", None, f"bytes={CUT}-", None],
+    ),
     "another range": ([truncated, another_range], [None, f"bytes={CUT}-", None]),
     "range refused": ([truncated, status(416)], [None, f"bytes={CUT}-", None]),
     "503": ([status(503), status(500), status(502), status(429)], [None] * 5),
