@@ -12,7 +12,7 @@ from ditmoe.data.config import DataConfig, SourceConfig
 from ditmoe.data.index import INDEX_FILE, DatasetIndex, check_files, load_index, parse_index
 from ditmoe.data.mixture import Mixture, Numbers, quotas
 from ditmoe.data.order import Address, SourceOrder
-from ditmoe.data.place import Place, open_place
+from ditmoe.data.place import LocalPlace, Place, open_place
 from ditmoe.data.sample_table import Samples, parse_table
 from ditmoe.data.selection import Selection, map_classes, select
 from ditmoe.model.errors import UserError
@@ -83,7 +83,7 @@ class Dataset:
         problems = [
             problem
             for source in self.sources
-            if source.config.on_error == "stop" and source.place.folder is not None
+            if source.config.on_error == "stop" and isinstance(source.place, LocalPlace)
             for problem in check_files(source.place.folder, source.index)
         ]
         if problems:
@@ -142,7 +142,7 @@ def _place_of(config: SourceConfig, cache: Path | None) -> Place:
 def _open_index(config: SourceConfig, place: Place) -> DatasetIndex:
     if config.index is not None:
         return parse_index(_read(config.index), str(config.index))
-    if place.folder is not None:
+    if isinstance(place, LocalPlace):
         return load_index(place.folder)
     return parse_index(place.read(INDEX_FILE), place.where(INDEX_FILE))
 

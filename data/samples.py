@@ -111,7 +111,7 @@ class SampleReader:
         label = int(selection.label_of[decode_label(shard.read(member, index.label.extension), index)])
         if label == LEFT_OUT:
             raise BadSample("its label is another than the table of samples says")
-        key = f"{shard.name}/{shard.keys[member]}"
+        key = f"{shard.file}/{shard.keys[member]}"
         several = len(self._dataset.sources) > 1
         return _Decoded(image_HWC, label, f"{self._dataset.sources[source].name}/{key}" if several else key)
 

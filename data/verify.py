@@ -17,8 +17,9 @@ from ditmoe.data.decode import (
     image_extension,
 )
 from ditmoe.data.index import INDEX_FILE, DatasetIndex, ShardEntry, load_index
+from ditmoe.data.members import Contents
 from ditmoe.data.progress import track
-from ditmoe.data.reader import Contents, scan
+from ditmoe.data.tar_scan import scan
 from ditmoe.data.workers import in_order
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ditmoe.data.decode import BadSample, decode_image, decode_label, image_extension
 from ditmoe.data.index import DatasetIndex, check_files, load_index
-from ditmoe.data.reader import Shard, open_shard
+from ditmoe.data.reader import Shard
 from ditmoe.model.errors import UserError
 
 MAX_PARTS = 16
@@ -61,7 +61,7 @@ class RealImages:
         shards = len(self.index.shards)
         for number in range(shards * part // self.parts, shards * (part + 1) // self.parts):
             entry = self.index.shards[number]
-            shard = open_shard(self.folder, entry)
+            shard = Shard.at(self.folder / entry.file, entry)
             try:
                 for first in range(0, entry.samples, batch):
                     members = range(first, min(first + batch, entry.samples))

@@ -115,7 +115,7 @@ def test_shards_mix_classes_and_keep_their_limits(tmp_path: Path) -> None:
     assert len(index.shards) > 5
     for entry in index.shards:
         assert (tmp_path / "d" / entry.file).stat().st_size == entry.bytes <= 40_000 + 20_480  # tar's last record
-    shard = Shard(tmp_path / "d" / index.shards[0].file, index.shards[0])
+    shard = Shard.at(tmp_path / "d" / index.shards[0].file, index.shards[0])
     assert len({shard.read(member, "cls") for member in range(len(shard.keys))}) > 4
     other_seed = pack(source, tmp_path / "e", PackSettings(count=200, seed=1)).index
     assert other_seed.fingerprint != index.fingerprint

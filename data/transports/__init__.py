@@ -1,0 +1,1 @@
+"""Ways in which the files of a source come from elsewhere."""
