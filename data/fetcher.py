@@ -107,6 +107,7 @@ class _Thread:
         self._under_way: int | None = None
         self._done: OrderedDict[int, Outcome] = OrderedDict()
         self._stop = Stop()
+        self._closed = False
         # A daemon: a program that ends does not wait for a server that stalls.
         self._thread = threading.Thread(target=self._work, name="shard-fetcher", daemon=True)
         self._thread.start()
@@ -134,7 +135,9 @@ class _Thread:
             self._changed.notify_all()
         self._stop.set()
         self._thread.join(SECONDS_TO_END)
-        self.forget()
+        with self._changed:
+            self._closed = True
+            self.forget()
 
     def forget(self) -> None:
         """Close what was fetched; after a fork these are the child's copies of the descriptors."""
@@ -164,4 +167,6 @@ class _Thread:
                     self._under_way = None
                     if outcome is not None:
                         self._done[number] = outcome
+                    if self._closed:  # too late to be given back there
+                        self.forget()
                     self._changed.notify_all()

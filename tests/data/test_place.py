@@ -29,7 +29,7 @@ NAME = "it's a $(name)-00000.tar"
 ENTRY = ShardEntry(file=NAME, samples=1, bytes=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
 
 
-def place_at(path: str, retries: int = 2, timeout: float = 0.3) -> tuple[Place, list[float]]:
+def place_at(path: str, retries: int = 2, timeout: float = 20) -> tuple[Place, list[float]]:
     waits: list[float] = []
     return open_place(path, retries=retries, timeout=timeout, cache=None, sleep=waits.append), waits
 
@@ -104,7 +104,7 @@ def test_a_command_that_fails(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, tries: int, message: str
 ) -> None:
     monkeypatch.chdir(folder)
-    place, waits = place_at(f"pipe:{command}")
+    place, waits = place_at(f"pipe:{command}", timeout=0.3 if "no byte" in message else 20)
     with pytest.raises(ShardFault, match=message) as raised:
         place.open(ENTRY)
     assert len(waits) == tries - 1
@@ -128,7 +128,7 @@ def test_a_pipe_needs_a_place_for_the_name() -> None:
 def test_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe(f"/bucket/data/{NAME}", DATA)
-    place, waits = place_at("memory://bucket/data/", timeout=5)
+    place, waits = place_at("memory://bucket/data/")
     assert contents(place.open(ENTRY)) == DATA
     with pytest.raises(ShardFault, match=r"memory://bucket/data/b\.tar: no such file"):
         place.open(ENTRY.model_copy(update={"file": "b.tar"}))
@@ -159,10 +159,10 @@ def test_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = type(memory).open
     monkeypatch.setattr(type(memory), "open", lambda self, path, mode: Flaky(real(self, path, mode)))
-    place, waits = place_at("memory://bucket/data", timeout=5, retries=9)
+    place, waits = place_at("memory://bucket/data", retries=9)
     assert contents(place.open(ENTRY)) == DATA
     assert waits == [1.0, 2.0, 4.0][: len(waits)] and len(waits) > 1
-    place, _ = place_at("memory://bucket/data", timeout=5, retries=0)
+    place, _ = place_at("memory://bucket/data", retries=0)
     reads[:] = [1]
     with pytest.raises(ShardFault, match=r"RuntimeError: https://store broke \(try 1, the last"):
         place.open(ENTRY)
@@ -208,7 +208,7 @@ def alive(pattern: str) -> list[str]:
 
 
 def gone(pattern: str) -> bool:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if not alive(pattern):
             return True
@@ -218,7 +218,7 @@ def gone(pattern: str) -> bool:
 
 def test_nothing_of_a_command_outlives_its_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    place, _ = place_at("pipe:sleep 61.25 & cat {}; true")
+    place, _ = place_at("pipe:sleep 61.25 & cat {}; true", timeout=0.3)
     with pytest.raises(ShardFault, match="no byte for"):  # the output stays open in the background
         place.open(ENTRY)
     assert gone("sleep 61.25")
@@ -275,8 +275,8 @@ def test_a_stall_does_not_hold_the_program_at_its_end(reader: subprocess.Popen[s
     assert reader.stdin is not None
     reader.stdin.write("\n")
     reader.stdin.flush()
-    assert reader.wait(timeout=10) == 0
-    assert time.monotonic() - started < 2
+    assert reader.wait(timeout=20) == 0
+    assert time.monotonic() - started < 5
     assert gone("sleep 62.75")
 
 
@@ -319,7 +319,7 @@ ENTRIES = [entry(number) for number in range(20)]
 
 
 def settle(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -373,7 +373,7 @@ def test_closing_ends_a_fetch_that_stalls_and_gives_everything_back() -> None:
     settle(lambda: len(transport.asked) == 2)
     started = time.monotonic()
     fetcher.close()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert not [each for each in threading.enumerate() if each.name == "shard-fetcher"]
     assert len(os.listdir("/proc/self/fd")) == before
 
@@ -388,7 +388,7 @@ def test_it_works_on_after_a_fork() -> None:
     if child == 0:
         code = 1
         try:
-            signal.alarm(10)
+            signal.alarm(30)
             fetcher.prefetch(5)
             good = [contents(fetcher.get(number)) for number in (5, 1, 2)] == [b"5.tar", b"1.tar", b"2.tar"]
             fetcher.close()
