@@ -71,6 +71,13 @@ class ShardFetcher:
             self._failed[number] = (self._clock(), fault)
             raise
 
+    def drop(self, number: int) -> None:
+        """Give back a shard that was prefetched and is not wanted any more."""
+        if self._thread is not None:
+            outcome = self._running().take(number)
+            if isinstance(outcome, int):
+                os.close(outcome)
+
     def close(self) -> None:
         """End what is under way and give back what nobody took. It can be used again."""
         if self._thread is not None:

@@ -94,25 +94,42 @@ class ShardPool:
         self._fetcher = ShardFetcher(place, index.shards, ahead=FETCHED_AHEAD)
         self._expected: dict[int, tuple[int, ...]] = {}
         self._open: dict[int, Shard] = {}
+        self._damaged: dict[int, ShardFault] = {}
 
     def expect(self, lane: int, shards: tuple[int, ...]) -> None:
         """Say which shards a lane reads now and next; those that none reads any more are closed."""
         if self._expected.get(lane) is shards:
             return
+        before = self._expected.get(lane, ())
         self._expected[lane] = shards
         wanted = {shard for each in self._expected.values() for shard in each}
-        for number in [number for number in self._open if number not in wanted]:
-            self._open.pop(number).close()
+        for number in {*self._open, *self._damaged, *before} - wanted:
+            self._let_go(number)
         for number in shards:
             if number not in self._open:
                 self._fetcher.prefetch(number)
 
     def __getitem__(self, number: int) -> Shard:
         """The shard with this number in the index. ShardFault when it cannot be read."""
+        if number in self._damaged:
+            raise ShardFault(self._damaged[number].shard, self._damaged[number].reason)
         if number not in self._open:
             entry = self._index.shards[number]
-            self._open[number] = Shard(self._fetcher.get(number), self._place.where(entry.file), entry)
+            descriptor = self._fetcher.get(number)
+            try:
+                self._open[number] = Shard(descriptor, self._place.where(entry.file), entry)
+            except ShardFault as fault:
+                self._damaged[number] = fault  # a thousand samples need not find out one by one
+                raise
         return self._open[number]
+
+    def _let_go(self, number: int) -> None:
+        """Close a shard, or forget what was fetched or known of it."""
+        self._damaged.pop(number, None)
+        if number in self._open:
+            self._open.pop(number).close()
+        else:
+            self._fetcher.drop(number)
 
     def close(self) -> None:
         """Close all of them, and end fetching."""

@@ -187,10 +187,14 @@ class _Scan:
             name = f"{_text(header[345:500])}/{name}"
         if self._names or self._global_name is not None:
             name = (*self._names, self._global_name or "")[0]
-        if kind not in REGULAR:
-            name = name.rstrip("/") if kind == DIRECTORY else name
+        if kind not in REGULAR and kind != DIRECTORY:
             raise _Damaged(f"member {name!r} is not a regular file")
         size = self._number_of_bytes(header) if self._member_size is None else self._member_size
+        if kind == DIRECTORY:  # as GNU tar writes of a folder; nothing is in it
+            if size:
+                raise _Damaged(f"damaged tar: the folder {name!r} has {size} bytes of data")
+            self._pass_on(self._offset + BLOCK)
+            return
         if size < 0:
             raise _Damaged(f"damaged tar: the size of {name!r} is {size}")
         data = self._offset + BLOCK
@@ -202,7 +206,11 @@ class _Scan:
             self.members.begin()
         if not self.members.add(extension, data, size):
             raise _Damaged(f"member {name!r} comes twice")
-        self._offset = data + _padded(size)
+        self._pass_on(data + _padded(size))
+
+    def _pass_on(self, offset: int) -> None:
+        """To the next header; what extended headers said of this member is done with."""
+        self._offset = offset
         if self._extended:
             self._names, self._member_size, self._extended = [], None, False
 

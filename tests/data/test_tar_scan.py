@@ -45,6 +45,10 @@ def plain(path: Path) -> Found:
                     if member.size < 0 or count > size // 512:
                         return keys, members, "damaged tar: tarfile goes round in circles"
                     end = member.offset_data + -(-member.size // 512) * 512
+                    if member.isdir():
+                        if member.size:
+                            return keys, members, f"damaged tar: the folder {member.name!r} has data"
+                        continue
                     if not member.isreg() or member.issparse():
                         return keys, members, f"member {member.name!r} is not a regular file"
                     if member.offset_data + member.size > size:
@@ -175,7 +179,8 @@ def hostile(kind: bytes, size: bytes, data: bytes = b"") -> bytes:
         (hostile(b"x", b"00000000031\0", b"25 GNU.sparse.major=1.0.\n"), "not a regular file"),
         (hostile(b"g", b"00000000013\0", b"11 size=99\n"), "one size for all members"),
         (hostile(b"S", b"0" * 11 + b"\0"), "'a.png' is not a regular file"),
-        (hostile(b"5", b"0" * 11 + b"\0"), "'a.png' is not a regular file"),
+        (hostile(b"5", b"00000000007\0"), "the folder 'a.png' has 7 bytes of data"),
+        (hostile(b"5", b"0" * 11 + b"\0"), "after 0 samples: "),
         (hostile(b"2", b"0" * 11 + b"\0"), "'a.png' is not a regular file"),
         (b"", "empty file"),
         (bytes(1024), "tar without samples"),
