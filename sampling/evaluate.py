@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.files import make_folder, replacing
+from ditmoe.data.sharing import Progress, try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
-from ditmoe.sampling.chunks import ChunkStore, DrawChunk, Progress, try_lock
+from ditmoe.sampling.chunks import ChunkStore, DrawChunk
 from ditmoe.sampling.classifier import (
     FEATURE_CLASSIFIER,
     RECOGNISER,

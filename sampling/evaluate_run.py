@@ -2,19 +2,18 @@
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from ditmoe.data.progress import show_progress
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
-from ditmoe.sampling.chunks import DrawChunk, Progress
+from ditmoe.sampling.chunks import DrawChunk
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
 from ditmoe.sampling.generate import generate
@@ -22,8 +21,6 @@ from ditmoe.sampling.inception import load_inception
 from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, home_of, load_model
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU, join_workers
-
-_SECONDS_BETWEEN_LINES: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -137,29 +134,6 @@ def _drawer(job: Job, device: torch.device) -> DrawChunk:
         return array
 
     return draw
-
-
-def show_progress(title: str, total: int) -> Progress:
-    """A bar on a terminal, a plain line now and then elsewhere; on stderr."""
-    if sys.stderr.isatty():
-        bar = tqdm(total=total, desc=title, file=sys.stderr)
-
-        def move(done: int) -> None:
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-
-        return move
-
-    said = time.monotonic()
-
-    def say(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-    return say
 
 
 def _training_data(info: CheckpointInfo) -> Path:
