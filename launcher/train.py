@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ditmoe.data.images import to_uint8
 from ditmoe.data.index import load_index
+from ditmoe.data.vae import find_vae, load_vae
 from ditmoe.launcher.best import BestCheckpoints
 from ditmoe.launcher.checks import layout_of
 from ditmoe.launcher.config import RunConfig
@@ -275,8 +276,12 @@ class Trainer:
         first = self.layout.data_rank(dist.get_rank()) * share
         # Every data rank draws the same number: on many layouts the network is a collective call.
         mine = [min(number, preview.images - 1) for number in range(first, first + share)]
+        latents = self.dataset.latents
+        # Loaded anew each time: between previews the memory belongs to training.
+        vae = None if latents is None else load_vae(find_vae(latents), self.device)
         with self.engine.ema_weights() as network:
-            loaded = LoadedModel(network, model, self.config.objective, self.dataset.class_names, None, "preview")
+            names = self.dataset.class_names
+            loaded = LoadedModel(network, model, self.config.objective, names, None, "preview", vae)
             images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
         gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
         if self.report is None:

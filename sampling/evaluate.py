@@ -67,6 +67,8 @@ class Evaluation:
     labels: LabelSampling
     """`random`: drawn for each image by (seed, number); `balanced`: the classes in turn."""
     num_classes: int
+    vae: str | None = None
+    """Checksum of the VAE that decodes them; None: they are drawn in pixels."""
 
     def __post_init__(self) -> None:
         assert self.sampler.sampler is not None and self.sampler.grid is not None and self.count > 0
@@ -95,6 +97,7 @@ class Evaluation:
             "count": self.count,
             "labels": self.labels,
             "num_classes": self.num_classes,
+            **({} if self.vae is None else {"vae": self.vae}),
         }
 
     def labels_of(self, numbers: list[int]) -> NDArray[np.int64]:
@@ -136,6 +139,8 @@ class Job:
     """Images of a chunk; None: as the evaluation was started, or `default_chunk`."""
     batch: int = 64
     """Images through a network at once."""
+    vae: Path | None = None
+    """Where the VAE lies; None: they are drawn in pixels."""
     checkpoint: Path | None = None
     """Where the weights lie; None when they are not drawn from a checkpoint."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -310,7 +315,7 @@ def _run(
                 **evaluation.plain(),
                 "nfe": evaluation.nfe,
                 "network_passes": evaluation.network_passes,
-                "vae": None,
+                "vae": evaluation.vae,
                 "batch": job.batch,
                 "chunk": size,
                 "processes": workers.ranks,
