@@ -24,7 +24,7 @@ from ditmoe.data.decode import (
 )
 from ditmoe.data.encode_finish import finish
 from ditmoe.data.encode_folder import ShardMark
-from ditmoe.data.encoding import Encoding
+from ditmoe.data.encoding import EncodeSettings, Encoding
 from ditmoe.data.files import replacing
 from ditmoe.data.images import ImageArray
 from ditmoe.data.index import INDEX_FILE, DatasetIndex, load_index
@@ -82,6 +82,11 @@ def encode(
     return load_index(folder.path)
 
 
+def images_at_once(settings: EncodeSettings, device: torch.device) -> int:
+    """Images that pass through the VAE together."""
+    return 1 if device.type == "cpu" else settings.batch
+
+
 class _Read(NamedTuple):
     """A batch of images, read ahead."""
 
@@ -100,7 +105,7 @@ class _Work:
         self._index = encoding.index
         self._folder = encoding.folder
         self._device = device
-        self._batch = encoding.settings.batch if device.type != "cpu" else 1
+        self._batch = images_at_once(encoding.settings, device)
         self._loaded: Vae | None = None
         self._on_progress = on_progress
         self._finished_images = 0

@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ditmoe.data.decode import BadSample
 from ditmoe.data.encoding import Encoding
@@ -55,8 +56,8 @@ def _first_of_class(
 ) -> dict[int, list[ImageArray]]:
     """What the contact sheet shows, decoded from the means that were written."""
     starts = np.cumsum([0, *index.samples_per_shard])
-    images: dict[int, list[ImageArray]] = {label: [] for label in range(min(ROWS, index.num_classes))}
-    wanted = sorted((int(n), label) for label in images for n in (label_N == label).nonzero()[0][:COLUMNS])
+    latents: dict[int, list[Tensor]] = {label: [] for label in range(min(ROWS, index.num_classes))}
+    wanted = sorted((int(n), label) for label in latents for n in (label_N == label).nonzero()[0][:COLUMNS])
     for entry, first, end in zip(index.shards, starts, starts[1:], strict=False):
         here = [(number - int(first), label) for number, label in wanted if first <= number < end]
         if not here:
@@ -64,21 +65,24 @@ def _first_of_class(
         shard = Shard(folder / entry.file, entry)
         try:
             for member, label in here:
-                images[label].append(_decoded(shard, member, index, vae))
+                latents[label].append(_scaled_mean(shard, member, index))
         finally:
             shard.close()
-    return images
+    return {label: _decoded(torch.stack(found), vae) for label, found in latents.items() if found}
 
 
-def _decoded(shard: Shard, member: int, index: DatasetIndex, vae: Vae) -> ImageArray:
-    """One image `[H, W, C]`, from the mean of its latent."""
+def _scaled_mean(shard: Shard, member: int, index: DatasetIndex) -> Tensor:
+    """The mean of one latent as a network sees it, `[C, H, W]`."""
     assert index.latents is not None
     try:
         extension = latent_extension(shard.extensions(member), index, mirrored=False)
         mean_CHW, _ = decode_latent(extension, shard.read(member, extension) or b"", index)
     except BadSample as error:
         raise UserError(f"{shard.where(member)}: {error}") from error
-    scaled = (torch.from_numpy(mean_CHW) - index.latents.shift) * index.latents.scale
-    image_CHW = to_uint8(vae.decode(scaled[None])[0]).cpu()
-    image_HWC: ImageArray = image_CHW.permute(1, 2, 0).contiguous().numpy()
-    return image_HWC
+    return (torch.from_numpy(mean_CHW) - index.latents.shift) * index.latents.scale
+
+
+def _decoded(latent_BCHW: Tensor, vae: Vae) -> list[ImageArray]:
+    """Images, each `[H, W, C]`."""
+    image_BHWC = to_uint8(vae.decode(latent_BCHW)).cpu().permute(0, 2, 3, 1).contiguous()
+    return list(image_BHWC.numpy())

@@ -23,6 +23,10 @@ from ditmoe.model.errors import UserError
 CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
 CLASS: Final = "AutoencoderKL"
+DECODED_IMAGES: Final = 8
+"""Most images that a GPU decodes at once, …"""
+DECODED_PIXELS: Final = 8 * 256 * 256
+"""… and most pixels, but at least one image."""
 _WEIGHTS: Final = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 
 
@@ -65,11 +69,22 @@ class Vae:
             return moments.mean.float().cpu(), moments.logvar.float().cpu()
 
     def decode(self, latent_BCHW: Tensor) -> Tensor:
-        """Scaled latents, as a network draws them, `[B, C, H, W]` → float32 images about −1 … 1, on the device."""
+        """Scaled latents, as a network draws them, `[B, C, H, W]` → float32 images about −1 … 1, on the device.
+
+        They pass in equal parts, the last one filled up, so that B does not change an image by rounding, and the
+        memory is bounded.
+        """
         latent_BCHW = latent_BCHW.to(self.device, torch.float32) / self.facts.scale + self.facts.shift
+        pixels = latent_BCHW.shape[2] * latent_BCHW.shape[3] * self.facts.reduction**2
+        # A CPU gains nothing from more.
+        part = 1 if self.device.type == "cpu" else max(1, min(DECODED_IMAGES, DECODED_PIXELS // pixels))
+        images = []
         with torch.inference_mode(), _exact():
-            image_BCHW: Tensor = self.network.decode(latent_BCHW).sample
-            return image_BCHW.float()
+            for part_BCHW in torch.split(latent_BCHW, part):
+                count = len(part_BCHW)
+                filled_BCHW = torch.cat([part_BCHW, part_BCHW[-1:].expand(part - count, -1, -1, -1)])
+                images.append(self.network.decode(filled_BCHW).sample[:count].float())
+        return torch.cat(images)
 
 
 def read_facts(path: Path) -> VaeFacts:

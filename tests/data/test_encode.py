@@ -149,6 +149,45 @@ def test_moments_are_those_of_the_vae(
         assert all(close(read_moments(tmp_path / "out", index, mirrored=True), images.flip(2)))
 
 
+def test_batches_are_filled_up_and_cut_again(
+    shapes: Path, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: shards of 10 in batches of 4."""
+    one = read_moments(
+        tmp_path / "one", run(shapes, tmp_path / "one", vae_folder, EncodeSettings(dtype="float32"))
+    )
+    sizes = []
+    plain = Vae.encode_moments
+
+    def counted(self: Vae, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(len(image_BHWC))
+        return plain(self, image_BHWC)
+
+    monkeypatch.setattr(Vae, "encode_moments", counted)
+    monkeypatch.setattr("ditmoe.data.encode.images_at_once", lambda settings, device: settings.batch)
+    settings = EncodeSettings(dtype="float32", batch=4)
+    four = read_moments(tmp_path / "four", run(shapes, tmp_path / "four", vae_folder, settings))
+    assert sizes == [4] * 9 and len(four) == 30
+    assert np.allclose(np.array(four), np.array(one), atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_moments_of_a_cpu(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:
+    settings = EncodeSettings(dtype="float32", batch=4)
+    encoding = prepare_encoding(shapes, tmp_path / "gpu", read_facts(vae_folder), settings)
+    encoding.folder.begin(False)
+    found = read_moments(tmp_path / "gpu", encode(encoding, torch.device("cuda", 0)))
+    expected = read_moments(tmp_path / "cpu", run(shapes, tmp_path / "cpu", vae_folder, settings))
+    assert np.allclose(np.array(found), np.array(expected), atol=1e-3)
+
+
+def test_images_that_are_cropped_when_read_can_be_encoded(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:
+    write_index(shapes, load_index(shapes).model_copy(update={"image_size": 8, "crop": True}))
+    index = run(shapes, tmp_path / "out", vae_folder)
+    assert index.image_size == 4 and not index.crop
+    assert index.latents is not None and index.latents.pixels == 8
+
+
 def _encode(source: Path, out: Path, vae: Path, rank: int, dies_at: int) -> None:
     """Encode, and be killed at one of the moments at which something is computed, locked, synced or renamed."""
     moments = 0

@@ -34,6 +34,8 @@ def test_moments_and_images_are_those_of_diffusers(make_vae: Callable[..., Path]
         images = vae.decode((mean_BCHW - 0.25) * 0.5)
         assert torch.allclose(images, vae.network.decode(mean_BCHW).sample, atol=1e-5)
     assert images.shape == (3, 3, 16, 16)
+    alone = vae.decode((mean_BCHW[1:2] - 0.25) * 0.5)
+    assert torch.equal(alone[0], images[1])  # not even by rounding does the batch change an image
 
 
 def test_the_checksum_is_of_what_it_computes(make_vae: Callable[..., Path], tmp_path: Path) -> None:
