@@ -161,12 +161,15 @@ def test_batches_are_filled_up_and_cut_again(
 
     def counted(self: Vae, image_BHWC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sizes.append(len(image_BHWC))
+        assert torch.get_num_threads() == 1  # with more, a CPU rounds otherwise
         return plain(self, image_BHWC)
 
     monkeypatch.setattr(Vae, "encode_moments", counted)
     monkeypatch.setattr("ditmoe.data.encode.images_at_once", lambda settings, device: settings.batch)
+    torch.set_num_threads(2)
     settings = EncodeSettings(dtype="float32", batch=4)
     four = read_moments(tmp_path / "four", run(shapes, tmp_path / "four", vae_folder, settings))
+    assert torch.get_num_threads() == 2
     assert sizes == [4] * 9 and len(four) == 30
     assert np.allclose(np.array(four), np.array(one), atol=1e-5)
 
