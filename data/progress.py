@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeVar
 
 from tqdm import tqdm
@@ -28,3 +28,26 @@ def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[I
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def show_progress(title: str, total: int) -> Callable[[int], None]:
+    """A function that is told how many of `total` are done, and shows it on stderr."""
+    if sys.stderr.isatty():
+        bar = tqdm(total=total, desc=title, file=sys.stderr)
+
+        def move(done: int) -> None:
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+
+        return move
+
+    said = time.monotonic()
+
+    def say(done: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    return say

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from ditmoe.data.dataset import Dataset, Located
 from ditmoe.data.decode import BadSample, decode_image, decode_label, image_extension
 from ditmoe.data.faults import ShardFault
+from ditmoe.data.index import DatasetIndex
+from ditmoe.data.latents import decode_latent, draw_latents, latent_extension
 from ditmoe.data.mixture import Numbers
 from ditmoe.data.order import Address
 from ditmoe.data.reader import Shard, ShardPool
@@ -49,7 +51,8 @@ class Samples(NamedTuple):
 
 
 class _Decoded(NamedTuple):
-    image_HWC: NDArray[np.uint8]
+    arrays: tuple[NDArray[np.uint8]] | tuple[NDArray[np.float32], NDArray[np.float32]]
+    """The image `[C, H, W]`, or a latent's mean and standard deviation."""
     label: int
     key: str
 
@@ -67,22 +70,24 @@ class SampleReader:
         UserError naming shard and key where one cannot be used and no other may stand in.
         """
         skips: list[Skip] = []
-        located = self._dataset.locate(positions)
-        samples = [self._sample(each, skips) for each in located]
-        flipped_B = self._flipped(positions)
-        images = [
-            sample.image_HWC[:, ::-1] if flipped else sample.image_HWC
-            for sample, flipped in zip(samples, flipped_B, strict=True)
+        mirrored_B = self._mirrored(positions)
+        samples = [
+            self._sample(located, mirrored, skips)
+            for located, mirrored in zip(self._dataset.locate(positions), mirrored_B, strict=True)
         ]
+        arrays = [np.stack(each) for each in zip(*(sample.arrays for sample in samples), strict=True)]
+        latents = self._dataset.index.latents
+        if latents is not None:
+            arrays = [draw_latents(arrays[0], arrays[1], self._dataset.seed, positions.tolist(), latents)]
         return Samples(
-            np.stack(images).transpose(0, 3, 1, 2),
+            arrays[0],
             np.array([sample.label for sample in samples], dtype=np.int64),
             positions,
             [sample.key for sample in samples],
             skips,
         )
 
-    def _sample(self, located: Located, skips: list[Skip]) -> _Decoded:
+    def _sample(self, located: Located, mirrored: bool, skips: list[Skip]) -> _Decoded:
         """The sample at a position, or the first usable one of those that may stand in for it."""
         source = self._dataset.sources[located.source]
         pool = self._pools[located.source]
@@ -90,7 +95,7 @@ class SampleReader:
         address = located.address
         for _ in range(MOST_STAND_INS):
             try:
-                return self._decode(located.source, pool[address.shard], address)
+                return self._decode(located.source, pool[address.shard], address, mirrored)
             except ShardFault as fault:
                 where, reason, whole_shard = fault.shard, fault.reason, True
             except BadSample as fault:
@@ -102,26 +107,38 @@ class SampleReader:
             address = source.order.instead_of(address, whole_shard)
         raise UserError(f"{where}: {reason}; neither could any of {MOST_STAND_INS} others in its place be used")
 
-    def _decode(self, source: int, shard: Shard, address: Address) -> _Decoded:
+    def _decode(self, source: int, shard: Shard, address: Address, mirrored: bool) -> _Decoded:
         """One sample. BadSample when it cannot be used."""
         index, selection = self._dataset.sources[source].index, self._dataset.sources[source].selection
         member = self._member(source, address)
-        extension = image_extension(shard.extensions(member))
-        image_HWC = decode_image(extension, shard.read(member, extension) or b"", index)
+        arrays = (_read_image if index.latents is None else _read_latent)(shard, member, index, mirrored)
         label = int(selection.label_of[decode_label(shard.read(member, index.label.extension), index)])
         if label == LEFT_OUT:
             raise BadSample("its label is another than the table of samples says")
         key = f"{shard.file}/{shard.keys[member]}"
         several = len(self._dataset.sources) > 1
-        return _Decoded(image_HWC, label, f"{self._dataset.sources[source].name}/{key}" if several else key)
+        return _Decoded(arrays, label, f"{self._dataset.sources[source].name}/{key}" if several else key)
 
     def _member(self, source: int, address: Address) -> int:
         """A usable sample's number in its shard."""
         members = self._dataset.sources[source].selection.members[address.shard]
         return address.member if members is None else int(members[address.member])
 
-    def _flipped(self, positions: Numbers) -> list[bool]:
+    def _mirrored(self, positions: Numbers) -> list[bool]:
         if not self._dataset.config.flip:
             return [False] * len(positions)
-        flipped: list[bool] = (uniform(self._dataset.seed, "data/flip", positions.tolist()) < 0.5).tolist()
-        return flipped
+        mirrored: list[bool] = (uniform(self._dataset.seed, "data/flip", positions.tolist()) < 0.5).tolist()
+        return mirrored
+
+
+def _read_image(shard: Shard, member: int, index: DatasetIndex, mirrored: bool) -> tuple[NDArray[np.uint8]]:
+    extension = image_extension(shard.extensions(member))
+    image_HWC = decode_image(extension, shard.read(member, extension) or b"", index)
+    return ((image_HWC[:, ::-1] if mirrored else image_HWC).transpose(2, 0, 1),)
+
+
+def _read_latent(
+    shard: Shard, member: int, index: DatasetIndex, mirrored: bool
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    extension = latent_extension(shard.extensions(member), index, mirrored)
+    return decode_latent(extension, shard.read(member, extension) or b"", index)

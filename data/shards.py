@@ -102,6 +102,18 @@ def write_shards(
     return entries
 
 
+def write_shard(file: BinaryIO, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
+    """Write (key, extension → bytes) as a shard to an open file; return what the index says of the file `name`."""
+    hashing = _HashingFile(file)
+    tar = TarWriter(hashing, encoder=False, mtime=0, user="ditmoe", group="ditmoe")
+    count = 0
+    for key, members in samples:
+        tar.write({"__key__": key, **members})
+        count += 1
+    tar.close()
+    return ShardEntry(file=name, samples=count, bytes=hashing.size, sha256=hashing.sha256)
+
+
 @contextmanager
 def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     """Make `folder` an empty place for shards, for this process alone; the block writes them and the index.

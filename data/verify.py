@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from ditmoe.data.decode import (
     image_extension,
 )
 from ditmoe.data.index import INDEX_FILE, DatasetIndex, ShardEntry, load_index
+from ditmoe.data.latents import decode_latent, latent_extension
 from ditmoe.data.members import Contents
 from ditmoe.data.progress import track
 from ditmoe.data.tar_scan import scan
@@ -124,6 +126,10 @@ def _problems(members: dict[str, bytes], index: DatasetIndex) -> list[str]:
         extension = image_extension(members)
         decode_image(extension, members[extension], index)
 
+    def latent(mirrored: bool) -> None:
+        extension = latent_extension(members, index, mirrored)
+        decode_latent(extension, members[extension], index)
+
     def label() -> None:
         decode_label(members.get(index.label.extension), index)
 
@@ -131,8 +137,11 @@ def _problems(members: dict[str, bytes], index: DatasetIndex) -> list[str]:
         if METADATA_EXTENSION in members:
             decode_metadata(members[METADATA_EXTENSION])
 
+    views: list[Callable[[], None]] = [image]
+    if index.latents is not None:
+        views = [partial(latent, mirrored) for mirrored in (False, True)[: 1 + (index.latents.flips == "both")]]
     problems = []
-    for check in (image, label, metadata):
+    for check in (*views, label, metadata):
         try:
             check()
         except BadSample as error:

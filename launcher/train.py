@@ -17,6 +17,7 @@ from ditmoe.data.dataset import open_dataset
 from ditmoe.data.dealing import Dealing
 from ditmoe.data.images import to_uint8
 from ditmoe.data.samples import Skip
+from ditmoe.data.vae import find_vae, load_vae
 from ditmoe.launcher.best import BestCheckpoints
 from ditmoe.launcher.checks import layout_of
 from ditmoe.launcher.config import RunConfig
@@ -103,9 +104,16 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the samples are, and their order; not where the VAE of latents lies."""
+    latents = {key: value for key, value in facts.get("latents", {}).items() if key != "vae"}
+    return {**facts, "latents": latents}
+
+
 def _other_data(info: CheckpointInfo, facts: dict[str, Any]) -> UserError:
     """The message of a run whose position in the sample order would now stand for other samples."""
-    differing = ", ".join(key for key, value in facts.items() if info.dataset.get(key) != value)
+    before, now = _identity(info.dataset), _identity(facts)
+    differing = ", ".join(key for key in now if before.get(key) != now[key])
     return UserError(
         f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
         f" (another {differing}); expected the same shards and settings, or another run.dir"
@@ -134,6 +142,8 @@ class Trainer:
         self.dataset = open_dataset(config.data, config.seed)
         if dist.get_rank() == 0:
             self.dataset.check_files()
+            if config.preview.every and self.dataset.index.latents is not None:
+                find_vae(self.dataset.index.latents)  # rather now than at the first preview
         self.objective: Objective = make_objective(config.objective)
         self.stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
@@ -152,7 +162,7 @@ class Trainer:
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
-        if info is not None and info.dataset != self.dataset.facts:
+        if info is not None and _identity(info.dataset) != _identity(self.dataset.facts):
             raise _other_data(info, self.dataset.facts)
         self.resumed = None if info is None else info.path
         self.images = 0 if info is None else info.images
@@ -327,10 +337,12 @@ class Trainer:
         first = self.layout.data_rank(dist.get_rank()) * share
         # Every data rank draws the same number: on many layouts the network is a collective call.
         mine = [min(number, preview.images - 1) for number in range(first, first + share)]
+        latents = self.dataset.index.latents
+        # Loaded anew each time: between previews the memory belongs to training.
+        vae = None if latents is None else load_vae(find_vae(latents), self.device)
         with self.engine.ema_weights() as network:
-            loaded = LoadedModel(
-                network, model, self.config.objective, self.dataset.index.class_names, None, "preview"
-            )
+            names = self.dataset.index.class_names
+            loaded = LoadedModel(network, model, self.config.objective, names, None, "preview", vae)
             images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
         gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
         if self.report is None:

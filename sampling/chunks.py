@@ -5,13 +5,8 @@ under another name and renamed. Whoever draws a chunk holds a lock on it (flock,
 holder dies), so that processes share the chunks without a coordinator and none is drawn twice.
 """
 
-import errno
-import fcntl
-import os
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,88 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.files import make_folder, replacing
+from ditmoe.data.sharing import Progress, make_missing
 from ditmoe.model.errors import UserError
 
 DrawChunk = Callable[[list[int], NDArray[np.int64]], NDArray[np.uint8]]
 """(numbers of the images, their labels) → images, uint8 [n, H, W, C]."""
-
-Progress = Callable[[int], None]
-"""Called with the number of files that are there."""
-
-_WAIT_SECONDS = 0.2
-"""Pause before looking again at files that other processes are making."""
-
-
-@contextmanager
-def try_lock(path: Path) -> Iterator[bool]:
-    """Hold an exclusive lock on `path` (created empty) for the body; yields False when another process holds it.
-
-    Raises:
-        UserError: the file system has no locks, or refuses the file.
-    """
-    make_folder(path.parent)
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(f"{path}: could not be opened for writing: {error.strerror or error}") from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise UserError(
-                    f"{path}: this file system does not support locks ({error.strerror}); "
-                    "expected a local disk, or a network file system mounted with flock"
-                ) from None
-            yield False
-            return
-        yield True
-    finally:
-        os.close(descriptor)
-
-
-def make_missing(
-    paths: Sequence[Path],
-    make: Callable[[int], None],
-    *,
-    rank: int = 0,
-    ranks: int = 1,
-    on_progress: Progress = lambda done: None,
-) -> int:
-    """Make the files that are not there, each by one process, until all are there.
-
-    Each process starts at its own place in the list and takes any file that nobody is making, so that a slow
-    process holds up no other; what a process that dies was making is free for the others at once.
-
-    Args:
-        paths: the files; each has a lock in `locks/` beside it.
-        make: writes the file with the given place in `paths`, under its final name only when it is whole.
-        on_progress: called with the number of files that are there, at the start, after each and while waiting.
-
-    Returns:
-        The number of files that this process made.
-    """
-    made = 0
-    while missing := [i for i, path in enumerate(paths) if not path.exists()]:
-        on_progress(len(paths) - len(missing))
-        start = len(missing) * rank // ranks
-        took = 0
-        for i in missing[start:] + missing[:start]:
-            if paths[i].exists():
-                continue
-            with try_lock(paths[i].parent / "locks" / paths[i].name) as held:
-                # Looked at again under the lock: its last holder may have finished.
-                if not held or paths[i].exists():
-                    continue
-                make(i)
-                assert paths[i].exists(), paths[i]
-            took += 1
-            on_progress(sum(path.exists() for path in paths))
-        made += took
-        if not took:
-            time.sleep(_WAIT_SECONDS)
-    on_progress(len(paths))
-    return made
 
 
 @dataclass(frozen=True)

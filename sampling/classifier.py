@@ -27,9 +27,9 @@ from torch.nn import functional
 
 from ditmoe.data.files import replacing
 from ditmoe.data.images import to_network_range
+from ditmoe.data.sharing import make_missing
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator, permutation
-from ditmoe.sampling.chunks import make_missing
 from ditmoe.sampling.features import Features, fingerprint_of, images_to_tensor
 from ditmoe.sampling.real import RealImages
 

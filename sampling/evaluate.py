@@ -23,9 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.files import make_folder, replacing
+from ditmoe.data.sharing import Progress, try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
-from ditmoe.sampling.chunks import ChunkStore, DrawChunk, Progress, try_lock
+from ditmoe.sampling.chunks import ChunkStore, DrawChunk
 from ditmoe.sampling.classifier import (
     FEATURE_CLASSIFIER,
     RECOGNISER,
@@ -66,6 +67,8 @@ class Evaluation:
     labels: LabelSampling
     """`random`: drawn for each image by (seed, number); `balanced`: the classes in turn."""
     num_classes: int
+    vae: str | None = None
+    """Checksum of the VAE that decodes them; None: they are drawn in pixels."""
 
     def __post_init__(self) -> None:
         assert self.sampler.sampler is not None and self.sampler.grid is not None and self.count > 0
@@ -94,6 +97,7 @@ class Evaluation:
             "count": self.count,
             "labels": self.labels,
             "num_classes": self.num_classes,
+            **({} if self.vae is None else {"vae": self.vae}),
         }
 
     def labels_of(self, numbers: list[int]) -> NDArray[np.int64]:
@@ -135,6 +139,8 @@ class Job:
     """Images of a chunk; None: as the evaluation was started, or `default_chunk`."""
     batch: int = 64
     """Images through a network at once."""
+    vae: Path | None = None
+    """Where the VAE lies; None: they are drawn in pixels."""
     checkpoint: Path | None = None
     """Where the weights lie; None when they are not drawn from a checkpoint."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -309,7 +315,7 @@ def _run(
                 **evaluation.plain(),
                 "nfe": evaluation.nfe,
                 "network_passes": evaluation.network_passes,
-                "vae": None,
+                "vae": evaluation.vae,
                 "batch": job.batch,
                 "chunk": size,
                 "processes": workers.ranks,

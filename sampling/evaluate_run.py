@@ -2,28 +2,26 @@
 
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from ditmoe.data.progress import show_progress
+from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
-from ditmoe.sampling.chunks import DrawChunk, Progress
+from ditmoe.sampling.chunks import DrawChunk
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
 from ditmoe.sampling.generate import generate
 from ditmoe.sampling.inception import load_inception
-from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, home_of, load_model
+from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, find_decoder, home_of, load_model
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU, join_workers
-
-_SECONDS_BETWEEN_LINES: Final = 10.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class EvaluationOptions:
     batch: int = 64
     chunk: int | None = None
     cache: Path | None = None
+    vae: Path | None = None
+    """Where the VAE of a network of latents lies now; None: where it lay when its data was encoded."""
 
 
 def default_cache() -> Path:
@@ -63,8 +63,9 @@ def prepare_job(options: EvaluationOptions) -> Job:
     info = read_info(path)
     if options.weights not in info.parts:
         raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
+    decoder = find_decoder(info, options.vae)
     real = RealImages(options.data or _training_data(info))
-    num_classes = _check_fit(info, real)
+    num_classes = _check_fit(info, real, decoder)
     if options.features_path is not None and options.features != "inception":
         raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
     if options.features == "inception":
@@ -77,6 +78,7 @@ def prepare_job(options: EvaluationOptions) -> Job:
         count=options.count,
         labels=options.labels,
         num_classes=num_classes,
+        vae=None if decoder is None else decoder.sha256,
     )
     return Job(
         evaluation=evaluation,
@@ -88,6 +90,7 @@ def prepare_job(options: EvaluationOptions) -> Job:
         recogniser=options.recogniser,
         chunk=options.chunk,
         batch=options.batch,
+        vae=None if decoder is None else decoder.path,
         checkpoint=path,
         facts={
             "images_seen": info.images,
@@ -129,7 +132,7 @@ def _drawer(job: Job, device: torch.device) -> DrawChunk:
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> NDArray[np.uint8]:
         if not loaded:
             assert job.checkpoint is not None
-            model = load_model(job.checkpoint, which=evaluation.which, device=device)
+            model = load_model(job.checkpoint, which=evaluation.which, device=device, vae=job.vae)
             assert model.fingerprint == evaluation.weights, (model.fingerprint, evaluation.weights)
             loaded.append(model)
         images = generate(loaded[0], torch.from_numpy(label_N), numbers, evaluation.sampler, job.batch)
@@ -137,29 +140,6 @@ def _drawer(job: Job, device: torch.device) -> DrawChunk:
         return array
 
     return draw
-
-
-def show_progress(title: str, total: int) -> Progress:
-    """A bar on a terminal, a plain line now and then elsewhere; on stderr."""
-    if sys.stderr.isatty():
-        bar = tqdm(total=total, desc=title, file=sys.stderr)
-
-        def move(done: int) -> None:
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-
-        return move
-
-    said = time.monotonic()
-
-    def say(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
-
-    return say
 
 
 def _training_data(info: CheckpointInfo) -> Path:
@@ -171,18 +151,27 @@ def _training_data(info: CheckpointInfo) -> Path:
         ) from None
 
 
-def _check_fit(info: CheckpointInfo, real: RealImages) -> int:
+def _check_fit(info: CheckpointInfo, real: RealImages, decoder: VaeFacts | None) -> int:
     """The number of classes; the images that the network draws must be of the form of the real ones."""
-    problems = []
-    for name in ("image_size", "channels", "num_classes"):
-        expected = info.config["model"].get(name) or info.dataset.get(name)
-        found = getattr(real.index, name)
-        if expected != found:
-            problems.append(f"{name} is {found}, expected {expected}")
+    expected: dict[str, Any] = {
+        name: info.config["model"].get(name) or info.dataset.get(name)
+        for name in ("image_size", "channels", "num_classes")
+    }
+    if decoder is not None:
+        expected |= {"image_size": expected["image_size"] * decoder.reduction, "channels": decoder.pixel_channels}
+    problems = [
+        f"{name} is {getattr(real.index, name)}, expected {value}"
+        for name, value in expected.items()
+        if getattr(real.index, name) != value
+    ]
     if real.index.channels not in (1, 3):
         problems.append(f"channels is {real.index.channels}, and only 1 (grey) or 3 (RGB) make pictures to score")
     if problems:
-        raise UserError(f"{real.folder}: not what the network of {info.path} draws: {'; '.join(problems)}")
+        latents = decoder is None and expected["channels"] not in (1, 3)
+        raise UserError(
+            f"{real.folder}: not what the network of {info.path} draws: {'; '.join(problems)}"
+            + ("; if it draws latents, give their VAE with --vae" if latents else "")
+        )
     return real.index.num_classes
 
 

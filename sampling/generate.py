@@ -85,7 +85,7 @@ def generate_float(
     batch: int,
     progress: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Draw images on the network's device.
+    """Draw images on the network's device; what a network of latents draws is decoded.
 
     Args:
         labels: class of each image, int64 `[N]`; None: `default_labels`.
@@ -118,14 +118,15 @@ def generate_float(
                 rows = wanted + [wanted[-1]] * (batch - len(wanted))
                 noise = ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device)
                 drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
-                images.append(drawn.x_BCHW[: len(wanted)].float().cpu())
+                pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
+                images.append(pixels_BCHW[: len(wanted)].float().cpu())
                 nfe = drawn.nfe
                 if progress is not None:
                     progress(wanted[-1] + 1)
     finally:
         network.train(training)
     evaluations = nfe * denoiser.network_evaluations // max(denoiser.nfe, 1)
-    return Generated(torch.cat(images) if images else torch.empty(0, *shape), nfe, evaluations)
+    return Generated(torch.cat(images) if images else torch.empty(0, *model.image_shape), nfe, evaluations)
 
 
 def draw(

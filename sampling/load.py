@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
+from ditmoe.data.index import LatentFacts
+from ditmoe.data.vae import Vae, VaeFacts, find_vae, load_vae, read_facts
 from ditmoe.model.canonical import load_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
@@ -41,7 +44,18 @@ class LoadedModel:
     info: CheckpointInfo | None
     """The checkpoint it was read from; None for a network that never was in one."""
     fingerprint: str
-    """Stands for the checkpoint and the choice of weights: one fingerprint, the same images."""
+    """Stands for the checkpoint and the choice of weights: with one VAE, one fingerprint is the same images."""
+    vae: Vae | None = None
+    """Decodes what the network draws; None: it draws pixels."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image in pixels."""
+        size, channels = self.model_config.image_size, self.model_config.channels
+        assert size is not None and channels is not None
+        if self.vae is not None:
+            size, channels = size * self.vae.facts.reduction, self.vae.facts.pixel_channels
+        return channels, size, size
 
     def network_in(self, precision: Precision) -> nn.Module:
         """The network for sampling: itself, or a copy in bfloat16 that is made once where it is in fp32."""
@@ -93,6 +107,7 @@ def load_model(
     step: int | None = None,
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
+    vae: Path | None = None,
 ) -> LoadedModel:
     """Read a model for sampling.
 
@@ -102,12 +117,15 @@ def load_model(
         step: the checkpoint of a run; None: the newest complete one.
         device: where the network goes, in evaluation mode.
         precision: of its weights; bf16 saves the memory of the fp32 ones where only bf16 is sampled.
+        vae: where the VAE of its latents lies now; None: where it lay when they were encoded.
 
     Raises:
-        UserError: no checkpoint is there, it is damaged, or its weights do not fit its configuration.
+        UserError: no checkpoint is there, it is damaged, or its weights do not fit its configuration; its VAE is
+            not there, or another than encoded the data.
     """
     path = find_checkpoint(source, step)
     info = read_info(path)
+    decoder = find_decoder(info, vae)
     try:
         model_config, objective_config = _complete(info.model, info), info.objective
     except (KeyError, ValueError) as error:
@@ -125,7 +143,37 @@ def load_model(
         class_names=tuple(str(name) for name in names),
         info=info,
         fingerprint=f"{info.fingerprint}-{which}",
+        vae=None if decoder is None else load_vae(decoder, device),
     )
+
+
+def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:
+    """The VAE that makes pixels of what a checkpoint's network draws; None: it draws pixels.
+
+    Args:
+        vae: where it lies now. A checkpoint of published weights knows of none, and takes any that fits.
+
+    Raises:
+        UserError: it is not there, is another than encoded the data, or has other channels than the network.
+    """
+    stored = info.dataset.get("latents")
+    if stored is None and vae is None:
+        return None
+    if stored is not None:
+        try:
+            facts = find_vae(LatentFacts.model_validate(stored), vae)
+        except ValidationError as error:
+            raise UserError(f"{info.path / MARKER}: dataset.latents cannot be read: {error}") from error
+    else:
+        assert vae is not None
+        facts = read_facts(vae)
+    channels = info.config["model"].get("channels") or info.dataset.get("channels")
+    if channels != facts.latent_channels:
+        raise UserError(
+            f"{facts.path}: decodes latents of {facts.latent_channels} channels, and the network of {info.path} "
+            f"draws {channels}" + ("; expected --vae left out where it draws pixels" if stored is None else "")
+        )
+    return facts
 
 
 def _complete(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:

@@ -29,9 +29,15 @@ class RealImages:
     """A folder of shards, read from front to back."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the index. UserError when it, or a shard, is missing or of the wrong size."""
+        """Open the index. UserError when it, or a shard, is missing or of the wrong size, or it is of latents."""
         self.folder = folder
         self.index: DatasetIndex = load_index(folder)
+        latents = self.index.latents
+        if latents is not None:  # decoded latents are not the images: a figure against them is another figure
+            raise UserError(
+                f"{folder}: holds latents; expected the {latents.pixels}×{latents.pixels} images that they were "
+                "encoded from: give their folder with --data"
+            )
         problems = check_files(folder, self.index)
         if problems:
             raise UserError("\n".join(problems))

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.files import make_folder, replacing
+from ditmoe.data.sharing import Progress, make_missing
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
-from ditmoe.sampling.chunks import ChunkStore, Progress, make_missing
+from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.features import FeatureNetwork, in_batches
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.statistics import Moments, frechet_distance, inception_score, precision_recall

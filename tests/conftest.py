@@ -1,7 +1,8 @@
 """Tests that need a GPU are skipped where there is none, and no test changes the environment of another."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +23,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def make_vae() -> Callable[..., Path]:
+    """Saves a small AutoencoderKL of random weights to a folder: RGB, 4 latent channels, a side halved once."""
+
+    def make(folder: Path, seed: int = 0, **config: object) -> Path:
+        from diffusers import AutoencoderKL
+
+        settings = {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            "latent_channels": 4,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = AutoencoderKL(**{**settings, **config})
+        network.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def vae_folder(make_vae: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small AutoencoderKL, not to be changed."""
+    return make_vae(tmp_path_factory.mktemp("vae"))

@@ -6,7 +6,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Pack images into shards, and verify packed shards.", no_args_is_help=True)
+from ditmoe.launcher.commands import encode
+
+app = typer.Typer(help="Pack images into shards, verify shards, encode them.", no_args_is_help=True)
+app.command("encode")(encode.command)
 
 HISTOGRAM_ROWS = 100
 LARGEST_IMAGE = 8192
@@ -131,11 +134,12 @@ def verify(
         typer.echo(row)
     if index.num_classes > HISTOGRAM_ROWS:
         typer.echo(f"   …  {index.num_classes - HISTOGRAM_ROWS:,} more classes")
+    what = "images" if index.latents is None else "latents"
     absent = sum(report.labels[label] == 0 for label in range(index.num_classes))
     typer.echo(
-        f"{folder}: good: {index.total:,} images of {index.image_size}×{index.image_size}×{index.channels} "
+        f"{folder}: good: {index.total:,} {what} of {index.image_size}×{index.image_size}×{index.channels} "
         f"in {_count(len(index.shards), 'shard')}, {_count(index.num_classes, 'class', 'classes')}"
-        + (f", {absent:,} of them without images" if absent else "")
+        + (f", {absent:,} of them without {what}" if absent else "")
     )
 
 

@@ -52,6 +52,10 @@ def command(
     recogniser: Annotated[
         bool, typer.Option(help="Also report the share that an independent classifier recognises.")
     ] = True,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images through a network at once.")] = 64,
     chunk: Annotated[
         int | None,
@@ -98,6 +102,7 @@ def command(
         batch=batch,
         chunk=chunk,
         cache=cache,
+        vae=vae,
     )
     job = prepare_job(options)
     metrics = stored_result(job)
@@ -124,6 +129,7 @@ def command(
                 ("--features-path", features_path),
                 ("--chunk", chunk),
                 ("--cache", cache),
+                ("--vae", vae),
             ):
                 arguments += [option, str(value)] if value is not None else []
             # The checkpoint is named: training may write a newer one before the processes look. The first of them

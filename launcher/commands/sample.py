@@ -50,6 +50,10 @@ def command(
     ] = "ema",
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network.")] = "fp32",
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG to write. [default: under RUN/samples, named by the settings]")
     ] = None,
@@ -60,13 +64,19 @@ def command(
     import torch
 
     from ditmoe.data.images import to_uint8
+    from ditmoe.model.errors import UserError
     from ditmoe.sampling.config import sampler_from_options
     from ditmoe.sampling.generate import check_finite, generate_float
     from ditmoe.sampling.grid import image_grid, save_picture
     from ditmoe.sampling.load import home_of, load_model
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, weights, step, check_device(device), precision)
+    model = load_model(run, weights, step, check_device(device), precision, vae)
+    if model.image_shape[0] not in (1, 3):
+        raise UserError(
+            f"{run}: the network draws {model.image_shape[0]} channels, and only 1 (grey) or 3 (RGB) make a "
+            "picture; if they are latents, give their VAE with --vae"
+        )
     config = sampler_from_options(
         sampler=sampler,
         steps=steps,

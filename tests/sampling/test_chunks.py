@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.chunks import ChunkStore, make_missing, try_lock
+from ditmoe.sampling.chunks import ChunkStore
 
 
 def labels_of(numbers: list[int]) -> np.ndarray:
@@ -112,32 +112,3 @@ def test_processes_share_the_chunks_and_none_is_drawn_twice(tmp_path: Path) -> N
         worker.join(60)
         assert worker.exitcode == 0
     assert sorted(map(int, log.read_text().split())) == list(range(0, 200, 4))
-
-
-def _hold(path: str, ready: object) -> None:
-    with try_lock(Path(path)) as held:
-        assert held
-        ready.set()  # type: ignore[attr-defined]
-        multiprocessing.Event().wait(60)
-
-
-def test_what_a_killed_process_held_is_free_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    holder = context.Process(target=_hold, args=(str(tmp_path / "lock"), ready))
-    holder.start()
-    assert ready.wait(30)
-    with try_lock(tmp_path / "lock") as held:
-        assert not held
-    holder.kill()
-    holder.join(30)
-    with try_lock(tmp_path / "lock") as held:
-        assert held
-
-
-def test_progress_tells_how_many_files_are_there(tmp_path: Path) -> None:
-    paths = [tmp_path / str(i) for i in range(4)]
-    paths[1].touch()
-    told: list[int] = []
-    made = make_missing(paths, lambda i: paths[i].touch(), on_progress=told.append)
-    assert made == 3 and told[0] == 1 and told[-1] == 4 and told == sorted(told)

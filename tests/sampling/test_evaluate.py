@@ -16,9 +16,9 @@ from PIL import Image
 from ditmoe.data.index import load_index, write_index
 from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.shards import ShardLimits
+from ditmoe.data.sharing import try_lock
 from ditmoe.data.sources import open_source
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.chunks import try_lock
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, Job, default_chunk, run_job, stored_result

@@ -1,0 +1,144 @@
+"""A network of latents: what it draws is decoded by the VAE that encoded its data, and by no other."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ditmoe.data.encode import encode
+from ditmoe.data.encoding import EncodeSettings, prepare_encoding
+from ditmoe.data.index import DatasetIndex, load_index
+from ditmoe.data.pack import PackSettings, pack
+from ditmoe.data.sources.shapes import Shapes
+from ditmoe.data.vae import read_facts
+from ditmoe.launcher.commands.sample import command
+from ditmoe.model.canonical import canonical_state
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
+from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
+from ditmoe.sampling.generate import generate, generate_float
+from ditmoe.sampling.load import load_model
+
+MODEL = ModelConfig(
+    depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=4, num_classes=5
+)
+SAMPLER = SamplerConfig(steps=2, seed=1, cfg_scale=1.5, cfg_channels=3)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes") / "shards"
+    pack(Shapes(60, 5, 16, seed=1), folder, PackSettings())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoded(shards: Path, vae_folder: Path) -> DatasetIndex:
+    out = shards.parent / "latents"
+    encoding = prepare_encoding(shards, out, read_facts(vae_folder), EncodeSettings())
+    assert encoding.folder.begin(False)
+    return encode(encoding, torch.device("cpu"))
+
+
+def write_run(folder: Path, config: ModelConfig = MODEL, dataset: dict[str, object] | None = None) -> Path:
+    """A run of random weights that says `dataset` of its data, beside what published weights say."""
+    torch.manual_seed(0)
+    network = DiT(config)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    path = checkpoint_path(folder, 0)
+    write_weights_checkpoint(path, config, ObjectiveConfig(), canonical_state(network), None)
+    marker = path / MARKER
+    facts = json.loads(marker.read_text())
+    facts["dataset"] |= dataset or {}
+    marker.write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, encoded: DatasetIndex) -> Path:
+    return write_run(tmp_path / "run", dataset=encoded.facts)
+
+
+def test_what_the_network_draws_is_decoded(run: Path) -> None:
+    model = load_model(run)
+    assert model.vae is not None and model.image_shape == (3, 16, 16)
+    numbers = list(range(5))
+    images = generate_float(model, None, numbers, SAMPLER, batch=5).image_NCHW
+    assert images.shape == (5, 3, 16, 16) and images.dtype == torch.float32
+    latents = generate_float(replace(model, vae=None), None, numbers, SAMPLER, batch=5).image_NCHW
+    assert latents.shape == (5, 4, 8, 8)
+    with torch.no_grad():
+        expected = model.vae.network.decode(latents / 0.18215).sample
+    assert torch.allclose(images, expected, atol=1e-4)
+    # Image i is a function of (seed, i) in pixels too.
+    assert torch.allclose(generate_float(model, None, [3, 4], SAMPLER, batch=4).image_NCHW, images[3:], atol=1e-3)
+    assert generate(model, None, [], SAMPLER, batch=4).shape == (0, 16, 16, 3)
+
+
+def test_sample_makes_a_picture_in_pixels(run: Path, tmp_path: Path) -> None:
+    command(run, classes="1", count=3, steps=2, device="cpu", out=tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (2 + 3 * 66, 2 + 66)  # 16 pixels, enlarged by 4
+        assert np.asarray(picture)[2:66, 2:66].std() > 0
+
+
+def test_the_vae_may_move_but_not_change(
+    tmp_path: Path, encoded: DatasetIndex, vae_folder: Path, make_vae: Callable[..., Path]
+) -> None:
+    assert encoded.latents is not None
+    gone = encoded.latents.model_copy(update={"vae": str(tmp_path / "gone")})
+    moved = write_run(tmp_path / "moved", dataset=encoded.model_copy(update={"latents": gone}).facts)
+    with pytest.raises(UserError, match=r"gone: no such folder.*give the folder that it lies in now with --vae"):
+        command(moved, steps=1, device="cpu")
+    command(moved, steps=1, count=1, device="cpu", vae=vae_folder, out=tmp_path / "x.png")
+    assert (tmp_path / "x.png").exists()
+    other = make_vae(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=f"checksum is {read_facts(other).sha256}; expected {gone.vae_sha256}"):
+        command(moved, steps=1, device="cpu", vae=other)
+    damaged = write_run(tmp_path / "damaged", dataset={"latents": {"vae": 3}})
+    with pytest.raises(UserError, match=r"dataset\.latents cannot be read"):
+        load_model(damaged)
+
+
+def test_published_weights_take_a_vae_that_fits(tmp_path: Path, vae_folder: Path) -> None:
+    published = write_run(tmp_path / "published")
+    with pytest.raises(UserError, match=r"the network draws 4 channels, .* give their VAE with --vae"):
+        command(published, steps=1, device="cpu")
+    assert load_model(published, vae=vae_folder).image_shape == (3, 16, 16)
+    pixels = write_run(tmp_path / "pixels", MODEL.model_copy(update={"channels": 3}))
+    with pytest.raises(UserError, match=r"latents of 4 channels, .* draws 3; expected --vae left out"):
+        command(pixels, steps=1, device="cpu", vae=vae_folder)
+
+
+def test_an_evaluation_compares_pixels(run: Path, shards: Path, encoded: DatasetIndex, tmp_path: Path) -> None:
+    options = EvaluationOptions(
+        source=run, sampler=SAMPLER, count=10, batch=5, data=shards, recogniser=False, cache=tmp_path / "cache"
+    )
+    latents = shards.parent / "latents"
+    with pytest.raises(UserError, match=r"latents: holds latents; expected the 16×16 images .* with --data"):
+        prepare_job(replace(options, data=latents))
+    job = replace(prepare_job(options), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    metrics = evaluate_run(job)
+    assert encoded.latents is not None and metrics["evaluation"]["vae"] == encoded.latents.vae_sha256
+    with np.load(job.folder / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (10, 16, 16, 3)
+    small = tmp_path / "small"
+    pack(Shapes(10, 5, 8, seed=1), small, PackSettings())
+    with pytest.raises(UserError, match="image_size is 8, expected 16"):
+        prepare_job(replace(options, data=small))
+    published = write_run(tmp_path / "published")
+    with pytest.raises(UserError, match=r"channels is 3, expected 4.* give their VAE with --vae"):
+        prepare_job(replace(options, source=published))
+    assert load_index(latents).latents is not None
+    with_vae = prepare_job(replace(options, source=published, vae=Path(encoded.latents.vae)))
+    assert with_vae.evaluation.vae == encoded.latents.vae_sha256
