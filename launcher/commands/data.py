@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from ditmoe.launcher.commands import data_filter, data_index
+from ditmoe.launcher.commands import data_filter, data_index, data_synthesize
 from ditmoe.launcher.commands.data_index import LARGEST_IMAGE
 from ditmoe.launcher.commands.words import counted
 
 app = typer.Typer(help="Make shards of images, index, filter and verify them.", no_args_is_help=True)
 app.command("index")(data_index.command)
+app.command("synthesize")(data_synthesize.command)
 app.command("filter")(data_filter.command)
 
 HISTOGRAM_ROWS = 100
