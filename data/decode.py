@@ -23,7 +23,7 @@ from ditmoe.data.images import (
     prepare,
     to_array,
 )
-from ditmoe.data.index import DatasetIndex
+from ditmoe.data.index import DatasetIndex, LabelRule
 
 PICTURE_FORMATS: Final = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Extension → the one Pillow format that its bytes may be in."""
@@ -103,11 +103,8 @@ def _decode_npy(data: bytes, index: DatasetIndex) -> ImageArray:
 
 def decode_label(data: bytes | None, index: DatasetIndex) -> int:
     """The label in the member that the index's rule names. BadSample when missing or outside the classes."""
-    rule = index.label
-    if data is None:
-        raise BadSample(f"no label: expected a .{rule.extension} member")
-    value = _json_value(data, rule.key) if rule.key is not None else data.decode(errors="replace").strip()
-    if rule.by_name:
+    value = label_value(data, index.label)
+    if index.label.by_name:
         if value not in index.class_names:
             raise BadSample(f"label is {str(value)[:40]!r}, expected one of the {index.num_classes} class names")
         return index.class_names.index(str(value))
@@ -118,6 +115,13 @@ def decode_label(data: bytes | None, index: DatasetIndex) -> int:
     if label >= index.num_classes:
         raise BadSample(f"label {label} is outside the {index.num_classes} classes (0 to {index.num_classes - 1})")
     return label
+
+
+def label_value(data: bytes | None, rule: LabelRule) -> Any:
+    """What stands where the rule says: text, or any value of a json. BadSample when nothing does."""
+    if data is None:
+        raise BadSample(f"no label: expected a .{rule.extension} member")
+    return _json_value(data, rule.key) if rule.key is not None else data.decode(errors="replace").strip()
 
 
 def _json_value(data: bytes, key: str) -> Any:

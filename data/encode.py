@@ -30,7 +30,7 @@ from ditmoe.data.images import ImageArray
 from ditmoe.data.index import INDEX_FILE, DatasetIndex, load_index
 from ditmoe.data.latents import MIRRORED, PLAIN, encode_latent
 from ditmoe.data.reader import Shard
-from ditmoe.data.shards import write_shard
+from ditmoe.data.shards import ReadySample, write_shard
 from ditmoe.data.sharing import make_missing
 from ditmoe.data.vae import Vae, load_vae
 from ditmoe.model.errors import UserError
@@ -137,7 +137,7 @@ class _Work:
         finally:
             shard.close()
 
-    def _samples(self, shard: Shard, number: int, labels: list[int]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    def _samples(self, shard: Shard, number: int, labels: list[int]) -> Iterator[ReadySample]:
         """The members of each sample, in the shard's order; `labels` takes their labels."""
         first = sum(self._index.samples_per_shard[:number])
         ranges = [
@@ -160,7 +160,7 @@ class _Work:
                 metadata = read.metadata[row]
                 if metadata is not None:
                     members[METADATA_EXTENSION] = metadata
-                yield shard.keys[member], members
+                yield ReadySample(shard.keys[member], members)
             labels += read.labels
             self._on_progress(self._finished_images + read.members.stop)
 

@@ -111,6 +111,8 @@ class DatasetIndex(Settings):
     """Labels and scores by sample; null: not known without reading the shards."""
     shards: tuple[ShardEntry, ...] = Field(min_length=1)
     """The tar files, in the order in which they were written."""
+    left_out: tuple[str, ...] = ()
+    """Damaged tars of the folder that are no part of the dataset."""
 
     @field_validator("name", "class_names")
     @classmethod

@@ -11,10 +11,9 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
-from ditmoe.data.decode import decode_image
 from ditmoe.data.images import BadImage, ImageArray, prepare, to_pillow
 from ditmoe.data.index import DatasetIndex, write_index
-from ditmoe.data.preview import COLUMNS, ROWS, draw_contact_sheet, write_png
+from ditmoe.data.preview import COLUMNS, ROWS, write_preview
 from ditmoe.data.progress import track
 from ditmoe.data.sample_table import Samples, write_table
 from ditmoe.data.shards import PackedSample, ShardLimits, claim_folder, write_shards
@@ -23,7 +22,6 @@ from ditmoe.data.workers import in_order
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 
-PREVIEW_FILE: Final = "preview.png"
 JPEG_QUALITY: Final = 95
 ImageFormat = Literal["png", "jpg", "npy"]
 
@@ -105,12 +103,11 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
             samples=write_table(out, packing.table()),
             shards=tuple(entries),
         )
-        preview = out / PREVIEW_FILE
-        images = {
-            label: [decode_image(sample.extension, sample.image, index) for sample in samples]
+        shown = {
+            label: [(sample.extension, sample.image) for sample in samples]
             for label, samples in packing.first_of_class.items()
         }
-        write_png(draw_contact_sheet(index.class_names, images), preview)
+        preview = write_preview(out, index, shown)
         write_index(out, index)
     return PackResult(index, preview, packing.skipped)
 

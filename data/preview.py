@@ -1,14 +1,18 @@
 """The contact sheet of a dataset: the first images of each class, a row per class, named."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ditmoe.data.decode import decode_image
 from ditmoe.data.files import replacing
 from ditmoe.data.images import ImageArray, to_pillow
+from ditmoe.data.index import DatasetIndex
 
+PREVIEW_FILE: Final = "preview.png"
 ROWS: Final = 20
 COLUMNS: Final = 8
 CELL: Final = 64
@@ -38,6 +42,18 @@ def draw_contact_sheet(class_names: tuple[str, ...], images: dict[int, list[Imag
             kernel = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
             sheet.paste(picture.resize((CELL, CELL), kernel), (label_width + column * pitch, top))
     return sheet
+
+
+def write_preview(folder: Path, index: DatasetIndex, images: Mapping[int, Sequence[tuple[str, bytes]]]) -> Path:
+    """Draw the contact sheet of a packed folder; its path.
+
+    `images`: label → (extension, bytes) of images that the index describes. BadSample when one cannot be decoded.
+    """
+    decoded = {
+        label: [decode_image(extension, data, index) for extension, data in some] for label, some in images.items()
+    }
+    write_png(draw_contact_sheet(index.class_names, decoded), folder / PREVIEW_FILE)
+    return folder / PREVIEW_FILE
 
 
 def write_png(image: Image.Image, path: Path) -> None:

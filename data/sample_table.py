@@ -20,6 +20,7 @@ class Samples(NamedTuple):
     """What is known of each sample of an index."""
 
     label_N: NDArray[np.int32]
+    """−1: the sample cannot be used, and is left out."""
     score_N: NDArray[np.float32] | None
     """Quality, higher is better; NaN for a sample without one. Null: none has one."""
 
@@ -53,7 +54,7 @@ def parse_table(data: bytes, index: DatasetIndex, path: str) -> Samples:
         raise UserError(f"{path}: expected {index.total:,} labels, one of each sample of index.json")
     if score_N is not None and (score_N.shape != label_N.shape or score_N.dtype != np.float32):
         raise UserError(f"{path}: expected {index.total:,} scores, one of each sample of index.json")
-    if len(label_N) and not 0 <= label_N.min() <= label_N.max() < index.num_classes:
+    if len(label_N) and not -1 <= label_N.min() <= label_N.max() < index.num_classes:
         raise UserError(f"{path}: has labels outside the {index.num_classes} classes")
     return Samples(label_N, score_N)
 

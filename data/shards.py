@@ -3,11 +3,12 @@
 import fcntl
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol
 
 from webdataset.writer import TarWriter
 
@@ -18,6 +19,10 @@ from ditmoe.model.errors import UserError
 
 MARKER_FILE: Final = "packing.lock"
 """Lies in a folder while it is being packed, and after a pack that did not finish."""
+PLAN_FILE: Final = "synthesis.json"
+"""Lies in a folder of synthetic images: what they depend on. Without an index beside it they are not finished."""
+WORK_FOLDER: Final = "work"
+"""What a synthesis needs to go on, until it is finished."""
 BLOCK: Final = 512
 """Bytes that a tar's headers take and that its members are padded to."""
 
@@ -30,6 +35,17 @@ class ShardLimits:
     """Most samples of a shard."""
     bytes: int = 256 * 2**20
     """Most bytes of a shard's members; a larger sample gets a shard of its own."""
+
+
+class Sample(Protocol):
+    """What a shard is written from."""
+
+    @property
+    def key(self) -> str: ...
+
+    def members(self) -> dict[str, bytes]:
+        """Extension → bytes."""
+        ...
 
 
 class PackedSample(NamedTuple):
@@ -49,6 +65,17 @@ class PackedSample(NamedTuple):
             LABEL_EXTENSION: str(self.label).encode(),
             METADATA_EXTENSION: json.dumps(self.metadata, sort_keys=True).encode(),
         }
+
+
+class ReadySample(NamedTuple):
+    """A sample whose members are written as they are."""
+
+    key: str
+    contents: dict[str, bytes]
+
+    def members(self) -> dict[str, bytes]:
+        """Extension → bytes."""
+        return self.contents
 
 
 class _HashingFile:
@@ -71,44 +98,43 @@ class _HashingFile:
         return self._digest.hexdigest()
 
 
-def write_shards(
-    folder: Path, name: str, samples: Iterable[PackedSample], limits: ShardLimits
-) -> list[ShardEntry]:
+def write_shards(folder: Path, name: str, samples: Iterable[Sample], limits: ShardLimits) -> list[ShardEntry]:
     """Write the samples, in their order, to NAME-00000.tar, NAME-00001.tar, …; return what the index says of them.
 
     A shard takes its name when it is whole and on the disk. UserError when the file system refuses.
     """
     entries: list[ShardEntry] = []
     remaining = iter(samples)
-    sample = next(remaining, None)
-    while sample is not None:
+    first = next(remaining, None)
+
+    def fitting() -> Iterator[Sample]:
+        """The samples of one shard; the first of the next one is left in `first`."""
+        nonlocal first
+        count = size = 0
+        while first is not None:
+            length = sum(BLOCK - (-len(data) // BLOCK) * BLOCK for data in first.members().values())
+            if count and (count == limits.samples or size + length > limits.bytes):
+                return
+            yield first
+            count += 1
+            size += length
+            first = next(remaining, None)
+
+    while first is not None:
         path = folder / f"{name}-{len(entries):05d}.tar"
         with replacing(path) as file:
-            hashing = _HashingFile(file)
-            # Neither the time nor the user's name gets into the bytes.
-            tar = TarWriter(hashing, encoder=False, mtime=0, user="ditmoe", group="ditmoe")
-            count = size = 0
-            while sample is not None:
-                members = sample.members()
-                length = sum(BLOCK - (-len(data) // BLOCK) * BLOCK for data in members.values())
-                if count and (count == limits.samples or size + length > limits.bytes):
-                    break
-                tar.write({"__key__": sample.key, **members})
-                count += 1
-                size += length
-                sample = next(remaining, None)
-            tar.close()
-        entries.append(ShardEntry(file=path.name, samples=count, bytes=hashing.size, sha256=hashing.sha256))
+            entries.append(write_shard(file, path.name, fitting()))
     return entries
 
 
-def write_shard(file: BinaryIO, name: str, samples: Iterable[tuple[str, dict[str, bytes]]]) -> ShardEntry:
-    """Write (key, extension → bytes) as a shard to an open file; return what the index says of the file `name`."""
+def write_shard(file: BinaryIO, name: str, samples: Iterable[Sample]) -> ShardEntry:
+    """Write one tar of all the samples to an open file; return what the index says of it under `name`."""
     hashing = _HashingFile(file)
+    # Neither the time nor the user's name gets into the bytes.
     tar = TarWriter(hashing, encoder=False, mtime=0, user="ditmoe", group="ditmoe")
     count = 0
-    for key, members in samples:
-        tar.write({"__key__": key, **members})
+    for sample in samples:
+        tar.write({"__key__": sample.key, **sample.members()})
         count += 1
     tar.close()
     return ShardEntry(file=name, samples=count, bytes=hashing.size, sha256=hashing.sha256)
@@ -124,8 +150,10 @@ def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     index, marker = folder / INDEX_FILE, folder / MARKER_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        ours = index.exists() or marker.exists()
+        ours = any(path.exists() for path in (index, marker, folder / PLAN_FILE))
         _refuse_packed(folder, overwrite)
+        if (folder / PLAN_FILE).exists() and not index.exists() and not overwrite:
+            raise UserError(f"{folder}: holds a synthesis that is not finished; --overwrite replaces it")
         strangers = sorted(path.name for path in folder.glob("*.tar"))
         if strangers and not ours:
             raise UserError(
@@ -139,7 +167,8 @@ def claim_folder(folder: Path, overwrite: bool) -> Iterator[None]:
                 raise UserError(f"{folder}: another process is packing into it") from None
             _refuse_packed(folder, overwrite)  # another pack may have ended since
             index.unlink(missing_ok=True)  # first: from here on there is no dataset here
-            for pattern in ("*.tar", "samples.npz", f"*{PARTIAL_SUFFIX}"):
+            shutil.rmtree(folder / WORK_FOLDER, ignore_errors=True)
+            for pattern in ("*.tar", "samples.npz", PLAN_FILE, f"*{PARTIAL_SUFFIX}"):
                 for path in folder.glob(pattern):
                     path.unlink()
             yield

@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ditmoe.data.decode import (
     METADATA_EXTENSION,
     BadSample,
@@ -21,8 +24,10 @@ from ditmoe.data.index import INDEX_FILE, DatasetIndex, ShardEntry, load_index
 from ditmoe.data.latents import decode_latent, latent_extension
 from ditmoe.data.members import Contents
 from ditmoe.data.progress import track
+from ditmoe.data.sample_table import TABLE_FILE, read_table
 from ditmoe.data.tar_scan import scan
 from ditmoe.data.workers import in_order
+from ditmoe.model.errors import UserError
 
 
 class ShardReport(NamedTuple):
@@ -55,13 +60,24 @@ class Report:
         ]
 
 
-def verify(folder: Path, workers: int = 0) -> Report:
-    """Read everything in a packed folder. UserError when there is no index, as then nothing is known of it."""
-    index = load_index(folder)
+def verify(folder: Path, workers: int = 0, index_folder: Path | None = None) -> Report:
+    """Read everything in a packed folder; its index may lie in another one.
+
+    UserError when there is no index, as then nothing is known of it.
+    """
+    index_folder = index_folder or folder
+    index = load_index(index_folder)
     report = Report(index)
-    listed = {shard.file for shard in index.shards}
+    table_problems = []
+    try:
+        table = read_table(index_folder, index)
+    except UserError as error:
+        table, table_problems = None, [str(error)]
+    listed = {*index.left_out, *(shard.file for shard in index.shards)}
+    ends = np.cumsum(index.samples_per_shard)[:-1]
+    labels = [None] * len(index.shards) if table is None else np.split(table.label_N, ends)
     check = partial(verify_shard, folder, index)
-    checked = in_order(check, index.shards, workers)
+    checked = in_order(check, list(zip(index.shards, labels, strict=True)), workers)
     for shard in track(checked, len(index.shards), "verifying", "shards"):
         report.problems += shard.problems
         report.labels += shard.labels
@@ -70,11 +86,18 @@ def verify(folder: Path, workers: int = 0) -> Report:
         for path in sorted(folder.glob("*.tar"))
         if path.name not in listed
     ]
+    report.problems += table_problems
     return report
 
 
-def verify_shard(folder: Path, index: DatasetIndex, entry: ShardEntry) -> ShardReport:
-    """Check one shard's file, and every sample in it that can still be reached."""
+def verify_shard(
+    folder: Path, index: DatasetIndex, entry_labels: tuple[ShardEntry, NDArray[np.int32] | None]
+) -> ShardReport:
+    """Check one shard's file, and every sample in it that can still be reached.
+
+    With labels `[samples]` of the table, those of the shard must be equal; samples that have −1 are left out.
+    """
+    entry, label_N = entry_labels
     path = folder / entry.file
     report = ShardReport([], Counter())
     try:
@@ -97,7 +120,8 @@ def verify_shard(folder: Path, index: DatasetIndex, entry: ShardEntry) -> ShardR
         report.problems.append(f"{path}: {contents.problem}")
     if len(contents.keys) != entry.samples:
         report.problems.append(f"{path}: {len(contents.keys):,} samples, and {INDEX_FILE} says {entry.samples:,}")
-    _verify_samples(path, index, contents, report)
+        label_N = None
+    _verify_samples(path, index, contents, label_N, report)
     return report
 
 
@@ -107,16 +131,25 @@ def _checksum(path: Path) -> tuple[int, str]:
         return file.tell(), sha256
 
 
-def _verify_samples(path: Path, index: DatasetIndex, contents: Contents, report: ShardReport) -> None:
+def _verify_samples(
+    path: Path, index: DatasetIndex, contents: Contents, label_N: NDArray[np.int32] | None, report: ShardReport
+) -> None:
     with open(path, "rb") as file:
-        for key, extents in zip(contents.keys, contents.members, strict=True):
+        for number, (key, extents) in enumerate(zip(contents.keys, contents.members, strict=True)):
+            if label_N is not None and label_N[number] < 0:
+                continue
             members = {}
             for extension, extent in extents.items():
                 file.seek(extent.offset)
                 members[extension] = file.read(extent.size)
             report.problems.extend(f"{path}, sample {key}: {problem}" for problem in _problems(members, index))
             with suppress(BadSample):  # already among the problems
-                report.labels[decode_label(members.get(index.label.extension), index)] += 1
+                label = decode_label(members.get(index.label.extension), index)
+                report.labels[label] += 1
+                if label_N is not None and label != label_N[number]:
+                    report.problems.append(
+                        f"{path}, sample {key}: label {label}, and {TABLE_FILE} says {label_N[number]}"
+                    )
 
 
 def _problems(members: dict[str, bytes], index: DatasetIndex) -> list[str]:

@@ -162,6 +162,15 @@ class Classifier:
         )
         return labels
 
+    @torch.inference_mode()
+    def probabilities(self, image_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The probability of each class for each image, float32 [N, K]."""
+        parts = [image_NHWC[i : i + _EVALUATION_BATCH] for i in range(0, len(image_NHWC), _EVALUATION_BATCH)]
+        probability_NK: NDArray[np.float32] = np.concatenate(
+            [self._network(self._prepare(part))[1].float().softmax(1).cpu().numpy() for part in parts]
+        )
+        return probability_NK
+
     def recognise(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> float:
         """Share of the images that are taken for the class of their label."""
         return float((self.predict(image_NHWC) == label_N).mean())

@@ -64,7 +64,7 @@ def prepare_job(options: EvaluationOptions) -> Job:
     if options.weights not in info.parts:
         raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
     decoder = find_decoder(info, options.vae)
-    real = RealImages(options.data or _training_data(info))
+    real = RealImages(options.data or training_data(info))
     num_classes = _check_fit(info, real, decoder)
     if options.features_path is not None and options.features != "inception":
         raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
@@ -142,7 +142,8 @@ def _drawer(job: Job, device: torch.device) -> DrawChunk:
     return draw
 
 
-def _training_data(info: CheckpointInfo) -> Path:
+def training_data(info: CheckpointInfo) -> Path:
+    """The folder that a run was trained on, the first if there were several. UserError when it does not say."""
     try:
         return Path(info.config["data"]["sources"][0]["path"])
     except (KeyError, IndexError, TypeError):

@@ -43,13 +43,31 @@ class Source(Protocol):
 
 
 def open_source(
-    what: str, *, count: int | None = None, classes: int | None = None, image_size: int | None = None, seed: int
+    what: str,
+    *,
+    count: int | None = None,
+    classes: int | None = None,
+    image_size: int | None = None,
+    seed: int,
+    labels: Path | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> Source:
     """`digits`, `shapes`, or the path of an npz file or an image folder.
 
     `classes`, and here `count` and `image_size`, are for `shapes`, which is drawn to order; the packing itself
-    crops and limits the others. UserError for anything else.
+    crops and limits the others. `labels` is a list of an image folder's labels, `class_names` says what its
+    classes are called. UserError for anything else.
     """
+    if class_names is not None and labels is None:
+        raise UserError("--class-names: expected only with --labels")
+    if labels is not None:
+        if not Path(what).is_dir():
+            raise UserError(f"--labels is {labels}, and {what} is no folder: it lists the images of a folder")
+        if classes is not None:
+            raise UserError(f"--classes is for the source `shapes`; the classes of {labels} are what they are")
+        from ditmoe.data.sources.labelled import LabelledFolder
+
+        return LabelledFolder(Path(what), labels, class_names)
     # A source may need a library that the others do not, so each is imported when it is asked for.
     if what == "shapes":
         from ditmoe.data.sources.shapes import Shapes

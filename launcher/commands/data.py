@@ -1,4 +1,4 @@
-"""`ditmoe data`: pack images into shards, and verify packed shards."""
+"""`ditmoe data`: make, index, filter and verify shards."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -6,14 +6,17 @@ from typing import Annotated
 
 import typer
 
-from ditmoe.launcher.commands import encode
+from ditmoe.launcher.commands import data_filter, data_index, data_synthesize, encode
+from ditmoe.launcher.commands.data_index import LARGEST_IMAGE
+from ditmoe.launcher.commands.words import counted
 
-app = typer.Typer(help="Pack images into shards, verify shards, encode them.", no_args_is_help=True)
+app = typer.Typer(help="Make shards of images, index, encode, filter and verify them.", no_args_is_help=True)
+app.command("index")(data_index.command)
 app.command("encode")(encode.command)
+app.command("synthesize")(data_synthesize.command)
+app.command("filter")(data_filter.command)
 
 HISTOGRAM_ROWS = 100
-LARGEST_IMAGE = 8192
-"""Pixels a side that images may be brought to; what is larger is taken for a slip of the finger."""
 
 
 class ImageFormat(StrEnum):
@@ -48,6 +51,17 @@ def pack(
         int | None,
         typer.Option(help="1 (grey) or 3 (RGB). [default: as the source has them; image folders: 3]"),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV, JSON or JSON lines with file, label and perhaps score of each image of the folder SOURCE. "
+            "[default: a folder per class]"
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(help="With --labels: file with the name of each class, one per line or a JSON list."),
+    ] = None,
     count: Annotated[
         int | None,
         typer.Option(min=1, help="Pack only this many, chosen by the seed. [default: all; shapes: 5000]"),
@@ -70,6 +84,7 @@ def pack(
     ] = False,
 ) -> None:
     """Pack images and labels into webdataset shards with an index, and draw a contact sheet."""
+    from ditmoe.data.class_names import read_class_names
     from ditmoe.data.pack import PackSettings, refuse_overlap
     from ditmoe.data.pack import pack as pack_source
     from ditmoe.data.shards import ShardLimits
@@ -81,7 +96,15 @@ def pack(
     if name is not None and not (name.strip() and name.isprintable()):
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     refuse_overlap(source, out)
-    opened = open_source(source, count=count, classes=classes, image_size=image_size, seed=seed)
+    opened = open_source(
+        source,
+        count=count,
+        classes=classes,
+        image_size=image_size,
+        seed=seed,
+        labels=labels,
+        class_names=None if class_names is None else read_class_names(class_names),
+    )
     if name is not None:
         opened.name = name
     for remark in opened.remarks():
@@ -105,11 +128,11 @@ def pack(
         typer.echo(f"left out: {problem}", err=True)
     index = result.index
     if result.skipped:
-        typer.echo(f"{_count(len(result.skipped), 'image')} left out", err=True)
+        typer.echo(f"{counted(len(result.skipped), 'image')} left out", err=True)
     typer.echo(
-        f"packed {_count(index.total, 'image')} of {index.image_size}×{index.image_size}×{index.channels} "
-        f"in {_count(index.num_classes, 'class', 'classes')}: "
-        f"{_count(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
+        f"packed {counted(index.total, 'image')} of {index.image_size}×{index.image_size}×{index.channels} "
+        f"in {counted(index.num_classes, 'class', 'classes')}: "
+        f"{counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
     )
     typer.echo(f"  dataset  {out}")
     typer.echo(f"  preview  {result.preview}")
@@ -117,31 +140,33 @@ def pack(
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A folder that `ditmoe data pack` wrote.", metavar="FOLDER")],
+    folder: Annotated[Path, typer.Argument(help="A folder of shards.", metavar="FOLDER")],
+    index: Annotated[
+        Path | None, typer.Option(help="Folder with index.json and samples.npz, where it is not FOLDER.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read shards; 0: this one.")] = 0,
 ) -> None:
     """Read every sample, list every problem by shard and key; exit code 2 if there is any."""
     from ditmoe.data.verify import verify as verify_folder
 
-    report = verify_folder(folder, workers)
+    report = verify_folder(folder, workers, index)
     for problem in report.problems:
         typer.echo(problem)
-    index = report.index
+    facts = report.index
     if report.problems:
-        typer.echo(f"{folder}: {_count(len(report.problems), 'problem')}")
+        typer.echo(f"{folder}: {counted(len(report.problems), 'problem')}")
         raise typer.Exit(2)
     for row in report.histogram()[:HISTOGRAM_ROWS]:
         typer.echo(row)
-    if index.num_classes > HISTOGRAM_ROWS:
-        typer.echo(f"   …  {index.num_classes - HISTOGRAM_ROWS:,} more classes")
-    what = "images" if index.latents is None else "latents"
-    absent = sum(report.labels[label] == 0 for label in range(index.num_classes))
+    if facts.num_classes > HISTOGRAM_ROWS:
+        typer.echo(f"   …  {facts.num_classes - HISTOGRAM_ROWS:,} more classes")
+    what = "images" if facts.latents is None else "latents"
+    left_out = facts.total - report.labels.total()
+    absent = sum(report.labels[label] == 0 for label in range(facts.num_classes))
     typer.echo(
-        f"{folder}: good: {index.total:,} {what} of {index.image_size}×{index.image_size}×{index.channels} "
-        f"in {_count(len(index.shards), 'shard')}, {_count(index.num_classes, 'class', 'classes')}"
+        f"{folder}: good: {report.labels.total():,} {what} "
+        f"of {facts.image_size}×{facts.image_size}×{facts.channels} "
+        f"in {counted(len(facts.shards), 'shard')}, {counted(facts.num_classes, 'class', 'classes')}"
         + (f", {absent:,} of them without {what}" if absent else "")
+        + (f"; {counted(left_out, 'sample')} left out" if left_out else "")
     )
-
-
-def _count(number: int, noun: str, plural: str | None = None) -> str:
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

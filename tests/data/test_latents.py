@@ -12,7 +12,7 @@ from safetensors.torch import save
 from ditmoe.data.decode import IMAGE_EXTENSIONS, BadSample
 from ditmoe.data.index import DatasetIndex, LatentFacts, ShardEntry
 from ditmoe.data.latents import FORMATS, decode_latent, draw_latents, encode_latent, latent_extension
-from ditmoe.data.reader import split_name
+from ditmoe.data.tar_scan import split_name
 
 C, S = 4, 8
 RELATIVE_ERROR = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
