@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ditmoe.data.config import DataConfig, SourceConfig
 from ditmoe.data.index import INDEX_FILE, DatasetIndex, check_files, load_index, parse_index
 from ditmoe.data.mixture import Mixture, Numbers, quotas
 from ditmoe.data.order import Address, SourceOrder
 from ditmoe.data.place import LocalPlace, Place, open_place
-from ditmoe.data.sample_table import Samples, parse_table
+from ditmoe.data.sample_table import Samples, digest_of_members, parse_table
 from ditmoe.data.selection import Selection, map_classes, select
 from ditmoe.model.errors import UserError
 
@@ -216,12 +215,7 @@ def _facts(config: DataConfig, sources: list[Source], mixture: Mixture) -> dict[
 
 def _fingerprint(index: DatasetIndex, selection: Selection) -> str:
     """Hex digest of a source's shards, of what is used of them, and of its classes."""
-    digest = hashlib.sha256(index.fingerprint.encode())
-    digest.update(selection.label_of.astype("<i8").tobytes())
-    for members in selection.members:
-        digest.update(b"all" if members is None else _bytes(members))
-    return digest.hexdigest()
-
-
-def _bytes(members: NDArray[np.int64]) -> bytes:
-    return len(members).to_bytes(8, "little") + members.astype("<i8").tobytes()
+    whole = (np.arange(samples) for samples in index.samples_per_shard)
+    members = (each if used is None else used for each, used in zip(whole, selection.members, strict=True))
+    labels = selection.label_of.astype("<i8").tobytes().hex()
+    return hashlib.sha256(f"{index.fingerprint} {digest_of_members(members)} {labels}".encode()).hexdigest()

@@ -90,7 +90,7 @@ def images_at_once(settings: EncodeSettings, device: torch.device) -> int:
 class _Read(NamedTuple):
     """A batch of images, read ahead."""
 
-    members: range
+    members: list[int]
     image_BHWC: Tensor
     labels: list[int]
     metadata: list[bytes | None]
@@ -120,7 +120,11 @@ class _Work:
     def count_finished(self, _shards: int) -> None:
         """Look which shards are done, and tell."""
         shards = self._index.shards
-        self._finished_images = sum(s.samples for s in shards if (self._folder.path / s.file).exists())
+        self._finished_images = sum(
+            len(members)
+            for s, members in zip(shards, self._encoding.members, strict=True)
+            if (self._folder.path / s.file).exists()
+        )
         self._on_progress(self._finished_images)
 
     def encode_shard(self, number: int) -> None:
@@ -140,11 +144,9 @@ class _Work:
     def _samples(self, shard: Shard, number: int, labels: list[int]) -> Iterator[ReadySample]:
         """The members of each sample, in the shard's order; `labels` takes their labels."""
         first = sum(self._index.samples_per_shard[:number])
-        ranges = [
-            range(start, min(start + self._batch, len(shard.keys)))
-            for start in range(0, len(shard.keys), self._batch)
-        ]
-        for read in _one_ahead(lambda members: self._read(shard, members), ranges):
+        usable = self._encoding.members[number].tolist()
+        batches = [usable[start : start + self._batch] for start in range(0, len(usable), self._batch)]
+        for read in _one_ahead(lambda members: self._read(shard, members), batches):
             views = self._views(read, first)
             for row, member in enumerate(read.members):
                 members: dict[str, bytes] = {}
@@ -162,7 +164,7 @@ class _Work:
                     members[METADATA_EXTENSION] = metadata
                 yield ReadySample(shard.keys[member], members)
             labels += read.labels
-            self._on_progress(self._finished_images + read.members.stop)
+            self._on_progress(self._finished_images + len(labels))
 
     def _views(self, read: _Read, first: int) -> dict[str, tuple[Tensor, Tensor]]:
         """Stem of the member → mean and standard deviation, `[B, C, H, W]`, of each view of the batch."""
@@ -182,7 +184,7 @@ class _Work:
         mean_BCHW, logvar_BCHW = self.vae.encode_moments(filled_BHWC)
         return mean_BCHW[: len(image_BHWC)], (0.5 * logvar_BCHW[: len(image_BHWC)]).exp()
 
-    def _read(self, shard: Shard, members: range) -> _Read:
+    def _read(self, shard: Shard, members: list[int]) -> _Read:
         """Images, labels and metadata. UserError naming shard and key when one cannot be used."""
         images: list[ImageArray] = []
         labels: list[int] = []
@@ -200,13 +202,13 @@ class _Work:
         return _Read(members, torch.from_numpy(np.stack(images)), labels, metadata)
 
 
-def _one_ahead(read: Callable[[range], _Read], ranges: list[range]) -> Iterator[_Read]:
+def _one_ahead(read: Callable[[list[int]], _Read], batches: list[list[int]]) -> Iterator[_Read]:
     """Read in a thread, one batch ahead of what is encoded."""
     with ThreadPoolExecutor(1, "read") as thread:
-        pending = [thread.submit(read, members) for members in ranges[:1]]
-        for members in ranges[1:]:
-            batch = pending.pop().result()
+        pending = [thread.submit(read, members) for members in batches[:1]]
+        for members in batches[1:]:
+            ready = pending.pop().result()
             pending.append(thread.submit(read, members))
-            yield batch
+            yield ready
         for last in pending:
             yield last.result()

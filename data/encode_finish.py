@@ -14,7 +14,7 @@ from ditmoe.data.index import DatasetIndex, write_index
 from ditmoe.data.latents import decode_latent, latent_extension
 from ditmoe.data.preview import COLUMNS, ROWS, draw_contact_sheet, write_png
 from ditmoe.data.reader import Shard
-from ditmoe.data.sample_table import Samples, read_table, write_table
+from ditmoe.data.sample_table import Samples, write_table
 from ditmoe.data.vae import Vae
 from ditmoe.model.errors import UserError
 
@@ -29,14 +29,17 @@ def finish(encoding: Encoding, vae: Vae) -> None:
     out, source = encoding.folder.path, encoding.index
     marks = [encoding.folder.read_mark(entry.file) for entry in source.shards]
     label_N = np.array([label for mark in marks for label in mark.labels], dtype=np.int32)
-    table = read_table(encoding.source, source)
-    if table is not None and not np.array_equal(table.label_N, label_N):
-        number = int((table.label_N != label_N).nonzero()[0][0])
-        raise UserError(
-            f"{encoding.source}: sample {number:,} has label {label_N[number]}, and the table of samples "
-            f"says {table.label_N[number]}: table and shards are not of one dataset"
-        )
-    score_N = None if table is None else table.score_N
+    score_N = None
+    if encoding.samples is not None:
+        used = encoding.samples.label_N >= 0
+        expected_N = encoding.samples.label_N[used]
+        if not np.array_equal(expected_N, label_N):
+            number = int((expected_N != label_N).nonzero()[0][0])
+            raise UserError(
+                f"{encoding.source}: sample {int(np.flatnonzero(used)[number]):,} has label {label_N[number]}, and"
+                f" the table of samples says {expected_N[number]}: table and shards are not of one dataset"
+            )
+        score_N = None if encoding.samples.score_N is None else encoding.samples.score_N[used]
     index = DatasetIndex(
         name=source.name,
         image_size=source.image_size // encoding.vae.reduction,

@@ -1,12 +1,17 @@
 """What an encode is: the images, the VAE and the settings that its latents depend on, and whether they fit."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ditmoe.data.encode_folder import EncodeFolder
 from ditmoe.data.index import DatasetIndex, LatentFacts, check_files, load_index
 from ditmoe.data.latents import LatentFormat
+from ditmoe.data.sample_table import Samples, digest_of_members, read_table, usable_members
 from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 
@@ -41,9 +46,16 @@ class Encoding:
     source: Path
     index: DatasetIndex
     """Of the images."""
+    samples: Samples | None
+    """Their labels and scores."""
     vae: VaeFacts
     settings: EncodeSettings
     folder: EncodeFolder
+
+    @cached_property
+    def members(self) -> tuple[NDArray[np.int64], ...]:
+        """Of each shard the numbers of the samples that are encoded."""
+        return usable_members(self.index, self.samples)
 
     @property
     def latents(self) -> LatentFacts:
@@ -83,15 +95,24 @@ def prepare_encoding(source: Path, out: Path, vae: VaeFacts, settings: EncodeSet
         problems.append(
             "--format npy has no bfloat16: expected --dtype float32 or float16, or --format safetensors"
         )
+    samples = read_table(source, index)
+    problems += [
+        f"{source / entry.file}: none of its samples can be used; index the folder again without it"
+        for entry, members in zip(index.shards, usable_members(index, samples), strict=True)
+        if not len(members)
+    ]
     if out.resolve() == source.resolve():
         problems.append(f"{out}: is where the images are; choose another folder")
     if problems:
         raise UserError("\n".join(problems))
+    members = usable_members(index, samples)
+    left_out = sum(map(len, members)) < index.total
     wanted: dict[str, Any] = {
         "form": FORM_VERSION,
         "source": index.name,
         # Of everything but where the shards lie: another label rule or crop gives other samples of the same bytes.
         "source_sha256": index.fingerprint,
+        "used_sha256": digest_of_members(members) if left_out else None,
         "image_size": index.image_size,
         "crop": index.crop,
         "label": index.label.model_dump(),
@@ -102,4 +123,4 @@ def prepare_encoding(source: Path, out: Path, vae: VaeFacts, settings: EncodeSet
         "seed": settings.seed if settings.flips == "drawn" else None,
         "format": settings.format,
     }
-    return Encoding(source, index, vae, settings, EncodeFolder(out, wanted))
+    return Encoding(source, index, samples, vae, settings, EncodeFolder(out, wanted))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -69,3 +70,17 @@ def read_table(folder: Path, index: DatasetIndex) -> Samples | None:
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
     return parse_table(data, index, str(path))
+
+
+def usable_members(index: DatasetIndex, samples: Samples | None) -> tuple[NDArray[np.int64], ...]:
+    """Of each shard the numbers of the samples that the table does not mark as left out, rising."""
+    used_N = np.ones(index.total, dtype=bool) if samples is None else samples.label_N >= 0
+    return tuple(np.flatnonzero(part) for part in np.split(used_N, np.cumsum(index.samples_per_shard)[:-1]))
+
+
+def digest_of_members(members: Iterable[NDArray[np.int64]]) -> str:
+    """Hex digest of which samples of each shard are used."""
+    digest = hashlib.sha256()
+    for shard in members:
+        digest.update(len(shard).to_bytes(8, "little") + shard.astype("<i8").tobytes())
+    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """The real images that drawn ones are compared with: each sample of a dataset once, in the index's order."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from ditmoe.data.decode import BadSample, decode_image, decode_label, image_extension
 from ditmoe.data.index import DatasetIndex, check_files, load_index
 from ditmoe.data.reader import Shard
+from ditmoe.data.sample_table import digest_of_members, read_table, usable_members
 from ditmoe.model.errors import UserError
 
 MAX_PARTS = 16
@@ -41,16 +43,21 @@ class RealImages:
         problems = check_files(folder, self.index)
         if problems:
             raise UserError("\n".join(problems))
+        self._members = usable_members(self.index, read_table(folder, self.index))
 
     @property
     def count(self) -> int:
-        """Images in all."""
-        return self.index.total
+        """Images in all, without those that the table of samples leaves out."""
+        return sum(map(len, self._members))
 
     @property
     def fingerprint(self) -> str:
         """Of the images and labels (first 16 hex digits)."""
-        return self.index.fingerprint[:16]
+        if self.count == self.index.total:
+            return self.index.fingerprint[:16]
+        return hashlib.sha256(f"{self.index.fingerprint} {digest_of_members(self._members)}".encode()).hexdigest()[
+            :16
+        ]
 
     @property
     def parts(self) -> int:
@@ -63,16 +70,17 @@ class RealImages:
         Raises:
             UserError: a shard or sample is damaged; the message names it.
         """
-        starts = np.concatenate([[0], np.cumsum(self.index.samples_per_shard)])
+        starts = np.cumsum([0, *map(len, self._members)])
         shards = len(self.index.shards)
         for number in range(shards * part // self.parts, shards * (part + 1) // self.parts):
             entry = self.index.shards[number]
             shard = Shard.at(self.folder / entry.file, entry)
             try:
-                for first in range(0, entry.samples, batch):
-                    members = range(first, min(first + batch, entry.samples))
+                usable = self._members[number]
+                for first in range(0, len(usable), batch):
+                    members = usable[first : first + batch].tolist()
                     images, labels = zip(*(self._decode(shard, member) for member in members), strict=True)
-                    numbers = np.arange(members.start, members.stop, dtype=np.int64) + starts[number]
+                    numbers = np.arange(first, first + len(members), dtype=np.int64) + starts[number]
                     yield RealBatch(np.stack(images), np.array(labels, dtype=np.int64), numbers)
             finally:
                 shard.close()
