@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from ditmoe.data.index import load_index, write_index
 from ditmoe.launcher.config import load_config
@@ -236,6 +237,53 @@ def test_other_ranks_and_workers_read_the_same_samples_in_the_same_order(
     last = json.loads((run / "stats.jsonl").read_text().splitlines()[-1])
     assert last["sources"]["digits 0"] == {"images": 48, "epoch": 48 / 300, "skipped": 0}
     assert last["sources"]["digits 1"]["images"] == 144
+
+
+@pytest.mark.timeout(280)
+def test_from_images_to_latents_to_images(
+    make_config: Callable[..., Path], make_vae: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Pack, encode, train with previews, kill, move the VAE, continue, sample: by the commands alone."""
+    images, latents, vae = tmp_path / "images", tmp_path / "latents", make_vae(tmp_path / "vae")
+
+    def ditmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*DITMOE, *arguments], capture_output=True, text=True, timeout=120)
+
+    pack = ditmoe("data", "pack", "shapes", str(images), "--count", "60", "--image-size", "16")
+    assert pack.returncode == 0, pack.stderr
+    encode = ditmoe(
+        *("data", "encode", str(images), str(latents), "--vae", str(vae), "--flips", "both", "--processes", "1")
+    )
+    assert encode.returncode == 0, encode.stderr
+    settings = ["preview.every=6", "preview.images=4", "preview.sampler.steps=2", "train.steps=6"]
+    result = train(make_config("whole", folder=latents), *settings)
+    assert result.returncode == 0, result.stderr
+    config = make_config(folder=latents)
+    run = config.with_suffix("")
+    process = start(config, *settings)
+    wait_for(reached(run, 4), process)
+    kill_everything(process, run)
+    # Resuming depends on what the latents are, not on where their VAE lies; a preview needs it.
+    vae.rename(tmp_path / "moved")
+    refused = train(config, *settings)
+    assert refused.returncode == 2 and str(vae) in refused.stderr and "Traceback" not in refused.stderr
+    index = load_index(latents)
+    assert index.latents is not None
+    moved = index.latents.model_copy(update={"vae": str(tmp_path / "moved")})
+    write_index(latents, index.model_copy(update={"latents": moved}))
+    result = train(config, *settings)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == curve(tmp_path / "whole") and len(curve(run)) == 6
+    preview = Image.open(run / "samples" / "preview-step-00000006.png")
+    whole = Image.open(tmp_path / "whole" / "samples" / "preview-step-00000006.png")
+    assert preview.tobytes() == whole.tobytes() and preview.mode == "RGB"
+    sample = ditmoe(
+        "sample", str(run), "--steps", "2", "--classes", "0", "--count", "1", "--out", str(tmp_path / "p")
+    )
+    assert sample.returncode == 0, sample.stderr
+    write_index(latents, index.model_copy(update={"latents": moved.model_copy(update={"scale": 0.5})}))
+    result = train(config, *settings, "train.steps=8")
+    assert result.returncode == 2 and "(another latents)" in result.stderr, result.stderr
 
 
 @pytest.mark.timeout(280)
