@@ -6,22 +6,31 @@ import json
 import os
 import tarfile
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from ditmoe.data.class_names import read_class_names
+from ditmoe.data.config import DataConfig
+from ditmoe.data.dataset import open_dataset
 from ditmoe.data.decode import decode_image, decode_label, image_extension
+from ditmoe.data.encode import encode
+from ditmoe.data.encoding import EncodeSettings, prepare_encoding
 from ditmoe.data.foreign import ForeignResult, ForeignSettings, index_foreign, remarks
 from ditmoe.data.index import LabelRule, load_index
 from ditmoe.data.reader import Shard
 from ditmoe.data.sample_table import read_table
+from ditmoe.data.stream import dealing_of, open_stream
+from ditmoe.data.vae import read_facts
 from ditmoe.data.verify import verify
 from ditmoe.launcher.commands.data import app
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.real import RealImages
 from tests.data.foreign_tars import Named, imagenet, img2dataset, picture, write_tar
 
 
@@ -396,3 +405,43 @@ def test_the_command(tmp_path: Path) -> None:
     for arguments, message in ((["--channels", "2"], "--channels is 2"), (["--name", "\n"], "--name is")):
         error = runner.invoke(app, ["index", str(folder), *arguments]).exception
         assert isinstance(error, UserError) and message in str(error)
+
+
+def epoch_of(folder: Path, **source: object) -> tuple[list[str], list[int]]:
+    """Keys and labels of one epoch of the stream."""
+    config = DataConfig.model_validate({"sources": [{"path": str(folder), **source}], "workers": 0, "lanes": 3})
+    dataset = open_dataset(config, 0)
+    total = dataset.sources[0].total
+    (batch,) = islice(open_stream(dataset, dealing_of(config, start=0, micro_batch=total, ranks=1)), 1)
+    assert batch.image_BCHW.shape == (total, 3, 8, 8) and not batch.skips
+    return batch.keys, batch.label_B.tolist()
+
+
+def test_training_reads_photographs_of_any_size_with_labels_by_name(tmp_path: Path) -> None:
+    folder, out = img2dataset(tmp_path / "in"), tmp_path / "out"
+    index_foreign(folder, ForeignSettings(image_size=8, label="json:meta.class", out=out))
+    keys, labels = epoch_of(folder, index=str(out / "index.json"))
+    names = {key: load_index(out).class_names[label] for key, label in zip(keys, labels, strict=True)}
+    assert sorted(names.items()) == [
+        (f"0000{shard}.tar/{place:09d}", name)
+        for shard in range(2)
+        for place, name in enumerate(("cat", "dog", "ant", "dog"))
+    ]
+
+
+def test_training_scoring_and_encoding_pass_over_what_is_left_out(tmp_path: Path, vae_folder: Path) -> None:
+    folder = faulty(tmp_path / "in")
+    indexed(folder, image_size=8, skip_unreadable=True)
+    expected = [label for label in labels_in(folder) if label >= 0]
+    keys, labels = epoch_of(folder)
+    assert len(set(keys)) == 11 and sorted(labels) == sorted(expected)
+    real = RealImages(folder)
+    batches = list(real.read_all(4))
+    assert real.count == 11 and real.fingerprint != load_index(folder).fingerprint[:16]
+    assert np.concatenate([batch.label_N for batch in batches]).tolist() == expected
+    assert np.concatenate([batch.number_N for batch in batches]).tolist() == list(range(11))
+    encoding = prepare_encoding(folder, tmp_path / "latents", read_facts(vae_folder), EncodeSettings())
+    assert encoding.folder.begin(False)
+    latents = encode(encoding, torch.device("cpu"))
+    assert latents.total == 11 and len(latents.shards) == 4
+    assert labels_in(tmp_path / "latents") == expected and not verify(tmp_path / "latents").problems

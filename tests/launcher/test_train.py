@@ -583,3 +583,29 @@ def test_bad_data(
     assert result.returncode == 2, result.stdout
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
     assert ".tar" in result.stderr and expected in result.stderr, result.stderr
+
+
+@pytest.mark.timeout(120)
+def test_bad_data_that_are_skipped(make_config: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    """They are named in the log and counted, the curve is that of no other run, and beyond the budget it ends."""
+    folder = tmp_path / "broken"
+    shutil.copytree(shards, folder)
+    shard = sorted(folder.glob("*.tar"))[1]
+    shard.write_bytes(shard.read_bytes()[:-2048])
+    config = make_config(folder=folder)
+    skipping = f"data.sources=[{{path: {folder}, on_error: skip}}]"
+    result = train(config, skipping, "train.log_samples=true")
+    assert result.returncode == 0, result.stderr
+    run = config.with_suffix("")
+    records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    skipped = [record["sources"]["digits"]["skipped"] for record in records]
+    assert skipped == sorted(skipped) and 40 < skipped[-1] < 16 * 12
+    log = (run / "log.txt").read_text()
+    assert log.count(f"skipped {shard}: truncated: ") == skipped[-1] or "more" in log
+    keys = [key for line in (run / "samples.jsonl").read_text().splitlines() for key in json.loads(line)["keys"]]
+    assert len(keys) == 16 * 12 and not any(key.startswith(shard.name) for key in keys)
+    # The count goes on where the run was left, and the budget holds over a resume.
+    skipping = f"data.sources=[{{path: {folder}, on_error: skip, skip_budget: {skipped[-1] + 5}}}]"
+    result = train(config, skipping, "train.steps=40")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{shard}: truncated: " in result.stderr and f"its skip_budget is {skipped[-1] + 5}" in result.stderr
