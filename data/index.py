@@ -16,6 +16,10 @@ FORMAT_VERSION: Final = 2
 """1 knew neither label rules, cropping, latents nor the table of samples; it is read as before."""
 
 
+UNFINISHED: Final = {"synthesis.json": "ditmoe data synthesize", "encoding.json": "ditmoe data encode"}
+"""File of a folder that is being made → the command that makes it."""
+
+
 class ShardEntry(Settings):
     """One tar file."""
 
@@ -176,6 +180,11 @@ def load_index(folder: str | Path) -> DatasetIndex:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
+        for plan, command in UNFINISHED.items():
+            if (folder / plan).exists():
+                raise UserError(
+                    f"{folder}: has no {INDEX_FILE} yet: repeat `{command}`, which did not finish"
+                ) from None
         raise UserError(
             f"{folder}: has no {INDEX_FILE}, so it was never packed or the packing did not finish: "
             f"repeat `ditmoe data pack SOURCE {folder}`; shards from elsewhere: `ditmoe data index {folder}`"

@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from ditmoe.data.index import INDEX_FILE, load_index
 from ditmoe.data.pack import ImageFormat
 from ditmoe.data.shards import MARKER_FILE, PLAN_FILE, WORK_FOLDER
+from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
 from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import training_data
 from ditmoe.sampling.inception import load_inception
-from ditmoe.sampling.load import Weights, find_checkpoint, home_of
+from ditmoe.sampling.load import Weights, find_checkpoint, find_decoder, home_of
 from ditmoe.sampling.quality import ScoreSettings, plain_settings
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU
@@ -54,6 +55,8 @@ class SynthesisOptions:
     """Shards with real images that scores go by; null: what the run was trained on."""
     cache: Path = Path()
     """Folder of trained classifiers and of means of real images."""
+    vae: Path | None = None
+    """Where the VAE of a network of latents lies now; null: where it lay when they were encoded."""
     name: str | None = None
     """The dataset's name; null: after the run."""
     overwrite: bool = False
@@ -69,6 +72,8 @@ class Synthesis:
     class_names: tuple[str, ...]
     real: RealImages | None
     """What scores go by; null: there are none."""
+    vae: Path | None
+    """The VAE that decodes what the network draws; null: it draws pixels."""
     plan: dict[str, Any] = field(default_factory=dict)
     """All that the bytes depend on, as plain data."""
 
@@ -139,7 +144,8 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
     if options.weights not in info.parts:
         raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
     names = class_names_of(info)
-    size, channels = _form(info)
+    decoder = find_decoder(info, options.vae)
+    size, channels = _form(info, decoder)
     if channels not in (1, 3) and options.format != "npy":
         raise UserError(f"{path}: draws {channels} channels, and only 1 or 3 make a picture; give --format npy")
     home = home_of(path).resolve()
@@ -161,19 +167,18 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
         "format": options.format,
         "name": options.name or f"{home.name}-synthetic",
         "score": plain_settings(options.score, real),
+        "vae": None if decoder is None else decoder.sha256,
     }
-    synthesis = Synthesis(options, path, names, real, plan)
+    vae = None if decoder is None else decoder.path
+    synthesis = Synthesis(options, path, names, real, vae, plan)
     check_out(synthesis)
     return synthesis
 
 
-def _form(info: CheckpointInfo) -> tuple[int, int]:
+def _form(info: CheckpointInfo, decoder: VaeFacts | None) -> tuple[int, int]:
     """Side in pixels and channels of the images that come out."""
-    latents = info.dataset.get("latents")
-    if latents is not None:
-        return int(latents["pixels"]), 3
-    values = {name: getattr(info.model, name) or info.dataset[name] for name in ("image_size", "channels")}
-    return int(values["image_size"]), int(values["channels"])
+    size, channels = (int(getattr(info.model, key) or info.dataset[key]) for key in ("image_size", "channels"))
+    return (size, channels) if decoder is None else (size * decoder.reduction, decoder.pixel_channels)
 
 
 def _reference(

@@ -63,7 +63,9 @@ def drawer(synthesis: Synthesis, device: torch.device) -> DrawChunk:
 
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> NDArray[np.uint8]:
         if not loaded:
-            loaded.append(load_model(synthesis.checkpoint, which=options.weights, device=device))
+            loaded.append(
+                load_model(synthesis.checkpoint, which=options.weights, device=device, vae=synthesis.vae)
+            )
         images = generate(loaded[0], torch.from_numpy(label_N), numbers, config, synthesis.plan["batch"])
         array: NDArray[np.uint8] = images.numpy()
         return array

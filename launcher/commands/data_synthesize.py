@@ -72,6 +72,10 @@ def command(
         Path | None,
         typer.Option(help="Folder of trained classifiers and means of real images. [default: ~/.cache/ditmoe]"),
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after the run]")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset, or a part of another one, that is there.")
@@ -121,6 +125,7 @@ def command(
         score=ScoreSettings(score, features, features_path),
         reference=reference,
         cache=cache or default_cache(),
+        vae=vae,
         name=name,
         overwrite=overwrite,
     )
@@ -146,6 +151,7 @@ def command(
                 ("--grid", grid),
                 ("--cfg-channels", cfg_channels),
                 ("--cache", cache),
+                ("--vae", vae),
                 ("--name", name),
             ):
                 arguments += [f"{option}={value}"] if value is not None else []

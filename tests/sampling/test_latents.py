@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from ditmoe.data.encode import encode
 from ditmoe.data.encoding import EncodeSettings, prepare_encoding
@@ -16,6 +17,7 @@ from ditmoe.data.index import DatasetIndex, load_index
 from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.sources.shapes import Shapes
 from ditmoe.data.vae import read_facts
+from ditmoe.launcher.commands.data import app
 from ditmoe.launcher.commands.sample import command
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
@@ -27,6 +29,7 @@ from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.generate import generate, generate_float
 from ditmoe.sampling.load import load_model
+from ditmoe.sampling.real import RealImages
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=4, num_classes=5
@@ -108,6 +111,27 @@ def test_the_vae_may_move_but_not_change(
     damaged = write_run(tmp_path / "damaged", dataset={"latents": {"vae": 3}})
     with pytest.raises(UserError, match=r"dataset\.latents cannot be read"):
         load_model(damaged)
+
+
+def test_a_network_of_latents_makes_a_dataset_of_images(
+    tmp_path: Path, run: Path, encoded: DatasetIndex, shards: Path, vae_folder: Path
+) -> None:
+    assert encoded.latents is not None
+    gone = encoded.latents.model_copy(update={"vae": str(tmp_path / "gone")})
+    moved = write_run(tmp_path / "moved", dataset=encoded.model_copy(update={"latents": gone}).facts)
+    common = ["--count", "10", "--steps", "2", "--score", "none", "--processes", "1", "--seed", "1"]
+    synthesize = CliRunner().invoke(app, ["synthesize", "--from", str(run), str(tmp_path / "a"), *common])
+    assert synthesize.exit_code == 0, synthesize.output
+    index = load_index(tmp_path / "a")
+    assert (index.image_size, index.channels, index.latents, index.total) == (16, 3, None, 10)
+    expected = generate(load_model(run), None, list(range(10)), SamplerConfig(steps=2, seed=1), batch=10)
+    found = np.concatenate([batch.image_NHWC for batch in RealImages(tmp_path / "a").read_all(10)])
+    assert np.abs(found.astype(int) - expected.numpy()).max() <= 1  # another number of threads may round otherwise
+    arguments = ["synthesize", "--from", str(moved), str(tmp_path / "b"), *common]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, UserError) and "with --vae" in str(refused.exception)
+    assert CliRunner().invoke(app, [*arguments, "--vae", str(vae_folder)]).exit_code == 0
+    assert load_index(tmp_path / "b").shards[0].samples == 10
 
 
 def test_published_weights_take_a_vae_that_fits(tmp_path: Path, vae_folder: Path) -> None:

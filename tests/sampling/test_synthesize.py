@@ -203,12 +203,17 @@ def all_of(synthesis: Synthesis, seconds: float) -> Callable[[], list[ForkProces
     return start
 
 
+def files(folder: Path) -> set[Path]:
+    """Every file that is there now, those on their way included."""
+    return {Path(root, name) for root, _, names in os.walk(folder) for name in names}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
     shared: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesize_module, "SHARDS_PER_ROUND", 2)
-    monkeypatch.setattr(sharing_module, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(sharing_module, "WAIT_SECONDS", 0.01)
 
     def small_chunks(out: Path) -> Synthesis:
         synthesis = prepare_synthesis(options_for(shared, out, count=61, shard_samples=7))
@@ -224,8 +229,10 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
     there: dict[Path, int] = {}
     kills = 0
     while finished(cut) is None:
+        before, new = files(tmp_path / "cut"), draws.randint(1, 8)
         processes = start()
-        time.sleep(draws.uniform(0.02, 0.25))
+        while len(files(tmp_path / "cut") - before) < new and any(process.is_alive() for process in processes):
+            time.sleep(0.001)
         kills += any(process.is_alive() for process in processes)
         for process in processes:
             if process.is_alive():
