@@ -21,7 +21,7 @@ BATCH: Final = 8
 STEPS: Final = 50
 EXACT: Final = 1e-5
 """Largest relative difference of loss, balance loss and gradient norm in fp32."""
-BF16: Final = 0.02
+BF16: Final = 0.005
 """Largest relative difference of the loss in bf16 from fp32's, over these steps."""
 LARGEST: Final = 8
 """Processes."""
