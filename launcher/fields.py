@@ -106,7 +106,10 @@ def _words(annotation: Any) -> str:
     if get_origin(annotation) in (tuple, list):
         if (len(arguments) == 2 and arguments[1] is Ellipsis) or get_origin(annotation) is list:
             section = section_of(arguments[0])
-            return f"a list of {{{', '.join(section.model_fields)}: …}}" if section else "a list"
+            if section is None:
+                return "a list"
+            needed = [name for name, field in section.model_fields.items() if field.is_required()]
+            return f"a list of {{{', '.join(needed)}: …}}"
         return f"a list of {len(arguments)} values, each {_words(arguments[0])}"
     return "a section of free keys" if _is_free(annotation) else "another value"
 

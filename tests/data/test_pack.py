@@ -13,16 +13,17 @@ import webdataset
 from PIL import Image
 
 from ditmoe.data.config import DataConfig
+from ditmoe.data.dataset import open_dataset
 from ditmoe.data.index import load_index
 from ditmoe.data.pack import PackSettings, pack, refuse_overlap
 from ditmoe.data.reader import Shard
+from ditmoe.data.samples import SampleReader
 from ditmoe.data.shards import ShardLimits
 from ditmoe.data.sources import SourceImage
 from ditmoe.data.sources.digits import Digits
 from ditmoe.data.sources.folder import ImageFolder
 from ditmoe.data.sources.npz import Npz
 from ditmoe.data.sources.shapes import Shapes
-from ditmoe.data.stream import SampleReader
 from ditmoe.data.verify import verify
 from ditmoe.model.errors import UserError
 
@@ -31,7 +32,7 @@ def read_all(folder: Path) -> dict[str, tuple[np.ndarray, int]]:
     """Key → (image HWC, label) of a packed folder, through the training reader."""
     index = load_index(folder)
     config = DataConfig.model_validate({"sources": [{"path": str(folder)}]})
-    arrays = SampleReader(folder, index, config, seed=0).read(range(index.total))
+    arrays = SampleReader(open_dataset(config, seed=0)).read(np.arange(index.total))
     images = arrays.image_BCHW.transpose(0, 2, 3, 1)
     return {
         key.split("/")[1]: (image, int(label))
