@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,17 @@ from ditmoe.data.files import make_folder, replacing
 from ditmoe.data.sharing import Progress, make_missing
 from ditmoe.model.errors import UserError
 
-DrawChunk = Callable[[list[int], NDArray[np.int64]], NDArray[np.uint8]]
-"""(numbers of the images, their labels) → images, uint8 [n, H, W, C]."""
+
+class DrawnImages(NamedTuple):
+    """What was drawn for a chunk."""
+
+    image_NHWC: NDArray[np.uint8]
+    nfe_N: NDArray[np.int64] | None = None
+    """Evaluations of the denoiser that each image took; None: not counted."""
+
+
+DrawChunk = Callable[[list[int], NDArray[np.int64]], DrawnImages]
+"""(numbers of the images, their labels) → images."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +68,9 @@ class ChunkStore:
         """The chunks that are not there yet."""
         return [chunk for chunk in range(self.chunks) if not self.path(chunk).exists()]
 
-    def write(self, chunk: int, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> None:
+    def write(self, chunk: int, drawn: DrawnImages, label_N: NDArray[np.int64]) -> None:
         """Write one finished chunk."""
-        numbers = self.numbers(chunk)
+        numbers, (image_NHWC, nfe_N) = self.numbers(chunk), drawn
         assert image_NHWC.dtype == np.uint8 and image_NHWC.ndim == 4, (image_NHWC.dtype, image_NHWC.shape)
         assert len(image_NHWC) == len(label_N) == len(numbers)
         arrays: dict[str, Any] = {
@@ -69,6 +78,7 @@ class ChunkStore:
             "labels": label_N,
             "first": np.int64(numbers[0]),
             "settings": np.array(self.settings),
+            "nfe": np.empty(0, dtype=np.int64) if nfe_N is None else nfe_N,
         }
         make_folder(self.folder)
         with replacing(self.path(chunk)) as file:
@@ -86,7 +96,7 @@ class ChunkStore:
                 images, labels = stored["images"], stored["labels"]
                 first, settings = int(stored["first"]), str(stored["settings"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: unreadable chunk ({error}); delete it, it is drawn again") from None
+            raise _unreadable(path, error) from None
         if (settings, first, len(images), len(labels)) != (self.settings, numbers[0], len(numbers), len(numbers)):
             raise UserError(
                 f"{path}: a chunk of {len(images)} images from number {first} with settings {settings}; "
@@ -98,6 +108,24 @@ class ChunkStore:
                 f"{path}: images are {images.dtype} of shape {images.shape}; expected uint8 [N, H, W, C]"
             )
         return Chunk(images, labels)
+
+    def nfe(self) -> float | None:
+        """Evaluations of the denoiser per image, on average over all chunks; None: they were not counted.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        total = 0
+        for chunk in range(self.chunks):
+            try:
+                with np.load(self.path(chunk), allow_pickle=False) as stored:
+                    nfe_N = stored["nfe"]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                raise _unreadable(self.path(chunk), error) from None
+            if len(nfe_N) != len(self.numbers(chunk)):
+                return None
+            total += int(nfe_N.sum())
+        return total / self.count
 
     def draw_pending(
         self,
@@ -127,3 +155,7 @@ class ChunkStore:
 
         paths = [self.path(chunk) for chunk in range(self.chunks)]
         return make_missing(paths, make, rank=rank, ranks=ranks, on_progress=on_progress)
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: unreadable chunk ({error}); delete it, it is drawn again")

@@ -1,30 +1,53 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
+from ditmoe.sampling.names import GridName, SamplerName
 
-SamplerName = Literal["ddpm", "ddim", "euler", "heun"]
-GridName = Literal["own", "karras"]
+
+def default_grid(sampler: SamplerName) -> GridName:
+    """The grid of a sampler that none was chosen for."""
+    return "own" if sampler in ("ddpm", "ddim", "euler") else "karras"
 
 
 class SamplerConfig(Settings):
     """How an image is drawn from a network."""
 
     sampler: SamplerName | None = None
-    """`ddpm` (ancestral), `ddim`, `euler`, `heun` (KAR1); null: `ddpm` for DDPM runs, `euler` for flow runs."""
+    """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
+    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
+    runs, `euler` for flow runs."""
     steps: int = Field(default=250, ge=1)
-    """Steps of the integrator. One evaluation each, but heun takes 2·steps − 1."""
+    """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
     grid: GridName | None = None
     """Noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM: the
     1000 timesteps, respaced). `karras`: the EDM grid, ρ = 7, from the largest to the smallest σ of the range.
-    Null: `karras` for heun, `own` for the others."""
+    Null: `own` for ddpm, ddim and euler, `karras` for the others. Not for rk45."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
+    churn: float = Field(default=80.0, ge=0, allow_inf_nan=False)
+    """S_churn of kar2: at a step σ first grows, with fresh noise, by the factor 1 + churn/steps, at most √2."""
+    churn_min: float = Field(default=0.05, ge=0)
+    """S_tmin of kar2: the smallest σ that grows."""
+    churn_max: float = Field(default=1.0, ge=0)
+    """S_tmax of kar2: the largest σ that grows."""
+    churn_noise: float = Field(default=1.007, ge=0, allow_inf_nan=False)
+    """S_noise of kar2: deviation of its fresh noise."""
+    tolerance: float = Field(default=1e-5, gt=0, lt=1)
+    """Error of a step of rk45, relative to 1 + |x|, as the root of the mean square over the image."""
+    corrector_steps: int = Field(default=0, ge=0)
+    """Langevin steps of reverse-diffusion and euler-maruyama at each level between the first and 0; 0: none."""
+    corrector_snr: float = Field(default=0.16, gt=0, lt=1)
+    """Signal-to-noise ratio of a Langevin step; its length goes with the square. A larger one corrects more, and
+    leaves the variance too large by a share of about snr²."""
+    tweedie: bool = False
+    """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
+    evaluation more. The step to σ = 0 that each integrator ends with is of this kind already."""
     cfg_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Classifier-free guidance; 1: none."""
     cfg_channels: int | None = Field(default=None, ge=1)
@@ -37,11 +60,23 @@ class SamplerConfig(Settings):
     seed: int = Field(default=0, ge=0)
     """Image i is a function of (seed, i) alone."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """A corrector is for the samplers that have one, and a range is not empty."""
+        if self.corrector_steps and self.sampler not in ("reverse-diffusion", "euler-maruyama"):
+            raise ValueError(
+                f"corrector_steps = {self.corrector_steps} with sampler = {self.sampler}: expected the sampler "
+                "reverse-diffusion or euler-maruyama"
+            )
+        if self.churn_min > self.churn_max:
+            raise ValueError(f"churn_min = {self.churn_min:g} is above churn_max = {self.churn_max:g}")
+        return self
+
     def resolved(self, objective: ObjectiveConfig) -> "SamplerConfig":
-        """The same with the sampler and the grid that the nulls stand for."""
+        """The same with the sampler and the grid that the nulls stand for, under the sampler's first name."""
         sampler = self.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
-        grid = self.grid or ("karras" if sampler == "heun" else "own")
-        return self.model_copy(update={"sampler": sampler, "grid": grid})
+        sampler = "heun" if sampler == "kar1" else sampler
+        return self.model_copy(update={"sampler": sampler, "grid": self.grid or default_grid(sampler)})
 
 
 def sampler_from_options(**options: Any) -> SamplerConfig:
@@ -55,6 +90,8 @@ def sampler_from_options(**options: Any) -> SamplerConfig:
     except ValidationError as error:
         problems = [
             f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg']}"
+            if problem["loc"]
+            else problem["msg"].removeprefix("Value error, ")  # of several options, which it names
             for problem in error.errors()
         ]
         raise UserError("\n".join(problems)) from error

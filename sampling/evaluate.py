@@ -39,6 +39,7 @@ from ditmoe.sampling.features import FeatureNetwork
 from ditmoe.sampling.inception import load_inception
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.results import write_results
+from ditmoe.sampling.samplers import planned_nfe
 from ditmoe.sampling.scores import ChunkDescriptions, describe_with, real_statistics
 from ditmoe.sampling.workers import Workers
 
@@ -80,10 +81,11 @@ class Evaluation:
 
     @property
     def id(self) -> str:
-        """Name of the folder: step, sampler, steps, guidance, labels, N, seed, and a part of the fingerprint."""
+        """Name of the folder: step, sampler, steps or tolerance, guidance, labels, N, seed, fingerprint."""
         sampler = self.sampler
+        length = f"{sampler.tolerance:g}" if sampler.sampler == "rk45" else f"{sampler.steps}"
         return (
-            f"step-{self.step:08d}-{self.which}-{sampler.sampler}-{sampler.steps}-cfg-{sampler.cfg_scale:g}"
+            f"step-{self.step:08d}-{self.which}-{sampler.sampler}-{length}-cfg-{sampler.cfg_scale:g}"
             f"-{self.labels}-{self.count}-seed-{sampler.seed}-{self.fingerprint[:8]}"
         )
 
@@ -107,17 +109,6 @@ class Evaluation:
         seed = self.sampler.seed
         draws = [generator(seed, "evaluate/label", number).integers(self.num_classes) for number in numbers]
         return np.array(draws, dtype=np.int64)
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of the denoiser per image."""
-        steps = self.sampler.steps
-        return 2 * steps - 1 if self.sampler.sampler == "heun" else steps
-
-    @property
-    def network_passes(self) -> int:
-        """Passes through the network per image: guidance takes two for each evaluation."""
-        return self.nfe * (1 if self.sampler.cfg_scale == 1 else 2)
 
 
 @dataclass(frozen=True)
@@ -307,14 +298,18 @@ def _run(
     )
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()
+    nfe = store.nfe()
+    if nfe is None:  # whoever drew did not count
+        nfe = planned_nfe(evaluation.sampler)
     workers.on_first(
         lambda: write_results(
             job.folder,
             {
                 "id": evaluation.id,
                 **evaluation.plain(),
-                "nfe": evaluation.nfe,
-                "network_passes": evaluation.network_passes,
+                "nfe": nfe,
+                # Guidance takes two for each evaluation.
+                "network_passes": None if nfe is None else nfe * (1 if evaluation.sampler.cfg_scale == 1 else 2),
                 "vae": evaluation.vae,
                 "batch": job.batch,
                 "chunk": size,

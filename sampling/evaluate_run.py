@@ -14,10 +14,10 @@ from ditmoe.data.progress import show_progress
 from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
-from ditmoe.sampling.chunks import DrawChunk
+from ditmoe.sampling.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
-from ditmoe.sampling.generate import generate
+from ditmoe.sampling.generate import check_finite, generate_float
 from ditmoe.sampling.inception import load_inception
 from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, find_decoder, home_of, load_model
 from ditmoe.sampling.real import RealImages
@@ -129,15 +129,16 @@ def _drawer(job: Job, device: torch.device) -> DrawChunk:
     loaded: list[LoadedModel] = []
     evaluation = job.evaluation
 
-    def draw(numbers: list[int], label_N: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
         if not loaded:
             assert job.checkpoint is not None
             model = load_model(job.checkpoint, which=evaluation.which, device=device, vae=job.vae)
             assert model.fingerprint == evaluation.weights, (model.fingerprint, evaluation.weights)
             loaded.append(model)
-        images = generate(loaded[0], torch.from_numpy(label_N), numbers, evaluation.sampler, job.batch)
-        array: NDArray[np.uint8] = images.numpy()
-        return array
+        labels = torch.from_numpy(label_N)
+        images = generate_float(loaded[0], labels, numbers, evaluation.sampler, job.batch)
+        check_finite(images.image_NCHW, numbers)
+        return DrawnImages(images.as_bytes().numpy(), images.nfe_N.numpy())
 
     return draw
 

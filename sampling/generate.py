@@ -16,10 +16,10 @@ from ditmoe.data.images import to_uint8
 from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.ddpm import ancestral, ddim
 from ditmoe.sampling.denoiser import Denoiser, make_denoiser
-from ditmoe.sampling.integrators import GRIDS, Drawn, NoiseSource, euler, heun
+from ditmoe.sampling.integrators import Drawn, NoiseSource
 from ditmoe.sampling.load import LoadedModel
+from ditmoe.sampling.samplers import integrate, starting_sigma
 
 
 class Generated(NamedTuple):
@@ -27,10 +27,24 @@ class Generated(NamedTuple):
 
     image_NCHW: Tensor
     """float32 on the CPU, about −1…1, not clipped."""
-    nfe: int
-    """Evaluations of the denoiser that one image took."""
-    network_evaluations: int
-    """Passes of one image through the network: twice the NFE under guidance."""
+    nfe_N: Tensor
+    """Evaluations of the denoiser that each image took, int64."""
+    passes_per_evaluation: int
+    """Of an image through the network: two under guidance."""
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations of the denoiser per image, on average where images differ."""
+        return self.nfe_N.double().mean().item()
+
+    @property
+    def network_evaluations(self) -> float:
+        """Passes through the network per image: twice the NFE under guidance."""
+        return self.nfe * self.passes_per_evaluation
+
+    def as_bytes(self) -> Tensor:
+        """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255."""
+        return to_uint8(self.image_NCHW).permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ def generate(
     """
     images = generate_float(model, labels, image_numbers, config, batch, progress)
     check_finite(images.image_NCHW, image_numbers)
-    return to_uint8(images.image_NCHW).permute(0, 2, 3, 1).contiguous()
+    return images.as_bytes()
 
 
 def generate_float(
@@ -108,7 +122,7 @@ def generate_float(
     shape = (model_config.channels, model_config.image_size, model_config.image_size)
     device = next(network.parameters()).device
     images: list[Tensor] = []
-    nfe = 0
+    nfe: list[Tensor] = []
     training = network.training
     network.eval()
     try:
@@ -120,13 +134,15 @@ def generate_float(
                 drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
                 pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
                 images.append(pixels_BCHW[: len(wanted)].float().cpu())
-                nfe = drawn.nfe
+                nfe_B = torch.full((len(rows),), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
+                nfe.append(nfe_B[: len(wanted)])
                 if progress is not None:
                     progress(wanted[-1] + 1)
     finally:
         network.train(training)
-    evaluations = nfe * denoiser.network_evaluations // max(denoiser.nfe, 1)
-    return Generated(torch.cat(images) if images else torch.empty(0, *model.image_shape), nfe, evaluations)
+    if not images:
+        return Generated(torch.empty(0, *model.image_shape), torch.empty(0, dtype=torch.int64), 1)
+    return Generated(torch.cat(images), torch.cat(nfe), denoiser.network_evaluations // denoiser.nfe)
 
 
 def draw(
@@ -134,26 +150,12 @@ def draw(
 ) -> Drawn:
     """Draw one batch from pure noise with a resolved configuration.
 
-    The objective's own grid starts at `sigma_prior`; the EDM grid, and heun on any grid, at `sigma_max`.
-
     Args:
-        initial_BCHW: standard normal; times σ it is what the images start from.
+        initial_BCHW: standard normal; times σ (`starting_sigma`) it is what the images start from.
     """
-    assert config.sampler is not None and config.grid is not None, "the configuration is not resolved"
-    grid = GRIDS[config.grid]
-    from_prior = config.grid == "own" and config.sampler != "heun"
-    sigma = denoiser.sigma_prior if from_prior else denoiser.sigma_max
+    sigma = starting_sigma(denoiser, config)
     sigma_B = torch.full((len(label_B),), sigma, dtype=torch.float64, device=initial_BCHW.device)
-    x_BCHW = initial_BCHW * sigma
-    match config.sampler:
-        case "euler":
-            return euler(denoiser, x_BCHW, sigma_B, label_B, config.steps, grid=grid)
-        case "heun":
-            return heun(denoiser, x_BCHW, sigma_B, label_B, config.steps, grid=grid)
-        case "ddim":
-            return ddim(denoiser, x_BCHW, sigma_B, label_B, config.steps, noise, eta=config.ddim_eta, grid=grid)
-        case "ddpm":
-            return ancestral(denoiser, x_BCHW, sigma_B, label_B, config.steps, noise, grid=grid)
+    return integrate(denoiser, initial_BCHW * sigma, sigma_B, label_B, noise, config)
 
 
 def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int]) -> None:

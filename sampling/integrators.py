@@ -1,7 +1,8 @@
-"""From noise to images: integrators of the reverse process, and the noise levels they go through.
+"""From noise to images: what all integrators share, and the one-step methods for the probability flow.
 
-Each is a pure function from a denoiser, a batch with its own σ per image, a number of steps (and a source of noise
-per image) to samples and the number of evaluations. The probability-flow equation is dx/dσ = (x − D)/σ
+An integrator is a pure function from a denoiser, a batch with its own σ per image, a number of steps (and a source
+of noise per image) to samples at σ = 0 and the number of evaluations. The others are in `ddpm`, `stochastic`,
+`multistep` and `adaptive`; `samplers` has them all by name. The probability-flow equation is dx/dσ = (x − D)/σ
 (Karras et al., arXiv 2206.00364, eq. 4 in variance-exploding form).
 
 Shapes: B images, N noise levels, the last of them 0. σ is float64 until it multiplies an image.
@@ -14,8 +15,8 @@ from typing import Final, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ditmoe.sampling.config import GridName
 from ditmoe.sampling.denoiser import Denoiser, column
+from ditmoe.sampling.names import GridName
 
 RHO: Final = 7.0
 """EDM's ρ: larger puts more of the steps at small σ."""
@@ -37,7 +38,9 @@ class Drawn(NamedTuple):
     x_BCHW: Tensor
     """Samples, at σ = 0."""
     nfe: int
-    """Evaluations of the denoiser, as it counted them itself."""
+    """Evaluations of the denoiser on the whole batch, as it counted them itself."""
+    nfe_B: Tensor | None = None
+    """Those that each image needed, int64, where they differ (`rk45`); None: all of them."""
 
 
 def own_grid(denoiser: Denoiser, sigma_B: Tensor, steps: int) -> Tensor:
@@ -76,7 +79,7 @@ def euler(
     """
     before = denoiser.nfe
     sigma_BN = grid(denoiser, sigma_B, steps)
-    for now_B, next_B in _levels(sigma_BN):
+    for now_B, next_B in levels(sigma_BN):
         x0_BCHW = denoiser(x_BCHW, now_B, label_B)
         # x + (σ′ − σ)·(x − D)/σ in the form that loses nothing at a huge σ.
         x_BCHW = x0_BCHW + column(next_B / now_B, x_BCHW) * (x_BCHW - x0_BCHW)
@@ -97,18 +100,23 @@ def heun(
         label_B: classes.
     """
     before = denoiser.nfe
-    levels = _levels(grid(denoiser, sigma_B, steps))
-    for now_B, next_B in levels[:-1]:
-        step = column(next_B - now_B, x_BCHW)
-        slope_BCHW = (x_BCHW - denoiser(x_BCHW, now_B, label_B)) / column(now_B, x_BCHW)
-        ahead_BCHW = x_BCHW + step * slope_BCHW
-        slope_ahead_BCHW = (ahead_BCHW - denoiser(ahead_BCHW, next_B, label_B)) / column(next_B, x_BCHW)
-        x_BCHW = x_BCHW + step * 0.5 * (slope_BCHW + slope_ahead_BCHW)
-    x_BCHW = denoiser(x_BCHW, levels[-1][0], label_B)  # the Euler step to σ = 0
+    steps_of_grid = levels(grid(denoiser, sigma_B, steps))
+    for now_B, next_B in steps_of_grid[:-1]:
+        x_BCHW = heun_step(denoiser, x_BCHW, now_B, next_B, label_B)
+    x_BCHW = denoiser(x_BCHW, steps_of_grid[-1][0], label_B)  # the Euler step to σ = 0
     return Drawn(x_BCHW, denoiser.nfe - before)
 
 
-def _levels(sigma_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
+def heun_step(denoiser: Denoiser, x_BCHW: Tensor, now_B: Tensor, next_B: Tensor, label_B: Tensor) -> Tensor:
+    """One step σ → σ′ > 0 of the probability flow with the mean of the slopes at both ends; two evaluations."""
+    step = column(next_B - now_B, x_BCHW)
+    slope_BCHW = (x_BCHW - denoiser(x_BCHW, now_B, label_B)) / column(now_B, x_BCHW)
+    ahead_BCHW = x_BCHW + step * slope_BCHW
+    slope_ahead_BCHW = (ahead_BCHW - denoiser(ahead_BCHW, next_B, label_B)) / column(next_B, x_BCHW)
+    return x_BCHW + step * 0.5 * (slope_BCHW + slope_ahead_BCHW)
+
+
+def levels(sigma_BN: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The grid as steps: (σ, σ′) of all images, each `[B]`."""
     columns = sigma_BN.unbind(1)
     return list(pairwise(columns))

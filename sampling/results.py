@@ -149,7 +149,7 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
     sampler, network = evaluation["sampler"], result["network"]
     lines = [
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
-        f"{sampler['sampler']}, {evaluation['nfe']} NFE, guidance {sampler['cfg_scale']:g}, "
+        f"{sampler['sampler']}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}, "
         f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}",
         f"against {result['real_images']:,} real images of {result['real']['name']}, "
         f"in {network['dimension']} features of {network['name']} {network['fingerprint']}",

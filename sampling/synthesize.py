@@ -30,7 +30,7 @@ from ditmoe.data.sample_table import TABLE_FILE, Samples, write_table
 from ditmoe.data.shards import MARKER_FILE, PLAN_FILE, WORK_FOLDER, PackedSample, write_shard
 from ditmoe.data.sharing import Progress, make_missing, try_lock
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.chunks import DrawChunk
+from ditmoe.sampling.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.generate import generate
 from ditmoe.sampling.load import LoadedModel, load_model
@@ -61,14 +61,13 @@ def drawer(synthesis: Synthesis, device: torch.device) -> DrawChunk:
     options = synthesis.options
     config = SamplerConfig.model_validate(synthesis.plan["sampler"])
 
-    def draw(numbers: list[int], label_N: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
         if not loaded:
             loaded.append(
                 load_model(synthesis.checkpoint, which=options.weights, device=device, vae=synthesis.vae)
             )
         images = generate(loaded[0], torch.from_numpy(label_N), numbers, config, synthesis.plan["batch"])
-        array: NDArray[np.uint8] = images.numpy()
-        return array
+        return DrawnImages(images.numpy())
 
     return draw
 

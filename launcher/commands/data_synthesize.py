@@ -6,13 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
 from ditmoe.launcher.commands.words import counted
 
 
+@draws_images(steps=250)
 def command(
     out: Annotated[
         Path, typer.Argument(help="Folder to write shards, index.json and preview.png to.", metavar="OUT")
     ],
+    *,
     source: Annotated[
         Path, typer.Option("--from", help="A run's folder, or one of its checkpoints.", metavar="RUN|CHECKPOINT")
     ],
@@ -40,28 +43,9 @@ def command(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or per core]")
     ] = None,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "euler", "heun"] | None,
-        typer.Option(help="[default: ddpm for DDPM runs, euler for rectified flow]"),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 250,
-    grid: Annotated[
-        Literal["own", "karras"] | None,
-        typer.Option(help="Noise levels: the objective's own, or EDM's. [default: karras for heun, else own]"),
-    ] = None,
-    ddim_eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")] = 0.0,
-    cfg_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 1.0,
-    cfg_channels: Annotated[
-        int | None, typer.Option(min=1, help="Channels that guidance acts on. [default: all]")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i is a function of the seed and i alone.")] = 0,
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the network while drawing.")
-    ] = "fp32",
-    weights: Annotated[
-        Literal["ema", "weights"], typer.Option(help="The moving average, or the weights themselves.")
-    ] = "ema",
-    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint's step. [default: the newest]")] = None,
+    drawing: Drawing,
+    weights: WeightsOption = "ema",
+    step: StepOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Images through a network at once.")] = 64,
     format: Annotated[
         Literal["png", "jpg", "npy"],
@@ -72,10 +56,7 @@ def command(
         Path | None,
         typer.Option(help="Folder of trained classifiers and means of real images. [default: ~/.cache/ditmoe]"),
     ] = None,
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
-    ] = None,
+    vae: VaeOption = None,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after the run]")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset, or a part of another one, that is there.")
@@ -92,7 +73,6 @@ def command(
     from ditmoe.launcher.processes import in_worker
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.checkpoint import read_info
-    from ditmoe.sampling.config import sampler_from_options
     from ditmoe.sampling.evaluate_run import default_cache
     from ditmoe.sampling.load import find_checkpoint
     from ditmoe.sampling.quality import ScoreSettings
@@ -106,16 +86,7 @@ def command(
     options = SynthesisOptions(
         source=checkpoint,
         out=out,
-        sampler=sampler_from_options(
-            sampler=sampler,
-            steps=steps,
-            grid=grid,
-            ddim_eta=ddim_eta,
-            cfg_scale=cfg_scale,
-            cfg_channels=cfg_channels,
-            precision=precision,
-            seed=seed,
-        ),
+        sampler=drawing.config(),
         count=count,
         classes=None if classes is None else tuple(choose_classes(classes, names)),
         weights=weights,
@@ -138,18 +109,14 @@ def command(
             from ditmoe.launcher.launch import spawn
 
             arguments = ["data", "synthesize", "--from", str(checkpoint), "--count", str(count)]
-            arguments += ["--score", score, "--features", features, "--steps", str(steps)]
-            arguments += ["--ddim-eta", repr(ddim_eta), "--cfg-scale", repr(cfg_scale), "--seed", str(seed)]
-            arguments += ["--precision", precision, "--weights", weights, "--batch", str(batch)]
+            arguments += [*drawing.arguments(), "--score", score, "--features", features]
+            arguments += ["--weights", weights, "--batch", str(batch)]
             arguments += ["--format", format, "--shard-samples", str(shard_samples)]
             arguments += ["--overwrite"] if overwrite else []
             for option, value in (
                 ("--classes", classes),
                 ("--reference", reference),
                 ("--features-path", features_path),
-                ("--sampler", sampler),
-                ("--grid", grid),
-                ("--cfg-channels", cfg_channels),
                 ("--cache", cache),
                 ("--vae", vae),
                 ("--name", name),

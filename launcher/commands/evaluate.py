@@ -6,39 +6,24 @@ from typing import Annotated, Literal
 
 import typer
 
+from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
 
+
+@draws_images(steps=250)
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.", metavar="RUN")],
+    *,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or 1]")
     ] = None,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "euler", "heun"] | None,
-        typer.Option(help="[default: ddpm for DDPM runs, euler for rectified flow]"),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 250,
-    grid: Annotated[
-        Literal["own", "karras"] | None,
-        typer.Option(help="Noise levels: the objective's own, or EDM's. [default: karras for heun, else own]"),
-    ] = None,
-    ddim_eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")] = 0.0,
-    cfg_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; 1: none.")] = 1.0,
-    cfg_channels: Annotated[
-        int | None, typer.Option(min=1, help="Channels that guidance acts on. [default: all]")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i is a function of the seed and i alone.")] = 0,
+    drawing: Drawing,
     labels: Annotated[
         Literal["random", "balanced"],
         typer.Option(help="Classes drawn at random, or in turn (reads a little lower)."),
     ] = "random",
-    precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the network while drawing.")
-    ] = "fp32",
-    weights: Annotated[
-        Literal["ema", "weights"], typer.Option(help="The moving average, or the weights themselves.")
-    ] = "ema",
-    step: Annotated[int | None, typer.Option(min=0, help="The checkpoint's step. [default: the newest]")] = None,
+    weights: WeightsOption = "ema",
+    step: StepOption = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of shards with the real images. [default: the run's]")
     ] = None,
@@ -52,10 +37,7 @@ def command(
     recogniser: Annotated[
         bool, typer.Option(help="Also report the share that an independent classifier recognises.")
     ] = True,
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
-    ] = None,
+    vae: VaeOption = None,
     batch: Annotated[int, typer.Option(min=1, help="Images through a network at once.")] = 64,
     chunk: Annotated[
         int | None,
@@ -74,23 +56,13 @@ def command(
     processes.
     """
     from ditmoe.launcher.processes import in_worker
-    from ditmoe.sampling.config import sampler_from_options
     from ditmoe.sampling.evaluate import stored_result
     from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.results import table
 
     options = EvaluationOptions(
         source=run,
-        sampler=sampler_from_options(
-            sampler=sampler,
-            steps=steps,
-            grid=grid,
-            ddim_eta=ddim_eta,
-            cfg_scale=cfg_scale,
-            cfg_channels=cfg_channels,
-            precision=precision,
-            seed=seed,
-        ),
+        sampler=drawing.config(),
         count=count,
         labels=labels,
         weights=weights,
@@ -115,16 +87,11 @@ def command(
             from ditmoe.data.files import make_folder
             from ditmoe.launcher.launch import spawn
 
-            arguments = ["evaluate", "--steps", str(steps)]
-            arguments += ["--ddim-eta", repr(ddim_eta)]
-            arguments += ["--count", str(count), "--cfg-scale", repr(cfg_scale), "--seed", str(seed)]
-            arguments += ["--labels", labels, "--precision", precision, "--weights", weights]
+            arguments = ["evaluate", *drawing.arguments(), "--count", str(count)]
+            arguments += ["--labels", labels, "--weights", weights]
             arguments += ["--features", features, "--batch", str(batch)]
             arguments += ["--recogniser" if recogniser else "--no-recogniser"]
             for option, value in (
-                ("--sampler", sampler),
-                ("--grid", grid),
-                ("--cfg-channels", cfg_channels),
                 ("--data", data),
                 ("--features-path", features_path),
                 ("--chunk", chunk),

@@ -1,9 +1,11 @@
 """`ditmoe sample`: a picture of images drawn from a run's network."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,8 +17,10 @@ LONGEST_LABELS = 60
 """Characters of a file's name that may list its classes."""
 
 
+@draws_images(steps=50)
 def command(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
+    *,
     classes: Annotated[
         str | None,
         typer.Option(help="Numbers or names, with commas between: 3,7. [default: all, or 16 spread over them]"),
@@ -24,36 +28,12 @@ def command(
     count: Annotated[
         int | None, typer.Option(min=1, help="Images; they take the classes in turn. [default: 8 of each class]")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) and its class alone.")] = 0,
-    sampler: Annotated[
-        Literal["ddpm", "ddim", "euler", "heun"] | None,
-        typer.Option(help="[default: euler for flow runs, ddpm for DDPM runs]"),
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
-    grid: Annotated[
-        Literal["own", "karras"] | None,
-        typer.Option(help="Noise levels: the objective's own, or EDM's. [default: karras for heun, else own]"),
-    ] = None,
-    ddim_eta: Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")] = 0.0,
-    cfg_scale: Annotated[
-        float, typer.Option(min=0, help="Classifier-free guidance; other than 1 it costs twice as much.")
-    ] = 1.0,
-    cfg_channels: Annotated[
-        int | None, typer.Option(min=1, help="Guide only the first channels. [default: all]")
-    ] = None,
+    drawing: Drawing,
     batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="Training step of the checkpoint. [default: the newest]")
-    ] = None,
-    weights: Annotated[
-        Literal["ema", "weights"], typer.Option(help="The moving average, or the trained weights.")
-    ] = "ema",
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network.")] = "fp32",
+    step: StepOption = None,
+    weights: WeightsOption = "ema",
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
-    vae: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
-    ] = None,
+    vae: VaeOption = None,
     out: Annotated[
         Path | None, typer.Option(help="PNG to write. [default: under RUN/samples, named by the settings]")
     ] = None,
@@ -65,28 +45,19 @@ def command(
 
     from ditmoe.data.images import to_uint8
     from ditmoe.model.errors import UserError
-    from ditmoe.sampling.config import sampler_from_options
     from ditmoe.sampling.generate import check_finite, generate_float
     from ditmoe.sampling.grid import image_grid, save_picture
     from ditmoe.sampling.load import home_of, load_model
 
+    config = drawing.config()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, weights, step, check_device(device), precision, vae)
+    model = load_model(run, weights, step, check_device(device), config.precision, vae)
     if model.image_shape[0] not in (1, 3):
         raise UserError(
             f"{run}: the network draws {model.image_shape[0]} channels, and only 1 (grey) or 3 (RGB) make a "
             "picture; if they are latents, give their VAE with --vae"
         )
-    config = sampler_from_options(
-        sampler=sampler,
-        steps=steps,
-        grid=grid,
-        ddim_eta=ddim_eta,
-        cfg_scale=cfg_scale,
-        cfg_channels=cfg_channels,
-        precision=precision,
-        seed=seed,
-    ).resolved(model.objective_config)
+    config = config.resolved(model.objective_config)
     chosen = choose_classes(classes, model.class_names)
     count = 8 * len(chosen) if count is None else count
     labels = torch.tensor([chosen[image % len(chosen)] for image in range(count)])
@@ -109,9 +80,11 @@ def command(
     save_picture(picture, out)
     typer.echo(f"{out}")
     typer.echo(
-        f"{count} images, {config.sampler}, {steps} steps, NFE {images.nfe} per image"
+        f"{count} images, {config.sampler}, "
+        + (f"{config.steps} steps, " if config.sampler != "rk45" else "")
+        + f"NFE {images.nfe:g} per image"
         + (
-            f" ({images.network_evaluations} network evaluations)"
+            f" ({images.network_evaluations:g} network evaluations)"
             if images.network_evaluations != images.nfe
             else ""
         )
@@ -165,12 +138,7 @@ def picture_name(
     """A file name that states how the picture came about; `classes` and `count` where they were asked for."""
     import hashlib
 
-    assert config.sampler is not None
-    parts = [f"step-{step:08d}", config.sampler, f"{config.steps}steps"]
-    if config.grid != ("karras" if config.sampler == "heun" else "own"):
-        parts.append(f"grid-{config.grid}")
-    if config.sampler == "ddim" and config.ddim_eta:
-        parts.append(f"eta{config.ddim_eta:g}")
+    parts = [f"step-{step:08d}", *sampler_words(config)]
     parts.append(f"cfg{config.cfg_scale:g}")
     if config.cfg_channels is not None and config.cfg_scale != 1:
         parts.append(f"on{config.cfg_channels}channels")
@@ -187,6 +155,32 @@ def picture_name(
     if count is not None:
         parts.append(f"{count}images")
     return "_".join(parts) + ".png"
+
+
+def sampler_words(config: "SamplerConfig") -> list[str]:
+    """The sampler, its steps, and those of its settings that depart from their defaults."""
+    from ditmoe.sampling.config import SamplerConfig, default_grid
+
+    assert config.sampler is not None
+    words: list[str] = [config.sampler]
+    if config.sampler == "rk45":
+        words.append(f"tolerance{config.tolerance:g}")
+    else:
+        words.append(f"{config.steps}steps")
+        if config.grid != default_grid(config.sampler):
+            words.append(f"grid-{config.grid}")
+    if config.sampler == "ddim" and config.ddim_eta:
+        words.append(f"eta{config.ddim_eta:g}")
+    if config.sampler == "kar2":
+        for key in ("churn", "churn_min", "churn_max", "churn_noise"):
+            value = getattr(config, key)
+            if value != SamplerConfig.model_fields[key].default:
+                words.append(f"{key.replace('_', '-')}{value:g}")
+    if config.corrector_steps:
+        words.append(f"{config.corrector_steps}corrections-snr{config.corrector_snr:g}")
+    if config.tweedie:
+        words.append("tweedie")
+    return words
 
 
 def check_device(name: str) -> str:

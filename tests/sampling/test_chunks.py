@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.chunks import ChunkStore
+from ditmoe.sampling.chunks import ChunkStore, DrawnImages
 
 
 def labels_of(numbers: list[int]) -> np.ndarray:
@@ -25,16 +25,17 @@ def store_in(folder: Path, settings: str = "a", count: int = 23, size: int = 5) 
 class Drawer:
     """Remembers what it drew, and dies at one chunk."""
 
-    def __init__(self, dies_at: int | None = None) -> None:
+    def __init__(self, dies_at: int | None = None, counts: bool = True) -> None:
+        self.counts = counts
         self.drawn: list[int] = []
         self.dies_at = dies_at
 
-    def __call__(self, numbers: list[int], label_N: np.ndarray) -> np.ndarray:
+    def __call__(self, numbers: list[int], label_N: np.ndarray) -> DrawnImages:
         assert (label_N == labels_of(numbers)).all()
         if self.dies_at is not None and self.dies_at in numbers:
             raise KeyboardInterrupt
         self.drawn += numbers
-        return images(numbers)
+        return DrawnImages(images(numbers), np.array(numbers) if self.counts else None)
 
 
 def test_an_interrupted_job_draws_only_what_is_missing(tmp_path: Path) -> None:
@@ -52,6 +53,18 @@ def test_an_interrupted_job_draws_only_what_is_missing(tmp_path: Path) -> None:
     ]
     assert [int(i) for c in range(5) for i in store.read(c).image_NHWC[:, 0, 0, 0]] == list(range(23))
     assert Drawer().drawn == [] and store.draw_pending(Drawer(dies_at=0), labels_of) == 0
+
+
+def test_evaluations_are_averaged_over_all_images(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    store.draw_pending(Drawer(), labels_of)
+    assert store.nfe() == sum(range(23)) / 23  # the last chunk is smaller
+    store.path(2).unlink()
+    store.draw_pending(Drawer(counts=False), labels_of)
+    assert store.nfe() is None
+    store.path(2).write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"00002\.npz: unreadable chunk"):
+        store.nfe()
 
 
 def test_chunks_of_other_settings_are_refused(tmp_path: Path) -> None:
@@ -94,10 +107,10 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _work(folder: str, rank: int, log: str) -> None:
-    def draw(numbers: list[int], label_N: np.ndarray) -> np.ndarray:
+    def draw(numbers: list[int], label_N: np.ndarray) -> DrawnImages:
         with open(log, "a") as file:
             file.write(f"{numbers[0]}\n")
-        return images(numbers)
+        return DrawnImages(images(numbers))
 
     store_in(Path(folder), count=200, size=4).draw_pending(draw, labels_of, rank=rank, ranks=3)
 

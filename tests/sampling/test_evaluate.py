@@ -19,6 +19,7 @@ from ditmoe.data.shards import ShardLimits
 from ditmoe.data.sharing import try_lock
 from ditmoe.data.sources import open_source
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.chunks import DrawnImages
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, Job, default_chunk, run_job, stored_result
@@ -76,7 +77,7 @@ class Copyist:
         self.dies_after = dies_after
         self.noise = noise
 
-    def __call__(self, numbers: list[int], label_N: np.ndarray) -> np.ndarray:
+    def __call__(self, numbers: list[int], label_N: np.ndarray) -> DrawnImages:
         if self.dies_after is not None and len(self.drawn) >= self.dies_after:
             raise KeyboardInterrupt
         self.drawn += numbers
@@ -84,7 +85,7 @@ class Copyist:
             self.of_class[label][i % len(self.of_class[label])] for i, label in zip(numbers, label_N, strict=True)
         ]
         noise = np.random.default_rng(numbers[0]).integers(0, self.noise + 1, (len(rows), 8, 8, 1))
-        return np.clip(self.images[rows] + noise, 0, 255).astype(np.uint8)
+        return DrawnImages(np.clip(self.images[rows] + noise, 0, 255).astype(np.uint8))
 
 
 def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards: Path, cache: Path) -> None:
@@ -126,7 +127,8 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
         assert samples["arr_0"].shape == (200, 8, 8, 3) and samples["arr_0"].dtype == np.uint8
         assert samples["arr_1"].tolist() == job.evaluation.labels_of(list(range(200))).tolist()
         labels = samples["arr_1"]
-        np.testing.assert_array_equal(samples["arr_0"][..., :1], Copyist(shards)(list(range(200)), labels))
+        expected = Copyist(shards)(list(range(200)), labels).image_NHWC
+        np.testing.assert_array_equal(samples["arr_0"][..., :1], expected)
 
     page = (job.folder / "gallery" / "index.html").read_text()
     assert "&lt;b&gt;one&lt;/b&gt;" in page and "<b>one" not in page

@@ -20,8 +20,9 @@ from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_ch
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import stored_result
-from ditmoe.sampling.evaluate_run import EvaluationOptions, default_cache, evaluate_run, prepare_job
+from ditmoe.sampling.evaluate_run import EvaluationOptions, _drawer, default_cache, evaluate_run, prepare_job
 from ditmoe.sampling.real import RealImages
+from ditmoe.sampling.samplers import planned_nfe
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
@@ -56,6 +57,17 @@ def options_for(run: Path, shards: Path | None) -> EvaluationOptions:
         recogniser=False,
         cache=run / "cache",
     )
+
+
+def test_evaluations_are_those_that_each_image_took(run: Path, shards: Path) -> None:
+    options = replace(options_for(run, shards), sampler=SamplerConfig(sampler="rk45", tolerance=0.01, seed=1))
+    job = prepare_job(options)
+    assert "-rk45-0.01-cfg-1-" in job.folder.name
+    numbers = list(range(8))
+    drawn = _drawer(job, torch.device("cpu"))(numbers, job.evaluation.labels_of(numbers))
+    assert drawn.nfe_N is not None and (drawn.nfe_N % 6 == 2).all()
+    assert len(set(drawn.nfe_N.tolist())) > 1  # each its own
+    assert planned_nfe(job.evaluation.sampler) is None
 
 
 def test_a_run_is_evaluated_once(run: Path, shards: Path) -> None:

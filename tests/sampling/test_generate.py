@@ -44,10 +44,13 @@ SAMPLERS = [
     SamplerConfig(steps=6),
     SamplerConfig(sampler="heun", steps=4),
     SamplerConfig(sampler="ddim", steps=5, ddim_eta=0.7, cfg_scale=2.0),
+    SamplerConfig(sampler="rk45", tolerance=1e-3),
+    SamplerConfig(sampler="reverse-diffusion", steps=20, corrector_steps=1, tweedie=True),
 ]
+SAMPLER_NAMES = ["default", "heun", "ddim guided", "rk45", "corrected"]
 
 
-@pytest.mark.parametrize("config", SAMPLERS, ids=["default", "heun", "ddim guided"])
+@pytest.mark.parametrize("config", [config for config in SAMPLERS if config.sampler != "rk45"])
 def test_batch_size_and_company_change_an_image_by_rounding_only(model, config):
     numbers = list(range(7))
     images = generate_float(model, None, numbers, config, batch=7).image_NCHW
@@ -59,14 +62,23 @@ def test_batch_size_and_company_change_an_image_by_rounding_only(model, config):
     torch.testing.assert_close(some, images[[5, 3]], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", SAMPLERS, ids=["default", "heun", "ddim guided"])
+def test_rk45_differs_between_batch_sizes_by_no_more_than_its_tolerance():
+    """Rounding moves the estimate of an error, and with it the length of a step."""
+    model = tiny_model("rectified_flow", experts=0)
+    config = SamplerConfig(sampler="rk45", tolerance=1e-3)
+    images = [generate_float(model, None, range(7), config, batch).image_NCHW for batch in (7, 3, 1)]
+    for other in images[1:]:
+        torch.testing.assert_close(other, images[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", SAMPLERS, ids=SAMPLER_NAMES)
 def test_equal_batches_give_equal_bits(model, config):
     whole = generate_float(model, None, range(10), config, batch=4).image_NCHW
     parts = [generate_float(model, None, part, config, batch=4).image_NCHW for part in (range(4), range(4, 10))]
     assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize("config", SAMPLERS, ids=["default", "heun", "ddim guided"])
+@pytest.mark.parametrize("config", SAMPLERS, ids=SAMPLER_NAMES)
 @pytest.mark.parametrize("experts", [0, 4])
 def test_equal_batch_shapes_give_equal_bits(config, experts):
     """Whatever other images are in the batch, also where they decide how many rows each expert gets."""
@@ -93,6 +105,11 @@ def test_evaluations_and_progress(model):
     images = generate_float(model, None, range(5), config, 2, told.append)
     assert (images.nfe, images.network_evaluations) == (5, 10)
     assert told == [2, 4, 5]
+    config = SamplerConfig(sampler="rk45", tolerance=0.01, cfg_scale=2)
+    adaptive = generate_float(model, None, range(5), config, 2)
+    # In other company, in a batch of the same shape, each takes the same steps.
+    assert adaptive.nfe_N.tolist() == [generate_float(model, None, [i], config, 2).nfe for i in range(5)]
+    assert adaptive.nfe == adaptive.nfe_N.double().mean() and adaptive.network_evaluations == 2 * adaptive.nfe
     plain = generate_float(model, None, range(5), SamplerConfig(steps=3), 2)
     assert (plain.nfe, plain.network_evaluations) == (3, 3)
 

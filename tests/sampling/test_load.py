@@ -129,6 +129,20 @@ def test_the_name_states_what_departs_from_the_defaults():
     assert name == "step-00000007_ddim_250steps_grid-karras_eta0.5_cfg2_on3channels_seed0_weights_bf16.png"
 
 
+def test_the_name_states_the_settings_of_each_sampler():
+    def name(**settings) -> str:
+        return picture_name(7, "ema", None, None, SamplerConfig(**settings).resolved(ObjectiveConfig()))
+
+    assert name(sampler="kar1", steps=9) == "step-00000007_heun_9steps_cfg1_seed0.png"
+    assert name(sampler="kar2", steps=9) == "step-00000007_kar2_9steps_cfg1_seed0.png"
+    churned = name(sampler="kar2", steps=9, churn=10, churn_noise=1, tweedie=True)
+    assert churned == "step-00000007_kar2_9steps_churn10_churn-noise1_tweedie_cfg1_seed0.png"
+    assert name(sampler="rk45", tolerance=1e-3) == "step-00000007_rk45_tolerance0.001_cfg1_seed0.png"
+    corrected = name(sampler="reverse-diffusion", steps=9, corrector_steps=2, grid="own")
+    assert corrected == "step-00000007_reverse-diffusion_9steps_grid-own_2corrections-snr0.16_cfg1_seed0.png"
+    assert name(sampler="dpm-solver++", steps=9) == "step-00000007_dpm-solver++_9steps_cfg1_seed0.png"
+
+
 def test_sample_refuses_what_does_not_fit(run, tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint found"):
         command(tmp_path)

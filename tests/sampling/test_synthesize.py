@@ -32,6 +32,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling import synthesize as synthesize_module
+from ditmoe.sampling.chunks import DrawnImages
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.generate import generate
@@ -177,10 +178,10 @@ def all_of(synthesis: Synthesis, seconds: float) -> Callable[[], list[ForkProces
     """Starts two forked processes that draw cheap images, a chunk of 4 at a time, and wait for each other."""
     context = multiprocessing.get_context("fork")
 
-    def draw(numbers: list[int], label_N: np.ndarray) -> np.ndarray:
+    def draw(numbers: list[int], label_N: np.ndarray) -> DrawnImages:
         time.sleep(seconds)
         values = np.array(numbers) * 5 + label_N
-        return np.broadcast_to(values[:, None, None, None], (len(numbers), 8, 8, 1)).astype(np.uint8)
+        return DrawnImages(np.broadcast_to(values[:, None, None, None], (len(numbers), 8, 8, 1)).astype(np.uint8))
 
     def start() -> list[ForkProcess]:
         barrier, well = context.Barrier(2), context.Array("b", [1, 1])

@@ -1,0 +1,140 @@
+"""The options of every command that draws images, declared once.
+
+A command that is marked `@draws_images(steps=…)` gets those of the sampler, in place of its argument `drawing`,
+which holds what they were. They are named as the fields of `SamplerConfig`.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import typer
+
+from ditmoe.sampling.names import GridName, SamplerName
+
+if TYPE_CHECKING:
+    from ditmoe.sampling.config import SamplerConfig
+
+WeightsOption = Annotated[
+    Literal["ema", "weights"], typer.Option(help="The moving average, or the weights themselves.")
+]
+StepOption = Annotated[
+    int | None, typer.Option(min=0, help="Training step of the checkpoint. [default: the newest]")
+]
+VaeOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
+]
+
+_SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
+    "sampler": (
+        Annotated[
+            SamplerName | None,
+            typer.Option(help="See docs/sample.md. [default: euler for flow runs, ddpm for DDPM runs]"),
+        ],
+        None,
+    ),
+    "steps": (Annotated[int, typer.Option(min=1, help="Steps of the sampler; rk45 chooses its own.")], 250),
+    "grid": (
+        Annotated[
+            GridName | None,
+            typer.Option(
+                help="Noise levels: the objective's own, or EDM's. [default: own for euler, ddim and ddpm, else "
+                "karras]"
+            ),
+        ],
+        None,
+    ),
+    "ddim_eta": (Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")], 0.0),
+    "churn": (Annotated[float, typer.Option(min=0, help="S_churn of kar2: how far σ grows.")], 80.0),
+    "churn_min": (Annotated[float, typer.Option(min=0, help="S_tmin of kar2: smallest σ to grow.")], 0.05),
+    "churn_max": (Annotated[float, typer.Option(min=0, help="S_tmax of kar2: largest σ to grow.")], 1.0),
+    "churn_noise": (Annotated[float, typer.Option(min=0, help="S_noise of kar2: deviation of its noise.")], 1.007),
+    "tolerance": (Annotated[float, typer.Option(help="Error of a step of rk45.")], 1e-5),
+    "corrector_steps": (
+        Annotated[
+            int, typer.Option(min=0, help="Langevin steps at each level, of reverse-diffusion and euler-maruyama.")
+        ],
+        0,
+    ),
+    "corrector_snr": (Annotated[float, typer.Option(help="Their signal-to-noise ratio.")], 0.16),
+    "tweedie": (
+        Annotated[bool, typer.Option("--tweedie", help="End with x ← D(x, smallest σ), one evaluation more.")],
+        False,
+    ),
+    "cfg_scale": (
+        Annotated[
+            float, typer.Option(min=0, help="Classifier-free guidance; other than 1 it costs twice as much.")
+        ],
+        1.0,
+    ),
+    "cfg_channels": (
+        Annotated[int | None, typer.Option(min=1, help="Guide only the first channels. [default: all]")],
+        None,
+    ),
+    "precision": (
+        Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the network while drawing.")],
+        "fp32",
+    ),
+    "seed": (
+        Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) and its class alone.")],
+        0,
+    ),
+}
+"""Option → its type with its help, and its default."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What the sampler's options were."""
+
+    values: Mapping[str, Any]
+
+    def config(self) -> "SamplerConfig":
+        """The sampler. UserError naming every option that is out of range."""
+        from ditmoe.sampling.config import sampler_from_options
+
+        return sampler_from_options(**self.values)
+
+    def arguments(self) -> list[str]:
+        """The options again, for a command line."""
+        arguments = []
+        for name, value in self.values.items():
+            option = f"--{name.replace('_', '-')}"
+            if value is True:
+                arguments.append(option)
+            elif value is not None and value is not False:
+                arguments.append(f"{option}={value}")
+        return arguments
+
+
+def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the sampler's options where it has its argument `drawing`; `steps` is a default."""
+    options = {
+        name: inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=steps if name == "steps" else default,
+            annotation=annotation,
+        )
+        for name, (annotation, default) in _SAMPLER_OPTIONS.items()
+    }
+
+    def mark(command: Callable[..., None]) -> Callable[..., None]:
+        parameters: list[inspect.Parameter] = []
+        for name, parameter in inspect.signature(command).parameters.items():
+            parameters += options.values() if name == "drawing" else [parameter]
+
+        @functools.wraps(command)
+        def with_options(*arguments: Any, **given: Any) -> None:
+            values = {name: given.pop(name, option.default) for name, option in options.items()}
+            command(*arguments, drawing=Drawing(values), **given)
+
+        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return with_options
+
+    return mark

@@ -1,0 +1,116 @@
+"""All samplers by name: how each is called, where it starts, and what it costs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor
+
+from ditmoe.sampling.adaptive import rk45
+from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.ddpm import ancestral, ddim
+from ditmoe.sampling.denoiser import Denoiser
+from ditmoe.sampling.integrators import GRIDS, Drawn, NoiseSource, euler, heun
+from ditmoe.sampling.multistep import dpm_solver
+from ditmoe.sampling.names import SamplerName
+from ditmoe.sampling.stochastic import euler_maruyama, heun_with_churn, reverse_diffusion
+
+
+def _one_per_step(config: SamplerConfig) -> int:
+    return config.steps
+
+
+def _two_per_step(config: SamplerConfig) -> int:
+    return 2 * config.steps - 1
+
+
+def _one_per_step_and_correction(config: SamplerConfig) -> int:
+    return config.steps + config.corrector_steps * (config.steps - 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An integrator, and what it takes from the configuration."""
+
+    integrator: Callable[..., Drawn]
+    """(denoiser, x_BCHW, sigma_B, label_B, and by name what is below) → samples."""
+    nfe: Callable[[SamplerConfig], int] | None = _one_per_step
+    """Evaluations per image, for plans; None: only the denoiser can tell."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Its own settings: argument → field of the configuration."""
+    on_grid: bool = True
+    """It takes `steps` and `grid`."""
+    noisy: bool = False
+    """It takes `noise`."""
+    from_prior: bool = False
+    """On the objective's own grid it starts at pure noise. The others start at `sigma_max` on either grid: at
+    t = 1 of a flow, σ has no bound, and neither have the slope in σ and the noise of a step."""
+
+
+_CORRECTOR: Final = {"corrector_steps": "corrector_steps", "corrector_snr": "corrector_snr"}
+_CHURN: Final = {name: name for name in ("churn", "churn_min", "churn_max", "churn_noise")}
+
+SAMPLERS: Final[dict[SamplerName, Sampler]] = {
+    "ddpm": Sampler(ancestral, noisy=True, from_prior=True),
+    "ddim": Sampler(ddim, settings={"eta": "ddim_eta"}, noisy=True, from_prior=True),
+    "euler": Sampler(euler, from_prior=True),
+    "heun": Sampler(heun, _two_per_step),
+    "kar1": Sampler(heun, _two_per_step),
+    "kar2": Sampler(heun_with_churn, _two_per_step, _CHURN, noisy=True),
+    "rk45": Sampler(rk45, None, {"tolerance": "tolerance"}, on_grid=False),
+    "reverse-diffusion": Sampler(reverse_diffusion, _one_per_step_and_correction, _CORRECTOR, noisy=True),
+    "euler-maruyama": Sampler(euler_maruyama, _one_per_step_and_correction, _CORRECTOR, noisy=True),
+    "dpm-solver++": Sampler(dpm_solver, from_prior=True),
+}
+
+
+def integrate(
+    denoiser: Denoiser,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    label_B: Tensor,
+    noise: NoiseSource,
+    config: SamplerConfig,
+) -> Drawn:
+    """From noisy images, each at a σ of its own, to samples at σ = 0, by the sampler of a resolved configuration.
+
+    Args:
+        x_BCHW: noisy images in the variance-exploding view, float32.
+        sigma_B: their noise levels, float64, > 0; see `starting_sigma`.
+        label_B: classes, int64.
+        noise: fresh noise by number, for the samplers that add some.
+    """
+    assert config.sampler is not None and config.grid is not None, "the configuration is not resolved"
+    sampler = SAMPLERS[config.sampler]
+    arguments: dict[str, Any] = {name: getattr(config, key) for name, key in sampler.settings.items()}
+    if sampler.on_grid:
+        arguments |= {"steps": config.steps, "grid": GRIDS[config.grid]}
+    if sampler.noisy:
+        arguments["noise"] = noise
+    drawn = sampler.integrator(denoiser, x_BCHW, sigma_B, label_B, **arguments)
+    return tweedie(denoiser, drawn, sigma_B, label_B) if config.tweedie else drawn
+
+
+def tweedie(denoiser: Denoiser, drawn: Drawn, sigma_B: Tensor, label_B: Tensor) -> Drawn:
+    """x ← D(x, σ) = x + σ²·s(x, σ) at `sigma_min`, or at the σ that an image began with if lower; one evaluation.
+
+    It is Tweedie's formula for what is left of the noise, the last step of DMCMC (arXiv 2209.14593).
+    """
+    before = denoiser.nfe
+    x_BCHW = denoiser(drawn.x_BCHW, sigma_B.clamp(max=denoiser.sigma_min), label_B)
+    spent = denoiser.nfe - before
+    return Drawn(x_BCHW, drawn.nfe + spent, None if drawn.nfe_B is None else drawn.nfe_B + spent)
+
+
+def starting_sigma(denoiser: Denoiser, config: SamplerConfig) -> float:
+    """σ of the noise that a resolved configuration starts from."""
+    assert config.sampler is not None
+    from_prior = config.grid == "own" and SAMPLERS[config.sampler].from_prior
+    return denoiser.sigma_prior if from_prior else denoiser.sigma_max
+
+
+def planned_nfe(config: SamplerConfig) -> int | None:
+    """Evaluations of the denoiser per image; None: each image takes as many as it needs."""
+    assert config.sampler is not None
+    count = SAMPLERS[config.sampler].nfe
+    return None if count is None else count(config) + config.tweedie
