@@ -133,7 +133,8 @@ def test_state_and_collectives(measured: Any, world: int, number: int) -> None:
         expected = dict(step_traffic(config, layout, blocks, work))
         exchanged = sum(m["sent"].pop("all-to-all", 0) for m in members)
         assert exchanged == len(members) * expected.pop("all-to-all", 0)
-        if found["extra"] == SMALL_DISTANCE:  # what DeepSpeed keeps gathered between two passes depends on what it fetched ahead
+        if found["extra"] == SMALL_DISTANCE:
+            # What DeepSpeed keeps gathered between two passes depends on what it fetched ahead.
             upper = expected.pop("all-gather")
             assert all(0 < m["sent"].pop("all-gather") <= upper for m in members)
         for measured_rank in members:
