@@ -106,3 +106,20 @@ class StreamNoise:
     def __call__(self, step: int) -> Tensor:
         """Standard normal `[B, …]`, float64."""
         return randomness.normal(self.seed, f"test/{step}", self.numbers, self.shape).double()
+
+
+class MixturePosterior:
+    """The exact p(σ | x) of a mixture (a `NoisePosterior`), for samples of any shape; labels do not matter."""
+
+    def __init__(self, mixture: GaussianMixture, level_N: Tensor) -> None:
+        self.mixture, self.level_N = mixture, level_N
+
+    def __call__(self, x_BCHW: Tensor, label_B: Tensor) -> Tensor:
+        """Log probabilities, `[B, N]`."""
+        mixture, x_BD = self.mixture, x_BCHW.double().flatten(1)
+        variance_KN = mixture.deviations_K.square()[:, None] + self.level_N.square()
+        distance_BK1 = (x_BD[:, None] - mixture.means_KD).square().sum(-1)[..., None]
+        log_BKN = mixture.weights_K.log()[:, None] - 0.5 * (
+            distance_BK1 / variance_KN + x_BD.shape[1] * variance_KN.log()
+        )
+        return log_BKN.logsumexp(1).log_softmax(1)

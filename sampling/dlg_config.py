@@ -1,0 +1,54 @@
+"""Settings of Denoising Langevin Gibbs chains."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from ditmoe.model.settings import Settings
+from ditmoe.sampling.noise_levels import LevelRule
+
+StepRule = Literal["constant", "proportional", "exponential"]
+
+
+class DlgConfig(Settings):
+    """How chains move through images and noise levels, and which of their states are denoised."""
+
+    step_size: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    """η. With `constant` in units of σ²; with the other rules a share of σ², for `exponential` at most 1."""
+    step_rule: StepRule = "constant"
+    """`constant`: x + ½η·s + √η·z (published). `proportional`: the same with η·σ² for η. `exponential`:
+    D + √(1 − η)·(x − D) + √η·σ·z, whose noise of the current level keeps its size exactly."""
+    class_scales: tuple[float, ...] | None = None
+    """A factor of η for each class; null: 1 for all."""
+    skip: int = Field(default=20, ge=1)
+    """Langevin–Gibbs steps from one sample to the next (n_skip)."""
+    thin: int = Field(default=1, ge=1)
+    """Of so many stretches of `skip` steps the last one gives a sample."""
+    level_rule: LevelRule = "argmax"
+    """How σ is chosen for an image: `argmax` (published) takes the likeliest; `sample` draws it (exact)."""
+    select: Literal["smallest", "last"] = "smallest"
+    """Which state of a stretch is denoised: that of smallest σ (published), or the last (exact)."""
+    initial_steps: int = Field(default=19, ge=1)
+    """Steps of the integrator that draws what a chain starts from; 19 are the paper's N = 20 levels."""
+    initial_noise: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """Deviation of the noise that is added to it."""
+    burn_in_step_size: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """η of the first burn-in, whose rule is `constant`."""
+    burn_in_first: int = Field(default=10, ge=0)
+    """Steps of it."""
+    burn_in: int = Field(default=10, ge=0)
+    """Steps with the chain's own rule and η before the first stretch."""
+    restart_every: int | None = Field(default=None, ge=1)
+    """Samples after which a chain starts anew from pure noise; null: never."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        scales = self.class_scales or (1.0,)
+        if not all(0 < scale < float("inf") for scale in scales):
+            raise ValueError(f"class_scales = {list(scales)}: expected numbers above 0")
+        if self.step_rule == "exponential" and self.step_size * max(scales) > 1:
+            raise ValueError(
+                f"step_size = {self.step_size:g} (times the largest of class_scales): expected at most 1 "
+                "with step_rule = exponential"
+            )
+        return self

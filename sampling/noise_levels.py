@@ -1,0 +1,60 @@
+"""The noise levels of a product space of images and σ, and how a level is chosen for an image.
+
+DMCMC (arXiv 2209.14593) samples p(x, σ) ∝ p_σ(x)·p(σ), where p_σ is the data noised by σ and p(σ) is uniform over
+levels in equal steps of log σ. Given x, the level has the posterior p(σ | x) ∝ p_σ(x): a classifier's output.
+
+Shapes: B images, N noise levels.
+"""
+
+import math
+from typing import Final, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+LEVELS: Final = 1000
+"""Levels that the paper takes."""
+
+LevelRule = Literal["argmax", "sample"]
+
+
+class NoisePosterior(Protocol):
+    """p(σ | x) over levels that are equally likely beforehand."""
+
+    level_N: Tensor
+    """σ of each level, rising, float64 `[N]`."""
+
+    def __call__(self, x_BCHW: Tensor, label_B: Tensor) -> Tensor:
+        """Log probability of each level, float64 `[B, N]`.
+
+        Args:
+            x_BCHW: noisy images in the variance-exploding view.
+            label_B: their classes, int64; a posterior may leave them out of account.
+        """
+        ...
+
+
+def log_uniform_levels(sigma_min: float, sigma_max: float, count: int = LEVELS) -> Tensor:
+    """σ_min·(σ_max/σ_min)^u for u in equal steps from 0 to 1, float64 `[count]`."""
+    assert 0 < sigma_min <= sigma_max and count >= 1
+    levels_N = torch.linspace(math.log(sigma_min), math.log(sigma_max), count, dtype=torch.float64).exp()
+    levels_N[0] = sigma_min
+    levels_N[-1] = sigma_max if count > 1 else sigma_min
+    return levels_N
+
+
+def choose_levels(log_probability_BN: Tensor, rule: LevelRule, uniform_B: Tensor) -> Tensor:
+    """A level for each image, int64 `[B]`.
+
+    Args:
+        log_probability_BN: of the levels.
+        rule: `argmax` takes the likeliest; `sample` draws one, by inversion of the distribution function.
+        uniform_B: from [0, 1), float64; used by `sample`.
+    """
+    if rule == "argmax":
+        return log_probability_BN.argmax(1)
+    cumulative_BN = log_probability_BN.double().exp().cumsum(1)
+    # Scaled by the total, so that rounding of the sum cannot put a draw beyond the last level.
+    threshold_B1 = (uniform_B.to(cumulative_BN) * cumulative_BN[:, -1])[:, None]
+    found_B = torch.searchsorted(cumulative_BN, threshold_B1, right=True)[:, 0]
+    return found_B.clamp(max=log_probability_BN.shape[1] - 1)
