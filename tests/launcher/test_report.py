@@ -60,6 +60,16 @@ def test_plain_lines(tmp_path: Path) -> None:
     assert [entry.partition("] ")[2] for entry in log] == [begins, line]
 
 
+def test_the_keys_of_samples_are_those_of_each_step_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for first in (1, 2):  # started again after step 1, which is kept
+        with Reporter(folder, 4, step=first - 1, terminal=io.StringIO()) as reporter:
+            for step in range(first, 4):
+                reporter.samples(step, [f"{first}/{step}"])
+    records = [json.loads(line) for line in folder.sample_keys.read_text().splitlines()]
+    assert records == [{"step": step, "keys": [f"{min(step, 2)}/{step}"]} for step in (1, 2, 3)]
+
+
 def test_a_terminal_has_a_bar(tmp_path: Path) -> None:
     terminal = Terminal()
     with Reporter(RunFolder(tmp_path), 4, step=1, terminal=terminal) as reporter:
@@ -85,7 +95,9 @@ def test_stats_are_strict_json(tmp_path: Path) -> None:
 def test_tensorboard(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with Reporter(folder, 4, terminal=io.StringIO()) as reporter:
-        reporter.record(1, {"loss": 0.5, "memory_gib": 2.0, "expert_load": [[0.25, 0.75]], "odd": 3})
+        sources = {"real": {"images": 40, "epoch": 0.5, "skipped": 1}}
+        values = {"loss": 0.5, "memory_gib": 2.0, "expert_load": [[0.25, 0.75]], "odd": 3, "sources": sources}
+        reporter.record(1, values)
         reporter.image("samples", np.zeros((8, 8, 3), dtype=np.uint8), 1)
         reporter.text("configuration", "model:\n  depth: 2")
     board = EventAccumulator(str(folder.tensorboard)).Reload()
@@ -95,6 +107,10 @@ def test_tensorboard(tmp_path: Path) -> None:
         "expert load (share)/block 0/expert 0",
         "expert load (share)/block 0/expert 1",
         "other/odd",
+        "sources/real/images",
+        "sources/real/epoch",
+        "sources/real/skipped",
     }
+    assert board.Scalars("sources/real/images")[0].value == 40
     assert board.Tags()["images"] == ["samples"]
     assert board.Tags()["tensors"] == ["configuration/text_summary"]
