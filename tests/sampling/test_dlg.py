@@ -224,3 +224,11 @@ def test_the_posterior_of_the_mixture_is_the_plain_one():
     x = MIXTURE.sample(20, sigma=0.5)
     found = MixturePosterior(MIXTURE, LEVELS)(x.view(-1, *SHAPE), torch.zeros(20, dtype=torch.int64))
     torch.testing.assert_close(found.exp(), MIXTURE.sigma_posterior(x, LEVELS))
+
+
+def test_no_two_steps_of_any_chains_share_their_draws():
+    draws = SeededDraws(0)
+    chain, step_of_it = torch.tensor([0, 0, 1, 1, 2, 2**40]), torch.tensor([1, 2, 0, 1, 0, 0])
+    drawn = draws.uniform("a", chain, step_of_it)
+    assert len(set(drawn.tolist())) == 6
+    assert len({tuple(row) for row in draws.normal("a", chain, step_of_it, (3,)).tolist()}) == 6
