@@ -87,7 +87,7 @@ def calibration_picture(predictions: Predictions, level_N: Tensor) -> Image.Imag
     true_B = log_level_N[predictions.level_B]
 
     left = _Panel(pen, _MARGIN, reach, reach)
-    left.frame("predicted σ (likeliest level) against true σ", decades=True)
+    left.frame("predicted sigma (likeliest level) against true sigma", decades=True)
     left.line([reach[0], reach[1]], [reach[0], reach[1]], _FAINT)
     for true, found in zip(
         true_B.tolist(), log_level_N[predictions.log_probability_BN.argmax(1)].tolist(), strict=True
@@ -101,7 +101,7 @@ def calibration_picture(predictions: Predictions, level_N: Tensor) -> Image.Imag
     entropy = [entropy_B[bin_B == number].mean().item() for number in bins]
     loss = [loss_B[bin_B == number].mean().item() for number in bins]
     right = _Panel(pen, 2 * _MARGIN + _SIDE, reach, (0.0, max(math.log(count), *entropy, *loss) * 1.05))
-    right.frame("nats against true σ: entropy (blue), cross-entropy (red)", decades=False)
+    right.frame("nats against true sigma: entropy (blue), cross-entropy (red)", decades=False)
     right.line(at, entropy, _POINT)
     right.line(at, loss, _SECOND)
     return picture
@@ -117,7 +117,10 @@ class _Panel:
         self._font = ImageFont.load_default(11)
 
     def frame(self, title: str, *, decades: bool) -> None:
-        """Border, title, powers of ten along x, and along y powers of ten or whole numbers."""
+        """Border, title, powers of ten along x, and along y powers of ten or whole numbers.
+
+        Titles write sigma out: Pillow's own font has no Greek.
+        """
         left, top = self._left, _MARGIN
         self._pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline=_INK)
         self._pen.text((left + _SIDE / 2, top - 14), title, _INK, self._font, anchor="mm")

@@ -76,6 +76,5 @@ def train(
         f"(guessing: {figures['entropy_of_guessing']:.3f})"
     )
     covered = ", ".join(f"{share} in {found:.1%}" for share, found in figures["covered"].items())
-    typer.echo(
-        f"  error of the likeliest level {figures['argmax_error']:.3f} in log σ; true level within {covered}"
-    )
+    typer.echo(f"  error of the likeliest level {figures['argmax_error']:.3f} in log σ")
+    typer.echo(f"  the true level is within the posterior's central {covered} of the draws")
