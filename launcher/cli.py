@@ -33,6 +33,9 @@ VERBS: Final[dict[str, Verb]] = {
     "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
+    "noise-classifier": Verb(
+        "ditmoe.launcher.commands.noise_classifier", "Train the noise-level classifier that DLG chains need."
+    ),
     "checkpoint": Verb(
         "ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and write its weights out."
     ),

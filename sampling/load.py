@@ -127,7 +127,7 @@ def load_model(
     info = read_info(path)
     decoder = find_decoder(info, vae)
     try:
-        model_config, objective_config = _complete(info.model, info), info.objective
+        model_config, objective_config = complete_config(info.model, info), info.objective
     except (KeyError, ValueError) as error:
         raise UserError(f"{path / MARKER}: its configuration does not describe a model: {error}") from error
     network = DiT(model_config)
@@ -176,7 +176,7 @@ def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:
     return facts
 
 
-def _complete(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:
+def complete_config(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:
     """The configuration, with what it left to the data taken from there. KeyError where that has it not."""
     missing = [name for name in ("image_size", "channels", "num_classes") if getattr(config, name) is None]
     return ModelConfig.model_validate(config.model_dump() | {name: info.dataset[name] for name in missing})

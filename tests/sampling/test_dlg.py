@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.ddpm import ancestral
+from ditmoe.sampling.denoiser import DdpmDenoiser, FlowDenoiser
 from ditmoe.sampling.dlg import Dlg, DlgSample, with_tweedie
 from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.dlg_state import Chains, SeededDraws, load_chains, save_chains
 from ditmoe.sampling.integrators import euler, heun
 from ditmoe.sampling.langevin import State, langevin, smaller
+from ditmoe.sampling.noise_classifier import NoiseClassifier, NoiseNetwork, NoiseSpace
 from ditmoe.sampling.noise_levels import choose_levels, log_uniform_levels
 from tests.sampling.mixture import GaussianMixture, MixtureDenoiser, MixturePosterior
 
@@ -155,6 +157,31 @@ def test_integrators_start_at_the_sigma_of_each_chain():
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("make", [FlowDenoiser, DdpmDenoiser])
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+def test_denoisers_of_networks(make, cfg_scale):
+    """A network of images in float32, with a classifier that knows nothing yet."""
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return torch.cat((0.9 * x, 0.1 * label.view(-1, 1, 1, 1).expand_as(x)), dim=1)
+
+    def passed(count: int) -> DlgSample:
+        denoiser = make(network, 10, cfg_scale=cfg_scale)
+        torch.manual_seed(0)
+        space = NoiseSpace((2, 8, 8), "", (), denoiser.sigma_min, denoiser.sigma_max, 100)
+        classifier = NoiseClassifier(NoiseNetwork(2, 8, 100), space, {}, space.level_N, "")
+        dlg = Dlg(denoiser, classifier, EXACT, SeededDraws(0), heun_4)
+        chains = dlg.start(range(count), torch.arange(count) % 10, (2, 8, 8))
+        sample = list(islice(dlg.samples(chains, heun_4), 2))[-1]
+        assert denoiser.nfe == sample.chains.nfe_per_sample() * 2
+        assert denoiser.network_evaluations == denoiser.nfe * (1 if cfg_scale == 1 else 2)
+        return sample
+
+    sample = passed(6)
+    assert sample.x0_BCHW.dtype == torch.float32 and sample.x0_BCHW.isfinite().all()
+    torch.testing.assert_close(passed(3).x0_BCHW, sample.x0_BCHW[:3], rtol=1e-3, atol=1e-3)
+
+
 def test_step_size_of_a_class():
     scaled = DlgConfig(step_size=0.1, class_scales=(1.0, 3.0), burn_in_first=0, skip=2)
     plain = DlgConfig(step_size=0.1, burn_in_first=0, skip=2)
@@ -224,3 +251,11 @@ def test_the_posterior_of_the_mixture_is_the_plain_one():
     x = MIXTURE.sample(20, sigma=0.5)
     found = MixturePosterior(MIXTURE, LEVELS)(x.view(-1, *SHAPE), torch.zeros(20, dtype=torch.int64))
     torch.testing.assert_close(found.exp(), MIXTURE.sigma_posterior(x, LEVELS))
+
+
+def test_no_two_steps_of_any_chains_share_their_draws():
+    draws = SeededDraws(0)
+    chain, step_of_it = torch.tensor([0, 0, 1, 1, 2, 2**40]), torch.tensor([1, 2, 0, 1, 0, 0])
+    drawn = draws.uniform("a", chain, step_of_it)
+    assert len(set(drawn.tolist())) == 6
+    assert len({tuple(row) for row in draws.normal("a", chain, step_of_it, (3,)).tolist()}) == 6

@@ -16,6 +16,7 @@ from ditmoe.data.encoding import EncodeSettings, prepare_encoding
 from ditmoe.data.index import DatasetIndex, load_index
 from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.sources.shapes import Shapes
+from ditmoe.data.stream import dealing_of, open_stream
 from ditmoe.data.vae import read_facts
 from ditmoe.launcher.commands.data import app
 from ditmoe.launcher.commands.sample import command
@@ -23,12 +24,15 @@ from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling import noise_training
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.generate import generate, generate_float
 from ditmoe.sampling.load import load_model
+from ditmoe.sampling.noise_classifier import load_noise_classifier, space_of
+from ditmoe.sampling.noise_training import NoiseTraining, train_noise_classifier, training_dataset
 from ditmoe.sampling.real import RealImages
 
 MODEL = ModelConfig(
@@ -166,3 +170,23 @@ def test_an_evaluation_compares_pixels(run: Path, shards: Path, encoded: Dataset
     assert load_index(latents).latents is not None
     with_vae = prepare_job(replace(options, source=published, vae=Path(encoded.latents.vae)))
     assert with_vae.evaluation.vae == encoded.latents.vae_sha256
+
+
+def test_the_noise_classifier_is_of_latents(
+    run: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It sees the latents as the network does, and refuses the pixels that they were encoded from."""
+    monkeypatch.setattr(noise_training, "CALIBRATION_DRAWS", 20)
+    info = read_info(checkpoint_path(run, 0))
+    space, settings = space_of(info), NoiseTraining(steps=2, batch=10)
+    assert space.shape == (4, 8, 8)
+    dataset = training_dataset(info, str(shards.parent / "latents"), 0)
+    train_noise_classifier(tmp_path / "out", dataset, space, settings, torch.device("cpu"))
+    batch = next(noise_training.noisy_batches(dataset, space._replace(sigma_max=space.sigma_min), settings, 0))
+    latent = next(open_stream(dataset, dealing_of(dataset.config, start=0, micro_batch=10, ranks=1))).image_BCHW
+    torch.testing.assert_close(batch.x_BCHW, latent, rtol=0, atol=6 * space.sigma_min)
+    classifier = load_noise_classifier(tmp_path / "out", space)
+    assert classifier(batch.x_BCHW, torch.zeros(10, dtype=torch.int64)).shape == (10, 1000)
+    with pytest.raises(UserError, match=r"holds samples of \[3, 16, 16\].*the network draws \[4, 8, 8\]"):
+        pixels = training_dataset(info, str(shards), 0)
+        train_noise_classifier(tmp_path / "no", pixels, space, settings, torch.device("cpu"))

@@ -1,0 +1,80 @@
+"""`ditmoe noise-classifier`: the posterior of the noise level, which DLG chains draw σ from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Train the noise-level classifier that DLG chains need.")
+
+
+@app.callback()
+def _group() -> None:
+    """Train the noise-level classifier that DLG chains need."""
+
+
+@app.command("train")
+def train(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of Adam, at a rate of 1e-3 going to 0.")] = 5000,
+    batch: Annotated[int, typer.Option(min=1, help="Images of a step; a tenth is held out of training.")] = 100,
+    levels: Annotated[int, typer.Option(min=2, help="Noise levels, in equal steps of log σ.")] = 1000,
+    sigma_min: Annotated[
+        float | None, typer.Option(help="Smallest level. [default: that of the denoiser]")
+    ] = None,
+    sigma_max: Annotated[float | None, typer.Option(help="Largest level. [default: that of the denoiser]")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, levels and noise.")] = 0,
+    data: Annotated[
+        str | None, typer.Option(help="Where the run's shards lie now. [default: where they lay]")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 1,
+    device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a classifier of other settings.")
+    ] = False,
+) -> None:
+    """Train p(σ | x) on the run's own data, in the space that its network draws in; repeat to go on."""
+    import torch
+
+    from ditmoe.launcher.commands.sample import check_device
+    from ditmoe.model.errors import UserError
+    from ditmoe.parallel.checkpoint import read_info
+    from ditmoe.sampling.load import find_checkpoint
+    from ditmoe.sampling.noise_classifier import (
+        WEIGHTS_FILE,
+        classifier_folder,
+        load_noise_classifier,
+        narrowed,
+        space_of,
+    )
+    from ditmoe.sampling.noise_training import NoiseTraining, train_noise_classifier, training_dataset
+
+    where = torch.device(check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    info = read_info(find_checkpoint(run))
+    settings = NoiseTraining(steps=steps, batch=batch, seed=seed)
+    space = narrowed(space_of(info, levels), sigma_min, sigma_max)
+    folder = classifier_folder(info)
+    if (folder / WEIGHTS_FILE).exists() and not overwrite:
+        classifier = load_noise_classifier(folder, space_of(info))
+        if classifier.facts["settings"] != vars(settings) or classifier.space[3:] != space[3:]:
+            raise UserError(
+                f"{folder}: has a classifier of other settings; expected the same, or --overwrite to replace it"
+            )
+        facts = dict(classifier.facts)
+    else:
+        dataset = training_dataset(info, data, workers)
+        space = space._replace(data=tuple(dataset.facts["fingerprint"]))
+        facts = train_noise_classifier(folder, dataset, space, settings, where, typer.echo)
+    figures = facts["calibration"]
+    typer.echo(f"{folder}")
+    typer.echo(
+        f"σ from {space.sigma_min:g} to {space.sigma_max:g} in {space.levels:,} levels; "
+        f"on {figures['draws']:,} draws of {facts['calibration_on']}:"
+    )
+    typer.echo(
+        f"  cross-entropy {figures['cross_entropy']:.3f}, entropy {figures['entropy']:.3f} nats "
+        f"(guessing: {figures['entropy_of_guessing']:.3f})"
+    )
+    covered = ", ".join(f"{share} in {found:.1%}" for share, found in figures["covered"].items())
+    typer.echo(f"  error of the likeliest level {figures['argmax_error']:.3f} in log σ")
+    typer.echo(f"  the true level is within the posterior's central {covered} of the draws")
