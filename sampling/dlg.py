@@ -26,6 +26,7 @@ from ditmoe.sampling.dlg_state import ChainDraws, Chains
 from ditmoe.sampling.integrators import Drawn, NoiseSource
 from ditmoe.sampling.langevin import State, draw_sigma, langevin_gibbs, smaller
 from ditmoe.sampling.noise_levels import NoisePosterior
+from ditmoe.sampling.samplers import tweedie
 
 
 class Finish(Protocol):
@@ -202,14 +203,11 @@ class Dlg:
 
 
 def with_tweedie(finish: Finish) -> Finish:
-    """The same with a last step x + ε²·s(x, ε) = D(x, ε) at ε = `sigma_min` (Tweedie's formula); 1 evaluation."""
+    """The same with a last step of Tweedie's formula (`tweedie`); 1 evaluation."""
 
     def finish_with_tweedie(
         denoiser: Denoiser, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, noise: NoiseSource
     ) -> Drawn:
-        drawn = finish(denoiser, x_BCHW, sigma_B, label_B, noise)
-        before = denoiser.nfe
-        x0_BCHW = denoiser(drawn.x_BCHW, torch.full_like(sigma_B, denoiser.sigma_min), label_B)
-        return drawn._replace(x_BCHW=x0_BCHW, nfe=drawn.nfe + denoiser.nfe - before)
+        return tweedie(denoiser, finish(denoiser, x_BCHW, sigma_B, label_B, noise), sigma_B, label_B)
 
     return finish_with_tweedie

@@ -41,7 +41,7 @@ def langevin(
     noise_BCHW: Tensor,
     rule: StepRule = "constant",
 ) -> Tensor:
-    """x after one Langevin step at its σ (score SDE, arXiv 2011.13456, eq. 4, with ε = η/2); one evaluation.
+    """x after one Langevin step at its σ (score SDE, arXiv 2011.13456, eq. 2, with ε = η/2); one evaluation.
 
     Args:
         step_size_B: η of each image, float64.
