@@ -99,12 +99,10 @@ def reverse_diffusion(
         kept_B = (next_B / now_B).square()
         return 1 - kept_B, now_B * (1 - kept_B).clamp(min=0).sqrt()
 
-    before = denoiser.nfe
     steps_of_grid = levels(grid(denoiser, sigma_B, steps))
-    x_BCHW = _predict_and_correct(
+    return _predict_and_correct(
         denoiser, x_BCHW, label_B, steps_of_grid, noise, rule, corrector_steps, corrector_snr
     )
-    return Drawn(x_BCHW, denoiser.nfe - before)
 
 
 def euler_maruyama(
@@ -129,12 +127,10 @@ def euler_maruyama(
         share_B = 2 * (1 - next_B / now_B)
         return share_B, now_B * share_B.clamp(min=0).sqrt()
 
-    before = denoiser.nfe
     steps_of_grid = levels(grid(denoiser, sigma_B, steps))
-    x_BCHW = _predict_and_correct(
+    return _predict_and_correct(
         denoiser, x_BCHW, label_B, steps_of_grid, noise, rule, corrector_steps, corrector_snr
     )
-    return Drawn(x_BCHW, denoiser.nfe - before)
 
 
 def langevin_step(
@@ -164,8 +160,9 @@ def _predict_and_correct(
     rule: StepRule,
     corrector_steps: int,
     corrector_snr: float,
-) -> Tensor:
+) -> Drawn:
     """A step of the SDE to each level and Langevin steps there (arXiv 2011.13456, Algorithm 2)."""
+    before = denoiser.nfe
     drawn = 0
     for now_B, next_B in steps_of_grid[:-1]:
         share_B, deviation_B = rule(now_B, next_B)
@@ -176,4 +173,5 @@ def _predict_and_correct(
         for _ in range(corrector_steps):
             x_BCHW = langevin_step(denoiser, x_BCHW, next_B, label_B, noise(drawn), corrector_snr)
             drawn += 1
-    return denoiser(x_BCHW, steps_of_grid[-1][0], label_B)
+    x_BCHW = denoiser(x_BCHW, steps_of_grid[-1][0], label_B)
+    return Drawn(x_BCHW, denoiser.nfe - before)
