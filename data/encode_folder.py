@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from pydantic import Field, ValidationError
 
-from ditmoe.data.files import PARTIAL_SUFFIX, make_folder, replacing
+from ditmoe.data.files import PARTIAL_SUFFIX, make_folder, read_settings, replacing
 from ditmoe.data.index import INDEX_FILE, ShardEntry, load_index
 from ditmoe.data.sharing import WAIT_SECONDS, try_lock
 from ditmoe.model.errors import UserError
@@ -150,16 +150,7 @@ class EncodeFolder:
 
     def _stored(self) -> dict[str, Any] | None:
         """The settings that the folder was begun with; None: it never was."""
-        path = self.path / SETTINGS_FILE
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path}: could not be read ({error}); choose another folder, or delete this one"
-            ) from None
-        return values if isinstance(values, dict) else {}
+        return read_settings(self.path / SETTINGS_FILE)
 
     def _tidy(self) -> None:
         """Remove what a finished encode no longer needs, unless others are still at it."""

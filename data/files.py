@@ -1,10 +1,11 @@
 """Files that are either whole or not there."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ditmoe.model.errors import UserError
 
@@ -48,3 +49,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What a folder was begun with, a JSON object; null: it never was. UserError when the file is damaged."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: could not be read ({error}); choose another folder, or delete this one"
+        ) from None
+    return values if isinstance(values, dict) else {}

@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe.data.files import read_settings
 from ditmoe.data.index import INDEX_FILE, load_index
 from ditmoe.data.pack import ImageFormat
 from ditmoe.data.shards import MARKER_FILE, PLAN_FILE, WORK_FOLDER
@@ -245,13 +246,4 @@ def check_out(synthesis: Synthesis) -> None:
 
 def read_plan(out: Path) -> dict[str, Any] | None:
     """The plan in a folder; null: there is none. UserError when it is damaged."""
-    path = out / PLAN_FILE
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: could not be read ({error}); choose another folder, or delete this one"
-        ) from None
-    return values if isinstance(values, dict) else {}
+    return read_settings(out / PLAN_FILE)
