@@ -12,6 +12,27 @@ TOLD: Final = 20
 """Skips of one record that the log names; the others are counted."""
 
 
+def agreed(by_rank: Iterable[tuple[int, list[Skip]] | None]) -> list[Skip]:
+    """The skips of all data ranks, each once.
+
+    Args:
+        by_rank: of every rank its data rank and its skips; None of a rank that reads no samples.
+
+    UserError when ranks that read the same samples skipped different ones, so that they trained on different ones.
+    """
+    by_data_rank: dict[int, list[Skip]] = {}
+    for data_rank, skips in (each for each in by_rank if each is not None):
+        known = by_data_rank.setdefault(data_rank, skips)
+        if known != skips:
+            differing = min(set(known) ^ set(skips))
+            raise UserError(
+                f"{differing.where}: {differing.reason}; not all ranks that read this sample met with that, so they"
+                " trained on different ones. Nothing of the steps since the last checkpoint was saved; repeat the"
+                " command once all of them can read the shard, or none can"
+            )
+    return [skip for skips in by_data_rank.values() for skip in skips]
+
+
 class SkipLedger:
     """The skips of a run; part of a checkpoint, so that a resume forgets none.
 

@@ -25,7 +25,7 @@ from ditmoe.launcher.feed import Feed, StepBatch
 from ditmoe.launcher.report import Reporter
 from ditmoe.launcher.run_folder import RunFolder, config_yaml
 from ditmoe.launcher.signals import StopSignal
-from ditmoe.launcher.skips import SkipLedger
+from ditmoe.launcher.skips import SkipLedger, agreed
 from ditmoe.launcher.throughput import TRAINING_PASSES, Clock, Sums, peak_memory_gib, peak_tflops
 from ditmoe.model.count import flops_per_image
 from ditmoe.model.dit import DiT
@@ -289,10 +289,16 @@ class Trainer:
         return self.saver.save(self.engine, self.images, sums, self.config.plain(), self.dataset.facts)
 
     def _count_skips(self) -> None:
-        """Count what all data ranks skipped since the last time. UserError on all ranks beyond a budget."""
-        gathered = processes.gather_objects(self.unreported if self._tells_of_samples else [])
+        """Count what all data ranks skipped since the last time, which comes before every checkpoint.
+
+        UserError on all ranks beyond a budget, or where ranks of one data rank skipped different samples.
+        """
+        rank = dist.get_rank()
+        reads = self.layout.stage(rank) in (0, self.layout.pipe - 1)
+        mine = (self.layout.data_rank(rank), self.unreported) if reads else None
+        skips = agreed(processes.gather_objects(mine))
         self.unreported = []
-        for line in self.ledger.add(Skip(*skip) for skips in gathered for skip in skips):
+        for line in self.ledger.add(skips):
             self._say(line)
 
     @property

@@ -7,7 +7,7 @@ import pytest
 from ditmoe.data.config import DataConfig
 from ditmoe.data.dataset import Dataset, open_dataset
 from ditmoe.data.samples import Skip
-from ditmoe.launcher.skips import TOLD, SkipLedger
+from ditmoe.launcher.skips import TOLD, SkipLedger, agreed
 from ditmoe.model.errors import UserError
 
 
@@ -32,6 +32,16 @@ def test_skips_are_counted_told_and_limited_by_epoch(shards: Path) -> None:
     again.add(map(skip, range(25, 30)))
     with pytest.raises(UserError, match=r"a.tar, sample 30: .* 31 samples .* epoch 0, and its skip_budget is 30"):
         again.add([skip(30)])
+
+
+def test_ranks_that_read_the_same_samples_skip_the_same() -> None:
+    first, second = [skip(1), skip(2)], [skip(7)]
+    both = [(0, first), (1, second), None, None, (0, list(first)), (1, list(second))]
+    assert sorted(agreed(both)) == [*first, *second]
+    assert agreed([(0, []), None, (0, [])]) == []
+    for other in ([], [skip(1)], [*first, skip(3)]):
+        with pytest.raises(UserError, match=r"a.tar, sample [123]: undecodable; not all ranks"):
+            agreed([(0, first), (0, other)])
 
 
 def test_a_ledger_remembers_two_epochs(shards: Path) -> None:
