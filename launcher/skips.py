@@ -26,8 +26,8 @@ def agreed(by_rank: Iterable[tuple[int, list[Skip]] | None]) -> list[Skip]:
         if known != skips:
             differing = min(set(known) ^ set(skips))
             raise UserError(
-                f"{differing.where}: {differing.reason}; not all ranks that read this sample met with that, so they"
-                " trained on different ones. Nothing of the steps since the last checkpoint was saved; repeat the"
+                f"{differing.where}: {differing.reason}; not all ranks that read this sample met with that, so"
+                " they trained on different ones. Nothing of the steps since the last checkpoint was saved; repeat the"
                 " command once all of them can read the shard, or none can"
             )
     return [skip for skips in by_data_rank.values() for skip in skips]
