@@ -27,8 +27,8 @@ def agreed(by_rank: Iterable[tuple[int, list[Skip]] | None]) -> list[Skip]:
             differing = min(set(known) ^ set(skips))
             raise UserError(
                 f"{differing.where}: {differing.reason}; not all ranks that read this sample met with that, so"
-                " they trained on different ones. Nothing of the steps since the last checkpoint was saved; repeat the"
-                " command once all of them can read the shard, or none can"
+                " they trained on different ones. Nothing of the steps since the last checkpoint was saved; repeat"
+                " the command once all of them can read the shard, or none can"
             )
     return [skip for skips in by_data_rank.values() for skip in skips]
 
