@@ -25,6 +25,10 @@ class DrawnImages(NamedTuple):
     image_NHWC: NDArray[np.uint8]
     nfe_N: NDArray[np.int64] | None = None
     """Evaluations of the denoiser that each image took; None: not counted."""
+    sigma_N: NDArray[np.float32] | None = None
+    """Of chains: σ of the state that was denoised."""
+    trace_NT: NDArray[np.float32] | None = None
+    """Of chains: σ after each step since the sample before."""
 
 
 DrawChunk = Callable[[list[int], NDArray[np.int64]], DrawnImages]
@@ -37,6 +41,9 @@ class Chunk:
 
     image_NHWC: NDArray[np.uint8]
     label_N: NDArray[np.int64]
+    sigma_N: NDArray[np.float32] | None = None
+    """As in `DrawnImages`."""
+    trace_NT: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,7 @@ class ChunkStore:
 
     def write(self, chunk: int, drawn: DrawnImages, label_N: NDArray[np.int64]) -> None:
         """Write one finished chunk."""
-        numbers, (image_NHWC, nfe_N) = self.numbers(chunk), drawn
+        numbers, (image_NHWC, nfe_N, sigma_N, trace_NT) = self.numbers(chunk), drawn
         assert image_NHWC.dtype == np.uint8 and image_NHWC.ndim == 4, (image_NHWC.dtype, image_NHWC.shape)
         assert len(image_NHWC) == len(label_N) == len(numbers)
         arrays: dict[str, Any] = {
@@ -80,6 +87,8 @@ class ChunkStore:
             "settings": np.array(self.settings),
             "nfe": np.empty(0, dtype=np.int64) if nfe_N is None else nfe_N,
         }
+        if sigma_N is not None and trace_NT is not None:
+            arrays |= {"sigma": sigma_N, "trace": trace_NT}
         make_folder(self.folder)
         with replacing(self.path(chunk)) as file:
             np.savez(file, **arrays)
@@ -95,6 +104,7 @@ class ChunkStore:
             with np.load(path, allow_pickle=False) as stored:
                 images, labels = stored["images"], stored["labels"]
                 first, settings = int(stored["first"]), str(stored["settings"])
+                sigma_N, trace_NT = (stored.get(name) for name in ("sigma", "trace"))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise _unreadable(path, error) from None
         if (settings, first, len(images), len(labels)) != (self.settings, numbers[0], len(numbers), len(numbers)):
@@ -107,7 +117,7 @@ class ChunkStore:
             raise UserError(
                 f"{path}: images are {images.dtype} of shape {images.shape}; expected uint8 [N, H, W, C]"
             )
-        return Chunk(images, labels)
+        return Chunk(images, labels, sigma_N, trace_NT)
 
     def nfe(self) -> float | None:
         """Evaluations of the denoiser per image, on average over all chunks; None: they were not counted.

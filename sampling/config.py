@@ -1,16 +1,18 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Any, Literal, Self, cast
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
-from ditmoe.sampling.names import GridName, SamplerName
+from ditmoe.sampling.dlg_config import DlgConfig
+from ditmoe.sampling.names import CHAIN_PREFIX, GridName, IntegratorName, SamplerName
 
 
-def default_grid(sampler: SamplerName) -> GridName:
+def default_grid(sampler: IntegratorName) -> GridName:
     """The grid of a sampler that none was chosen for."""
     return "own" if sampler in ("ddpm", "ddim", "euler") else "karras"
 
@@ -21,7 +23,8 @@ class SamplerConfig(Settings):
     sampler: SamplerName | None = None
     """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
     churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
-    runs, `euler` for flow runs."""
+    runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
+    chains, which want the run's noise-level classifier."""
     steps: int = Field(default=250, ge=1)
     """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
     grid: GridName | None = None
@@ -55,18 +58,45 @@ class SamplerConfig(Settings):
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
     """The timestep that a DDPM network gets at a σ between two of its 1000 levels: in between as log σ is, or
     that of the nearer level. No matter on the `own` grid, which uses the levels themselves."""
+    dlg: DlgConfig = DlgConfig()
+    """How chains move; with a sampler of chains only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's weights and arithmetic; the image between its evaluations is fp32 either way."""
     seed: int = Field(default=0, ge=0)
-    """Image i is a function of (seed, i) alone."""
+    """Image i is a function of (seed, i) alone; of chains, chain i div S is one of (seed, its number)."""
+
+    @property
+    def chains(self) -> bool:
+        """Whether images are those of chains."""
+        return self.sampler is not None and self.sampler.startswith(CHAIN_PREFIX)
+
+    @property
+    def integrator(self) -> IntegratorName:
+        """The sampler, of chains the one that finishes their states; the configuration is resolved."""
+        assert self.sampler is not None
+        return cast(IntegratorName, self.sampler.removeprefix(CHAIN_PREFIX))
+
+    @property
+    def images_per_unit(self) -> int:
+        """Images that are drawn from one start and have one class: the samples of a chain, or 1."""
+        return self.dlg.samples_per_chain if self.chains else 1
+
+    def plain(self) -> dict[str, Any]:
+        """All settings that matter to the images, as plain data."""
+        return self.model_dump(mode="json", exclude=None if self.chains else {"dlg"})
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         """A corrector is for the samplers that have one, and a range is not empty."""
-        if self.corrector_steps and self.sampler not in ("reverse-diffusion", "euler-maruyama"):
+        if self.corrector_steps and not (self.sampler or "").endswith(("reverse-diffusion", "euler-maruyama")):
             raise ValueError(
                 f"corrector_steps = {self.corrector_steps} with sampler = {self.sampler}: expected the sampler "
                 "reverse-diffusion or euler-maruyama"
+            )
+        if not self.chains and self.dlg != DlgConfig():
+            raise ValueError(
+                f"dlg is given with sampler = {self.sampler}: expected a sampler of chains, such as "
+                f"{CHAIN_PREFIX}{self.sampler or 'kar2'}"
             )
         if self.churn_min > self.churn_max:
             raise ValueError(f"churn_min = {self.churn_min:g} is above churn_max = {self.churn_max:g}")
@@ -75,26 +105,56 @@ class SamplerConfig(Settings):
     def resolved(self, objective: ObjectiveConfig) -> "SamplerConfig":
         """The same with the sampler and the grid that the nulls stand for, under the sampler's first name."""
         sampler = self.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
-        sampler = "heun" if sampler == "kar1" else sampler
-        return self.model_copy(update={"sampler": sampler, "grid": self.grid or default_grid(sampler)})
+        named = self.model_copy(update={"sampler": sampler.replace("kar1", "heun")})
+        return named.model_copy(update={"grid": self.grid or default_grid(named.integrator)})
 
 
-def sampler_from_options(**options: Any) -> SamplerConfig:
+def sampler_from_options(*, dlg: Sequence[str] = (), **options: Any) -> SamplerConfig:
     """A sampler from a command's options, which are named as the fields are.
+
+    Args:
+        dlg: KEY=VALUE for each setting of chains that is given.
 
     Raises:
         UserError: naming every option that is out of range.
     """
+    settings, problems = _chain_settings(dlg)
     try:
-        return SamplerConfig.model_validate(options)
+        config = SamplerConfig.model_validate({**options, "dlg": settings})
     except ValidationError as error:
-        problems = [
-            f"--{str(problem['loc'][0]).replace('_', '-')} {problem['input']}: {problem['msg']}"
-            if problem["loc"]
-            else problem["msg"].removeprefix("Value error, ")  # of several options, which it names
-            for problem in error.errors()
-        ]
-        raise UserError("\n".join(problems)) from error
+        for problem in error.errors():
+            message, where = problem["msg"].removeprefix("Value error, "), problem["loc"]
+            if where[:1] == ("dlg",) and len(where) > 1:
+                problems.append(f"--dlg {where[1]}={problem['input']}: {message}")
+            elif where and where != ("dlg",):
+                problems.append(f"--{str(where[0]).replace('_', '-')} {problem['input']}: {message}")
+            else:  # of several options, which it names
+                problems.append(message)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _chain_settings(given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """KEY=VALUE of chains → values by key, and what is wrong with them."""
+    settings: dict[str, Any] = {}
+    problems = []
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            problems.append(f"--dlg {text}: expected KEY=VALUE, such as skip=10")
+        elif key not in DlgConfig.model_fields:
+            problems.append(f"--dlg {text}: unknown setting; expected one of {', '.join(DlgConfig.model_fields)}")
+        elif key in settings:
+            problems.append(f"--dlg {text}: {key} is given twice")
+        elif value == "null":
+            settings[key] = None
+        elif value.startswith("[") and value.endswith("]"):
+            settings[key] = [part.strip() for part in value[1:-1].split(",")]
+        else:
+            settings[key] = value
+    return settings, problems
 
 
 class PreviewConfig(Settings):
@@ -106,3 +166,13 @@ class PreviewConfig(Settings):
     """Images of a grid; their classes go round all classes."""
     sampler: SamplerConfig = SamplerConfig(steps=50)
     """How they are drawn."""
+
+    @field_validator("sampler")
+    @classmethod
+    def _check_sampler(cls, sampler: SamplerConfig) -> SamplerConfig:
+        if sampler.chains:
+            raise ValueError(
+                f"sampler = {sampler.sampler}: chains want a noise-level classifier, which is trained after the "
+                f"run; expected {sampler.integrator}"
+            )
+        return sampler

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.denoiser import Denoiser
-from ditmoe.sampling.dlg_config import DlgConfig, StepRule
+from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.dlg_state import ChainDraws, Chains
 from ditmoe.sampling.integrators import Drawn, NoiseSource
 from ditmoe.sampling.langevin import State, draw_sigma, langevin_gibbs, smaller
+from ditmoe.sampling.names import StepRule
 from ditmoe.sampling.noise_levels import NoisePosterior
 from ditmoe.sampling.samplers import tweedie
 
@@ -50,6 +51,8 @@ class Selected(NamedTuple):
     """Steps of the chain at the end of the stretch."""
     number_B: Tensor
     """Place of the sample among those of its chain, from 0."""
+    trace_BT: Tensor
+    """σ after each step of the stretch, float64."""
 
 
 class DlgSample(NamedTuple):
@@ -127,14 +130,22 @@ class Dlg:
                 chains = chains.with_rows(due_R, self._begin(chains.rows(due_R)))
         before = self.denoiser.nfe
         best: State | None = None
+        trace: list[Tensor] = []
         for step in range(self.config.skip * self.config.thin):
             chains = self._step(chains, self._step_size(chains.label_B), self.config.step_rule)
             now = State(chains.x_BCHW, chains.sigma_B)
+            trace.append(now.sigma_B)
             keep = self.config.select == "smallest" and step % self.config.skip > 0
             best = now if best is None or not keep else smaller(best, now)
         assert best is not None
         selected = Selected(
-            best.x_BCHW, best.sigma_B, chains.label_B, chains.chain_B, chains.step_B, chains.samples_B
+            best.x_BCHW,
+            best.sigma_B,
+            chains.label_B,
+            chains.chain_B,
+            chains.step_B,
+            chains.samples_B,
+            torch.stack(trace, 1),
         )
         spent = self.denoiser.nfe - before
         return (
@@ -151,23 +162,22 @@ class Dlg:
         """Samples of the chains without end, one of each chain at a time."""
         while True:
             chains, selected = self.advance(chains)
-            before = self.denoiser.nfe
             drawn = self.finish(selected, finish)
-            spent = self.denoiser.nfe - before
-            chains = replace(chains, finish_nfe_B=chains.finish_nfe_B + spent)
+            chains = replace(chains, finish_nfe_B=chains.finish_nfe_B + _spent(drawn))
             yield DlgSample(drawn.x_BCHW, selected, chains)
 
     def _begin(self, chains: Chains) -> Chains:
         """The chains started from pure noise and burnt in; their counts go on."""
-        config, before = self.config, self.denoiser.nfe
+        config = self.config
 
         def fresh(purpose: str) -> NoiseSource:
             return _ChainNoise(self.draws, purpose, chains.chain_B, chains.step_B, chains.x_BCHW)
 
         sigma_B = torch.full_like(chains.sigma_B, self.denoiser.sigma_max)
         x_BCHW = fresh("chain/start")(0) * self.denoiser.sigma_max
-        x_BCHW = self.initial(self.denoiser, x_BCHW, sigma_B, chains.label_B, fresh("chain/initial")).x_BCHW
-        x_BCHW = x_BCHW + config.initial_noise * fresh("chain/start")(1)
+        drawn = self.initial(self.denoiser, x_BCHW, sigma_B, chains.label_B, fresh("chain/initial"))
+        before = self.denoiser.nfe
+        x_BCHW = drawn.x_BCHW + config.initial_noise * fresh("chain/start")(1)
         uniform_B = self.draws.uniform("chain/start level", chains.chain_B, chains.step_B)
         sigma_B = draw_sigma(self.posterior, x_BCHW, chains.label_B, config.level_rule, uniform_B)
         chains = replace(chains, x_BCHW=x_BCHW, sigma_B=sigma_B)
@@ -175,7 +185,8 @@ class Dlg:
             chains = self._step(chains, torch.full_like(sigma_B, config.burn_in_step_size), "constant")
         for _ in range(config.burn_in):
             chains = self._step(chains, self._step_size(chains.label_B), config.step_rule)
-        return replace(chains, initial_nfe_B=chains.initial_nfe_B + self.denoiser.nfe - before)
+        spent_B = _spent(drawn) + self.denoiser.nfe - before
+        return replace(chains, initial_nfe_B=chains.initial_nfe_B + spent_B)
 
     def _step(self, chains: Chains, step_size_B: Tensor, step_rule: StepRule) -> Chains:
         """One Langevin–Gibbs step of every chain."""
@@ -200,6 +211,11 @@ class Dlg:
         scales = torch.tensor(self.config.class_scales or (1.0,), dtype=torch.float64, device=label_B.device)
         scale_B = scales[label_B] if self.config.class_scales else scales.expand(len(label_B))
         return self.config.step_size * scale_B
+
+
+def _spent(drawn: Drawn) -> Tensor | int:
+    """Evaluations of each image, on the CPU as the counts of chains are."""
+    return drawn.nfe if drawn.nfe_B is None else drawn.nfe_B.cpu()
 
 
 def with_tweedie(finish: Finish) -> Finish:

@@ -5,9 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from ditmoe.model.settings import Settings
-from ditmoe.sampling.noise_levels import LevelRule
-
-StepRule = Literal["constant", "proportional", "exponential"]
+from ditmoe.sampling.names import IntegratorName, LevelRule, StepRule
 
 
 class DlgConfig(Settings):
@@ -28,8 +26,13 @@ class DlgConfig(Settings):
     """How σ is chosen for an image: `argmax` (published) takes the likeliest; `sample` draws it (exact)."""
     select: Literal["smallest", "last"] = "smallest"
     """Which state of a stretch is denoised: that of smallest σ (published), or the last (exact)."""
+    samples_per_chain: int = Field(default=50, ge=1)
+    """Samples S of a chain: image i is sample i mod S of chain i div S. Fewer are less alike; the cost of the
+    start is divided by them."""
+    initial: IntegratorName = "kar2"
+    """The integrator that draws, from pure noise, what a chain starts from."""
     initial_steps: int = Field(default=19, ge=1)
-    """Steps of the integrator that draws what a chain starts from; 19 are the paper's N = 20 levels."""
+    """Its steps; 19 are the paper's N = 20 levels."""
     initial_noise: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """Deviation of the noise that is added to it."""
     burn_in_step_size: float = Field(default=0.5, gt=0, allow_inf_nan=False)

@@ -6,6 +6,7 @@ function of the seed and its number, whatever chains are computed beside it and 
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final, Protocol
@@ -20,6 +21,7 @@ from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
 
 FORMAT_VERSION: Final = 1
+_BESIDE: Final = "beside/"
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ class Chains:
             merged[field.name] = tensor
         return replace(self, **merged)
 
+    @property
+    def nfe_B(self) -> Tensor:
+        """All evaluations of each chain, int64."""
+        return self.initial_nfe_B + self.chain_nfe_B + self.finish_nfe_B
+
     def nfe_per_sample(self) -> float:
         """All evaluations of the chains so far divided by their samples; infinite before the first."""
-        nfe = int((self.initial_nfe_B + self.chain_nfe_B + self.finish_nfe_B).sum())
+        nfe = int(self.nfe_B.sum())
         samples = int(self.samples_B.sum())
         return nfe / samples if samples else float("inf")
 
@@ -101,25 +108,27 @@ def _positions(chain_B: Tensor, step_B: Tensor) -> list[int]:
     return [chain << 64 | step for chain, step in zip(chain_B.tolist(), step_B.tolist(), strict=True)]
 
 
-def save_chains(path: Path, chains: Chains, identity: str) -> None:
+def save_chains(path: Path, chains: Chains, identity: str, beside: Mapping[str, Tensor] | None = None) -> None:
     """Write chains as safetensors, whole or not at all; the folder is made.
 
     Args:
         identity: stands for all that the chains depend on (seed, settings, weights, classifier).
+        beside: more to keep with them, by name.
 
     Raises:
         UserError: the file cannot be written.
     """
     # Copies: chains that have just started share one tensor of zeros, which safetensors refuses.
     state = {field.name: getattr(chains, field.name).cpu().contiguous().clone() for field in fields(chains)}
+    state |= {_BESIDE + name: tensor.cpu().contiguous() for name, tensor in (beside or {}).items()}
     facts = {"version": FORMAT_VERSION, "identity": _digest(identity)}
     make_folder(path.parent)
     with replacing(path) as file:
         file.write(save(state, metadata={"dlg": json.dumps(facts)}))
 
 
-def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -> Chains:
-    """Read what `save_chains` wrote.
+def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -> tuple[Chains, dict[str, Tensor]]:
+    """Read what `save_chains` wrote: the chains, and what was kept beside them, that on the CPU.
 
     Raises:
         UserError: the file is not there, is damaged, or is of chains of another identity.
@@ -128,6 +137,11 @@ def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["dlg"])
             state = {field.name: stored.get_tensor(field.name) for field in fields(Chains)}
+            beside = {
+                name.removeprefix(_BESIDE): stored.get_tensor(name)
+                for name in stored.keys()  # noqa: SIM118
+                if name.startswith(_BESIDE)
+            }
         version, found = facts["version"], facts["identity"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no state of chains can be read from it ({error})") from error
@@ -135,11 +149,12 @@ def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -
         raise UserError(f"{path}: chains in format {version}, expected {FORMAT_VERSION}; start them anew")
     if found != _digest(identity):
         raise UserError(
-            f"{path}: chains of another seed, model, classifier or settings than these; expected the same, "
-            "or another place"
+            f"{path}: chains of another seed, model, classifier, batch or settings than these; expected the same; "
+            "delete it to start them anew"
         )
     on_device = ("x_BCHW", "sigma_B", "label_B")
-    return Chains(**{name: tensor.to(device) if name in on_device else tensor for name, tensor in state.items()})
+    placed = {name: tensor.to(device) if name in on_device else tensor for name, tensor in state.items()}
+    return Chains(**placed), beside
 
 
 def _digest(identity: str) -> str:

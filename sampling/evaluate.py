@@ -13,6 +13,7 @@ An evaluation is (weights, sampler settings, N images, seed, label sampling) and
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,9 +71,12 @@ class Evaluation:
     num_classes: int
     vae: str | None = None
     """Checksum of the VAE that decodes them; None: they are drawn in pixels."""
+    noise_classifier: str | None = None
+    """Fingerprint of the noise-level classifier that chains ask; None: they are no chains."""
 
     def __post_init__(self) -> None:
         assert self.sampler.sampler is not None and self.sampler.grid is not None and self.count > 0
+        assert self.sampler.chains == (self.noise_classifier is not None)
 
     @property
     def fingerprint(self) -> str:
@@ -83,9 +87,10 @@ class Evaluation:
     def id(self) -> str:
         """Name of the folder: step, sampler, steps or tolerance, guidance, labels, N, seed, fingerprint."""
         sampler = self.sampler
-        length = f"{sampler.tolerance:g}" if sampler.sampler == "rk45" else f"{sampler.steps}"
+        length = f"{sampler.tolerance:g}" if sampler.integrator == "rk45" else f"{sampler.steps}"
+        name = sampler.sampler.replace(":", "-") if sampler.sampler else ""
         return (
-            f"step-{self.step:08d}-{self.which}-{sampler.sampler}-{length}-cfg-{sampler.cfg_scale:g}"
+            f"step-{self.step:08d}-{self.which}-{name}-{length}-cfg-{sampler.cfg_scale:g}"
             f"-{self.labels}-{self.count}-seed-{sampler.seed}-{self.fingerprint[:8]}"
         )
 
@@ -95,20 +100,25 @@ class Evaluation:
             "weights": self.weights,
             "which": self.which,
             "step": self.step,
-            "sampler": self.sampler.model_dump(),
+            "sampler": self.sampler.plain(),
             "count": self.count,
             "labels": self.labels,
             "num_classes": self.num_classes,
             **({} if self.vae is None else {"vae": self.vae}),
+            **({} if self.noise_classifier is None else {"noise_classifier": self.noise_classifier}),
         }
 
     def labels_of(self, numbers: list[int]) -> NDArray[np.int64]:
-        """The classes of the images with these numbers, int64 [len(numbers)]."""
+        """The classes of the images with these numbers, int64 [len(numbers)]; samples of a chain share one."""
+        units = [number // self.sampler.images_per_unit for number in numbers]
         if self.labels == "balanced":
-            return np.array([number % self.num_classes for number in numbers], dtype=np.int64)
+            return np.array([unit % self.num_classes for unit in units], dtype=np.int64)
         seed = self.sampler.seed
-        draws = [generator(seed, "evaluate/label", number).integers(self.num_classes) for number in numbers]
-        return np.array(draws, dtype=np.int64)
+        drawn = {
+            unit: generator(seed, "evaluate/label", unit).integers(self.num_classes)
+            for unit in dict.fromkeys(units)
+        }
+        return np.array([drawn[unit] for unit in units], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -142,6 +152,12 @@ class Job:
     recogniser_classifier: ClassifierSettings = RECOGNISER
 
     def __post_init__(self) -> None:
+        samples = self.evaluation.sampler.images_per_unit
+        if self.chunk is not None and self.chunk % samples:
+            raise UserError(
+                f"--chunk {self.chunk}: chains have {samples} samples each, which are drawn as one; expected a "
+                f"multiple of {samples}"
+            )
         if self.real.index.num_classes != self.evaluation.num_classes:
             raise UserError(
                 f"{self.real.folder}: has {self.real.index.num_classes} classes; "
@@ -215,8 +231,14 @@ def run_job(
             lock.__exit__(None, None, None)
 
 
-def default_chunk(count: int, batch: int, ranks: int) -> int:
-    """Images of a chunk: whole batches, up to about 256, at least four chunks for each process if possible."""
+def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) -> int:
+    """Images of a chunk: whole batches, up to about 256, at least four chunks for each process if possible.
+
+    Of chains, which have many images each, one batch, or less where there is too little for all processes.
+    """
+    if images_per_unit > 1:
+        chains = -(-count // images_per_unit)
+        return images_per_unit * min(batch, -(-chains // ranks))
     batches = max(1, min(LARGEST_DEFAULT_CHUNK // batch, count // (4 * ranks * batch)))
     return batches * batch
 
@@ -230,7 +252,8 @@ def _begin(job: Job, held: bool, ranks: int) -> None:
     if stored is None:
         wanted = {
             **job.evaluation.plain(),
-            "chunk": job.chunk or default_chunk(job.evaluation.count, job.batch, ranks),
+            "chunk": job.chunk
+            or default_chunk(job.evaluation.count, job.batch, ranks, job.evaluation.sampler.images_per_unit),
         }
         with replacing(path) as file:
             file.write(json.dumps(wanted, indent=1).encode() + b"\n")
@@ -268,9 +291,10 @@ def _run(
         on_progress=progress("chunks drawn", store.chunks),
     )
     seconds = time.monotonic() - started
+    # `chains` has the states of chains in chunks that are not there yet.
+    workers.on_first(lambda: shutil.rmtree(job.folder / "chains", ignore_errors=True))
     if before:
         log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
-    workers.wait()
 
     network, recogniser = _networks(job, workers, log)
     descriptions = ChunkDescriptions(store, network.fingerprint)

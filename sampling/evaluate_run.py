@@ -14,12 +14,14 @@ from ditmoe.data.progress import show_progress
 from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
+from ditmoe.sampling.chain_images import Kept, find_posterior
 from ditmoe.sampling.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
-from ditmoe.sampling.generate import check_finite, generate_float
+from ditmoe.sampling.generate import Generated, generate
 from ditmoe.sampling.inception import load_inception
 from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, find_decoder, home_of, load_model
+from ditmoe.sampling.noise_classifier import NoiseClassifier
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU, join_workers
 
@@ -70,15 +72,17 @@ def prepare_job(options: EvaluationOptions) -> Job:
         raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
     if options.features == "inception":
         load_inception(options.features_path, CPU)
+    sampler = options.sampler.resolved(info.objective)
     evaluation = Evaluation(
         weights=f"{info.fingerprint}-{options.weights}",
         which=options.weights,
         step=info.step,
-        sampler=options.sampler.resolved(info.objective),
+        sampler=sampler,
         count=options.count,
         labels=options.labels,
         num_classes=num_classes,
         vae=None if decoder is None else decoder.sha256,
+        noise_classifier=find_posterior(info).fingerprint if sampler.chains else None,
     )
     return Job(
         evaluation=evaluation,
@@ -126,7 +130,7 @@ def evaluate_run(job: Job) -> dict[str, Any]:
 
 def _drawer(job: Job, device: torch.device) -> DrawChunk:
     """Draws chunks with the run's network, which is loaded with the first."""
-    loaded: list[LoadedModel] = []
+    loaded: list[tuple[LoadedModel, NoiseClassifier | None]] = []
     evaluation = job.evaluation
 
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
@@ -134,13 +138,30 @@ def _drawer(job: Job, device: torch.device) -> DrawChunk:
             assert job.checkpoint is not None
             model = load_model(job.checkpoint, which=evaluation.which, device=device, vae=job.vae)
             assert model.fingerprint == evaluation.weights, (model.fingerprint, evaluation.weights)
-            loaded.append(model)
-        labels = torch.from_numpy(label_N)
-        images = generate_float(loaded[0], labels, numbers, evaluation.sampler, job.batch)
-        check_finite(images.image_NCHW, numbers)
-        return DrawnImages(images.as_bytes().numpy(), images.nfe_N.numpy())
+            assert model.info is not None
+            loaded.append((model, find_posterior(model.info, device) if evaluation.sampler.chains else None))
+        model, posterior = loaded[0]
+        kept = Kept(job.folder / "chains" / f"{numbers[0]:08d}.safetensors", evaluation.fingerprint)
+        images = generate(
+            model,
+            torch.from_numpy(label_N),
+            numbers,
+            evaluation.sampler,
+            job.batch,
+            posterior=posterior,
+            kept=kept,
+        )
+        return drawn_images(images)
 
     return draw
+
+
+def drawn_images(images: Generated) -> DrawnImages:
+    """Images as a chunk keeps them."""
+    image_NHWC, nfe_N = images.image_NHWC.numpy(), images.nfe_N.numpy()
+    if images.chains is None:
+        return DrawnImages(image_NHWC, nfe_N)
+    return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy())
 
 
 def training_data(info: CheckpointInfo) -> Path:

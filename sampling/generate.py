@@ -1,11 +1,12 @@
-"""Images from a loaded model: image i is a function of (seed, i) and its label alone.
+"""Images from a loaded model: image i is a function of (seed, i) and its label alone, or one of a chain.
 
 All its noise comes from streams keyed by (seed, image number, step), so that neither the batch size nor who draws
 the other images has a say in it beyond rounding. Every batch has the same shape (the last one is filled up),
 because a matrix product of another shape may round otherwise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,22 +16,35 @@ from torch import Tensor
 from ditmoe.data.images import to_uint8
 from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.chain_images import ChainImages, Kept, draw_chain_images, find_posterior
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.integrators import Drawn, NoiseSource
 from ditmoe.sampling.load import LoadedModel
+from ditmoe.sampling.noise_levels import NoisePosterior
 from ditmoe.sampling.samplers import integrate, starting_sigma
 
 
-class Generated(NamedTuple):
+class GeneratedFloats(NamedTuple):
     """Images before rounding."""
 
     image_NCHW: Tensor
     """float32 on the CPU, about −1…1, not clipped."""
     nfe_N: Tensor
     """Evaluations of the denoiser that each image took, int64."""
+
+
+class Generated(NamedTuple):
+    """Images as bytes."""
+
+    image_NHWC: Tensor
+    """uint8 on the CPU: −1…1 clipped and rounded to 0…255."""
+    nfe_N: Tensor
+    """Evaluations of the denoiser that each image took, int64."""
     passes_per_evaluation: int
     """Of an image through the network: two under guidance."""
+    chains: ChainImages | None = None
+    """Of chains also the way to each image."""
 
     @property
     def nfe(self) -> float:
@@ -41,10 +55,6 @@ class Generated(NamedTuple):
     def network_evaluations(self) -> float:
         """Passes through the network per image: twice the NFE under guidance."""
         return self.nfe * self.passes_per_evaluation
-
-    def as_bytes(self) -> Tensor:
-        """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255."""
-        return to_uint8(self.image_NCHW).permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -69,9 +79,9 @@ class ImageNoise:
         return randomness.normal(self.seed, purpose, self.image_numbers, self.shape).to(self.device)
 
 
-def default_labels(image_numbers: Sequence[int], num_classes: int) -> Tensor:
-    """The classes in turn: image i is of class i mod `num_classes`; int64 `[N]`."""
-    return torch.tensor(image_numbers, dtype=torch.int64) % num_classes
+def default_labels(image_numbers: Sequence[int], num_classes: int, images_per_unit: int = 1) -> Tensor:
+    """The classes in turn: image i, or all samples of chain i, is of class i mod `num_classes`; int64 `[N]`."""
+    return torch.tensor(image_numbers, dtype=torch.int64) // images_per_unit % num_classes
 
 
 def generate(
@@ -81,14 +91,57 @@ def generate(
     config: SamplerConfig,
     batch: int,
     progress: Callable[[int], None] | None = None,
-) -> Tensor:
-    """Draw images as bytes, uint8 `[N, H, W, C]` on the CPU: −1…1 clipped and rounded to 0…255.
+    *,
+    posterior: NoisePosterior | None = None,
+    kept: Kept | None = None,
+) -> Generated:
+    """Draw images as bytes, independent ones or those of chains.
 
-    As `generate_float`; UserError also where an image is not finite.
+    Args:
+        labels: class of each image, int64 `[N]`, one for all images of a chain; None: `default_labels`.
+        image_numbers: the number i of each image.
+        config: the sampler; its nulls are filled in for the model's objective.
+        batch: images, or chains, drawn at once. Another size changes an image by rounding only.
+        progress: called after each batch with the images drawn so far.
+        posterior: of chains; None: the noise-level classifier of the model's run.
+        kept: where unfinished chains are kept; None: nowhere.
+
+    Raises:
+        UserError: as `generate_float`; an image is not finite; there is no classifier for chains, or what was kept
+            is of others.
     """
-    images = generate_float(model, labels, image_numbers, config, batch, progress)
-    check_finite(images.image_NCHW, image_numbers)
-    return images.as_bytes()
+    config = config.resolved(model.objective_config)
+    passes = 1 if config.cfg_scale == 1 else 2
+    if not config.chains:
+        images = generate_float(model, labels, image_numbers, config, batch, progress)
+        check_finite(images.image_NCHW, image_numbers)
+        return Generated(_as_bytes(images.image_NCHW), images.nfe_N, passes)
+    labels = _checked_labels(model, labels, image_numbers, config)
+    device = next(model.network.parameters()).device
+    if posterior is None:
+        assert model.info is not None
+        posterior = find_posterior(model.info, device)
+    vae = model.vae
+
+    def to_bytes(x_BCHW: Tensor, chain_numbers: Sequence[int]) -> Tensor:
+        pixels_BCHW = (x_BCHW if vae is None else vae.decode(x_BCHW)).float().cpu()
+        check_finite(pixels_BCHW, chain_numbers, "a sample of chain")
+        return _as_bytes(pixels_BCHW)
+
+    with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
+        drawn = draw_chain_images(
+            denoiser,
+            posterior,
+            config,
+            labels.to(device),
+            image_numbers,
+            shape,
+            to_bytes,
+            batch,
+            progress=progress,
+            kept=kept,
+        )
+    return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn)
 
 
 def generate_float(
@@ -98,8 +151,8 @@ def generate_float(
     config: SamplerConfig,
     batch: int,
     progress: Callable[[int], None] | None = None,
-) -> Generated:
-    """Draw images on the network's device; what a network of latents draws is decoded.
+) -> GeneratedFloats:
+    """Draw independent images on the network's device; what a network of latents draws is decoded.
 
     Args:
         labels: class of each image, int64 `[N]`; None: `default_labels`.
@@ -111,38 +164,41 @@ def generate_float(
     Raises:
         UserError: a label is not a class of the model, or the sampler does not fit it.
     """
-    model_config = model.model_config
-    assert model_config.num_classes and model_config.channels and model_config.image_size
-    labels = default_labels(image_numbers, model_config.num_classes) if labels is None else labels
-    assert len(labels) == len(image_numbers) and batch >= 1
-    _check_labels(labels, model_config.num_classes)
     config = config.resolved(model.objective_config)
-    network = model.network_in(config.precision)
-    denoiser = make_denoiser(network, model_config, model.objective_config, config)
-    shape = (model_config.channels, model_config.image_size, model_config.image_size)
-    device = next(network.parameters()).device
-    images: list[Tensor] = []
-    nfe: list[Tensor] = []
+    assert not config.chains
+    labels = _checked_labels(model, labels, image_numbers, config)
+    device = next(model.network.parameters()).device
+    images: list[Tensor] = [torch.empty(0, *model.image_shape)]
+    nfe: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+    with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
+        for first in range(0, len(image_numbers), batch):
+            wanted = list(range(first, min(first + batch, len(image_numbers))))
+            rows = wanted + [wanted[-1]] * (batch - len(wanted))
+            noise = ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device)
+            drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
+            pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
+            images.append(pixels_BCHW[: len(wanted)].float().cpu())
+            nfe_B = torch.full((len(rows),), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
+            nfe.append(nfe_B[: len(wanted)])
+            if progress is not None:
+                progress(wanted[-1] + 1)
+    return GeneratedFloats(torch.cat(images), torch.cat(nfe))
+
+
+@contextmanager
+def _evaluating(model: LoadedModel, config: SamplerConfig) -> Iterator[tuple[Denoiser, tuple[int, int, int]]]:
+    """The model's denoiser and the (C, H, W) of what it draws, with the network in evaluation mode."""
+    network, model_config = model.network_in(config.precision), model.model_config
+    assert model_config.channels and model_config.image_size
     training = network.training
     network.eval()
     try:
-        with torch.inference_mode():
-            for first in range(0, len(image_numbers), batch):
-                wanted = list(range(first, min(first + batch, len(image_numbers))))
-                rows = wanted + [wanted[-1]] * (batch - len(wanted))
-                noise = ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device)
-                drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
-                pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
-                images.append(pixels_BCHW[: len(wanted)].float().cpu())
-                nfe_B = torch.full((len(rows),), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
-                nfe.append(nfe_B[: len(wanted)])
-                if progress is not None:
-                    progress(wanted[-1] + 1)
+        yield (
+            make_denoiser(network, model_config, model.objective_config, config),
+            (model_config.channels, model_config.image_size, model_config.image_size),
+        )
     finally:
         network.train(training)
-    if not images:
-        return Generated(torch.empty(0, *model.image_shape), torch.empty(0, dtype=torch.int64), 1)
-    return Generated(torch.cat(images), torch.cat(nfe), denoiser.network_evaluations // denoiser.nfe)
 
 
 def draw(
@@ -158,17 +214,31 @@ def draw(
     return integrate(denoiser, initial_BCHW * sigma, sigma_B, label_B, noise, config)
 
 
-def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int]) -> None:
+def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int], what: str = "image") -> None:
     """UserError naming the first image that has NaN or infinity in it: bytes would not show it."""
     bad = (~image_NCHW.isfinite().flatten(1).all(1)).nonzero()
     if len(bad):
         raise UserError(
-            f"image {image_numbers[int(bad[0])]} is not finite, and neither are {len(bad) - 1} others: "
+            f"{what} {image_numbers[int(bad[0])]} is not finite, and neither are {len(bad) - 1} others: "
             "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"
         )
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def _as_bytes(image_NCHW: Tensor) -> Tensor:
+    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255."""
+    return to_uint8(image_NCHW).permute(0, 2, 3, 1).contiguous()
+
+
+def _checked_labels(
+    model: LoadedModel, labels: Tensor | None, image_numbers: Sequence[int], config: SamplerConfig
+) -> Tensor:
+    """The labels, or the default ones. UserError when one is no class of the model."""
+    num_classes = model.model_config.num_classes
+    assert num_classes is not None
+    if labels is None:
+        return default_labels(image_numbers, num_classes, config.images_per_unit)
+    assert len(labels) == len(image_numbers)
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise UserError(f"class {int(wrong[0])}: expected 0 to {num_classes - 1}")
+    return labels

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ditmoe.sampling.denoiser import Denoiser, column
-from ditmoe.sampling.dlg_config import StepRule
-from ditmoe.sampling.noise_levels import LevelRule, NoisePosterior, choose_levels
+from ditmoe.sampling.names import LevelRule, StepRule
+from ditmoe.sampling.noise_levels import NoisePosterior, choose_levels
 
 
 class State(NamedTuple):

@@ -1,8 +1,8 @@
 """Names that a user may give, apart from what imports torch, so that the command's help answers at once."""
 
-from typing import Literal
+from typing import Final, Literal
 
-SamplerName = Literal[
+IntegratorName = Literal[
     "ddpm",
     "ddim",
     "euler",
@@ -14,4 +14,23 @@ SamplerName = Literal[
     "euler-maruyama",
     "dpm-solver++",
 ]
+"""From pure noise, or from any noisy image, to an image."""
+ChainName = Literal[
+    "dlg:ddpm",
+    "dlg:ddim",
+    "dlg:euler",
+    "dlg:heun",
+    "dlg:kar1",
+    "dlg:kar2",
+    "dlg:rk45",
+    "dlg:reverse-diffusion",
+    "dlg:euler-maruyama",
+    "dlg:dpm-solver++",
+]
+"""Denoising Langevin Gibbs chains, whose states the integrator finishes."""
+SamplerName = Literal[IntegratorName, ChainName]
 GridName = Literal["own", "karras"]
+LevelRule = Literal["argmax", "sample"]
+StepRule = Literal["constant", "proportional", "exponential"]
+
+CHAIN_PREFIX: Final = "dlg:"

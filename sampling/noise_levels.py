@@ -7,22 +7,24 @@ Shapes: B images, N noise levels.
 """
 
 import math
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+from ditmoe.sampling.names import LevelRule
+
 LEVELS: Final = 1000
 """Levels that the paper takes."""
-
-LevelRule = Literal["argmax", "sample"]
 
 
 class NoisePosterior(Protocol):
     """p(σ | x) over levels that are equally likely beforehand."""
 
-    level_N: Tensor
-    """σ of each level, rising, float64 `[N]`."""
+    @property
+    def level_N(self) -> Tensor:
+        """σ of each level, rising, float64 `[N]`."""
+        ...
 
     def __call__(self, x_BCHW: Tensor, label_B: Tensor) -> Tensor:
         """Log probability of each level, float64 `[B, N]`.

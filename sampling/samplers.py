@@ -7,12 +7,13 @@ from typing import Any, Final
 from torch import Tensor
 
 from ditmoe.sampling.adaptive import rk45
-from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.config import SamplerConfig, default_grid
 from ditmoe.sampling.ddpm import ancestral, ddim
 from ditmoe.sampling.denoiser import Denoiser
+from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.integrators import GRIDS, Drawn, NoiseSource, euler, heun
 from ditmoe.sampling.multistep import dpm_solver
-from ditmoe.sampling.names import SamplerName
+from ditmoe.sampling.names import IntegratorName
 from ditmoe.sampling.stochastic import euler_maruyama, heun_with_churn, reverse_diffusion
 
 
@@ -50,7 +51,7 @@ class Sampler:
 _CORRECTOR: Final = {"corrector_steps": "corrector_steps", "corrector_snr": "corrector_snr"}
 _CHURN: Final = {name: name for name in ("churn", "churn_min", "churn_max", "churn_noise")}
 
-SAMPLERS: Final[dict[SamplerName, Sampler]] = {
+SAMPLERS: Final[dict[IntegratorName, Sampler]] = {
     "ddpm": Sampler(ancestral, noisy=True, from_prior=True),
     "ddim": Sampler(ddim, settings={"eta": "ddim_eta"}, noisy=True, from_prior=True),
     "euler": Sampler(euler, from_prior=True),
@@ -81,7 +82,7 @@ def integrate(
         noise: fresh noise by number, for the samplers that add some.
     """
     assert config.sampler is not None and config.grid is not None, "the configuration is not resolved"
-    sampler = SAMPLERS[config.sampler]
+    sampler = SAMPLERS[config.integrator]
     arguments: dict[str, Any] = {name: getattr(config, key) for name, key in sampler.settings.items()}
     if sampler.on_grid:
         arguments |= {"steps": config.steps, "grid": GRIDS[config.grid]}
@@ -104,13 +105,37 @@ def tweedie(denoiser: Denoiser, drawn: Drawn, sigma_B: Tensor, label_B: Tensor) 
 
 def starting_sigma(denoiser: Denoiser, config: SamplerConfig) -> float:
     """σ of the noise that a resolved configuration starts from."""
-    assert config.sampler is not None
-    from_prior = config.grid == "own" and SAMPLERS[config.sampler].from_prior
+    from_prior = config.grid == "own" and SAMPLERS[config.integrator].from_prior
     return denoiser.sigma_prior if from_prior else denoiser.sigma_max
 
 
-def planned_nfe(config: SamplerConfig) -> int | None:
-    """Evaluations of the denoiser per image; None: each image takes as many as it needs."""
-    assert config.sampler is not None
-    count = SAMPLERS[config.sampler].nfe
-    return None if count is None else count(config) + config.tweedie
+def planned_nfe(config: SamplerConfig) -> float | None:
+    """Evaluations of the denoiser per image, for whole chains; None: each image takes as many as it needs."""
+    count = SAMPLERS[config.integrator].nfe
+    if count is None:
+        return None
+    finish, dlg = count(config) + config.tweedie, config.dlg
+    if not config.chains:
+        return finish
+    start = planned_nfe(initial_config(config))
+    if start is None:
+        return None
+    start += dlg.burn_in_first + dlg.burn_in
+    samples = dlg.samples_per_chain
+    starts = -(-samples // (dlg.restart_every or samples))
+    return finish + dlg.skip * dlg.thin + starts * start / samples
+
+
+def initial_config(config: SamplerConfig) -> SamplerConfig:
+    """The sampler of what a chain starts from: `dlg.initial` with the other settings of a configuration."""
+    sampler = config.dlg.initial
+    return config.model_copy(
+        update={
+            "sampler": sampler,
+            "steps": config.dlg.initial_steps,
+            "grid": default_grid(sampler),
+            "corrector_steps": 0,
+            "tweedie": False,
+            "dlg": DlgConfig(),
+        }
+    )

@@ -22,6 +22,7 @@ from ditmoe.data.shards import MARKER_FILE, PLAN_FILE, WORK_FOLDER
 from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
+from ditmoe.sampling.chain_images import find_posterior
 from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import training_data
@@ -114,9 +115,14 @@ class Synthesis:
         return range(numbers[0] // self.store.size, numbers[-1] // self.store.size + 1)
 
     def labels_of(self, numbers: list[int]) -> NDArray[np.int64]:
-        """The classes of the images with these numbers, int64 [len(numbers)]."""
+        """The classes of the images with these numbers, int64 [len(numbers)]; samples of a chain share one."""
         classes = np.array(self.plan["classes"], dtype=np.int64)
-        return classes[np.array(numbers, dtype=np.int64) % len(classes)]
+        return classes[np.array(numbers, dtype=np.int64) // self.sampler.images_per_unit % len(classes)]
+
+    @cached_property
+    def sampler(self) -> SamplerConfig:
+        """How images are drawn, resolved."""
+        return SamplerConfig.model_validate(self.plan["sampler"])
 
     def shard_path(self, shard: int) -> Path:
         """The file of a shard."""
@@ -152,6 +158,8 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
     home = home_of(path).resolve()
     real = _reference(options, info, (size, channels, len(names)))
     batch = min(options.batch, options.count)
+    sampler = options.sampler.resolved(info.objective)
+    samples = sampler.images_per_unit
     plan = {
         "checkpoint": {
             "fingerprint": info.fingerprint,
@@ -159,16 +167,19 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
             "step": info.step,
             "weights": options.weights,
         },
-        "sampler": options.sampler.resolved(info.objective).model_dump(mode="json"),
+        "sampler": sampler.plain(),
         "count": options.count,
         "classes": list(options.classes if options.classes is not None else range(len(names))),
         "batch": batch,
-        "chunk": batch * max(1, LARGEST_CHUNK // batch),
+        "chunk": samples * min(batch, -(-options.count // samples))
+        if sampler.chains
+        else batch * max(1, LARGEST_CHUNK // batch),
         "shard_samples": options.shard_samples,
         "format": options.format,
         "name": options.name or f"{home.name}-synthetic",
         "score": plain_settings(options.score, real),
         "vae": None if decoder is None else decoder.sha256,
+        **({"noise_classifier": find_posterior(info).fingerprint} if sampler.chains else {}),
     }
     vae = None if decoder is None else decoder.path
     synthesis = Synthesis(options, path, names, real, vae, plan)

@@ -30,8 +30,9 @@ from ditmoe.data.sample_table import TABLE_FILE, Samples, write_table
 from ditmoe.data.shards import MARKER_FILE, PLAN_FILE, WORK_FOLDER, PackedSample, write_shard
 from ditmoe.data.sharing import Progress, make_missing, try_lock
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.chain_images import Kept
 from ditmoe.sampling.chunks import DrawChunk, DrawnImages
-from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.evaluate_run import drawn_images
 from ditmoe.sampling.generate import generate
 from ditmoe.sampling.load import LoadedModel, load_model
 from ditmoe.sampling.quality import Scorer, make_scorer
@@ -59,15 +60,15 @@ def drawer(synthesis: Synthesis, device: torch.device) -> DrawChunk:
     """Draws chunks with the network, which is loaded with the first."""
     loaded: list[LoadedModel] = []
     options = synthesis.options
-    config = SamplerConfig.model_validate(synthesis.plan["sampler"])
 
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
         if not loaded:
             loaded.append(
                 load_model(synthesis.checkpoint, which=options.weights, device=device, vae=synthesis.vae)
             )
-        images = generate(loaded[0], torch.from_numpy(label_N), numbers, config, synthesis.plan["batch"])
-        return DrawnImages(images.numpy())
+        kept = Kept(synthesis.out / WORK_FOLDER / f"chains-{numbers[0]:08d}.safetensors", synthesis.fingerprint)
+        labels, sampler = torch.from_numpy(label_N), synthesis.sampler
+        return drawn_images(generate(loaded[0], labels, numbers, sampler, synthesis.plan["batch"], kept=kept))
 
     return draw
 

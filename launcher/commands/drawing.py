@@ -33,7 +33,10 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "sampler": (
         Annotated[
             SamplerName | None,
-            typer.Option(help="See docs/sample.md. [default: euler for flow runs, ddpm for DDPM runs]"),
+            typer.Option(
+                help="See docs/sample.md; dlg:NAME walks in chains, docs/dmcmc.md. [default: euler for flow runs, "
+                "ddpm for DDPM runs]"
+            ),
         ],
         None,
     ),
@@ -64,6 +67,13 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "tweedie": (
         Annotated[bool, typer.Option("--tweedie", help="End with x ← D(x, smallest σ), one evaluation more.")],
         False,
+    ),
+    "dlg": (
+        Annotated[
+            list[str],
+            typer.Option(metavar="KEY=VALUE", help="A setting of chains, such as skip=10; may be repeated."),
+        ],
+        (),
     ),
     "cfg_scale": (
         Annotated[
@@ -106,6 +116,8 @@ class Drawing:
             option = f"--{name.replace('_', '-')}"
             if value is True:
                 arguments.append(option)
+            elif isinstance(value, tuple):
+                arguments += [f"{option}={part}" for part in value]
             elif value is not None and value is not False:
                 arguments.append(f"{option}={value}")
         return arguments
@@ -131,6 +143,7 @@ def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[...,
         @functools.wraps(command)
         def with_options(*arguments: Any, **given: Any) -> None:
             values = {name: given.pop(name, option.default) for name, option in options.items()}
+            values["dlg"] = tuple(values["dlg"])
             command(*arguments, drawing=Drawing(values), **given)
 
         with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -43,9 +43,8 @@ def command(
 
     import torch
 
-    from ditmoe.data.images import to_uint8
     from ditmoe.model.errors import UserError
-    from ditmoe.sampling.generate import check_finite, generate_float
+    from ditmoe.sampling.generate import generate
     from ditmoe.sampling.grid import image_grid, save_picture
     from ditmoe.sampling.load import home_of, load_model
 
@@ -60,16 +59,20 @@ def command(
     config = config.resolved(model.objective_config)
     chosen = choose_classes(classes, model.class_names)
     count = 8 * len(chosen) if count is None else count
+    if config.chains and not any(setting.startswith("samples") for setting in drawing.values["dlg"]):
+        rows = -(-count // len(chosen))
+        dlg = config.dlg.model_copy(update={"samples_per_chain": min(rows, config.dlg.samples_per_chain)})
+        config = config.model_copy(update={"dlg": dlg})
     labels = torch.tensor([chosen[image % len(chosen)] for image in range(count)])
+    numbers = image_numbers(count, len(chosen), config.images_per_unit)
 
     start = time.perf_counter()
-    images = generate_float(model, labels, range(count), config, min(batch, count), progress_on_terminal(count))
+    images = generate(model, labels, numbers, config, min(batch, count), progress_on_terminal(count))
     seconds = time.perf_counter() - start
-    check_finite(images.image_NCHW, range(count))
 
     columns = min(len(chosen), count) if len(chosen) > 1 else min(count, 8)
     captions = [model.class_names[label] for label in chosen[:columns]] if len(chosen) > 1 else []
-    picture = image_grid(to_uint8(images.image_NCHW).permute(0, 2, 3, 1).numpy(), columns, captions)
+    picture = image_grid(images.image_NHWC.numpy(), columns, captions)
     assert model.info is not None
     if out is None:
         usual = count == 8 * len(chosen)
@@ -81,7 +84,7 @@ def command(
     typer.echo(f"{out}")
     typer.echo(
         f"{count} images, {config.sampler}, "
-        + (f"{config.steps} steps, " if config.sampler != "rk45" else "")
+        + (f"{config.steps} steps, " if config.integrator != "rk45" else "")
         + f"NFE {images.nfe:g} per image"
         + (
             f" ({images.network_evaluations:g} network evaluations)"
@@ -132,6 +135,20 @@ def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
     return chosen
 
 
+def image_numbers(count: int, classes: int, images_per_unit: int) -> list[int]:
+    """The numbers of images that take the classes in turn: 0, 1, … for independent ones.
+
+    Of chains, the samples of one stand below each other in the column of its class: row r of column c is sample
+    r mod S of chain (r div S)·classes + c.
+    """
+    numbers = []
+    for place in range(count):
+        row, column = divmod(place, classes)
+        block, sample = divmod(row, images_per_unit)
+        numbers.append((block * classes + column) * images_per_unit + sample)
+    return numbers
+
+
 def picture_name(
     step: int, weights: str, classes: list[int] | None, count: int | None, config: "SamplerConfig"
 ) -> str:
@@ -162,16 +179,16 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
     from ditmoe.sampling.config import SamplerConfig, default_grid
 
     assert config.sampler is not None
-    words: list[str] = [config.sampler]
-    if config.sampler == "rk45":
+    words: list[str] = [config.sampler.replace(":", "-")]
+    if config.integrator == "rk45":
         words.append(f"tolerance{config.tolerance:g}")
     else:
         words.append(f"{config.steps}steps")
-        if config.grid != default_grid(config.sampler):
+        if config.grid != default_grid(config.integrator):
             words.append(f"grid-{config.grid}")
-    if config.sampler == "ddim" and config.ddim_eta:
+    if config.integrator == "ddim" and config.ddim_eta:
         words.append(f"eta{config.ddim_eta:g}")
-    if config.sampler == "kar2":
+    if config.integrator == "kar2":
         for key in ("churn", "churn_min", "churn_max", "churn_noise"):
             value = getattr(config, key)
             if value != SamplerConfig.model_fields[key].default:
@@ -180,6 +197,13 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
         words.append(f"{config.corrector_steps}corrections-snr{config.corrector_snr:g}")
     if config.tweedie:
         words.append("tweedie")
+    if config.chains:
+        fields = type(config.dlg).model_fields
+        words += [
+            f"{key.replace('_', '-')}-{value}"
+            for key, value in config.dlg.model_dump(mode="json").items()
+            if value != fields[key].default
+        ]
     return words
 
 

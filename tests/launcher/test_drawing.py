@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from ditmoe.launcher.commands.drawing import Drawing, draws_images
 from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.dlg_config import DlgConfig
 
 SEEN: list[tuple[str, bool, Drawing]] = []
 
@@ -41,7 +42,7 @@ def test_defaults_are_those_of_the_configuration():
 
 def test_options_survive_being_passed_on():
     changed = {
-        "sampler": "euler-maruyama",
+        "sampler": "dlg:euler-maruyama",
         "steps": 3,
         "grid": "own",
         "ddim_eta": 0.1,
@@ -53,12 +54,14 @@ def test_options_survive_being_passed_on():
         "corrector_steps": 2,
         "corrector_snr": 0.1 + 0.2,
         "tweedie": True,
+        "dlg": ("skip=3", "step-size=0.125", "class_scales=[1, 2.5]", "restart_every=4"),
         "cfg_scale": 1.25,
         "cfg_channels": 2,
         "precision": "bf16",
         "seed": 5,
     }
-    config = SamplerConfig(**changed)
+    chains = DlgConfig(skip=3, step_size=0.125, class_scales=(1, 2.5), restart_every=4)
+    config = SamplerConfig.model_validate({**changed, "dlg": chains})
     assert all(
         getattr(config, key) != field.default
         for key, field in SamplerConfig.model_fields.items()

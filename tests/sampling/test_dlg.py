@@ -72,7 +72,7 @@ def test_chains_go_on_from_a_file(config, tmp_path):
     whole = run(dlg_of(config), [0, 1, 7], 5)
     first = run(dlg_of(config), [0, 1, 7], 2)
     save_chains(path, first[-1].chains, "seed 0")
-    rest = run(dlg_of(config), [], 3, load_chains(path, "seed 0"))
+    rest = run(dlg_of(config), [], 3, load_chains(path, "seed 0")[0])
     for here, there in zip(first + rest, whole, strict=True):
         assert torch.equal(here.x0_BCHW, there.x0_BCHW)
     assert_same(rest[-1].chains, whole[-1].chains)
@@ -80,7 +80,7 @@ def test_chains_go_on_from_a_file(config, tmp_path):
     late = dlg_of(config).start([9], torch.tensor([1]), SHAPE, torch.float64)
     both = Chains(
         **{
-            f.name: torch.cat((getattr(load_chains(path, "seed 0"), f.name)[1:], getattr(late, f.name)))
+            f.name: torch.cat((getattr(load_chains(path, "seed 0")[0], f.name)[1:], getattr(late, f.name)))
             for f in fields(Chains)
         }
     )
@@ -93,7 +93,7 @@ def test_files_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="no state of chains"):
         load_chains(path, "a")
     save_chains(path, dlg_of(PUBLISHED).start([0], torch.tensor([0]), SHAPE), "a")
-    with pytest.raises(UserError, match="another seed, model, classifier or settings"):
+    with pytest.raises(UserError, match="another seed, model, classifier, batch or settings"):
         load_chains(path, "b")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="no state of chains"):

@@ -91,26 +91,30 @@ def test_equal_batch_shapes_give_equal_bits(config, experts):
 def test_seed_and_label_matter(model):
     config = SamplerConfig(steps=4)
     labels = torch.tensor([1, 1])
-    images = generate(model, labels, [0, 1], config, batch=2)
+
+    def images_of(labels, numbers, config):
+        return generate(model, labels, numbers, config, batch=2).image_NHWC
+
+    images = images_of(labels, [0, 1], config)
     assert images.dtype == torch.uint8 and images.shape == (2, 8, 8, 1)
     assert not torch.equal(images[0], images[1])
-    assert torch.equal(images, generate(model, labels, [0, 1], config, batch=2))
-    assert not torch.equal(images, generate(model, labels, [0, 1], config.model_copy(update={"seed": 1}), batch=2))
-    assert not torch.equal(images[0], generate(model, torch.tensor([2]), [0], config, batch=2)[0])
+    assert torch.equal(images, images_of(labels, [0, 1], config))
+    assert not torch.equal(images, images_of(labels, [0, 1], config.model_copy(update={"seed": 1})))
+    assert not torch.equal(images[0], images_of(torch.tensor([2]), [0], config)[0])
 
 
 def test_evaluations_and_progress(model):
     told: list[int] = []
     config = SamplerConfig(sampler="heun", steps=3, cfg_scale=2.0)
-    images = generate_float(model, None, range(5), config, 2, told.append)
+    images = generate(model, None, range(5), config, 2, told.append)
     assert (images.nfe, images.network_evaluations) == (5, 10)
     assert told == [2, 4, 5]
     config = SamplerConfig(sampler="rk45", tolerance=0.01, cfg_scale=2)
-    adaptive = generate_float(model, None, range(5), config, 2)
+    adaptive = generate(model, None, range(5), config, 2)
     # In other company, in a batch of the same shape, each takes the same steps.
-    assert adaptive.nfe_N.tolist() == [generate_float(model, None, [i], config, 2).nfe for i in range(5)]
+    assert adaptive.nfe_N.tolist() == [generate(model, None, [i], config, 2).nfe for i in range(5)]
     assert adaptive.nfe == adaptive.nfe_N.double().mean() and adaptive.network_evaluations == 2 * adaptive.nfe
-    plain = generate_float(model, None, range(5), SamplerConfig(steps=3), 2)
+    plain = generate(model, None, range(5), SamplerConfig(steps=3), 2)
     assert (plain.nfe, plain.network_evaluations) == (3, 3)
 
 

@@ -89,7 +89,7 @@ def test_what_the_network_draws_is_decoded(run: Path) -> None:
     assert torch.allclose(images, expected, atol=1e-4)
     # Image i is a function of (seed, i) in pixels too.
     assert torch.allclose(generate_float(model, None, [3, 4], SAMPLER, batch=4).image_NCHW, images[3:], atol=1e-3)
-    assert generate(model, None, [], SAMPLER, batch=4).shape == (0, 16, 16, 3)
+    assert generate(model, None, [], SAMPLER, batch=4).image_NHWC.shape == (0, 16, 16, 3)
 
 
 def test_sample_makes_a_picture_in_pixels(run: Path, tmp_path: Path) -> None:
@@ -130,7 +130,7 @@ def test_a_network_of_latents_makes_a_dataset_of_images(
     assert (index.image_size, index.channels, index.latents, index.total) == (16, 3, None, 10)
     expected = generate(load_model(run), None, list(range(10)), SamplerConfig(steps=2, seed=1), batch=10)
     found = np.concatenate([batch.image_NHWC for batch in RealImages(tmp_path / "a").read_all(10)])
-    assert np.abs(found.astype(int) - expected.numpy()).max() <= 1  # another number of threads may round otherwise
+    assert np.abs(found.astype(int) - expected.image_NHWC.numpy()).max() <= 1  # another number of threads may round otherwise
     arguments = ["synthesize", "--from", str(moved), str(tmp_path / "b"), *common]
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, UserError) and "with --vae" in str(refused.exception)

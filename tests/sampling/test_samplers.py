@@ -12,7 +12,7 @@ from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.config import SamplerConfig, sampler_from_options
 from ditmoe.sampling.integrators import Drawn, NoiseSource
-from ditmoe.sampling.names import SamplerName
+from ditmoe.sampling.names import IntegratorName, SamplerName
 from ditmoe.sampling.samplers import SAMPLERS, integrate, planned_nfe, starting_sigma
 from tests.sampling.mixture import GaussianMixture, MixtureDenoiser, StreamNoise
 
@@ -22,7 +22,7 @@ FOUR_MODES = GaussianMixture.of([[3, 3], [-3, 3], [-3, -3], [3, -3]], [0.3, 0.4,
 WORST = 4.5
 """Largest of the 20 standardised deviations that is taken for chance: 1 in 7000 runs exceeds it."""
 
-CONFIGS: dict[str, SamplerConfig] = {name: SamplerConfig(sampler=name) for name in get_args(SamplerName)} | {
+CONFIGS: dict[str, SamplerConfig] = {name: SamplerConfig(sampler=name) for name in get_args(IntegratorName)} | {
     "ddim η=½": SamplerConfig(sampler="ddim", ddim_eta=0.5),
     "euler on the EDM grid": SamplerConfig(sampler="euler", grid="karras"),
     "dpm-solver++ on the own grid": SamplerConfig(sampler="dpm-solver++", grid="own"),
@@ -149,7 +149,8 @@ def test_the_last_tweedie_step_is_the_denoiser_at_the_smallest_sigma():
 
 
 def test_names_grids_and_where_they_start():
-    assert set(SAMPLERS) == set(get_args(SamplerName))
+    assert set(SAMPLERS) == set(get_args(IntegratorName))
+    assert set(get_args(SamplerName)) == set(SAMPLERS) | {f"dlg:{name}" for name in SAMPLERS}
     kar1, heun = (SamplerConfig(sampler=name, steps=9).resolved(FLOW) for name in ("kar1", "heun"))
     assert kar1 == heun  # one sampler under two names: the same images, in the same folder
     denoiser = MixtureDenoiser(FOUR_MODES)

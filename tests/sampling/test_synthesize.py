@@ -109,7 +109,7 @@ def test_images_are_those_of_their_numbers_with_label_score_and_provenance(share
 
     labels = torch.tensor([(4, 7, 2)[number % 3] for number in range(45)])
     model = load_model(shared / "run")
-    expected = generate(model, labels, range(45), SamplerConfig(steps=2, seed=1), 8).numpy()
+    expected = generate(model, labels, range(45), SamplerConfig(steps=2, seed=1), 8).image_NHWC.numpy()
     classifier = load_classifier(QUICK, RealImages(shared / "shards"), shared / "cache", CPU)
     probability = classifier.probabilities(expected)
     np.testing.assert_allclose(probability.sum(1), 1, rtol=1e-5)
