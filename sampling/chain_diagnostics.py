@@ -219,6 +219,9 @@ def _alarms(recall: Mapping[str, Any], modes: Mapping[str, Any]) -> list[str]:
 
 def chain_lines(figures: Mapping[str, Any]) -> list[str]:
     """The figures as lines for a terminal, warnings last."""
+    warnings = [f"warning: {warning}" for warning in figures["warnings"]]
+    if "chains" not in figures:
+        return warnings
     sigma, features = figures["sigma"], figures["features"]
     recall, modes = figures["recall"], figures["modes"]
     changes, visited = modes["changes"], modes["visited"]
@@ -266,7 +269,7 @@ def chain_lines(figures: Mapping[str, Any]) -> list[str]:
         f"{figures['steps_per_sample']:,} steps from one to the next"
     )
     lines = [head, *(f"  {name:<16}{value:>10}   {note}" for name, value, note in rows)]
-    return lines + [f"warning: {warning}" for warning in figures["warnings"]]
+    return lines + warnings
 
 
 def _range(values: Mapping[str, float]) -> str:

@@ -350,6 +350,7 @@ def _run(
             recogniser,
             judged,
             job.warnings,
+            evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
         )
     )
     return _read_json(job.folder / METRICS_FILE)

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ditmoe.data.files import make_folder, replacing
+from ditmoe.sampling.chain_diagnostics import chain_lines
+from ditmoe.sampling.chain_results import CHAINS_FILE
 
 MOST_IMAGES: Final = 24
 """Images on a sheet."""
@@ -101,12 +103,17 @@ def _page(metrics: Mapping[str, Any], features: str, figures: list[str]) -> str:
         judge = result["recogniser"]
         shown["recognised"] = judge["accuracy"]
         shown["recognised of held-out real images"] = judge["held_out_accuracy"]
+    chains = ""
+    if "chains" in result:
+        told = "\n".join(html.escape(line) for line in chain_lines(result["chains"]))
+        picture = f'<img src="{CHAINS_FILE}" alt="traces and samples of chains" style="max-width: 100%">'
+        chains = f"<h2>Chains</h2><pre>{told}</pre>{picture if 'sigma' in result['chains'] else ''}"
     title = html.escape(f"{evaluation['id']}: {result['real']['name']}")
     warnings = "".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in result["warnings"])
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>\n'
         f"<h1>{html.escape(str(result['real']['name']))}</h1>\n"
-        f"<h2>Figures</h2>{_table(shown)}{warnings}\n<h2>Drawn images</h2>\n"
+        f"<h2>Figures</h2>{_table(shown)}{warnings}{chains}\n<h2>Drawn images</h2>\n"
         + "\n".join(figures)
         + f"\n<h2>Settings</h2>{_table(evaluation)}<h2>Feature network</h2>{_table(result['network'])}\n</html>\n"
     )

@@ -11,6 +11,8 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from ditmoe.data.files import replacing
+from ditmoe.sampling.chain_diagnostics import chain_lines
+from ditmoe.sampling.chain_results import CHAINS_FILE, chain_results
 from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.classifier import Classifier
 from ditmoe.sampling.features import FeatureNetwork
@@ -35,8 +37,13 @@ def write_results(
     recogniser: Classifier | None,
     judged: ChunkDescriptions | None,
     warnings: Sequence[str] = (),
+    samples_per_chain: int | None = None,
 ) -> None:
-    """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished."""
+    """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished.
+
+    Args:
+        samples_per_chain: None: they are no chains.
+    """
     write_samples(folder / "samples.npz", store)
     result: dict[str, Any] = {
         "request": request,
@@ -57,6 +64,9 @@ def write_results(
     result["warnings"] += warnings
     if isinstance(network, Classifier):
         result["warnings"] += _weak_features(network, real.index.num_classes)
+    if samples_per_chain is not None:
+        picture = folder / "gallery" / CHAINS_FILE
+        result["chains"] = chain_results(picture, store, descriptions, samples_per_chain, statistics.features_NF)
     sheets = Sheets(real.index.class_names, real.index.image_size, real.index.channels)
     right = np.zeros(real.index.num_classes, dtype=np.int64)
     of_class = np.zeros(real.index.num_classes, dtype=np.int64)
@@ -177,6 +187,8 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
         rows.append(("recognised", f"{judge['accuracy']:.2%}", f"by an independent classifier; {held}"))
     lines += [f"  {name:<16}{value:>10}   {note}" for name, value, note in rows]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
+    if "chains" in result:
+        lines += chain_lines(result["chains"])
     return lines
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.sources import open_source
@@ -31,6 +32,7 @@ from ditmoe.sampling.noise_classifier import (
     space_of,
 )
 from ditmoe.sampling.real import RealImages
+from ditmoe.sampling.results import table
 from ditmoe.sampling.samplers import planned_nfe
 
 MODEL = ModelConfig(
@@ -137,6 +139,14 @@ def test_chains_are_evaluated_with_the_classifier_of_the_run(run: Path, shards: 
         assert kept.sigma_N is not None and kept.trace_NT is not None
         assert np.array_equal(kept.sigma_N, kept.trace_NT.min(1)) and kept.trace_NT.shape[1] == 2
         assert len(set(kept.label_N[:5].tolist())) == 1
+    told = metrics["results"]["classifier"]["chains"]
+    assert (told["chains"], told["samples_per_chain"], told["steps_per_sample"]) == (3, 5, 2)
+    gallery = job.folder / "gallery"
+    with Image.open(gallery / "chains.png") as picture:
+        assert picture.width > 1000
+    assert 'src="chains.png"' in (gallery / "index.html").read_text(encoding="utf-8")
+    lines = table(metrics, "classifier")
+    assert any("3 chains of 5 samples, 2 steps from one to the next" in line for line in lines)
     # With another classifier they are other images.
     shutil.rmtree(classifier_folder(read_info(checkpoint_path(run, 0))))
     write_noise_classifier(run, sigma_max=10.0)
