@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from ditmoe.sampling.config import SamplerConfig
 
 MOST_DEFAULT_CLASSES = 16
-LONGEST_LABELS = 60
-"""Characters of a file's name that may list its classes."""
+LONGEST_LIST = 60
+"""Characters of a file's name that may list classes, or settings of chains."""
 
 
 @draws_images(steps=50)
@@ -166,7 +166,7 @@ def picture_name(
         parts.append(config.precision)
     if classes is not None:
         labels = "-".join(map(str, classes))
-        if len(labels) > LONGEST_LABELS:
+        if len(labels) > LONGEST_LIST:
             labels = f"{len(classes)}-{hashlib.sha256(labels.encode()).hexdigest()[:8]}"
         parts.append(f"classes-{labels}")
     if count is not None:
@@ -176,6 +176,8 @@ def picture_name(
 
 def sampler_words(config: "SamplerConfig") -> list[str]:
     """The sampler, its steps, and those of its settings that depart from their defaults."""
+    import hashlib
+
     from ditmoe.sampling.config import SamplerConfig, default_grid
 
     assert config.sampler is not None
@@ -199,11 +201,11 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
         words.append("tweedie")
     if config.chains:
         fields = type(config.dlg).model_fields
-        words += [
-            f"{key.replace('_', '-')}-{value}"
-            for key, value in config.dlg.model_dump(mode="json").items()
-            if value != fields[key].default
-        ]
+        chosen = {key: value for key, value in config.dlg if value != fields[key].default}
+        chain_words = "_".join(f"{key.replace('_', '-')}-{value}" for key, value in chosen.items())
+        if len(chain_words) > LONGEST_LIST:
+            chain_words = f"dlg-{hashlib.sha256(chain_words.encode()).hexdigest()[:8]}"
+        words += [chain_words] if chain_words else []
     return words
 
 

@@ -1,6 +1,7 @@
 """An evaluation of a run folder, from the options to the metrics, with a small network of random weights."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +17,19 @@ from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import stored_result
 from ditmoe.sampling.evaluate_run import EvaluationOptions, _drawer, default_cache, evaluate_run, prepare_job
+from ditmoe.sampling.noise_classifier import (
+    NoiseNetwork,
+    classifier_folder,
+    narrowed,
+    save_noise_classifier,
+    space_of,
+)
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.samplers import planned_nfe
 
@@ -92,6 +101,46 @@ def test_a_run_is_evaluated_once(run: Path, shards: Path) -> None:
     with np.load(other.folder / "samples.npz") as samples:
         # Another batch shape changes an image by rounding of 1e-4 at most: seldom by a step of 1/255.
         assert np.abs(samples["arr_0"].astype(int) - first.astype(int)).max() <= 1
+
+
+CHAINS = SamplerConfig.model_validate(
+    {"sampler": "dlg:kar1", "steps": 2, "seed": 1, "dlg": {"skip": 2, "samples_per_chain": 5, "initial_steps": 2}}
+)
+
+
+def write_noise_classifier(run: Path, sigma_max: float = 20.0) -> None:
+    info = read_info(checkpoint_path(run, 0))
+    space = narrowed(space_of(info, 30), 0.05, sigma_max)
+    folder = classifier_folder(info)
+    folder.mkdir()
+    save_noise_classifier(folder, NoiseNetwork(1, 8, 30), space, {})
+
+
+def test_chains_are_evaluated_with_the_classifier_of_the_run(run: Path, shards: Path) -> None:
+    options = replace(options_for(run, shards), sampler=CHAINS, count=18, batch=2)
+    with pytest.raises(UserError, match=r"there is no noise-level classifier.*ditmoe noise-classifier train"):
+        prepare_job(options)
+    write_noise_classifier(run)
+    with pytest.raises(UserError, match="--chunk 8: chains have 5 samples each"):
+        prepare_job(replace(options, chunk=8))
+    job = replace(prepare_job(options), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    assert "-dlg-heun-2-cfg-1-" in job.folder.name
+    metrics = evaluate_run(job)
+    assert metrics == stored_result(job)
+    evaluation = metrics["evaluation"]
+    # Three and, of the last chain, 3 of 5 samples: four starts of 3 + 20, stretches of 2, finishing in 3.
+    assert evaluation["nfe"] == (4 * 23 + 18 * 5) / 18
+    assert evaluation["chunk"] == 10 and not (job.folder / "chains").exists()
+    store = ChunkStore(job.folder / "chunks", 18, 10, job.evaluation.fingerprint)
+    for chunk in range(2):
+        kept = store.read(chunk)
+        assert kept.sigma_N is not None and kept.trace_NT is not None
+        assert np.array_equal(kept.sigma_N, kept.trace_NT.min(1)) and kept.trace_NT.shape[1] == 2
+        assert len(set(kept.label_N[:5].tolist())) == 1
+    # With another classifier they are other images.
+    shutil.rmtree(classifier_folder(read_info(checkpoint_path(run, 0))))
+    write_noise_classifier(run, sigma_max=10.0)
+    assert prepare_job(options).folder != job.folder
 
 
 def test_what_does_not_fit_is_told_before_anything_starts(run: Path, shards: Path, tmp_path: Path) -> None:

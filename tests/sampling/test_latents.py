@@ -130,7 +130,8 @@ def test_a_network_of_latents_makes_a_dataset_of_images(
     assert (index.image_size, index.channels, index.latents, index.total) == (16, 3, None, 10)
     expected = generate(load_model(run), None, list(range(10)), SamplerConfig(steps=2, seed=1), batch=10)
     found = np.concatenate([batch.image_NHWC for batch in RealImages(tmp_path / "a").read_all(10)])
-    assert np.abs(found.astype(int) - expected.image_NHWC.numpy()).max() <= 1  # another number of threads may round otherwise
+    # Another number of threads may round otherwise.
+    assert np.abs(found.astype(int) - expected.image_NHWC.numpy()).max() <= 1
     arguments = ["synthesize", "--from", str(moved), str(tmp_path / "b"), *common]
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, UserError) and "with --vae" in str(refused.exception)

@@ -2,21 +2,23 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from ditmoe.launcher.commands.sample import choose_classes, command, picture_name
+from ditmoe.launcher.commands.sample import choose_classes, command, image_numbers, picture_name
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
-from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, write_weights_checkpoint
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.load import find_checkpoint, home_of, load_model
+from ditmoe.sampling.noise_classifier import NoiseNetwork, classifier_folder, save_noise_classifier, space_of
 
 CONFIG = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=3
@@ -141,6 +143,45 @@ def test_the_name_states_the_settings_of_each_sampler():
     corrected = name(sampler="reverse-diffusion", steps=9, corrector_steps=2, grid="own")
     assert corrected == "step-00000007_reverse-diffusion_9steps_grid-own_2corrections-snr0.16_cfg1_seed0.png"
     assert name(sampler="dpm-solver++", steps=9) == "step-00000007_dpm-solver++_9steps_cfg1_seed0.png"
+
+    assert name(sampler="dlg:kar1", steps=9) == "step-00000007_dlg-heun_9steps_cfg1_seed0.png"
+    walked = name(sampler="dlg:rk45", tolerance=1e-3, dlg={"skip": 3, "step_size": 0.5})
+    assert walked == "step-00000007_dlg-rk45_tolerance0.001_step-size-0.5_skip-3_cfg1_seed0.png"
+    dlg = {"skip": 3, "step_size": 0.5, "class_scales": tuple(range(1, 40)), "samples_per_chain": 7, "thin": 2}
+    long = name(sampler="dlg:kar1", steps=9, dlg=dlg)
+    assert len(long) < 90 and long != name(sampler="dlg:kar1", steps=9, dlg={**dlg, "thin": 3})
+
+
+def test_images_take_the_classes_in_turn_and_samples_of_a_chain_stand_in_its_column():
+    assert image_numbers(7, 3, 1) == list(range(7))
+    assert image_numbers(6, 2, 3) == [0, 3, 1, 4, 2, 5]
+    # Three rows of two columns, and only two samples in a chain: the third row is of new chains.
+    assert image_numbers(6, 2, 2) == [0, 2, 1, 3, 4, 6]
+
+
+def test_chains_are_drawn_into_a_picture(run, tmp_path, capsys):
+    out = tmp_path / "chains.png"
+    with pytest.raises(UserError, match="there is no noise-level classifier"):
+        command(run, sampler="dlg:kar1", out=out)
+    with pytest.raises(UserError) as told:
+        command(run, sampler="dlg:kar1", dlg=["skp=3", "thin", "skip=0", "step_rule=fast"])
+    assert len(str(told.value).splitlines()) == 4
+    assert "--dlg skp=3: unknown setting; expected one of step_size, step_rule" in str(told.value)
+    with pytest.raises(UserError, match="expected a sampler of chains"):
+        command(run, sampler="kar1", dlg=["skip=3"])
+    info = read_info(checkpoint_path(run, 10))
+    space = space_of(info, 30)
+    classifier_folder(info).mkdir()
+    save_noise_classifier(classifier_folder(info), NoiseNetwork(space.shape[0], space.shape[1], 30), space, {})
+    try:
+        arguments = {"sampler": "dlg:kar1", "steps": 2, "count": 6, "classes": "0,1", "out": out}
+        command(run, **arguments, dlg=["skip=2", "initial=euler", "initial_steps=3"])
+    finally:
+        shutil.rmtree(classifier_folder(info))
+    # Each column is a chain of three: (3 + 20)/3 for its start, 2 steps, and 3 to finish.
+    assert "6 images, dlg:heun, 2 steps, NFE 12.6667 per image" in capsys.readouterr().out
+    with Image.open(out) as picture:
+        assert picture.height > picture.width
 
 
 def test_sample_refuses_what_does_not_fit(run, tmp_path):
