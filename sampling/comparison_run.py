@@ -41,9 +41,10 @@ class Comparison:
 
     @property
     def folder(self) -> Path:
-        """`RUN/evaluations/grid-<name>-<fingerprint>`: of what is compared, the weights, and what scores them."""
+        """`RUN/evaluations/grid-<name>-<fingerprint>`: of its settings, evaluations and scoring."""
         job = self.jobs[0]
-        depends = [self.config.model_dump(mode="json"), job.evaluation.weights, job.evaluation.vae, job.request]
+        images = [job.evaluation.fingerprint for job in self.jobs]
+        depends = [self.config.model_dump(mode="json"), images, job.request]
         fingerprint = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:8]
         return job.folder.parent / f"grid-{self.name}-{fingerprint}"
 

@@ -28,20 +28,13 @@ from ditmoe.data.sharing import Progress, try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
 from ditmoe.sampling.chunks import ChunkStore, DrawChunk
-from ditmoe.sampling.classifier import (
-    FEATURE_CLASSIFIER,
-    RECOGNISER,
-    Classifier,
-    ClassifierSettings,
-    load_classifier,
-)
+from ditmoe.sampling.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
 from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.features import FeatureNetwork
-from ditmoe.sampling.inception import load_inception
+from ditmoe.sampling.measures import Measures
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.results import write_results
 from ditmoe.sampling.samplers import planned_nfe
-from ditmoe.sampling.scores import ChunkDescriptions, RealStatistics, describe_with, real_statistics
+from ditmoe.sampling.scores import ChunkDescriptions, describe_with
 from ditmoe.sampling.workers import Workers
 
 LARGEST_DEFAULT_CHUNK: Final = 256
@@ -202,7 +195,7 @@ def run_job(
     *,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
-    measures: "Measures | None" = None,
+    measures: Measures | None = None,
 ) -> dict[str, Any]:
     """Do what is missing of a job; every process of the job calls this with the same arguments.
 
@@ -275,7 +268,7 @@ def _run(
     workers: Workers,
     log: Callable[[str], None],
     progress: Callable[[str, int], Progress],
-    measures: "Measures",
+    measures: Measures,
 ) -> dict[str, Any]:
     evaluation = job.evaluation
     size = int(_read_json(job.folder / "evaluation.json")["chunk"])
@@ -348,50 +341,6 @@ def _run(
         )
     )
     return _read_json(job.folder / METRICS_FILE)
-
-
-class Measures:
-    """What images are scored with, loaded or computed once for all jobs with one request, cache and batch."""
-
-    def __init__(self) -> None:
-        self._networks: tuple[FeatureNetwork, Classifier | None] | None = None
-        self._statistics: RealStatistics | None = None
-
-    def networks(
-        self, job: Job, workers: Workers, log: Callable[[str], None]
-    ) -> tuple[FeatureNetwork, Classifier | None]:
-        """The feature network and the recogniser, from the cache or trained now."""
-        if self._networks is None:
-            network: FeatureNetwork
-            if job.features == "inception":
-                network = load_inception(job.features_path, workers.device)
-            else:
-                network = load_classifier(job.feature_classifier, job.real, job.cache, workers.device, log)
-            recogniser = None
-            if job.recogniser:
-                recogniser = load_classifier(job.recogniser_classifier, job.real, job.cache, workers.device, log)
-            self._networks = network, recogniser
-        return self._networks
-
-    def real_statistics(
-        self,
-        job: Job,
-        network: FeatureNetwork,
-        workers: Workers,
-        progress: Callable[[str, int], Progress],
-    ) -> RealStatistics:
-        """Statistics of the real images, by all processes together."""
-        if self._statistics is None:
-            self._statistics = real_statistics(
-                job.real,
-                network,
-                job.cache,
-                job.batch,
-                rank=workers.rank,
-                ranks=workers.ranks,
-                on_progress=progress("parts of the real images", job.real.parts),
-            )
-        return self._statistics
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ditmoe.sampling.chain_images import Kept, find_posterior
 from ditmoe.sampling.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.denoiser import check_guidance
-from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, Measures, run_job, stored_result
+from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job, stored_result
 from ditmoe.sampling.generate import Generated, generate
 from ditmoe.sampling.inception import load_inception
 from ditmoe.sampling.load import (
@@ -33,6 +33,7 @@ from ditmoe.sampling.load import (
     home_of,
     load_model,
 )
+from ditmoe.sampling.measures import Measures
 from ditmoe.sampling.noise_classifier import NoiseClassifier
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU, join_workers

@@ -17,10 +17,18 @@ from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import checkpoint_path, write_weights_checkpoint
+from ditmoe.parallel.checkpoint import checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling import evaluate_run
+from ditmoe.sampling.comparison import cells_of
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_jobs, prepare_jobs
+from ditmoe.sampling.noise_classifier import (
+    NoiseNetwork,
+    classifier_folder,
+    narrowed,
+    save_noise_classifier,
+    space_of,
+)
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
@@ -97,6 +105,42 @@ def test_a_grid_is_evaluated_once_and_shown(run: Path, shards: Path, tmp_path: P
     assert command(run, shards, file).exit_code == 0 and len(drawn) == 15
 
 
+def test_chains_are_compared_with_the_sampler_that_finishes_them(run: Path, shards: Path, tmp_path: Path) -> None:
+    info = read_info(checkpoint_path(run, 0))
+    folder = classifier_folder(info)
+    folder.mkdir()
+    save_noise_classifier(folder, NoiseNetwork(1, 8, 30), narrowed(space_of(info, 30), 0.05, 20.0), {})
+    start = "samples_per_chain: 20, initial: euler, initial_steps: 4, burn_in_first: 3, burn_in: 3"
+    file = tmp_path / "chains.yaml"
+    file.write_text(
+        "count: 80\nnfe: [2, 6, 12]\nsamplers: [kar1, dpm-solver++]\nchains:\n"
+        f"  published: {{skip: 2, {start}}}\n  even: {{share: 0.5, step_rule: exponential, {start}}}\n"
+    )
+    result = command(run, shards, file)
+    assert result.exit_code == 0, result.output
+    assert "left out: kar1, published, NFE 2: one step costs more" in result.output
+    (folder,) = run.glob("evaluations/grid-chains-*")
+    grid = json.loads((folder / "grid.json").read_text())
+    kar1 = [row for row in grid["rows"] if row["sampler"] == "kar1"]
+    # A start of 10 evaluations for 20 images is half of one for each.
+    assert [(row["variant"], row["nfe"]) for row in kar1] == [
+        *(("plain", 1), ("plain", 5), ("plain", 11)),
+        *(("published", 5.5), ("published", 11.5)),
+        *(("even", 5.5), ("even", 10.5)),
+    ]
+    assert all(row["settings"]["sampler"] == "dlg:heun" for row in kar1[3:])
+    assert {(verdict["sampler"], verdict["variant"]) for verdict in grid["verdicts"]} == {
+        (sampler, variant)
+        for sampler in ("kar1", "dpm-solver++")
+        for variant in ("published", "even", "best of the chains")
+    }
+    for verdict in grid["verdicts"]:
+        for judgement in (verdict["at_equal_nfe"], verdict["with_twice_the_nfe_alone"]):
+            points = sum(len(stretch["points"]) for stretch in judgement["won"])
+            points += len(judgement["lost_at"]) + len(judgement["not_judged_at"])
+            assert points > 0 and (points == 2 or verdict["variant"] != "published")
+
+
 def test_processes_are_started_once_for_all_cells(run: Path, shards: Path, tmp_path: Path, capfd) -> None:
     file = tmp_path / "two.yaml"
     file.write_text("count: 80\nnfe: [1, 2]\nsamplers: [euler]\n")
@@ -149,6 +193,13 @@ def test_what_is_wrong_with_a_grid_is_told_at_once_by_key(tmp_path: Path) -> Non
     file.write_text("samplers: [euler]\nnfe: [1]\nchains:\n  a|b: {}\n  plain: {}\n")
     with pytest.raises(UserError, match=r"(?s)chains\.a\|b: expected a name.*chains\.plain: expected a name"):
         load_comparison(file)
+
+
+def test_the_shipped_grid_is_valid() -> None:
+    paths = list((Path(__file__).resolve().parents[2] / "configs" / "grids").glob("*.yaml"))
+    assert [path.name for path in paths] == ["dmcmc.yaml"]
+    cells, left_out = cells_of(load_comparison(paths[0]), ObjectiveConfig())
+    assert {cell.variant for cell in cells} == {"plain", "published", "exponential"} and left_out
 
 
 def test_a_grid_leaves_no_room_for_what_it_decides(run: Path, shards: Path, tmp_path: Path) -> None:
