@@ -40,9 +40,10 @@ def write_picture(path: Path, title: str, rows: Sequence[Row]) -> None:
     floors = {row["sampler"]: row["fid_floor"] for row in rows if row["fid_floor"] is not None}
     variants = dict.fromkeys(name for found in curves.values() for name in found)
     styles = dict(zip(variants, _styles(len(variants), PLAIN in variants), strict=True))
-    across = min(_ACROSS, len(curves))
-    down = -(-len(curves) // across)
-    figure = Figure((across * _PANEL[0], 2 * down * _PANEL[1] + 0.9), layout="constrained")
+    down = -(-len(curves) // _ACROSS)
+    across = -(-len(curves) // down)
+    # Two panels wide at least, for the title.
+    figure = Figure((max(2, across) * _PANEL[0], 2 * down * _PANEL[1] + 0.9), layout="constrained")
     panels = figure.subplots(2 * down, across, squeeze=False, sharex=True)
     for place, (sampler, found) in enumerate(curves.items()):
         row, column = 2 * (place // across), place % across

@@ -137,7 +137,8 @@ def _cell_table(rows: Sequence[Row], curves: Curves) -> list[str]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
     """A table of Markdown, laid out for a terminal as well; all but the first `left` columns end in line."""
-    widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
+    # Two columns of a rule at least: Markdown wants a dash before the colon.
+    widths = [max(2, *(len(line[column]) for line in (header, *rows))) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
