@@ -180,7 +180,8 @@ class Dlg:
         x_BCHW = drawn.x_BCHW + config.initial_noise * fresh("chain/start")(1)
         uniform_B = self.draws.uniform("chain/start level", chains.chain_B, chains.step_B)
         sigma_B = draw_sigma(self.posterior, x_BCHW, chains.label_B, config.level_rule, uniform_B)
-        chains = replace(chains, x_BCHW=x_BCHW, sigma_B=sigma_B)
+        velocity_BCHW = fresh("chain/start")(2) if config.step_rule == "underdamped" else None
+        chains = replace(chains, x_BCHW=x_BCHW, sigma_B=sigma_B, velocity_BCHW=velocity_BCHW)
         for _ in range(config.burn_in_first):
             chains = self._step(chains, torch.full_like(sigma_B, config.burn_in_step_size), "constant")
         for _ in range(config.burn_in):
@@ -196,15 +197,22 @@ class Dlg:
         state = langevin_gibbs(
             self.denoiser,
             self.posterior,
-            State(chains.x_BCHW, chains.sigma_B),
+            State(chains.x_BCHW, chains.sigma_B, chains.velocity_BCHW),
             chains.label_B,
             step_size_B,
             noise_BCHW,
             uniform_B,
             step_rule=step_rule,
             level_rule=self.config.level_rule,
+            momentum=self.config.momentum,
         )
-        return replace(chains, x_BCHW=state.x_BCHW, sigma_B=state.sigma_B, step_B=chains.step_B + 1)
+        return replace(
+            chains,
+            x_BCHW=state.x_BCHW,
+            sigma_B=state.sigma_B,
+            velocity_BCHW=state.velocity_BCHW,
+            step_B=chains.step_B + 1,
+        )
 
     def _step_size(self, label_B: Tensor) -> Tensor:
         """η of each chain, float64 `[B]`."""

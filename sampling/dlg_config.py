@@ -15,7 +15,10 @@ class DlgConfig(Settings):
     """η. With `constant` in units of σ²; with the other rules a share of σ², for `exponential` at most 1."""
     step_rule: StepRule = "constant"
     """`constant`: x + ½η·s + √η·z (published). `proportional`: the same with η·σ² for η. `exponential`:
-    D + √(1 − η)·(x − D) + √η·σ·z, whose noise of the current level keeps its size exactly."""
+    D + √(1 − η)·(x − D) + √η·σ·z, whose noise of the current level keeps its size exactly. `underdamped`: with a
+    velocity that goes on from step to step, which also keeps it."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of `underdamped`: share of its velocity that a chain keeps from one step to the next."""
     class_scales: tuple[float, ...] | None = None
     """A factor of η for each class; null: 1 for all."""
     skip: int = Field(default=20, ge=1)

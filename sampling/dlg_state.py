@@ -7,7 +7,7 @@ function of the seed and its number, whatever chains are computed beside it and 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -46,23 +46,27 @@ class Chains:
     """Evaluations of the denoiser in stretches."""
     finish_nfe_B: Tensor
     """Evaluations of the denoiser for denoising samples."""
+    velocity_BCHW: Tensor | None = None
+    """Of underdamped steps; null: they are of another kind."""
 
     def __len__(self) -> int:
         return len(self.chain_B)
 
     def rows(self, row_R: Tensor) -> "Chains":
         """Some of the chains; rows are int64 on the CPU."""
-        picked = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Chains(**{name: tensor[row_R.to(tensor.device)] for name, tensor in picked.items()})
+        return Chains(**{name: tensor[row_R.to(tensor.device)] for name, tensor in self.tensors().items()})
 
     def with_rows(self, row_R: Tensor, others: "Chains") -> "Chains":
         """These chains with some of them replaced."""
-        merged = {}
-        for field in fields(self):
-            tensor = getattr(self, field.name).clone()
-            tensor[row_R.to(tensor.device)] = getattr(others, field.name)
-            merged[field.name] = tensor
-        return replace(self, **merged)
+        merged = {name: tensor.clone() for name, tensor in self.tensors().items()}
+        for name, tensor in others.tensors().items():
+            merged[name][row_R.to(tensor.device)] = tensor
+        return Chains(**merged)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is there, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @property
     def nfe_B(self) -> Tensor:
@@ -119,7 +123,7 @@ def save_chains(path: Path, chains: Chains, identity: str, beside: Mapping[str, 
         UserError: the file cannot be written.
     """
     # Copies: chains that have just started share one tensor of zeros, which safetensors refuses.
-    state = {field.name: getattr(chains, field.name).cpu().contiguous().clone() for field in fields(chains)}
+    state = {name: tensor.cpu().contiguous().clone() for name, tensor in chains.tensors().items()}
     state |= {_BESIDE + name: tensor.cpu().contiguous() for name, tensor in (beside or {}).items()}
     facts = {"version": FORMAT_VERSION, "identity": _digest(identity)}
     make_folder(path.parent)
@@ -136,12 +140,14 @@ def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -
     try:
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["dlg"])
-            state = {field.name: stored.get_tensor(field.name) for field in fields(Chains)}
+            found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             beside = {
-                name.removeprefix(_BESIDE): stored.get_tensor(name)
-                for name in stored.keys()  # noqa: SIM118
-                if name.startswith(_BESIDE)
+                name.removeprefix(_BESIDE): tensor for name, tensor in found.items() if name.startswith(_BESIDE)
             }
+            state = {name: tensor for name, tensor in found.items() if not name.startswith(_BESIDE)}
+            required = {field.name for field in fields(Chains) if field.default is MISSING}
+            if not required <= state.keys():
+                raise KeyError(", ".join(sorted(required - state.keys())))
         version, found = facts["version"], facts["identity"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no state of chains can be read from it ({error})") from error
@@ -152,7 +158,7 @@ def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -
             f"{path}: chains of another seed, model, classifier, batch or settings than these; expected the same; "
             "delete it to start them anew"
         )
-    on_device = ("x_BCHW", "sigma_B", "label_B")
+    on_device = ("x_BCHW", "sigma_B", "label_B", "velocity_BCHW")
     placed = {name: tensor.to(device) if name in on_device else tensor for name, tensor in state.items()}
     return Chains(**placed), beside
 

@@ -31,6 +31,6 @@ ChainName = Literal[
 SamplerName = Literal[IntegratorName, ChainName]
 GridName = Literal["own", "karras"]
 LevelRule = Literal["argmax", "sample"]
-StepRule = Literal["constant", "proportional", "exponential"]
+StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
 
 CHAIN_PREFIX: Final = "dlg:"

@@ -87,7 +87,9 @@ class Case:
         x_BD = x_BD + sigma_B[:, None] * torch.randn(x_BD.shape, generator=random, dtype=torch.float64)
         zero_B = torch.zeros(self.chains, dtype=torch.int64)
         counts = [zero_B] * 5
-        return Chains(x_BD.view(-1, *self.shape), sigma_B, zero_B, torch.arange(self.chains), *counts)
+        x_BCHW = x_BD.view(-1, *self.shape)
+        velocity_BCHW = torch.randn(x_BCHW.shape, generator=random, dtype=torch.float64)
+        return Chains(x_BCHW, sigma_B, zero_B, torch.arange(self.chains), *counts, velocity_BCHW)
 
     def dlg(self, fault: str | None = None, **changes) -> Dlg:
         config = {
@@ -154,6 +156,25 @@ def least(found: dict[str, float]) -> float:
     return min(found.values()) * len(found)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("name", ["2-D grid", "64-D"])
+def test_the_joint_distribution_stays_under_steps_with_a_velocity(name, momentum):
+    case = replace(CASES[name], chains=1500)
+    start = case.exact(seed=3)
+    chains, last = case.dlg(step_rule="underdamped", step_size=0.3, skip=30, momentum=momentum).advance(start)
+    found = p_values(case, last.x_BCHW, last.sigma_B)
+    assert least(found) > 1e-3, found
+    # The velocity is standard normal and knows nothing of where the chain is.
+    assert chains.velocity_BCHW is not None
+    assert chains.velocity_BCHW.var().item() == pytest.approx(
+        1, abs=4 * math.sqrt(2 / chains.velocity_BCHW.numel())
+    )
+    _, loud = case.dlg("noise √(2η)", step_rule="underdamped", step_size=0.3, skip=30, momentum=momentum).advance(
+        start
+    )
+    assert least(p_values(case, loud.x_BCHW, loud.sigma_B)) < TINY
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_joint_distribution_stays(name):
     case = CASES[name]
@@ -168,7 +189,7 @@ def test_the_joint_distribution_stays(name):
         assert least(p_values(case, wrong.x_BCHW, wrong.sigma_B)) < TINY, fault
 
 
-@pytest.mark.parametrize("rule", ["constant", "exponential"])
+@pytest.mark.parametrize("rule", ["constant", "exponential", "underdamped"])
 def test_the_joint_distribution_stays_by_the_other_rules(rule):
     case = CASES["1-D four modes"]
     step_size = 0.002 if rule == "constant" else 0.2  # η/(4v) at the smallest v is 1%
@@ -273,15 +294,16 @@ def test_deviation_by_step_rule_in_64_dims(deviation, holds):
     """In many dims a long Langevin step lengthens the noise, and so drives σ up.
 
     The exponential rule keeps it where data varies little beside σ; where data is as wide as the noise in every
-    dim, it drives σ down.
+    dim, it drives σ down. The underdamped one keeps it in both.
     """
     mixture = replace(IN_64_DIMS, deviations_K=torch.full((2,), deviation, dtype=torch.float64))
     case = replace(CASES["64-D"], mixture=mixture, chains=500)
     start = case.exact(seed=7)
     drift = {}
-    for rule in ("proportional", "exponential"):
+    for rule in ("proportional", "exponential", "underdamped"):
         _, last = case.dlg(step_rule=rule, step_size=0.6, skip=30).advance(start)
         drift[rule] = (last.sigma_B.log().mean() - start.sigma_B.log().mean()).item()
     print(f"\n64-D, s = {deviation}, η = 0.6·σ², 30 steps: mean log σ moved by {drift}")
     assert drift["proportional"] > 0.3
     assert abs(drift["exponential"]) < 0.05 if holds else drift["exponential"] < -0.1
+    assert abs(drift["underdamped"]) < 0.05
