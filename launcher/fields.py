@@ -29,6 +29,12 @@ def item_section(annotation: Any) -> type[BaseModel] | None:
     return section_of(_item_type(annotation, 0))
 
 
+def value_section(annotation: Any) -> type[BaseModel] | None:
+    """The model of the values, if the annotation is a dict of sections under free names."""
+    arguments = get_args(annotation)
+    return section_of(arguments[1]) if get_origin(annotation) is dict else None
+
+
 def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key of a model and of its sections, dotted; a list of sections counts with the key `name.0`."""
     for name, field in model.model_fields.items():
@@ -52,6 +58,8 @@ def annotation_at(model: type[BaseModel], path: Sequence[str | int]) -> Any:
         section = section_of(annotation)
         if section is not None and key in section.model_fields:
             annotation = section.model_fields[str(key)].annotation
+        elif section is None and value_section(annotation) is not None:
+            annotation = value_section(annotation)
         elif section is None and _is_free(annotation):
             return Any
         elif section is None and str(key).isdigit() and _item_type(annotation, int(key)) is not None:

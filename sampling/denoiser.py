@@ -214,7 +214,19 @@ def make_denoiser(
     Raises:
         UserError: guidance asks for more channels than there are, or for a null class that was never trained.
     """
-    assert model.channels is not None and model.num_classes is not None
+    assert model.num_classes is not None
+    check_guidance(model, sampler)
+    scale, guided = sampler.cfg_scale, sampler.cfg_channels
+    if objective.kind == "ddpm":
+        return DdpmDenoiser(
+            network, model.num_classes, cfg_scale=scale, cfg_channels=guided, timestep=sampler.ddpm_timestep
+        )
+    return FlowDenoiser(network, model.num_classes, cfg_scale=scale, cfg_channels=guided)
+
+
+def check_guidance(model: ModelConfig, sampler: SamplerConfig) -> None:
+    """UserError where a complete model cannot be guided as the sampler's settings say."""
+    assert model.channels is not None
     if sampler.cfg_channels is not None and sampler.cfg_channels > model.channels:
         raise UserError(
             f"cfg_channels = {sampler.cfg_channels}: expected at most the model's {model.channels} channels"
@@ -224,12 +236,6 @@ def make_denoiser(
             f"cfg_scale = {sampler.cfg_scale:g}: the model was trained with label_dropout = 0 and "
             "has no null class; expected cfg_scale = 1"
         )
-    scale, guided = sampler.cfg_scale, sampler.cfg_channels
-    if objective.kind == "ddpm":
-        return DdpmDenoiser(
-            network, model.num_classes, cfg_scale=scale, cfg_channels=guided, timestep=sampler.ddpm_timestep
-        )
-    return FlowDenoiser(network, model.num_classes, cfg_scale=scale, cfg_channels=guided)
 
 
 def _interpolate(at: Tensor, x_N: Tensor, y_N: Tensor) -> Tensor:

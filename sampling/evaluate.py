@@ -28,20 +28,13 @@ from ditmoe.data.sharing import Progress, try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
 from ditmoe.sampling.chunks import ChunkStore, DrawChunk
-from ditmoe.sampling.classifier import (
-    FEATURE_CLASSIFIER,
-    RECOGNISER,
-    Classifier,
-    ClassifierSettings,
-    load_classifier,
-)
+from ditmoe.sampling.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
 from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.features import FeatureNetwork
-from ditmoe.sampling.inception import load_inception
+from ditmoe.sampling.measures import Measures
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.results import write_results
 from ditmoe.sampling.samplers import planned_nfe
-from ditmoe.sampling.scores import ChunkDescriptions, describe_with, real_statistics
+from ditmoe.sampling.scores import ChunkDescriptions, describe_with
 from ditmoe.sampling.workers import Workers
 
 LARGEST_DEFAULT_CHUNK: Final = 256
@@ -202,6 +195,7 @@ def run_job(
     *,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
+    measures: Measures | None = None,
 ) -> dict[str, Any]:
     """Do what is missing of a job; every process of the job calls this with the same arguments.
 
@@ -210,6 +204,7 @@ def run_job(
         workers: this process among those of the job; alone when left out.
         log: takes lines to show (first process).
         progress: (title, total) → a function that is told the number done (first process).
+        measures: kept from one job to the next that is scored alike; anew when left out.
 
     Returns:
         The metrics, as in `metrics.json`.
@@ -225,7 +220,7 @@ def run_job(
     held = lock.__enter__() if workers.first else True
     try:
         workers.on_first(lambda: _begin(job, held, workers.ranks))
-        return _run(job, draw, workers, say, show)
+        return _run(job, draw, workers, say, show, measures or Measures())
     finally:
         if workers.first:
             lock.__exit__(None, None, None)
@@ -273,6 +268,7 @@ def _run(
     workers: Workers,
     log: Callable[[str], None],
     progress: Callable[[str, int], Progress],
+    measures: Measures,
 ) -> dict[str, Any]:
     evaluation = job.evaluation
     size = int(_read_json(job.folder / "evaluation.json")["chunk"])
@@ -281,7 +277,7 @@ def _run(
     # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
     # draw meanwhile.
     if workers.first:
-        _networks(job, workers, log)
+        measures.networks(job, workers, log)
     started, before = time.monotonic(), len(store.pending())
     store.draw_pending(
         draw,
@@ -296,7 +292,7 @@ def _run(
     if before:
         log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
 
-    network, recogniser = _networks(job, workers, log)
+    network, recogniser = measures.networks(job, workers, log)
     descriptions = ChunkDescriptions(store, network.fingerprint)
     descriptions.make(
         describe_with(network, job.batch),
@@ -311,15 +307,7 @@ def _run(
         judged.make(
             lambda image_NHWC: {"predicted": judge.predict(image_NHWC)}, rank=workers.rank, ranks=workers.ranks
         )
-    statistics = real_statistics(
-        job.real,
-        network,
-        job.cache,
-        job.batch,
-        rank=workers.rank,
-        ranks=workers.ranks,
-        on_progress=progress("parts of the real images", job.real.parts),
-    )
+    statistics = measures.real_statistics(job, network, workers, progress)
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()
     nfe = store.nfe()
@@ -354,18 +342,6 @@ def _run(
         )
     )
     return _read_json(job.folder / METRICS_FILE)
-
-
-def _networks(job: Job, workers: Workers, log: Callable[[str], None]) -> tuple[FeatureNetwork, Classifier | None]:
-    """The feature network and the recogniser, from the cache or trained now."""
-    network: FeatureNetwork
-    if job.features == "inception":
-        network = load_inception(job.features_path, workers.device)
-    else:
-        network = load_classifier(job.feature_classifier, job.real, job.cache, workers.device, log)
-    if not job.recogniser:
-        return network, None
-    return network, load_classifier(job.recogniser_classifier, job.real, job.cache, workers.device, log)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,10 @@
 
 import os
 import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,20 @@ from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
 from ditmoe.sampling.chain_images import Kept, find_posterior
 from ditmoe.sampling.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job
+from ditmoe.sampling.denoiser import check_guidance
+from ditmoe.sampling.evaluate import Evaluation, FeatureName, Job, LabelSampling, run_job, stored_result
 from ditmoe.sampling.generate import Generated, generate
 from ditmoe.sampling.inception import load_inception
-from ditmoe.sampling.load import LoadedModel, Weights, find_checkpoint, find_decoder, home_of, load_model
+from ditmoe.sampling.load import (
+    LoadedModel,
+    Weights,
+    complete_config,
+    find_checkpoint,
+    find_decoder,
+    home_of,
+    load_model,
+)
+from ditmoe.sampling.measures import Measures
 from ditmoe.sampling.noise_classifier import NoiseClassifier
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.workers import CPU, join_workers
@@ -61,6 +74,15 @@ def prepare_job(options: EvaluationOptions) -> Job:
     Raises:
         UserError: no checkpoint, no real images or no feature weights, or they do not fit together.
     """
+    return prepare_jobs(options, [options.sampler])[0]
+
+
+def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) -> list[Job]:
+    """A job for each of some samplers, in place of the one in the options; they share all else.
+
+    Raises:
+        UserError: as `prepare_job`.
+    """
     path = find_checkpoint(options.source, options.step)
     info = read_info(path)
     if options.weights not in info.parts:
@@ -72,39 +94,53 @@ def prepare_job(options: EvaluationOptions) -> Job:
         raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
     if options.features == "inception":
         load_inception(options.features_path, CPU)
-    sampler = options.sampler.resolved(info.objective)
-    evaluation = Evaluation(
-        weights=f"{info.fingerprint}-{options.weights}",
-        which=options.weights,
-        step=info.step,
-        sampler=sampler,
-        count=options.count,
-        labels=options.labels,
-        num_classes=num_classes,
-        vae=None if decoder is None else decoder.sha256,
-        noise_classifier=find_posterior(info).fingerprint if sampler.chains else None,
-    )
-    return Job(
-        evaluation=evaluation,
-        folder=home_of(path) / "evaluations" / evaluation.id,
-        real=real,
-        cache=options.cache or default_cache(),
-        features=options.features,
-        features_path=options.features_path,
-        recogniser=options.recogniser,
-        chunk=options.chunk,
-        batch=options.batch,
-        vae=None if decoder is None else decoder.path,
-        checkpoint=path,
-        facts={
-            "images_seen": info.images,
-            "model": info.config["model"],
-            "objective": info.config["objective"],
-            "trained_on": info.dataset.get("name"),
-            "torch": torch.__version__,
-        },
-        warnings=_other_classes(info, real),
-    )
+    resolved = [sampler.resolved(info.objective) for sampler in samplers]
+    for sampler in resolved:
+        check_guidance(complete_config(info.model, info), sampler)
+        scales = sampler.dlg.class_scales
+        if scales is not None and len(scales) < num_classes:
+            raise UserError(
+                f"class_scales has {len(scales)} numbers; expected one for each of {num_classes} classes"
+            )
+    posterior = find_posterior(info).fingerprint if any(sampler.chains for sampler in resolved) else None
+    evaluations = [
+        Evaluation(
+            weights=f"{info.fingerprint}-{options.weights}",
+            which=options.weights,
+            step=info.step,
+            sampler=sampler,
+            count=options.count,
+            labels=options.labels,
+            num_classes=num_classes,
+            vae=None if decoder is None else decoder.sha256,
+            noise_classifier=posterior if sampler.chains else None,
+        )
+        for sampler in resolved
+    ]
+    return [
+        Job(
+            evaluation=evaluation,
+            folder=home_of(path) / "evaluations" / evaluation.id,
+            real=real,
+            cache=options.cache or default_cache(),
+            features=options.features,
+            features_path=options.features_path,
+            recogniser=options.recogniser,
+            chunk=options.chunk,
+            batch=options.batch,
+            vae=None if decoder is None else decoder.path,
+            checkpoint=path,
+            facts={
+                "images_seen": info.images,
+                "model": info.config["model"],
+                "objective": info.config["objective"],
+                "trained_on": info.dataset.get("name"),
+                "torch": torch.__version__,
+            },
+            warnings=_other_classes(info, real),
+        )
+        for evaluation in evaluations
+    ]
 
 
 def evaluate_run(job: Job) -> dict[str, Any]:
@@ -113,42 +149,94 @@ def evaluate_run(job: Job) -> dict[str, Any]:
     Returns:
         The metrics, as in `metrics.json`.
     """
+    return evaluate_jobs([job])[0]
+
+
+OnFinished = Callable[[int, dict[str, Any], float | None], None]
+"""(place of the job, its metrics, seconds that it took; None where a part or all of it was there before)."""
+
+
+def evaluate_jobs(
+    jobs: Sequence[Job], on_finished: OnFinished = lambda place, metrics, seconds: None
+) -> list[dict[str, Any]]:
+    """Do jobs of one checkpoint that are scored alike, one after another, by the same processes.
+
+    What is stored is not done again. The network, and what it takes to score, are loaded once.
+
+    Args:
+        on_finished: called by the first process after each job, while the others wait; UserError ends them all.
+
+    Returns:
+        The metrics of each.
+    """
     workers = join_workers()
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
-    job.facts["device"] = device
+    model, measures, found = _Model(workers.device), Measures(), []
     try:
-        return run_job(
-            job,
-            _drawer(job, workers.device),
-            workers,
-            log=lambda line: print(line, file=sys.stderr, flush=True),
-            progress=show_progress,
-        )
+        if len(jobs) > 1 and workers.first and any(stored_result(job) is None for job in jobs):
+            measures.networks(jobs[0], workers, _say)  # so that the first job's time is its own
+        for place, job in enumerate(jobs):
+            job.facts["device"] = device
+            metrics, seconds = stored_result(job), None
+            if not workers.everywhere(metrics is not None):
+                fresh, started = not (job.folder / "chunks").exists(), time.monotonic()
+                metrics = run_job(
+                    job, _drawer(job, model), workers, log=_say, progress=show_progress, measures=measures
+                )
+                seconds = time.monotonic() - started if fresh else None
+            assert metrics is not None
+            workers.on_first(partial(on_finished, place, metrics, seconds))
+            found.append(metrics)
+        return found
     finally:
         workers.leave()
 
 
-def _drawer(job: Job, device: torch.device) -> DrawChunk:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Model:
+    """The network and the noise-level classifier of a checkpoint, each loaded when it is first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._model: LoadedModel | None = None
+        self._posterior: NoiseClassifier | None = None
+
+    def network(self, job: Job) -> LoadedModel:
+        """What the job's images are drawn with."""
+        evaluation = job.evaluation
+        if self._model is None:
+            assert job.checkpoint is not None
+            self._model = load_model(job.checkpoint, which=evaluation.which, device=self._device, vae=job.vae)
+        assert self._model.fingerprint == evaluation.weights, (self._model.fingerprint, evaluation.weights)
+        return self._model
+
+    def posterior(self, job: Job) -> NoiseClassifier | None:
+        """What the job's chains choose their levels with; None: it has none."""
+        if not job.evaluation.sampler.chains:
+            return None
+        if self._posterior is None:
+            info = self.network(job).info
+            assert info is not None
+            self._posterior = find_posterior(info, self._device)
+        return self._posterior
+
+
+def _drawer(job: Job, model: _Model) -> DrawChunk:
     """Draws chunks with the run's network, which is loaded with the first."""
-    loaded: list[tuple[LoadedModel, NoiseClassifier | None]] = []
     evaluation = job.evaluation
 
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
-        if not loaded:
-            assert job.checkpoint is not None
-            model = load_model(job.checkpoint, which=evaluation.which, device=device, vae=job.vae)
-            assert model.fingerprint == evaluation.weights, (model.fingerprint, evaluation.weights)
-            assert model.info is not None
-            loaded.append((model, find_posterior(model.info, device) if evaluation.sampler.chains else None))
-        model, posterior = loaded[0]
         kept = Kept(job.folder / "chains" / f"{numbers[0]:08d}.safetensors", evaluation.fingerprint)
         images = generate(
-            model,
+            model.network(job),
             torch.from_numpy(label_N),
             numbers,
             evaluation.sampler,
             job.batch,
-            posterior=posterior,
+            posterior=model.posterior(job),
             kept=kept,
         )
         return drawn_images(images)

@@ -32,6 +32,10 @@ class Workers:
         """Return when every process has come here."""
         self._all_well(True)
 
+    def everywhere(self, here: bool) -> bool:
+        """Whether something is so on every process; all of them ask, and all hear the same."""
+        return self._all_well(here)
+
     def leave(self) -> None:
         """Let go of the other processes at the end."""
         if torch.distributed.is_initialized():

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
 
 import typer
 
@@ -95,6 +95,17 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     ),
 }
 """Option → its type with its help, and its default."""
+_GRID_OR_FILE: Final = (
+    Annotated[
+        str | None,
+        typer.Option(
+            metavar="[own|karras|FILE]",
+            help="Noise levels, as of `ditmoe sample`; or the YAML file of a grid of samplers to compare, which "
+            "then says how images are drawn: docs/evaluate.md.",
+        ),
+    ],
+    None,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,12 @@ class Drawing:
     """What the sampler's options were."""
 
     values: Mapping[str, Any]
+
+    @property
+    def comparison(self) -> Path | None:
+        """The file of a comparison, where `--grid` is one."""
+        grid = self.values["grid"]
+        return None if grid is None or grid in get_args(GridName) else Path(grid)
 
     def config(self) -> "SamplerConfig":
         """The sampler. UserError naming every option that is out of range."""
@@ -123,8 +140,14 @@ class Drawing:
         return arguments
 
 
-def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the sampler's options where it has its argument `drawing`; `steps` is a default."""
+def draws_images(*, steps: int, compares: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the sampler's options where it has its argument `drawing`.
+
+    Args:
+        steps: a default.
+        compares: `--grid` may also be the file of a comparison of samplers.
+    """
+    changed = {"grid": _GRID_OR_FILE} if compares else {}
     options = {
         name: inspect.Parameter(
             name,
@@ -132,7 +155,7 @@ def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[...,
             default=steps if name == "steps" else default,
             annotation=annotation,
         )
-        for name, (annotation, default) in _SAMPLER_OPTIONS.items()
+        for name, (annotation, default) in (_SAMPLER_OPTIONS | changed).items()
     }
 
     def mark(command: Callable[..., None]) -> Callable[..., None]:

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
+from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 
 
-@draws_images(steps=250)
+@draws_images(steps=250, compares=True)
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.", metavar="RUN")],
     *,
@@ -49,20 +50,24 @@ def command(
             help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
         ),
     ] = None,
+    context: typer.Context = None,  # type: ignore[assignment]  # None: called from Python
 ) -> None:
     """Draw images and score them: FID beside its floor, precision, recall, and the share recognised.
 
     Repeating the command resumes it, and shows the result of a finished one. Under torchrun or srun it joins their
-    processes.
+    processes. With the file of a grid it compares samplers, each an evaluation of its own.
     """
     from ditmoe.launcher.processes import in_worker
+    from ditmoe.sampling.config import SamplerConfig
     from ditmoe.sampling.evaluate import stored_result
     from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.results import table
 
+    if drawing.comparison is not None and context is not None:
+        refuse_options(drawing.comparison, (name for name in context.params if _is_given(context, name)))
     options = EvaluationOptions(
         source=run,
-        sampler=drawing.config(),
+        sampler=SamplerConfig() if drawing.comparison is not None else drawing.config(),
         count=count,
         labels=labels,
         weights=weights,
@@ -76,6 +81,20 @@ def command(
         cache=cache,
         vae=vae,
     )
+    # What the processes of the job are told again, beside what is drawn.
+    shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
+    shared += ["--recogniser" if recogniser else "--no-recogniser"]
+    for option, value in (
+        ("--data", data),
+        ("--features-path", features_path),
+        ("--chunk", chunk),
+        ("--cache", cache),
+        ("--vae", vae),
+    ):
+        shared += [option, str(value)] if value is not None else []
+    if drawing.comparison is not None:
+        evaluate_grid(options, drawing.comparison, processes, shared)
+        return
     job = prepare_job(options)
     metrics = stored_result(job)
     if metrics is None:
@@ -87,18 +106,7 @@ def command(
             from ditmoe.data.files import make_folder
             from ditmoe.launcher.launch import spawn
 
-            arguments = ["evaluate", *drawing.arguments(), "--count", str(count)]
-            arguments += ["--labels", labels, "--weights", weights]
-            arguments += ["--features", features, "--batch", str(batch)]
-            arguments += ["--recogniser" if recogniser else "--no-recogniser"]
-            for option, value in (
-                ("--data", data),
-                ("--features-path", features_path),
-                ("--chunk", chunk),
-                ("--cache", cache),
-                ("--vae", vae),
-            ):
-                arguments += [option, str(value)] if value is not None else []
+            arguments = ["evaluate", *drawing.arguments(), "--count", str(count), "--labels", labels, *shared]
             # The checkpoint is named: training may write a newer one before the processes look. The first of them
             # shows the result.
             arguments += ["--", str(job.checkpoint)]
@@ -112,3 +120,9 @@ def command(
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")
         typer.echo(f"  samples  {job.folder / 'samples.npz'}")
         typer.echo(f"  gallery  {job.folder / 'gallery' / 'index.html'}")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

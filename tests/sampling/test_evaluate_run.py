@@ -23,7 +23,14 @@ from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate import stored_result
-from ditmoe.sampling.evaluate_run import EvaluationOptions, _drawer, default_cache, evaluate_run, prepare_job
+from ditmoe.sampling.evaluate_run import (
+    EvaluationOptions,
+    _drawer,
+    _Model,
+    default_cache,
+    evaluate_run,
+    prepare_job,
+)
 from ditmoe.sampling.noise_classifier import (
     NoiseNetwork,
     classifier_folder,
@@ -75,7 +82,7 @@ def test_evaluations_are_those_that_each_image_took(run: Path, shards: Path) -> 
     job = prepare_job(options)
     assert "-rk45-0.01-cfg-1-" in job.folder.name
     numbers = list(range(8))
-    drawn = _drawer(job, torch.device("cpu"))(numbers, job.evaluation.labels_of(numbers))
+    drawn = _drawer(job, _Model(torch.device("cpu")))(numbers, job.evaluation.labels_of(numbers))
     assert drawn.nfe_N is not None and (drawn.nfe_N % 6 == 2).all()
     assert len(set(drawn.nfe_N.tolist())) > 1  # each its own
     assert planned_nfe(job.evaluation.sampler) is None

@@ -1,0 +1,88 @@
+"""`ditmoe evaluate RUN --grid FILE`: compare samplers, each alone and finishing chains, at several costs."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from ditmoe.model.errors import UserError
+
+if TYPE_CHECKING:
+    from ditmoe.sampling.evaluate_run import EvaluationOptions
+
+HOLDING: Final = (
+    "run",
+    "processes",
+    "grid",
+    "weights",
+    "step",
+    "data",
+    "features",
+    "features_path",
+    "recogniser",
+    "vae",
+    "batch",
+    "chunk",
+    "cache",
+)
+"""Options of `ditmoe evaluate` that a grid leaves to the command."""
+
+
+def refuse_options(path: Path, given: Iterable[str]) -> None:
+    """UserError naming the options, by their Python names, that the file decides on."""
+    refused = [f"--{name.replace('_', '-')}" for name in given if name not in HOLDING]
+    if refused:
+        raise UserError(
+            f"{', '.join(refused)}: set in {path}, the file of --grid, which says how images are drawn; leave out"
+        )
+
+
+def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | None, again: Sequence[str]) -> None:
+    """Evaluate every cell of a grid that is not stored, and show the table.
+
+    Args:
+        options: what holds for every cell.
+        path: the file of the grid.
+        processes: that share the work; None: one per GPU, or 1.
+        again: the options as arguments, for the processes.
+    """
+    from ditmoe.data.files import make_folder
+    from ditmoe.launcher.grid_file import load_comparison
+    from ditmoe.launcher.processes import in_worker
+    from ditmoe.sampling.comparison_run import (
+        PICTURE_FILE,
+        ROWS_FILE,
+        TABLE_FILE,
+        prepare_comparison,
+        run_comparison,
+    )
+
+    if not path.is_file():
+        raise UserError(f"--grid {path}: no such file; expected own, karras, or the YAML file of a comparison")
+    comparison = prepare_comparison(options, load_comparison(path), path.stem)
+    first = os.environ.get("RANK", "0") == "0"
+    if not in_worker():
+        import torch
+
+        processes = processes or torch.cuda.device_count() or 1
+        _announce(len(comparison.cells), comparison.left_out)
+        if processes > 1 and not comparison.finished:
+            from ditmoe.launcher.launch import spawn
+
+            ranks = comparison.folder / "ranks"
+            make_folder(ranks)
+            arguments = ["evaluate", "--grid", str(path), *again, "--", str(comparison.jobs[0].checkpoint)]
+            raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
+    page = run_comparison(comparison)
+    if first:
+        typer.echo(page)
+        for name, file in (("rows", ROWS_FILE), ("table", TABLE_FILE), ("picture", PICTURE_FILE)):
+            typer.echo(f"  {name:<8} {comparison.folder / file}")
+
+
+def _announce(cells: int, left_out: Sequence[str]) -> None:
+    typer.echo(f"{cells} evaluations")
+    for line in left_out:
+        typer.echo(f"left out: {line}")
