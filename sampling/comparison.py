@@ -17,7 +17,7 @@ from ditmoe.model.settings import Settings
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.evaluate import LabelSampling
-from ditmoe.sampling.names import CHAIN_PREFIX, GridName, IntegratorName
+from ditmoe.sampling.names import CHAIN_PREFIX, IntegratorName, ScheduleName
 from ditmoe.sampling.samplers import planned_nfe
 
 PLAIN: Final = "plain"
@@ -29,7 +29,7 @@ _NOT_OF_ONE_SAMPLER: Final = {
     "dlg": "`chains` has the chains, for every sampler",
     "seed": "it is one for the whole comparison",
 }
-_COMMON: Final = ("cfg_scale", "cfg_channels", "grid", "precision", "tweedie", "ddpm_timestep", "seed")
+_COMMON: Final = ("cfg_scale", "cfg_channels", "schedule", "precision", "tweedie", "ddpm_timestep", "seed")
 _NAME: Final = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 
 
@@ -110,7 +110,7 @@ class ComparisonConfig(Settings):
     """Classifier-free guidance; 1: none."""
     cfg_channels: int | None = Field(default=None, ge=1)
     """Channels that guidance acts on; null: all."""
-    grid: GridName | None = None
+    schedule: ScheduleName | None = None
     """Noise levels; null: each sampler's own choice."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's weights and arithmetic."""

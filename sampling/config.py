@@ -9,11 +9,11 @@ from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 from ditmoe.sampling.dlg_config import DlgConfig
-from ditmoe.sampling.names import CHAIN_PREFIX, GridName, IntegratorName, SamplerName
+from ditmoe.sampling.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
 
 
-def default_grid(sampler: IntegratorName) -> GridName:
-    """The grid of a sampler that none was chosen for."""
+def default_schedule(sampler: IntegratorName) -> ScheduleName:
+    """The schedule of a sampler that none was chosen for."""
     return "own" if sampler in ("ddpm", "ddim", "euler") else "karras"
 
 
@@ -27,9 +27,9 @@ class SamplerConfig(Settings):
     chains, which want the run's noise-level classifier."""
     steps: int = Field(default=250, ge=1)
     """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
-    grid: GridName | None = None
+    schedule: ScheduleName | None = None
     """Noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM: the
-    1000 timesteps, respaced). `karras`: the EDM grid, ρ = 7, from the largest to the smallest σ of the range.
+    1000 timesteps, respaced). `karras`: EDM's, ρ = 7, from the largest to the smallest σ of the range.
     Null: `own` for ddpm, ddim and euler, `karras` for the others. Not for rk45."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
@@ -57,7 +57,7 @@ class SamplerConfig(Settings):
     """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
     """The timestep that a DDPM network gets at a σ between two of its 1000 levels: in between as log σ is, or
-    that of the nearer level. No matter on the `own` grid, which uses the levels themselves."""
+    that of the nearer level. No matter on the `own` schedule, which uses the levels themselves."""
     dlg: DlgConfig = DlgConfig()
     """How chains move; with a sampler of chains only."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -103,10 +103,10 @@ class SamplerConfig(Settings):
         return self
 
     def resolved(self, objective: ObjectiveConfig) -> "SamplerConfig":
-        """The same with the sampler and the grid that the nulls stand for, under the sampler's first name."""
+        """The same with the sampler and the schedule that the nulls stand for, under the sampler's first name."""
         sampler = self.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
         named = self.model_copy(update={"sampler": sampler.replace("kar1", "heun")})
-        return named.model_copy(update={"grid": self.grid or default_grid(named.integrator)})
+        return named.model_copy(update={"schedule": self.schedule or default_schedule(named.integrator)})
 
 
 def sampler_from_options(*, dlg: Sequence[str] = (), **options: Any) -> SamplerConfig:

@@ -56,7 +56,7 @@ class Evaluation:
     step: int
     """Training step of the weights."""
     sampler: SamplerConfig
-    """Resolved: its sampler and grid are named."""
+    """Resolved: its sampler and schedule are named."""
     count: int
     """Images N."""
     labels: LabelSampling
@@ -68,7 +68,7 @@ class Evaluation:
     """Fingerprint of the noise-level classifier that chains ask; None: they are no chains."""
 
     def __post_init__(self) -> None:
-        assert self.sampler.sampler is not None and self.sampler.grid is not None and self.count > 0
+        assert self.sampler.sampler is not None and self.sampler.schedule is not None and self.count > 0
         assert self.sampler.chains == (self.noise_classifier is not None)
 
     @property

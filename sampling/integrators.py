@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ditmoe.sampling.denoiser import Denoiser, column
-from ditmoe.sampling.names import GridName
+from ditmoe.sampling.names import ScheduleName
 
 RHO: Final = 7.0
 """EDM's ρ: larger puts more of the steps at small σ."""
@@ -60,7 +60,7 @@ def karras_grid(denoiser: Denoiser, sigma_B: Tensor, steps: int) -> Tensor:
     return torch.cat((first_B1, (root_BN**RHO)[:, 1:], torch.zeros_like(first_B1)), dim=1)
 
 
-GRIDS: Final[dict[GridName, Grid]] = {"own": own_grid, "karras": karras_grid}
+GRIDS: Final[dict[ScheduleName, Grid]] = {"own": own_grid, "karras": karras_grid}
 
 
 def euler(

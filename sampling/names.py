@@ -29,7 +29,7 @@ ChainName = Literal[
 ]
 """Denoising Langevin Gibbs chains, whose states the integrator finishes."""
 SamplerName = Literal[IntegratorName, ChainName]
-GridName = Literal["own", "karras"]
+ScheduleName = Literal["own", "karras"]
 LevelRule = Literal["argmax", "sample"]
 StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from ditmoe.sampling.adaptive import rk45
-from ditmoe.sampling.config import SamplerConfig, default_grid
+from ditmoe.sampling.config import SamplerConfig, default_schedule
 from ditmoe.sampling.ddpm import ancestral, ddim
 from ditmoe.sampling.denoiser import Denoiser
 from ditmoe.sampling.dlg_config import DlgConfig
@@ -44,7 +44,7 @@ class Sampler:
     noisy: bool = False
     """It takes `noise`."""
     from_prior: bool = False
-    """On the objective's own grid it starts at pure noise. The others start at `sigma_max` on either grid: at
+    """On the objective's own schedule it starts at pure noise. The others start at `sigma_max` on either: at
     t = 1 of a flow, σ has no bound, and neither have the slope in σ and the noise of a step."""
 
 
@@ -81,11 +81,11 @@ def integrate(
         label_B: classes, int64.
         noise: fresh noise by number, for the samplers that add some.
     """
-    assert config.sampler is not None and config.grid is not None, "the configuration is not resolved"
+    assert config.sampler is not None and config.schedule is not None, "the configuration is not resolved"
     sampler = SAMPLERS[config.integrator]
     arguments: dict[str, Any] = {name: getattr(config, key) for name, key in sampler.settings.items()}
     if sampler.on_grid:
-        arguments |= {"steps": config.steps, "grid": GRIDS[config.grid]}
+        arguments |= {"steps": config.steps, "grid": GRIDS[config.schedule]}
     if sampler.noisy:
         arguments["noise"] = noise
     drawn = sampler.integrator(denoiser, x_BCHW, sigma_B, label_B, **arguments)
@@ -105,7 +105,7 @@ def tweedie(denoiser: Denoiser, drawn: Drawn, sigma_B: Tensor, label_B: Tensor) 
 
 def starting_sigma(denoiser: Denoiser, config: SamplerConfig) -> float:
     """σ of the noise that a resolved configuration starts from."""
-    from_prior = config.grid == "own" and SAMPLERS[config.integrator].from_prior
+    from_prior = config.schedule == "own" and SAMPLERS[config.integrator].from_prior
     return denoiser.sigma_prior if from_prior else denoiser.sigma_max
 
 
@@ -133,7 +133,7 @@ def initial_config(config: SamplerConfig) -> SamplerConfig:
         update={
             "sampler": sampler,
             "steps": config.dlg.initial_steps,
-            "grid": default_grid(sampler),
+            "schedule": default_schedule(sampler),
             "corrector_steps": 0,
             "tweedie": False,
             "dlg": DlgConfig(),

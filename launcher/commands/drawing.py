@@ -9,11 +9,11 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from ditmoe.sampling.names import GridName, SamplerName
+from ditmoe.sampling.names import SamplerName, ScheduleName
 
 if TYPE_CHECKING:
     from ditmoe.sampling.config import SamplerConfig
@@ -41,9 +41,9 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         None,
     ),
     "steps": (Annotated[int, typer.Option(min=1, help="Steps of the sampler; rk45 chooses its own.")], 250),
-    "grid": (
+    "schedule": (
         Annotated[
-            GridName | None,
+            ScheduleName | None,
             typer.Option(
                 help="Noise levels: the objective's own, or EDM's. [default: own for euler, ddim and ddpm, else "
                 "karras]"
@@ -95,17 +95,6 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     ),
 }
 """Option → its type with its help, and its default."""
-_GRID_OR_FILE: Final = (
-    Annotated[
-        str | None,
-        typer.Option(
-            metavar="[own|karras|FILE]",
-            help="Noise levels, as of `ditmoe sample`; or the YAML file of a grid of samplers to compare, which "
-            "then says how images are drawn: docs/evaluate.md.",
-        ),
-    ],
-    None,
-)
 
 
 @dataclass(frozen=True)
@@ -113,12 +102,6 @@ class Drawing:
     """What the sampler's options were."""
 
     values: Mapping[str, Any]
-
-    @property
-    def comparison(self) -> Path | None:
-        """The file of a comparison, where `--grid` is one."""
-        grid = self.values["grid"]
-        return None if grid is None or grid in get_args(GridName) else Path(grid)
 
     def config(self) -> "SamplerConfig":
         """The sampler. UserError naming every option that is out of range."""
@@ -140,14 +123,12 @@ class Drawing:
         return arguments
 
 
-def draws_images(*, steps: int, compares: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the sampler's options where it has its argument `drawing`.
 
     Args:
         steps: a default.
-        compares: `--grid` may also be the file of a comparison of samplers.
     """
-    changed = {"grid": _GRID_OR_FILE} if compares else {}
     options = {
         name: inspect.Parameter(
             name,
@@ -155,7 +136,7 @@ def draws_images(*, steps: int, compares: bool = False) -> Callable[[Callable[..
             default=steps if name == "steps" else default,
             annotation=annotation,
         )
-        for name, (annotation, default) in (_SAMPLER_OPTIONS | changed).items()
+        for name, (annotation, default) in _SAMPLER_OPTIONS.items()
     }
 
     def mark(command: Callable[..., None]) -> Callable[..., None]:

@@ -10,13 +10,20 @@ from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, Wei
 from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 
 
-@draws_images(steps=250, compares=True)
+@draws_images(steps=250)
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.", metavar="RUN")],
     *,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or 1]")
+    ] = None,
+    grid: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file of samplers to compare, which then says how images are drawn; see docs/evaluate.md.",
+        ),
     ] = None,
     drawing: Drawing,
     labels: Annotated[
@@ -63,11 +70,11 @@ def command(
     from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.results import table
 
-    if drawing.comparison is not None and context is not None:
-        refuse_options(drawing.comparison, (name for name in context.params if _is_given(context, name)))
+    if grid is not None and context is not None:
+        refuse_options(grid, (name for name in context.params if _is_given(context, name)))
     options = EvaluationOptions(
         source=run,
-        sampler=SamplerConfig() if drawing.comparison is not None else drawing.config(),
+        sampler=SamplerConfig() if grid is not None else drawing.config(),
         count=count,
         labels=labels,
         weights=weights,
@@ -92,8 +99,8 @@ def command(
         ("--vae", vae),
     ):
         shared += [option, str(value)] if value is not None else []
-    if drawing.comparison is not None:
-        evaluate_grid(options, drawing.comparison, processes, shared)
+    if grid is not None:
+        evaluate_grid(options, grid, processes, shared)
         return
     job = prepare_job(options)
     metrics = stored_result(job)

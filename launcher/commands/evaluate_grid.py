@@ -60,7 +60,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
     )
 
     if not path.is_file():
-        raise UserError(f"--grid {path}: no such file; expected own, karras, or the YAML file of a comparison")
+        raise UserError(f"--grid {path}: no such file; expected the YAML file of a comparison")
     comparison = prepare_comparison(options, load_comparison(path), path.stem)
     first = os.environ.get("RANK", "0") == "0"
     if not in_worker():

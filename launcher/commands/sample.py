@@ -178,7 +178,7 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
     """The sampler, its steps, and those of its settings that depart from their defaults."""
     import hashlib
 
-    from ditmoe.sampling.config import SamplerConfig, default_grid
+    from ditmoe.sampling.config import SamplerConfig, default_schedule
 
     assert config.sampler is not None
     words: list[str] = [config.sampler.replace(":", "-")]
@@ -186,8 +186,8 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
         words.append(f"tolerance{config.tolerance:g}")
     else:
         words.append(f"{config.steps}steps")
-        if config.grid != default_grid(config.integrator):
-            words.append(f"grid-{config.grid}")
+        if config.schedule != default_schedule(config.integrator):
+            words.append(f"schedule-{config.schedule}")
     if config.integrator == "ddim" and config.ddim_eta:
         words.append(f"eta{config.ddim_eta:g}")
     if config.integrator == "kar2":

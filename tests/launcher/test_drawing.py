@@ -44,7 +44,7 @@ def test_options_survive_being_passed_on():
     changed = {
         "sampler": "dlg:euler-maruyama",
         "steps": 3,
-        "grid": "own",
+        "schedule": "own",
         "ddim_eta": 0.1,
         "churn": 0.3,
         "churn_min": 1e-7,

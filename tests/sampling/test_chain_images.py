@@ -176,6 +176,6 @@ def test_settings_of_chains_belong_to_samplers_of_chains():
     with pytest.raises(ValueError, match="expected a sampler of chains, such as dlg:euler"):
         SamplerConfig.model_validate({"sampler": "euler", "dlg": {"skip": 3}})
     resolved = config_of("dlg:kar1").resolved(ObjectiveConfig())
-    assert (resolved.sampler, resolved.integrator, resolved.grid) == ("dlg:heun", "heun", "karras")
+    assert (resolved.sampler, resolved.integrator, resolved.schedule) == ("dlg:heun", "heun", "karras")
     assert "dlg" in resolved.plain() and "dlg" not in SamplerConfig().plain()
     assert (config_of().images_per_unit, SamplerConfig().images_per_unit) == (4, 1)

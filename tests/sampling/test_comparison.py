@@ -100,6 +100,7 @@ def test_cells_are_those_that_are_possible_and_each_comes_once():
         chains={"published": {"skip": 5}, "half": {"share": 0.5}},
         seed=3,
         cfg_scale=1.5,
+        schedule="own",
     )
     cells, left_out = cells_of(comparison, FLOW)
     table = [(cell.sampler, cell.variant, cell.targets, cell.config.steps) for cell in cells]
@@ -118,7 +119,7 @@ def test_cells_are_those_that_are_possible_and_each_comes_once():
     assert "kar1, half, NFE 2: one step costs more" in left_out
     assert "rk45, half: its NFE is not known beforehand, to take a share of" in left_out
     assert {cell.sampler for cell in cells} == {"kar1", "kar2 (churn 20)", "rk45"}
-    assert all(cell.config.cfg_scale == 1.5 and cell.config.seed == 3 for cell in cells)
+    assert {(cell.config.cfg_scale, cell.config.schedule, cell.config.seed) for cell in cells} == {(1.5, "own", 3)}
     rk45 = [(cell.variant, cell.targets, cell.config.tolerance) for cell in cells if cell.sampler == "rk45"]
     assert rk45 == [(name, (value,), value) for name in ("plain", "published") for value in (0.01, 0.1)]
     assert len({(cell.sampler, cell.variant, cell.config.model_dump_json()) for cell in cells}) == len(cells)

@@ -205,11 +205,11 @@ def test_the_shipped_grid_is_valid() -> None:
 def test_a_grid_leaves_no_room_for_what_it_decides(run: Path, shards: Path, tmp_path: Path) -> None:
     file = tmp_path / "grid.yaml"
     file.write_text(GRID)
-    refused = command(run, shards, file, "--count", "50000", "--cfg-scale", "1")
+    refused = command(run, shards, file, "--count", "50000", "--schedule", "karras", "--cfg-scale", "1")
     assert isinstance(refused.exception, UserError)
-    assert str(refused.exception).startswith(f"--count, --cfg-scale: set in {file}")
-    missing = command(run, shards, tmp_path / "karas")
-    assert "karas: no such file; expected own, karras, or the YAML file" in str(missing.exception)
+    assert str(refused.exception).startswith(f"--count, --schedule, --cfg-scale: set in {file}")
+    missing = command(run, shards, tmp_path / "karras")
+    assert "karras: no such file; expected the YAML file of a comparison" in str(missing.exception)
     file.write_text("samplers: [heun]\nnfe: [2]\nplain: false\nchains:\n  a: {}\n")
     assert "no evaluation is possible:\n  heun, a, NFE 2: one step" in str(command(run, shards, file).exception)
     file.write_text(GRID + "cfg_channels: 2\n")

@@ -48,7 +48,7 @@ def make_job(folder: Path, shards: Path, cache: Path, count: int = 200, **change
         weights="0123456789abcdef",
         which="ema",
         step=1200,
-        sampler=SamplerConfig(sampler="heun", grid="karras", steps=20, cfg_scale=1.5, seed=3),
+        sampler=SamplerConfig(sampler="heun", schedule="karras", steps=20, cfg_scale=1.5, seed=3),
         count=count,
         labels=changes.pop("labels", "random"),
         num_classes=10,

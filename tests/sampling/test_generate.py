@@ -147,9 +147,9 @@ def test_wrong_labels(model):
 def test_defaults():
     assert default_labels([0, 4, 5, 12], 5).tolist() == [0, 4, 0, 2]
     flow, ddpm = ObjectiveConfig(kind="rectified_flow"), ObjectiveConfig(kind="ddpm")
-    assert (SamplerConfig().resolved(flow).sampler, SamplerConfig().resolved(flow).grid) == ("euler", "own")
+    assert (SamplerConfig().resolved(flow).sampler, SamplerConfig().resolved(flow).schedule) == ("euler", "own")
     assert SamplerConfig().resolved(ddpm).sampler == "ddpm"
-    assert SamplerConfig(sampler="heun").resolved(ddpm).grid == "karras"
+    assert SamplerConfig(sampler="heun").resolved(ddpm).schedule == "karras"
 
 
 def test_images_that_are_not_finite_are_an_error():

@@ -125,10 +125,10 @@ def test_what_is_made_of_a_checkpoint_goes_to_its_run_or_into_it(run, tmp_path, 
 
 def test_the_name_states_what_departs_from_the_defaults():
     config = SamplerConfig(
-        sampler="ddim", ddim_eta=0.5, grid="karras", cfg_scale=2, cfg_channels=3, precision="bf16"
+        sampler="ddim", ddim_eta=0.5, schedule="karras", cfg_scale=2, cfg_channels=3, precision="bf16"
     )
     name = picture_name(7, "weights", None, None, config)
-    assert name == "step-00000007_ddim_250steps_grid-karras_eta0.5_cfg2_on3channels_seed0_weights_bf16.png"
+    assert name == "step-00000007_ddim_250steps_schedule-karras_eta0.5_cfg2_on3channels_seed0_weights_bf16.png"
 
 
 def test_the_name_states_the_settings_of_each_sampler():
@@ -140,8 +140,8 @@ def test_the_name_states_the_settings_of_each_sampler():
     churned = name(sampler="kar2", steps=9, churn=10, churn_noise=1, tweedie=True)
     assert churned == "step-00000007_kar2_9steps_churn10_churn-noise1_tweedie_cfg1_seed0.png"
     assert name(sampler="rk45", tolerance=1e-3) == "step-00000007_rk45_tolerance0.001_cfg1_seed0.png"
-    corrected = name(sampler="reverse-diffusion", steps=9, corrector_steps=2, grid="own")
-    assert corrected == "step-00000007_reverse-diffusion_9steps_grid-own_2corrections-snr0.16_cfg1_seed0.png"
+    corrected = name(sampler="reverse-diffusion", steps=9, corrector_steps=2, schedule="own")
+    assert corrected == "step-00000007_reverse-diffusion_9steps_schedule-own_2corrections-snr0.16_cfg1_seed0.png"
     assert name(sampler="dpm-solver++", steps=9) == "step-00000007_dpm-solver++_9steps_cfg1_seed0.png"
 
     assert name(sampler="dlg:kar1", steps=9) == "step-00000007_dlg-heun_9steps_cfg1_seed0.png"
@@ -199,7 +199,7 @@ def test_sample_refuses_what_does_not_fit(run, tmp_path):
 
 
 def test_pictures_of_other_classes_and_counts_have_other_names():
-    config = SamplerConfig(sampler="euler", grid="own")
+    config = SamplerConfig(sampler="euler", schedule="own")
     assert picture_name(7, "ema", [3, 1], 12, config).endswith("_seed0_classes-3-1_12images.png")
     names = {picture_name(7, "ema", list(range(n)), None, config) for n in range(30, 60)}
     assert len(names) == 30 and max(map(len, names)) < 120

@@ -24,8 +24,8 @@ WORST = 4.5
 
 CONFIGS: dict[str, SamplerConfig] = {name: SamplerConfig(sampler=name) for name in get_args(IntegratorName)} | {
     "ddim η=½": SamplerConfig(sampler="ddim", ddim_eta=0.5),
-    "euler on the EDM grid": SamplerConfig(sampler="euler", grid="karras"),
-    "dpm-solver++ on the own grid": SamplerConfig(sampler="dpm-solver++", grid="own"),
+    "euler on EDM's schedule": SamplerConfig(sampler="euler", schedule="karras"),
+    "dpm-solver++ on the own schedule": SamplerConfig(sampler="dpm-solver++", schedule="own"),
     "reverse-diffusion, corrected": SamplerConfig(sampler="reverse-diffusion", corrector_steps=1),
     "euler-maruyama, corrected twice": SamplerConfig(sampler="euler-maruyama", corrector_steps=2),
     "kar2 and Tweedie": SamplerConfig(sampler="kar2", tweedie=True),
@@ -148,18 +148,18 @@ def test_the_last_tweedie_step_is_the_denoiser_at_the_smallest_sigma():
     assert after.nfe == plain.nfe + 1
 
 
-def test_names_grids_and_where_they_start():
+def test_names_schedules_and_where_they_start():
     assert set(SAMPLERS) == set(get_args(IntegratorName))
     assert set(get_args(SamplerName)) == set(SAMPLERS) | {f"dlg:{name}" for name in SAMPLERS}
     kar1, heun = (SamplerConfig(sampler=name, steps=9).resolved(FLOW) for name in ("kar1", "heun"))
     assert kar1 == heun  # one sampler under two names: the same images, in the same folder
     denoiser = MixtureDenoiser(FOUR_MODES)
     denoiser.sigma_prior = 1e6
-    own = {name for name, config in CONFIGS.items() if config.grid == "own"}
-    assert own == {"ddpm", "ddim", "ddim η=½", "euler", "dpm-solver++ on the own grid"}
+    own = {name for name, config in CONFIGS.items() if config.schedule == "own"}
+    assert own == {"ddpm", "ddim", "ddim η=½", "euler", "dpm-solver++ on the own schedule"}
     for name, config in CONFIGS.items():
         assert starting_sigma(denoiser, config) == (1e6 if name in own else 80.0)
-    assert starting_sigma(denoiser, SamplerConfig(sampler="kar2", grid="own")) == 80.0
+    assert starting_sigma(denoiser, SamplerConfig(sampler="kar2", schedule="own")) == 80.0
 
 
 def test_settings_that_do_not_fit():
