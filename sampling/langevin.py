@@ -4,14 +4,15 @@ Alternating the two keeps p(x, σ) ∝ p_σ(x)·p(σ) (Gibbs sampling; DMCMC, ar
 step, which no Metropolis test corrects, is off by. Any step length that depends on σ alone is as valid as another,
 for σ stands still while x moves.
 
-All rules are x ← x + share·(D − x) + deviation·z, and agree to first order in η:
+Three rules are x ← x + share·(D − x) + deviation·z, and agree to first order in η with each other and the fourth:
 
     rule           share           deviation     on N(μ, v) with v = s² + σ² settles at the variance
     constant       η/(2σ²)         √η            v/(1 − η/(4v))
     proportional   η/2             √η·σ          v/(1 − η·σ²/(4v))
     exponential    1 − √(1 − η)    √η·σ          v/(1 + share·s²/((2 − share)·v))
+    underdamped    (see there)                   v
 
-The last is exact where nothing but noise varies (s = 0), as in most directions of an image; there the first two
+The third is exact where nothing but noise varies (s = 0), as in most directions of an image; there the first two
 lengthen the noise at every step, which in many dims is enough to drive σ up.
 """
 
@@ -72,8 +73,8 @@ def underdamped(
 
     Half a drift, a kick by the score, half a drift, and a partial renewal of the velocity: generalised Hamiltonian
     Monte Carlo (Horowitz 1991), one leapfrog step of time √η in units of σ, without a Metropolis test. Half a
-    drift adds noise of its own, and the score is asked for at the level that it makes: so where nothing but noise
-    varies the step is a rotation of (x − D, velocity), and exact.
+    drift adds noise of its own, and the score is asked for at the level that both make: so on a normal
+    distribution of any width the step is a rotation of (x, velocity), and exact at any length.
 
     Args:
         step_size_B: η of each image, float64.

@@ -18,7 +18,7 @@ from ditmoe.sampling.dlg import Dlg
 from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.dlg_state import Chains
 from ditmoe.sampling.integrators import heun
-from ditmoe.sampling.langevin import State, langevin
+from ditmoe.sampling.langevin import State, langevin, underdamped
 from ditmoe.sampling.noise_levels import log_uniform_levels
 from tests.sampling.dlg_oracle import distance, stationary
 from tests.sampling.mixture import GaussianMixture, MixtureDenoiser, MixturePosterior
@@ -236,6 +236,23 @@ def test_bias_at_one_level_is_the_known_one(rule, eta):
     error = math.sqrt(2 / count)
     assert abs(expected / variance - 1) > 10 * error, "the bias would not show"
     assert x.var().item() == pytest.approx(expected, rel=4 * error)
+
+
+@pytest.mark.parametrize("deviation", [0.0, 0.6, 3.0])
+@pytest.mark.parametrize("eta", [0.5, 4.0, 9.0])
+def test_steps_with_a_velocity_are_exact_on_every_normal_distribution(deviation, eta):
+    """They are a linear map of (x, velocity), which must turn it by a rotation, at any length."""
+    sigma = 0.8
+    variance = deviation**2 + sigma**2
+    denoiser = MixtureDenoiser(GaussianMixture.of([[0.0]], [deviation], [1]))
+    unit = torch.eye(2, dtype=torch.float64)  # (1, 0) and (0, 1) in units of the standard deviations
+    x, velocity = unit[0].view(2, 1, 1, 1) * math.sqrt(variance), unit[1].view(2, 1, 1, 1)
+    sigma_B, label_B = torch.full((2,), sigma, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
+    state = State(x, sigma_B, velocity)
+    x, velocity = underdamped(denoiser, state, label_B, torch.full_like(sigma_B, eta), torch.zeros_like(x), 1.0)
+    turned = torch.stack((x.flatten() / math.sqrt(variance), velocity.flatten()))
+    torch.testing.assert_close(turned @ turned.T, unit)
+    assert abs(turned[0, 1].item()) > 0.1, "it hardly moves"
 
 
 def test_bias_of_the_joint_distribution_goes_with_the_step_size():
