@@ -7,19 +7,19 @@ Shapes: B noisy images, N levels.
 """
 
 import math
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib.figure import Figure
 from torch import Tensor
+
+from ditmoe.data.files import make_folder, replacing
 
 BINS: Final = 20
 """Stretches of log σ that figures are given for."""
 _COVERED: Final = (0.5, 0.9)
-_SIDE: Final = 320
-_MARGIN: Final = 64
-_PAPER, _INK, _FAINT = (255, 255, 255), (32, 32, 32), (200, 200, 200)
-_POINT, _SECOND = (31, 90, 166), (200, 80, 30)
+_COLOURS: Final = ("#1f5aa6", "#c85a1e")
 
 
 class Predictions(NamedTuple):
@@ -78,83 +78,38 @@ def calibration_figures(predictions: Predictions, level_N: Tensor) -> dict[str, 
     }
 
 
-def calibration_picture(predictions: Predictions, level_N: Tensor) -> Image.Image:
-    """Two panels over the true σ: the likeliest level of each image, and entropy beside cross-entropy."""
-    picture = Image.new("RGB", (2 * (_SIDE + _MARGIN) + _MARGIN // 2, _SIDE + 2 * _MARGIN), _PAPER)
-    pen, count = ImageDraw.Draw(picture), len(level_N)
-    log_level_N = level_N.log()
-    reach = (float(log_level_N[0]), float(log_level_N[-1]) + 1e-9)
-    true_B = log_level_N[predictions.level_B]
+def write_calibration_picture(path: Path, predictions: Predictions, level_N: Tensor) -> None:
+    """Two panels over the true σ: the likeliest level of each image, and entropy beside cross-entropy.
 
-    left = _Panel(pen, _MARGIN, reach, reach)
-    left.frame("predicted sigma (likeliest level) against true sigma", decades=True)
-    left.line([reach[0], reach[1]], [reach[0], reach[1]], _FAINT)
-    for true, found in zip(
-        true_B.tolist(), log_level_N[predictions.log_probability_BN.argmax(1)].tolist(), strict=True
-    ):
-        left.point(true, found, _POINT)
+    Raises:
+        UserError: the file cannot be written.
+    """
+    true_B = level_N[predictions.level_B]
+    figure = Figure(figsize=(10, 4.8), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    ends = [float(level_N[0]), float(level_N[-1])]
+    left.plot(ends, ends, color="0.75", label="right")
+    likeliest_B = level_N[predictions.log_probability_BN.argmax(1)]
+    left.plot(true_B, likeliest_B, ".", markersize=2, color=_COLOURS[0], label="an image")
+    left.set(title="Likeliest σ", xlabel="true σ", ylabel="predicted σ", xscale="log", yscale="log")
 
-    entropy_B, loss_B = predictions.entropy_B, predictions.loss_B
-    bin_B = _bins(predictions.level_B, count)
+    bin_B = _bins(predictions.level_B, len(level_N))
     bins = sorted(set(bin_B.tolist()))
-    at = [true_B[bin_B == number].mean().item() for number in bins]
-    entropy = [entropy_B[bin_B == number].mean().item() for number in bins]
-    loss = [loss_B[bin_B == number].mean().item() for number in bins]
-    right = _Panel(pen, 2 * _MARGIN + _SIDE, reach, (0.0, max(math.log(count), *entropy, *loss) * 1.05))
-    right.frame("nats against true sigma: entropy (blue), cross-entropy (red)", decades=False)
-    right.line(at, entropy, _POINT)
-    right.line(at, loss, _SECOND)
-    return picture
-
-
-class _Panel:
-    """A square with axes; x is log σ."""
-
-    def __init__(
-        self, pen: ImageDraw.ImageDraw, left: int, x_reach: tuple[float, float], y_reach: tuple[float, float]
-    ) -> None:
-        self._pen, self._left, self._x, self._y = pen, left, x_reach, y_reach
-        self._font = ImageFont.load_default(11)
-
-    def frame(self, title: str, *, decades: bool) -> None:
-        """Border, title, powers of ten along x, and along y powers of ten or whole numbers.
-
-        Titles write sigma out: Pillow's own font has no Greek.
-        """
-        left, top = self._left, _MARGIN
-        self._pen.rectangle((left, top, left + _SIDE, top + _SIDE), outline=_INK)
-        self._pen.text((left + _SIDE / 2, top - 14), title, _INK, self._font, anchor="mm")
-        for power, at in _decades(*self._x):
-            x = self._place(at, self._y[0])[0]
-            self._pen.line((x, top + _SIDE, x, top + _SIDE + 4), _INK)
-            self._pen.text((x, top + _SIDE + 14), f"1e{power}", _INK, self._font, anchor="mm")
-        ticks = (
-            [(f"1e{power}", at) for power, at in _decades(*self._y)]
-            if decades
-            else [(str(number), float(number)) for number in range(math.floor(self._y[1]) + 1)]
-        )
-        for text, at in ticks:
-            y = self._place(self._x[0], at)[1]
-            self._pen.line((left - 4, y, left, y), _INK)
-            self._pen.text((left - 8, y), text, _INK, self._font, anchor="rm")
-
-    def point(self, x: float, y: float, colour: tuple[int, int, int]) -> None:
-        across, down = self._place(x, y)
-        self._pen.rectangle((across, down, across + 1, down + 1), colour)
-
-    def line(self, x: list[float], y: list[float], colour: tuple[int, int, int]) -> None:
-        self._pen.line([self._place(a, b) for a, b in zip(x, y, strict=True)], colour, 2)
-
-    def _place(self, x: float, y: float) -> tuple[float, float]:
-        across = (x - self._x[0]) / (self._x[1] - self._x[0])
-        up = (y - self._y[0]) / (self._y[1] - self._y[0])
-        return self._left + across * _SIDE, _MARGIN + (1 - up) * _SIDE
-
-
-def _decades(low: float, high: float) -> list[tuple[int, float]]:
-    """Powers of ten between two logarithms, with their own."""
-    first, last = math.ceil(low / math.log(10)), math.floor(high / math.log(10))
-    return [(power, power * math.log(10)) for power in range(first, last + 1)]
+    at = [true_B[bin_B == number].log().mean().exp().item() for number in bins]
+    for value_B, colour, label in (
+        (predictions.entropy_B, _COLOURS[0], "entropy: how sure it is"),
+        (predictions.loss_B, _COLOURS[1], "cross-entropy: how sure it may be"),
+    ):
+        right.plot(at, [value_B[bin_B == number].mean().item() for number in bins], color=colour, label=label)
+    right.axhline(math.log(len(level_N)), color="0.75", linestyle="--", label="guessing")
+    right.set(title="Posterior of σ", xlabel="true σ", ylabel="nats", xscale="log")
+    right.set_ylim(bottom=0)
+    for panel in (left, right):
+        panel.legend(fontsize="small")
+        panel.spines[["top", "right"]].set_visible(False)
+    make_folder(path.parent)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=100)
 
 
 def _bins(level_B: Tensor, levels: int) -> Tensor:

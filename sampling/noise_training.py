@@ -33,8 +33,7 @@ from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo
 from ditmoe.sampling.denoiser import column
-from ditmoe.sampling.grid import save_picture
-from ditmoe.sampling.noise_calibration import Predictions, calibration_figures, calibration_picture
+from ditmoe.sampling.noise_calibration import Predictions, calibration_figures, write_calibration_picture
 from ditmoe.sampling.noise_classifier import PICTURE_FILE, NoiseNetwork, NoiseSpace, save_noise_classifier
 
 STATE_FILE: Final = "training.safetensors"
@@ -145,7 +144,7 @@ def train_noise_classifier(
             "calibration_on": "held-out images" if held_out else "training images, of which none is held out",
             "calibration": figures,
         }
-        save_picture(calibration_picture(predictions, space.level_N), folder / PICTURE_FILE)
+        write_calibration_picture(folder / PICTURE_FILE, predictions, space.level_N)
         save_noise_classifier(folder, network, space, facts)
         (folder / STATE_FILE).unlink(missing_ok=True)
     return facts
