@@ -24,7 +24,7 @@ from ditmoe.sampling.dlg import Dlg, DlgSample, Finish
 from ditmoe.sampling.dlg_state import Chains, SeededDraws, load_chains, save_chains
 from ditmoe.sampling.integrators import Drawn, NoiseSource
 from ditmoe.sampling.noise_classifier import NoiseClassifier, classifier_folder, load_noise_classifier, space_of
-from ditmoe.sampling.noise_levels import NoisePosterior
+from ditmoe.sampling.noise_levels import Between, NoisePosterior
 from ditmoe.sampling.samplers import initial_config, integrate
 
 KEEP_SECONDS: Final = 60.0
@@ -62,6 +62,21 @@ def find_posterior(info: CheckpointInfo, device: str | torch.device = "cpu") -> 
     return load_noise_classifier(classifier_folder(info), space_of(info), device)
 
 
+def classifier_fingerprint(info: CheckpointInfo, samplers: Sequence[SamplerConfig]) -> str | None:
+    """That of the noise-level classifier that samplers of a checkpoint ask; None: there are no chains among them.
+
+    Raises:
+        UserError: as `find_posterior`; a chain's range of σ has none of its levels.
+    """
+    chains = [sampler.dlg for sampler in samplers if sampler.chains]
+    if not chains:
+        return None
+    classifier = find_posterior(info)
+    for dlg in chains:
+        Between(classifier, dlg.sigma_min, dlg.sigma_max)
+    return classifier.fingerprint
+
+
 def draw_chain_images(
     denoiser: Denoiser,
     posterior: NoisePosterior,
@@ -88,9 +103,11 @@ def draw_chain_images(
         kept: removed when all are drawn.
 
     Raises:
-        UserError: what was kept is of other chains, or cannot be read or written.
+        UserError: no level of noise is in the range of σ; what was kept is of other chains, or cannot be read or
+            written.
     """
     assert image_numbers and len(label_N) == len(image_numbers)
+    posterior = Between(posterior, config.dlg.sigma_min, config.dlg.sigma_max)
     dlg = Dlg(denoiser, posterior, config.dlg, SeededDraws(config.seed), _bound(initial_config(config)))
     finish = _bound(config)
     wanted = _wanted(image_numbers, config.dlg.samples_per_chain)

@@ -27,7 +27,6 @@ from ditmoe.sampling.integrators import Drawn, NoiseSource
 from ditmoe.sampling.langevin import State, draw_sigma, langevin_gibbs, smaller
 from ditmoe.sampling.names import StepRule
 from ditmoe.sampling.noise_levels import NoisePosterior
-from ditmoe.sampling.samplers import tweedie
 
 
 class Finish(Protocol):
@@ -224,14 +223,3 @@ class Dlg:
 def _spent(drawn: Drawn) -> Tensor | int:
     """Evaluations of each image, on the CPU as the counts of chains are."""
     return drawn.nfe if drawn.nfe_B is None else drawn.nfe_B.cpu()
-
-
-def with_tweedie(finish: Finish) -> Finish:
-    """The same with a last step of Tweedie's formula (`tweedie`); 1 evaluation."""
-
-    def finish_with_tweedie(
-        denoiser: Denoiser, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor, noise: NoiseSource
-    ) -> Drawn:
-        return tweedie(denoiser, finish(denoiser, x_BCHW, sigma_B, label_B, noise), sigma_B, label_B)
-
-    return finish_with_tweedie

@@ -27,6 +27,10 @@ class DlgConfig(Settings):
     """Of so many stretches of `skip` steps the last one gives a sample."""
     level_rule: LevelRule = "argmax"
     """How σ is chosen for an image: `argmax` (published) takes the likeliest; `sample` draws it (exact)."""
+    sigma_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Smallest σ that a chain may take; null: that of the classifier."""
+    sigma_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest σ that a chain may take; null: that of the classifier."""
     select: Literal["smallest", "last"] = "smallest"
     """Which state of a stretch is denoised: that of smallest σ (published), or the last (exact)."""
     samples_per_chain: int = Field(default=50, ge=1)
@@ -49,6 +53,8 @@ class DlgConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min > self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min:g} is above sigma_max = {self.sigma_max:g}")
         scales = self.class_scales or (1.0,)
         if not all(0 < scale < float("inf") for scale in scales):
             raise ValueError(f"class_scales = {list(scales)}: expected numbers above 0")

@@ -17,7 +17,7 @@ from ditmoe.data.progress import show_progress
 from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
-from ditmoe.sampling.chain_images import Kept, find_posterior
+from ditmoe.sampling.chain_images import Kept, classifier_fingerprint, find_posterior
 from ditmoe.sampling.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.denoiser import check_guidance
@@ -102,7 +102,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             raise UserError(
                 f"class_scales has {len(scales)} numbers; expected one for each of {num_classes} classes"
             )
-    posterior = find_posterior(info).fingerprint if any(sampler.chains for sampler in resolved) else None
+    posterior = classifier_fingerprint(info, resolved)
     evaluations = [
         Evaluation(
             weights=f"{info.fingerprint}-{options.weights}",

@@ -7,11 +7,14 @@ Shapes: B images, N noise levels.
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Protocol
 
 import torch
 from torch import Tensor
 
+from ditmoe.model.errors import UserError
 from ditmoe.sampling.names import LevelRule
 
 LEVELS: Final = 1000
@@ -43,6 +46,47 @@ def log_uniform_levels(sigma_min: float, sigma_max: float, count: int = LEVELS) 
     levels_N[0] = sigma_min
     levels_N[-1] = sigma_max if count > 1 else sigma_min
     return levels_N
+
+
+@dataclass(frozen=True)
+class Between:
+    """A posterior over the levels of another that lie in a range, in which chains then stay.
+
+    It is the posterior of the narrower product space, so that the Gibbs step is as exact as before.
+    """
+
+    posterior: NoisePosterior
+    sigma_min: float | None
+    """None: without an end."""
+    sigma_max: float | None
+
+    def __post_init__(self) -> None:
+        """UserError when no level is in the range."""
+        if not self._inside_N.any():
+            level_N = self.posterior.level_N
+            raise UserError(
+                f"sigma_min = {self.sigma_min} and sigma_max = {self.sigma_max} of chains: no level of noise lies "
+                f"between; expected a range within the classifier's, {level_N[0]:g} to {level_N[-1]:g}"
+            )
+
+    @cached_property
+    def _inside_N(self) -> Tensor:
+        level_N = self.posterior.level_N
+        inside_N = torch.ones_like(level_N, dtype=torch.bool)
+        if self.sigma_min is not None:
+            inside_N &= level_N >= self.sigma_min
+        if self.sigma_max is not None:
+            inside_N &= level_N <= self.sigma_max
+        return inside_N
+
+    @property
+    def level_N(self) -> Tensor:
+        """σ of each level in the range."""
+        return self.posterior.level_N[self._inside_N]
+
+    def __call__(self, x_BCHW: Tensor, label_B: Tensor) -> Tensor:
+        """As `NoisePosterior`."""
+        return self.posterior(x_BCHW, label_B)[:, self._inside_N].log_softmax(1)
 
 
 def choose_levels(log_probability_BN: Tensor, rule: LevelRule, uniform_B: Tensor) -> Tensor:

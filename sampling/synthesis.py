@@ -22,7 +22,7 @@ from ditmoe.data.shards import MARKER_FILE, PLAN_FILE, WORK_FOLDER
 from ditmoe.data.vae import VaeFacts
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo, read_info
-from ditmoe.sampling.chain_images import find_posterior
+from ditmoe.sampling.chain_images import classifier_fingerprint
 from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import training_data
@@ -179,7 +179,7 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
         "name": options.name or f"{home.name}-synthetic",
         "score": plain_settings(options.score, real),
         "vae": None if decoder is None else decoder.sha256,
-        **({"noise_classifier": find_posterior(info).fingerprint} if sampler.chains else {}),
+        **({"noise_classifier": classifier_fingerprint(info, [sampler])} if sampler.chains else {}),
     }
     vae = None if decoder is None else decoder.path
     synthesis = Synthesis(options, path, names, real, vae, plan)

@@ -14,6 +14,7 @@ from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.generate import generate
 from ditmoe.sampling.load import LoadedModel
 from ditmoe.sampling.noise_classifier import NoiseClassifier, NoiseNetwork, NoiseSpace
+from ditmoe.sampling.noise_levels import Between
 from ditmoe.sampling.samplers import planned_nfe
 
 MODEL = ModelConfig(
@@ -65,6 +66,26 @@ def test_the_state_that_is_denoised_has_the_smallest_sigma_of_its_stretch(model,
     assert last is not None and torch.equal(last.sigma_N, last.trace_NT[:, -1])
     levels_N = posterior.level_N.float()
     assert torch.isin(drawn.trace_NT, levels_N).all()
+
+
+def test_chains_stay_in_their_range(model, posterior):
+    config = config_of(skip=5, sigma_min=0.5, sigma_max=2.0, level_rule="sample")
+    drawn = generate(model, None, range(8), config, 2, posterior=posterior).chains
+    assert drawn is not None
+    level_N = posterior.level_N.float()
+    inside_N = level_N[(level_N >= 0.5) & (level_N <= 2.0)]
+    assert torch.isin(drawn.trace_NT, inside_N).all()
+    free = generate(model, None, range(8), config_of(skip=5, level_rule="sample"), 2, posterior=posterior).chains
+    assert free is not None and not torch.isin(free.trace_NT, inside_N).all()
+    # The posterior of what is left: probabilities in the same ratios.
+    x, label = torch.randn(3, 1, 8, 8), torch.zeros(3, dtype=torch.int64)
+    narrow = Between(posterior, 0.5, 2.0)
+    whole = posterior(x, label).exp()[:, (level_N >= 0.5) & (level_N <= 2.0)]
+    torch.testing.assert_close(narrow(x, label).exp(), whole / whole.sum(1, keepdim=True))
+    with pytest.raises(UserError, match="no level of noise lies between; expected a range within the classifier"):
+        generate(model, None, range(8), config_of(sigma_min=30.0), 2, posterior=posterior)
+    with pytest.raises(ValueError, match="sigma_min = 3 is above sigma_max = 1"):
+        config_of(sigma_min=3, sigma_max=1)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ from torch import Tensor
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.ddpm import ancestral
 from ditmoe.sampling.denoiser import DdpmDenoiser, FlowDenoiser
-from ditmoe.sampling.dlg import Dlg, DlgSample, with_tweedie
+from ditmoe.sampling.dlg import Dlg, DlgSample
 from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.dlg_state import Chains, SeededDraws, load_chains, save_chains
 from ditmoe.sampling.integrators import euler, heun
 from ditmoe.sampling.langevin import State, langevin, smaller
 from ditmoe.sampling.noise_classifier import NoiseClassifier, NoiseNetwork, NoiseSpace
 from ditmoe.sampling.noise_levels import choose_levels, log_uniform_levels
+from ditmoe.sampling.samplers import tweedie
 from tests.sampling.mixture import GaussianMixture, MixtureDenoiser, MixturePosterior
 
 MIXTURE = GaussianMixture.of([[-1, 0], [1, 0.5], [0, -1]], [0.3, 0.2, 0.4], [1, 2, 3])
@@ -30,6 +31,10 @@ UNDERDAMPED = EXACT.model_copy(update={"step_rule": "underdamped", "restart_ever
 
 def heun_4(denoiser, x, sigma, label, noise):
     return heun(denoiser, x, sigma, label, 4)
+
+
+def heun_4_and_tweedie(denoiser, x, sigma, label, noise):
+    return tweedie(denoiser, heun(denoiser, x, sigma, label, 4), sigma, label)
 
 
 def ancestral_3(denoiser, x, sigma, label, noise):
@@ -107,7 +112,7 @@ def test_every_evaluation_is_counted(restart_every, starts):
     dlg = dlg_of(config)
     chains = dlg.start(range(4), torch.zeros(4, dtype=torch.int64), SHAPE)
     assert dlg.denoiser.nfe == 3 + 10 + 10 and chains.nfe_per_sample() == math.inf
-    samples = list(islice(dlg.samples(chains, with_tweedie(heun_4)), 5))
+    samples = list(islice(dlg.samples(chains, heun_4_and_tweedie), 5))
     chains = samples[-1].chains
     assert chains.initial_nfe_B.tolist() == [starts * 23] * 4
     assert chains.chain_nfe_B.tolist() == [5 * 3 * 2] * 4
