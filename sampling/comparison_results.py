@@ -6,6 +6,11 @@ from typing import Any, Final
 from ditmoe.sampling.comparison import PLAIN, Cell
 from ditmoe.sampling.comparison_verdicts import BEST, Judgement, Point, Verdict, between, verdicts
 
+INDEPENDENT: Final = (
+    "Independent: samples of chains are alike; their effective number in the feature network, as a share of them, "
+    "from the chains of classes that have several."
+)
+
 Row = dict[str, Any]
 Curves = dict[str, dict[str, list[Point]]]
 """Sampler → variant → its measured points, by NFE."""
@@ -69,6 +74,8 @@ def markdown(title: str, rows: Sequence[Row], left_out: Sequence[str], warnings:
     if found:
         lines += ["## Chains against the sampler alone", "", *_verdict_table(found), "", HOW_JUDGED, ""]
     lines += ["## Every evaluation", "", *_cell_table(rows, curves), ""]
+    if any(row["chains"] for row in rows):
+        lines += [INDEPENDENT, ""]
     floors = sorted({row["fid_floor"] for row in rows if row["fid_floor"] is not None})
     if floors:
         lines += [f"FID between two random halves of the real images (the floor): {_list(floors)}.", ""]
@@ -110,7 +117,7 @@ def _in_words(judgement: Judgement) -> str:
 def _cell_table(rows: Sequence[Row], curves: Curves) -> list[str]:
     header = (
         *("sampler", "variant", "aimed at", "steps", "NFE", "FID", "alone, FID at NFE", "at 2·NFE"),
-        *("precision", "recall", "recognised", "s"),
+        *("precision", "recall", "independent", "recognised", "s"),
     )
     lines = []
     for row in rows:
@@ -127,12 +134,20 @@ def _cell_table(rows: Sequence[Row], curves: Curves) -> list[str]:
                 ("tolerance " if adaptive else "") + _list(row["targets"]),
                 "own" if adaptive else str(row["steps"]),
                 *(_figure(row["nfe"]), _figure(row["fid"]), *against),
-                *(_figure(row["precision"], 3), _figure(row["recall"], 3)),
+                *(_figure(row["precision"], 3), _figure(row["recall"], 3), _independent(row["chains"])),
                 "–" if recognised is None else f"{recognised:.2%}",
                 "–" if row["seconds"] is None else f"{row['seconds']:.0f}",
             )
         )
     return _table(header, lines, left=2)
+
+
+def _independent(chains: Mapping[str, Any] | None) -> str:
+    """The share of samples that so many independent ones are worth; `–` where chains do not tell."""
+    if chains is None:
+        return ""
+    share = chains.get("features", {}).get("effective_share")
+    return "–" if share is None else f"{share:.0%}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
