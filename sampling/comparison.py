@@ -73,10 +73,18 @@ class ChainVariant(DlgConfig):
     """In place of `skip`: this share of what is left of an NFE after the chain's start goes into steps of the
     chain, at least one of them, and the rest into finishing. Null: `skip` steps at every NFE."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _check_given(cls, values: Any) -> Any:
+        """Before a preset gives a `skip` of its own."""
+        if isinstance(values, dict) and values.get("share") is not None and "skip" in values:
+            raise ValueError(
+                f"share = {values['share']} and skip = {values['skip']} are both given; expected one of them"
+            )
+        return values
+
     @model_validator(mode="after")
-    def _check_share(self) -> Self:
-        if self.share is not None and "skip" in self.model_fields_set:
-            raise ValueError(f"share = {self.share:g} and skip = {self.skip} are both given; expected one of them")
+    def _check_initial(self) -> Self:
         if self.initial == _ADAPTIVE:
             raise ValueError(f"initial = {_ADAPTIVE}: what it costs is not known beforehand; expected another")
         return self

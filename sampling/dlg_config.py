@@ -1,16 +1,38 @@
 """Settings of Denoising Langevin Gibbs chains."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ditmoe.model.settings import Settings
-from ditmoe.sampling.names import IntegratorName, LevelRule, StepRule
+from ditmoe.sampling.names import ChainPreset, IntegratorName, LevelRule, StepRule
+
+PRESETS: Final[Mapping[ChainPreset, Mapping[str, Any]]] = {
+    "published": {},
+    "velocity": {
+        "step_size": 1.5,
+        "step_rule": "underdamped",
+        "momentum": 0.98,
+        "skip": 4,
+        "level_rule": "sample",
+        "select": "last",
+        "samples_per_chain": 10,
+        "initial": "dpm-solver++",
+        "initial_steps": 8,
+        "burn_in_first": 0,
+        "burn_in": 2,
+    },
+}
+"""What a preset says of other settings; the rest have their defaults."""
 
 
 class DlgConfig(Settings):
     """How chains move through images and noise levels, and which of their states are denoised."""
 
+    preset: ChainPreset = Field(default="published", exclude=True)
+    """What the settings that are not given are: `published`, or `velocity`, the best that was found on images of
+    32×32 (docs/dmcmc.md)."""
     step_size: float = Field(default=0.05, gt=0, allow_inf_nan=False)
     """η. With `constant` in units of σ²; with the other rules a share of σ², for `exponential` at most 1."""
     step_rule: StepRule = "constant"
@@ -50,6 +72,14 @@ class DlgConfig(Settings):
     """Steps with the chain's own rule and η before the first stretch."""
     restart_every: int | None = Field(default=None, ge=1)
     """Samples after which a chain starts anew from pure noise; null: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        """Take what is not given from the preset; an unknown one is left to its own field's check."""
+        if not isinstance(values, dict):
+            return values
+        return {**PRESETS.get(values.get("preset", "published"), {}), **values}
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -30,6 +30,7 @@ ChainName = Literal[
 """Denoising Langevin Gibbs chains, whose states the integrator finishes."""
 SamplerName = Literal[IntegratorName, ChainName]
 ScheduleName = Literal["own", "karras"]
+ChainPreset = Literal["published", "velocity"]
 LevelRule = Literal["argmax", "sample"]
 StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
 

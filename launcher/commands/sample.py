@@ -201,7 +201,7 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
         words.append("tweedie")
     if config.chains:
         fields = type(config.dlg).model_fields
-        chosen = {key: value for key, value in config.dlg if value != fields[key].default}
+        chosen = {key: value for key, value in config.dlg if key != "preset" and value != fields[key].default}
         chain_words = "_".join(f"{key.replace('_', '-')}-{value}" for key, value in chosen.items())
         if len(chain_words) > LONGEST_LIST:
             chain_words = f"dlg-{hashlib.sha256(chain_words.encode()).hexdigest()[:8]}"

@@ -1,6 +1,7 @@
 """Images of chains: a function of (seed, image number), resumable, and counted in full."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling import chain_images
 from ditmoe.sampling.chain_images import Kept
 from ditmoe.sampling.config import SamplerConfig
+from ditmoe.sampling.dlg_config import DlgConfig
 from ditmoe.sampling.generate import generate
 from ditmoe.sampling.load import LoadedModel
+from ditmoe.sampling.names import ChainPreset
 from ditmoe.sampling.noise_classifier import NoiseClassifier, NoiseNetwork, NoiseSpace
 from ditmoe.sampling.noise_levels import Between
 from ditmoe.sampling.samplers import planned_nfe
@@ -191,6 +194,20 @@ def test_what_was_kept_of_other_chains_is_refused(model, posterior, tmp_path, mo
 def test_chains_that_leave_every_bound_are_named(model, posterior):
     with pytest.raises(UserError, match="a sample of chain 0 is not finite"):
         generate(model, None, range(4), config_of(step_size=1e30), 1, posterior=posterior)
+
+
+def test_a_preset_gives_what_is_not_given():
+    plain = {"step_rule": "underdamped", "skip": 7, "samples_per_chain": 10}
+    found = DlgConfig.model_validate({"preset": "velocity", "skip": 7})
+    assert {key: getattr(found, key) for key in plain} == plain
+    # The preset itself is not among what images depend on.
+    whole = DlgConfig.model_validate(found.model_dump())
+    assert whole.model_dump() == found.model_dump() and "preset" not in whole.model_dump()
+    assert DlgConfig(preset="published") == DlgConfig()
+    with pytest.raises(ValueError, match="'published' or 'velocity'"):
+        DlgConfig.model_validate({"preset": "fast"})
+    for preset in get_args(ChainPreset):
+        DlgConfig.model_validate({"preset": preset})
 
 
 def test_settings_of_chains_belong_to_samplers_of_chains():
