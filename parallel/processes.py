@@ -43,6 +43,11 @@ def join(device: torch.device) -> None:
         dist.init_process_group(_backend(device), timeout=TIMEOUT)
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.runtime import compiler
+
+    # Beside its ZeRO stages DeepSpeed imports an optimiser that is not used here, a function of which is compiled:
+    # only to mark it, each process would import the compiler of torch, which takes a second.
+    compiler.compile = lambda: compiler.dummy_decorator
 
     # On CPUs DeepSpeed would compile a shared-memory all-reduce at start, which takes minutes; gloo serves.
     __compatible_ops__["deepspeed_shm_comm"] = False

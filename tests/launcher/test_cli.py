@@ -31,13 +31,14 @@ def ditmoe(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str
 @pytest.mark.parametrize("verb", [None, *VERBS])
 def test_help_answers_in_half_a_second(verb: str | None) -> None:
     arguments = ["--help"] if verb is None else [verb, "--help"]
-    seconds = []
     for _ in range(3):
         begin = processor_seconds()
         done = ditmoe(*arguments)
-        seconds.append(processor_seconds() - begin)
+        seconds = processor_seconds() - begin
         assert done.returncode == 0 and "Usage: ditmoe" in done.stdout, done.stderr
-    assert min(seconds) < 0.5
+        if seconds < 0.5:
+            return
+    pytest.fail("none of three times")
 
 
 def processor_seconds() -> float:

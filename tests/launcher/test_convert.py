@@ -1,8 +1,6 @@
 """`ditmoe convert` in every direction, bit for bit, and `ditmoe models`."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.presets import SIZES
 from ditmoe.model.published import PublishedWeights, read_published, save_published
 from ditmoe.parallel.checkpoint import read_info, read_weights
+from tests.forked import DITMOE, run_forked
 
 SHAPE: dict[str, Any] = {
     "depth": 2,
@@ -154,18 +153,10 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_from_the_command_line(tmp_path: Path, published: PublishedWeights) -> None:
-    program = [sys.executable, "-m", "ditmoe.launcher"]
-    done = subprocess.run(
-        [*program, "convert", "source.pt", "ours", "--weights", "ema"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run_forked([*DITMOE, "convert", "source.pt", "ours", "--weights", "ema"], tmp_path / "output")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("ours: a network of its own shape")
-    again = subprocess.run(
-        [*program, "convert", "source.pt", "ours"], cwd=tmp_path, capture_output=True, text=True
-    )
+    again = run_forked([*DITMOE, "convert", "source.pt", "ours"], tmp_path / "output")
     assert again.returncode == 2
     assert again.stderr.startswith("error: ours: exists already") and "Traceback" not in again.stderr
 

@@ -23,8 +23,8 @@ from ditmoe.launcher.train import _device, _identity, _other_data, learning_rate
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import PARTIAL, checkpoints, newest_checkpoint, read_info
 from ditmoe.parallel.config import OptimConfig
+from tests.forked import DITMOE, run_forked
 
-DITMOE = [sys.executable, "-m", "ditmoe.launcher"]
 CONFIG = """
 run: {{dir: {run}}}
 launch: {{processes: {processes}, device: cpu, threads: 1}}
@@ -42,9 +42,10 @@ COMPARED = ("step", "images", "loss", "balance_loss", "grad_norm", "lr", "expert
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits, packed."""
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    subprocess.run([*DITMOE, "data", "pack", "digits", str(folder)], check=True, timeout=120)
-    return folder
+    parent = tmp_path_factory.mktemp("data")
+    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
+    assert packed.returncode == 0, packed.stderr
+    return parent / "digits"
 
 
 @pytest.fixture
@@ -60,8 +61,9 @@ def make_config(tmp_path: Path, shards: Path) -> Callable[..., Path]:
 
 
 def start(config: Path, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a user does; it starts its ranks."""
     return subprocess.Popen(
-        [*DITMOE, "train", str(config), *overrides],
+        [sys.executable, *DITMOE, "train", str(config), *overrides],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -70,11 +72,23 @@ def start(config: Path, *overrides: str, **options: Any) -> subprocess.Popen[str
     )
 
 
-def train(config: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run to its end."""
+def train_by_command(config: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run to its end, started as a user does."""
     process = start(config, *overrides, **options)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run to its end; several ranks are started as by torchrun."""
+    processes = load_config(config, list(overrides)).launch.processes
+    assert processes is not None
+    return run_forked(
+        [*DITMOE, "train", str(config), *overrides],
+        config.with_name("output"),
+        processes if processes > 1 else None,
+        seconds=120,
+    )
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
@@ -158,7 +172,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> lis
     folder = tmp_path_factory.mktemp("whole")
     file = folder / "run.yaml"
     file.write_text(CONFIG.format(run=folder / "run", processes=2, shards=shards))
-    result = train(file)
+    result = train_by_command(file)
     assert result.returncode == 0, result.stderr
     assert "the run is complete: step 12" in result.stdout
     found = curve(folder / "run")
@@ -247,7 +261,7 @@ def test_from_images_to_latents_to_images(
     images, latents, vae = tmp_path / "images", tmp_path / "latents", make_vae(tmp_path / "vae")
 
     def ditmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*DITMOE, *arguments], capture_output=True, text=True, timeout=120)
+        return run_forked([*DITMOE, *arguments], tmp_path / "output", seconds=120)
 
     pack = ditmoe("data", "pack", "shapes", str(images), "--count", "60", "--image-size", "16")
     assert pack.returncode == 0, pack.stderr
@@ -516,7 +530,7 @@ def test_a_full_disk(
             file.write(bytes(4096))
     with ballast.open("r+b") as file:
         file.truncate(ballast.stat().st_size - 200_000)  # logs fit, a checkpoint does not
-    result = train(config)
+    result = train_by_command(config)
     assert result.returncode == 2, result.stdout
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
     assert "No space left on device" in result.stderr and "could not be written" in result.stderr
@@ -536,7 +550,7 @@ def test_a_file_that_may_not_grow(make_config: Callable[..., Path]) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    result = train(config, preexec_fn=limit)
+    result = train_by_command(config, preexec_fn=limit)
     assert result.returncode == 2
     assert "could not be written" in result.stderr and "File too large" in result.stderr
     assert "none yet" in result.stderr

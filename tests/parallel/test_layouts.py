@@ -151,6 +151,11 @@ def test_each_rank_owns_its_share(results: dict[str, Result], zero: int) -> None
     assert share == pytest.approx(1 / 4, rel=0.01)
 
 
+def test_no_process_loads_a_compiler(results: dict[str, Result]) -> None:
+    """It would take each of them a second at the start, and none uses it."""
+    assert not any(result["compiler"] for result in results.values())
+
+
 @pytest.mark.gpu
 def test_gpu_follows_the_cpu(run_cases: Runner) -> None:
     (reference,) = run_cases(1, [MAIN])

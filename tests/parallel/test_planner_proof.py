@@ -1,20 +1,19 @@
 """The planner's figures against what real processes hold and send."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
-from ditmoe.launcher.launch import spawn
 from ditmoe.model.config import ModelConfig
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.memory import Workload, rank_memory
 from ditmoe.parallel.planner.traffic import step_traffic
 from ditmoe.parallel.planner.zero import ZeroSettings
 from ditmoe.parallel.stages import stage_blocks
+from tests.forked import run_forked
 
 WORKER = Path(__file__).with_name("planner_worker.py")
 MODEL: Final = {
@@ -95,8 +94,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[l
             folder = tmp_path_factory.mktemp("planner")
             (folder / "cases.json").write_text(json.dumps(CASES[world]))
             arguments = [str(WORKER), str(folder / "cases.json"), str(folder / "out.json")]
-            code = spawn(arguments, world, program=[sys.executable], threads=1, log_dir=folder / "ranks")
-            assert code == 0
+            done = run_forked(arguments, folder / "ranks", world)
+            assert done.returncode == 0, done.stderr[-3000:]
             found[world] = json.loads((folder / "out.json").read_text())
         return found[world]
 

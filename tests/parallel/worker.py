@@ -172,7 +172,14 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
     if case["save"] and not case["save_at"]:
         save(saver, engine, case)
     owned = sum(fragment.weight.numel() for fragment in engine.fragments)
-    return {"curve": curve, "load": load, "ema": ema, "owned": owned, "alike": tensor_ranks_alike(engine)}
+    return {
+        "curve": curve,
+        "load": load,
+        "ema": ema,
+        "owned": owned,
+        "alike": tensor_ranks_alike(engine),
+        "compiler": "torch._inductor.compile_fx" in sys.modules,
+    }
 
 
 def tensor_ranks_alike(engine: TrainingEngine) -> bool:

@@ -42,6 +42,12 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The feature classifier of the digits, trained once for all tests here."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
 def run(tmp_path):
     path = tmp_path / "run"
@@ -61,19 +67,21 @@ samplers: [heun, euler, rk45]
 """
 
 
-def command(run, shards, file, *more):
-    arguments = ["evaluate", str(run), "--grid", str(file), "--data", str(shards), "--cache", str(run / "cache")]
+def command(run, shards, cache, file, *more):
+    arguments = ["evaluate", str(run), "--grid", str(file), "--data", str(shards), "--cache", str(cache)]
     return CliRunner().invoke(app, [*arguments, "--no-recogniser", "--batch", "40", *more])
 
 
-def test_a_grid_is_evaluated_once_and_shown(run: Path, shards: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_grid_is_evaluated_once_and_shown(
+    run: Path, shards: Path, cache: Path, tmp_path: Path, monkeypatch
+) -> None:
     file = tmp_path / "digits.yaml"
     file.write_text(GRID)
     drawn, loaded = [], []
     draw, load = evaluate_run.generate, evaluate_run.load_model
     monkeypatch.setattr(evaluate_run, "generate", lambda *a, **k: drawn.append(a[2]) or draw(*a, **k))
     monkeypatch.setattr(evaluate_run, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    first = command(run, shards, file)
+    first = command(run, shards, cache, file)
     assert first.exit_code == 0, first.output
     # heun: 1, 2 and 3 steps; euler: 2, 3 and 5; rk45: one tolerance. Two chunks each.
     assert len(drawn) == 14 and len(loaded) == 1
@@ -98,14 +106,16 @@ def test_a_grid_is_evaluated_once_and_shown(run: Path, shards: Path, tmp_path: P
     lost = run / "evaluations" / grid["rows"][1]["evaluation"]
     (lost / "metrics.json").unlink()
     (lost / "chunks" / "00001.npz").unlink()
-    again = command(run, shards, file)
+    again = command(run, shards, cache, file)
     assert again.exit_code == 0, again.output
     assert len(drawn) == 15 and len(loaded) == 2
     assert json.loads((folder / "grid.json").read_text()) == grid
-    assert command(run, shards, file).exit_code == 0 and len(drawn) == 15
+    assert command(run, shards, cache, file).exit_code == 0 and len(drawn) == 15
 
 
-def test_chains_are_compared_with_the_sampler_that_finishes_them(run: Path, shards: Path, tmp_path: Path) -> None:
+def test_chains_are_compared_with_the_sampler_that_finishes_them(
+    run: Path, shards: Path, cache: Path, tmp_path: Path
+) -> None:
     info = read_info(checkpoint_path(run, 0))
     folder = classifier_folder(info)
     folder.mkdir()
@@ -116,7 +126,7 @@ def test_chains_are_compared_with_the_sampler_that_finishes_them(run: Path, shar
         "count: 80\nnfe: [2, 6, 12]\nsamplers: [kar1, dpm-solver++]\nchains:\n"
         f"  published: {{skip: 2, {start}}}\n  even: {{share: 0.5, step_rule: exponential, {start}}}\n"
     )
-    result = command(run, shards, file)
+    result = command(run, shards, cache, file)
     assert result.exit_code == 0, result.output
     assert "left out: kar1, published, NFE 2: one step costs more" in result.output
     (folder,) = run.glob("evaluations/grid-chains-*")
@@ -141,10 +151,12 @@ def test_chains_are_compared_with_the_sampler_that_finishes_them(run: Path, shar
             assert points > 0 and (points == 2 or verdict["variant"] != "published")
 
 
-def test_processes_are_started_once_for_all_cells(run: Path, shards: Path, tmp_path: Path, capfd) -> None:
+def test_processes_are_started_once_for_all_cells(
+    run: Path, shards: Path, cache: Path, tmp_path: Path, capfd
+) -> None:
     file = tmp_path / "two.yaml"
     file.write_text("count: 80\nnfe: [1, 2]\nsamplers: [euler]\n")
-    result = command(run, shards, file, "--processes", "2", "--chunk", "40")
+    result = command(run, shards, cache, file, "--processes", "2", "--chunk", "40")
     shown = capfd.readouterr()
     assert result.exit_code == 0, result.output + shown.err
     assert "euler, plain, 2 steps: FID" in shown.out and "## Every evaluation" in shown.out
@@ -202,26 +214,28 @@ def test_the_shipped_grid_is_valid() -> None:
     assert {cell.variant for cell in cells} == {"plain", "published", "exponential"} and left_out
 
 
-def test_a_grid_leaves_no_room_for_what_it_decides(run: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_grid_leaves_no_room_for_what_it_decides(run: Path, shards: Path, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "grid.yaml"
     file.write_text(GRID)
-    refused = command(run, shards, file, "--count", "50000", "--schedule", "karras", "--cfg-scale", "1")
+    refused = command(run, shards, cache, file, "--count", "50000", "--schedule", "karras", "--cfg-scale", "1")
     assert isinstance(refused.exception, UserError)
     assert str(refused.exception).startswith(f"--count, --schedule, --cfg-scale: set in {file}")
-    missing = command(run, shards, tmp_path / "karras")
+    missing = command(run, shards, cache, tmp_path / "karras")
     assert "karras: no such file; expected the YAML file of a comparison" in str(missing.exception)
     file.write_text("samplers: [heun]\nnfe: [2]\nplain: false\nchains:\n  a: {}\n")
-    assert "no evaluation is possible:\n  heun, a, NFE 2: one step" in str(command(run, shards, file).exception)
+    assert "no evaluation is possible:\n  heun, a, NFE 2: one step" in str(
+        command(run, shards, cache, file).exception
+    )
     file.write_text(GRID + "cfg_channels: 2\n")
-    assert "cfg_channels = 2: expected at most the model's 1" in str(command(run, shards, file).exception)
+    assert "cfg_channels = 2: expected at most the model's 1" in str(command(run, shards, cache, file).exception)
     file.write_text(GRID + "chains:\n  a: {skip: 1, samples_per_chain: 100}\n")
-    assert isinstance(command(run, shards, file).exception, UserError)  # no noise-level classifier
+    assert isinstance(command(run, shards, cache, file).exception, UserError)  # no noise-level classifier
     assert not (run / "evaluations").exists()
 
 
-def test_jobs_that_share_all_but_the_sampler_are_those_of_one_by_one(run: Path, shards: Path) -> None:
+def test_jobs_that_share_all_but_the_sampler_are_those_of_one_by_one(run: Path, shards: Path, cache: Path) -> None:
     options = EvaluationOptions(
-        source=run, sampler=SamplerConfig(steps=2), count=20, data=shards, recogniser=False, cache=run / "cache"
+        source=run, sampler=SamplerConfig(steps=2), count=20, data=shards, recogniser=False, cache=cache
     )
     jobs = prepare_jobs(options, [SamplerConfig(steps=2), SamplerConfig(steps=3)])
     assert jobs[0].folder == evaluate_run.prepare_job(options).folder != jobs[1].folder

@@ -1,10 +1,6 @@
 """The evaluation job: resumable, shared by processes, scored; with a draw function in place of a network."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +22,7 @@ from ditmoe.sampling.evaluate import Evaluation, Job, default_chunk, run_job, st
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.results import table
 from ditmoe.sampling.workers import Workers
+from tests.forked import run_forked
 
 NAMES = ("zero", "<b>one</b>", "../two", *map(str, range(3, 10)))
 
@@ -241,23 +238,12 @@ workers.leave()
 
 def test_two_processes_score_as_one(tmp_path: Path, shards: Path, cache: Path) -> None:
     alone = run_job(make_job(tmp_path / "alone", shards, cache, chunk=8), Copyist(shards))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = tmp_path / "two"
+    program, out = tmp_path / "program.py", tmp_path / "two"
+    program.write_text(PROGRAM)
     out.mkdir()
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), str(out), str(shards), str(cache)]
-    processes = [
-        subprocess.Popen(command, env={**os.environ, **common, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
-    try:
-        assert [process.wait(120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    arguments = [str(path) for path in (program, Path(__file__).parent, out, shards, cache)]
+    done = run_forked(arguments, tmp_path / "output", processes=2, seconds=120)
+    assert done.returncode == 0, done.stderr
     drawn = [(out / f"drawn-{rank}").read_text().split() for rank in range(2)]
     assert all(drawn) and sorted(map(int, drawn[0] + drawn[1])) == list(range(200))
     job = make_job(out, shards, cache)
