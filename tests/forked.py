@@ -11,6 +11,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -114,6 +115,7 @@ def _wait(running: Sequence[ForkServerProcess], deadline: float) -> int:
 def _become(program: list[str], environment: Mapping[str, str], out: Path, err: Path) -> None:
     """Be `python PROGRAM …` with this environment and output."""
     os.setsid()
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     for path, number in ((out, 1), (err, 2)):
@@ -127,3 +129,11 @@ def _become(program: list[str], environment: Mapping[str, str], out: Path, err: 
         sys.argv = program
         sys.path.insert(0, str(Path(program[0]).parent))
         runpy.run_path(program[0], run_name="__main__")
+
+
+def _end_with_the_tests() -> None:
+    """However they end: the server that forked this process goes on as long as it does."""
+    tests = multiprocessing.parent_process()
+    assert tests is not None
+    tests.join()
+    os.killpg(0, signal.SIGKILL)
