@@ -197,7 +197,7 @@ def test_chains_that_leave_every_bound_are_named(model, posterior):
 
 
 def test_a_preset_gives_what_is_not_given():
-    plain = {"step_rule": "underdamped", "skip": 7, "samples_per_chain": 10}
+    plain = {"step_rule": "underdamped", "skip": 7, "samples_per_chain": 5}
     found = DlgConfig.model_validate({"preset": "velocity", "skip": 7})
     assert {key: getattr(found, key) for key in plain} == plain
     # The preset itself is not among what images depend on.
