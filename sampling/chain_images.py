@@ -17,12 +17,14 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint import CheckpointInfo
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.denoiser import Denoiser
 from ditmoe.sampling.dlg import Dlg, DlgSample, Finish
 from ditmoe.sampling.dlg_state import Chains, SeededDraws, load_chains, save_chains
 from ditmoe.sampling.integrators import Drawn, NoiseSource
+from ditmoe.sampling.load import complete_config
 from ditmoe.sampling.noise_classifier import NoiseClassifier, classifier_folder, load_noise_classifier, space_of
 from ditmoe.sampling.noise_levels import Between, NoisePosterior
 from ditmoe.sampling.samplers import initial_config, integrate
@@ -66,13 +68,20 @@ def classifier_fingerprint(info: CheckpointInfo, samplers: Sequence[SamplerConfi
     """That of the noise-level classifier that samplers of a checkpoint ask; None: there are no chains among them.
 
     Raises:
-        UserError: as `find_posterior`; a chain's range of σ has none of its levels.
+        UserError: as `find_posterior`; none of its levels is in a chain's range of σ, or `class_scales` has no
+            factor for a class.
     """
     chains = [sampler.dlg for sampler in samplers if sampler.chains]
     if not chains:
         return None
     classifier = find_posterior(info)
+    num_classes = complete_config(info.model, info).num_classes
+    assert num_classes is not None
     for dlg in chains:
+        if dlg.class_scales is not None and len(dlg.class_scales) < num_classes:
+            raise UserError(
+                f"class_scales has {len(dlg.class_scales)} numbers; expected one for each of {num_classes} classes"
+            )
         Between(classifier, dlg.sigma_min, dlg.sigma_max)
     return classifier.fingerprint
 

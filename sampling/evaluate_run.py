@@ -97,11 +97,6 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     resolved = [sampler.resolved(info.objective) for sampler in samplers]
     for sampler in resolved:
         check_guidance(complete_config(info.model, info), sampler)
-        scales = sampler.dlg.class_scales
-        if scales is not None and len(scales) < num_classes:
-            raise UserError(
-                f"class_scales has {len(scales)} numbers; expected one for each of {num_classes} classes"
-            )
     posterior = classifier_fingerprint(info, resolved)
     evaluations = [
         Evaluation(

@@ -62,7 +62,7 @@ class Between:
 
     def __post_init__(self) -> None:
         """UserError when no level is in the range."""
-        if not self._inside_N.any():
+        if not len(self.level_N):
             level_N = self.posterior.level_N
             raise UserError(
                 f"sigma_min = {self.sigma_min} and sigma_max = {self.sigma_max} of chains: no level of noise lies "
@@ -70,23 +70,21 @@ class Between:
             )
 
     @cached_property
-    def _inside_N(self) -> Tensor:
+    def _range(self) -> slice:
+        """Places of the levels: they rise. Found once, for on a GPU it waits for the device."""
         level_N = self.posterior.level_N
-        inside_N = torch.ones_like(level_N, dtype=torch.bool)
-        if self.sigma_min is not None:
-            inside_N &= level_N >= self.sigma_min
-        if self.sigma_max is not None:
-            inside_N &= level_N <= self.sigma_max
-        return inside_N
+        first = 0 if self.sigma_min is None else int((level_N < self.sigma_min).sum())
+        end = len(level_N) if self.sigma_max is None else int((level_N <= self.sigma_max).sum())
+        return slice(first, end)
 
     @property
     def level_N(self) -> Tensor:
         """σ of each level in the range."""
-        return self.posterior.level_N[self._inside_N]
+        return self.posterior.level_N[self._range]
 
     def __call__(self, x_BCHW: Tensor, label_B: Tensor) -> Tensor:
         """As `NoisePosterior`."""
-        return self.posterior(x_BCHW, label_B)[:, self._inside_N].log_softmax(1)
+        return self.posterior(x_BCHW, label_B)[:, self._range].log_softmax(1)
 
 
 def choose_levels(log_probability_BN: Tensor, rule: LevelRule, uniform_B: Tensor) -> Tensor:

@@ -153,8 +153,6 @@ def picture_name(
     step: int, weights: str, classes: list[int] | None, count: int | None, config: "SamplerConfig"
 ) -> str:
     """A file name that states how the picture came about; `classes` and `count` where they were asked for."""
-    import hashlib
-
     parts = [f"step-{step:08d}", *sampler_words(config)]
     parts.append(f"cfg{config.cfg_scale:g}")
     if config.cfg_channels is not None and config.cfg_scale != 1:
@@ -165,19 +163,23 @@ def picture_name(
     if config.precision != "fp32":
         parts.append(config.precision)
     if classes is not None:
-        labels = "-".join(map(str, classes))
-        if len(labels) > LONGEST_LIST:
-            labels = f"{len(classes)}-{hashlib.sha256(labels.encode()).hexdigest()[:8]}"
-        parts.append(f"classes-{labels}")
+        parts.append(f"classes-{_shortened('-'.join(map(str, classes)), str(len(classes)))}")
     if count is not None:
         parts.append(f"{count}images")
     return "_".join(parts) + ".png"
 
 
-def sampler_words(config: "SamplerConfig") -> list[str]:
-    """The sampler, its steps, and those of its settings that depart from their defaults."""
+def _shortened(text: str, stead: str) -> str:
+    """A part of a file's name, or where it is long, what stands for it with a hash."""
     import hashlib
 
+    if len(text) <= LONGEST_LIST:
+        return text
+    return f"{stead}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def sampler_words(config: "SamplerConfig") -> list[str]:
+    """The sampler, its steps, and those of its settings that depart from their defaults."""
     from ditmoe.sampling.config import SamplerConfig, default_schedule
 
     assert config.sampler is not None
@@ -203,9 +205,7 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
         fields = type(config.dlg).model_fields
         chosen = {key: value for key, value in config.dlg if key != "preset" and value != fields[key].default}
         chain_words = "_".join(f"{key.replace('_', '-')}-{value}" for key, value in chosen.items())
-        if len(chain_words) > LONGEST_LIST:
-            chain_words = f"dlg-{hashlib.sha256(chain_words.encode()).hexdigest()[:8]}"
-        words += [chain_words] if chain_words else []
+        words += [_shortened(chain_words, "dlg")] if chain_words else []
     return words
 
 

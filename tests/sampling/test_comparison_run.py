@@ -5,43 +5,25 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ditmoe.data.pack import PackSettings, pack
-from ditmoe.data.sources import open_source
 from ditmoe.launcher.cli import app
 from ditmoe.launcher.grid_file import load_comparison
-from ditmoe.model.canonical import canonical_state
-from ditmoe.model.config import ModelConfig, ObjectiveConfig
-from ditmoe.model.dit import DiT
+from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling import evaluate_run
 from ditmoe.sampling.comparison import cells_of
 from ditmoe.sampling.config import SamplerConfig
 from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_jobs, prepare_jobs
-from ditmoe.sampling.noise_classifier import (
-    NoiseNetwork,
-    classifier_folder,
-    narrowed,
-    save_noise_classifier,
-    space_of,
-)
-
-MODEL = ModelConfig(
-    depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
-)
+from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
 GRIDS = Path(__file__).resolve().parents[2] / "configs" / "grids"
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("digits") / "shards"
-    pack(open_source("digits", count=None, seed=0), folder, PackSettings(count=300))
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits") / "shards")
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +34,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path):
-    path = tmp_path / "run"
-    torch.manual_seed(0)
-    network = DiT(MODEL)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.1)
-    write_weights_checkpoint(checkpoint_path(path, 0), MODEL, ObjectiveConfig(), canonical_state(network), None)
-    return path
+    return write_run(tmp_path / "run")
 
 
 GRID = """
@@ -118,10 +94,7 @@ def test_a_grid_is_evaluated_once_and_shown(
 def test_chains_are_compared_with_the_sampler_that_finishes_them(
     run: Path, shards: Path, cache: Path, tmp_path: Path
 ) -> None:
-    info = read_info(checkpoint_path(run, 0))
-    folder = classifier_folder(info)
-    folder.mkdir()
-    save_noise_classifier(folder, NoiseNetwork(1, 8, 30), narrowed(space_of(info, 30), 0.05, 20.0), {})
+    write_noise_classifier(run)
     start = "samples_per_chain: 20, initial: euler, initial_steps: 4, burn_in_first: 3, burn_in: 3"
     file = tmp_path / "chains.yaml"
     file.write_text(

@@ -14,11 +14,8 @@ from ditmoe.data.pack import PackSettings, pack
 from ditmoe.data.sources import open_source
 from ditmoe.launcher.best import evaluated
 from ditmoe.launcher.commands.evaluate import command
-from ditmoe.model.canonical import canonical_state
-from ditmoe.model.config import ModelConfig, ObjectiveConfig
-from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, read_info
 from ditmoe.sampling.chunks import ChunkStore
 from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.config import SamplerConfig
@@ -32,37 +29,22 @@ from ditmoe.sampling.evaluate_run import (
     prepare_job,
 )
 from ditmoe.sampling.noise_classifier import (
-    NoiseNetwork,
     classifier_folder,
-    narrowed,
-    save_noise_classifier,
-    space_of,
 )
 from ditmoe.sampling.real import RealImages
 from ditmoe.sampling.results import table
 from ditmoe.sampling.samplers import planned_nfe
-
-MODEL = ModelConfig(
-    depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
-)
+from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits") / "shards"
-    pack(open_source("digits", count=None, seed=0), folder, PackSettings(count=300))
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits") / "shards")
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    path = tmp_path / "run"
-    torch.manual_seed(0)
-    network = DiT(MODEL)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.1)
-    write_weights_checkpoint(checkpoint_path(path, 0), MODEL, ObjectiveConfig(), canonical_state(network), None)
-    return path
+    return write_run(tmp_path / "run")
 
 
 def options_for(run: Path, shards: Path | None) -> EvaluationOptions:
@@ -115,14 +97,6 @@ def test_a_run_is_evaluated_once(run: Path, shards: Path) -> None:
 CHAINS = SamplerConfig.model_validate(
     {"sampler": "dlg:kar1", "steps": 2, "seed": 1, "dlg": {"skip": 2, "samples_per_chain": 5, "initial_steps": 2}}
 )
-
-
-def write_noise_classifier(run: Path, sigma_max: float = 20.0) -> None:
-    info = read_info(checkpoint_path(run, 0))
-    space = narrowed(space_of(info, 30), 0.05, sigma_max)
-    folder = classifier_folder(info)
-    folder.mkdir()
-    save_noise_classifier(folder, NoiseNetwork(1, 8, 30), space, {})
 
 
 def test_chains_are_evaluated_with_the_classifier_of_the_run(run: Path, shards: Path) -> None:
