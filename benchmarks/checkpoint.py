@@ -28,19 +28,20 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from ditmoe.launcher.launch import spawn
+from ditmoe.launcher.local.launch import spawn
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.initialise import initialise
 from ditmoe.model.objective import make_objective
-from ditmoe.parallel import box_storage, processes
+from ditmoe.parallel import processes
+from ditmoe.parallel.checkpoint import box_storage
+from ditmoe.parallel.checkpoint.saver import CheckpointSaver
+from ditmoe.parallel.checkpoint.training_state import PARTS, owned_pieces
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
-from ditmoe.parallel.engine import MicroBatch, TrainingEngine
+from ditmoe.parallel.engine.training_engine import MicroBatch, TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.processes import gather_objects
-from ditmoe.parallel.saver import CheckpointSaver
-from ditmoe.parallel.training_state import PARTS, owned_pieces
 
 MODEL: Final = ModelConfig(
     depth=6,

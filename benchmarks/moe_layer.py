@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditmoe.model.balance import BalanceLoss
+from ditmoe.model.experts.balance import BalanceLoss
+from ditmoe.model.experts.moe import MoE, route
 from ditmoe.model.layers import SwiGlu
-from ditmoe.model.moe import MoE, route
 
 
 def loop_over_experts(layer: MoE, x_BTD: Tensor) -> Tensor:

@@ -29,14 +29,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ditmoe.data.config import DataConfig
-from ditmoe.data.dataset import open_dataset
-from ditmoe.data.index import DatasetIndex, LatentFacts, load_index, write_index
-from ditmoe.data.latents import LatentFormat, encode_latent
-from ditmoe.data.pack import PackSettings, pack
-from ditmoe.data.shards import PackedSample, ShardLimits, write_shards
-from ditmoe.data.sources.shapes import Shapes
-from ditmoe.data.stream import Batch, dealing_of, open_stream
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.shapes import Shapes
+from ditmoe.data.shards.index import DatasetIndex, LatentFacts, load_index, write_index
+from ditmoe.data.shards.latents import LatentFormat, encode_latent
+from ditmoe.data.shards.writer import PackedSample, ShardLimits, write_shards
+from ditmoe.data.stream.config import DataConfig
+from ditmoe.data.stream.dataset import open_dataset
+from ditmoe.data.stream.stream import Batch, dealing_of, open_stream
 
 IMAGES: Final = 2_000
 LATENTS: Final = 20_000

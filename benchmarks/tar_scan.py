@@ -21,9 +21,9 @@ from pathlib import Path
 
 from webdataset.writer import TarWriter
 
-from ditmoe.data.index import ShardEntry
-from ditmoe.data.place import open_place
-from ditmoe.data.tar_scan import scan
+from ditmoe.data.places.place import open_place
+from ditmoe.data.shards.index import ShardEntry
+from ditmoe.data.shards.tar_scan import scan
 
 
 class Quiet(SimpleHTTPRequestHandler):

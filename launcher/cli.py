@@ -12,8 +12,8 @@ from typing import Any, Final, NamedTuple, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from ditmoe.launcher.failures import record_failure
-from ditmoe.launcher.signals import end_with_parent
+from ditmoe.launcher.local.failures import record_failure
+from ditmoe.launcher.local.signals import end_with_parent
 from ditmoe.model.errors import UserError
 
 INTERRUPTED: Final = 130
@@ -29,7 +29,7 @@ class Verb(NamedTuple):
 
 
 VERBS: Final[dict[str, Verb]] = {
-    "data": Verb("ditmoe.launcher.commands.data", "Pack images into shards, and verify shards."),
+    "data": Verb("ditmoe.launcher.commands.data.group", "Pack images into shards, and verify shards."),
     "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),

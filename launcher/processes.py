@@ -1,9 +1,11 @@
 """How many processes a run has, and whether this one is among them."""
 
 import os
+from typing import Literal
 
-from ditmoe.launcher.sections import LaunchConfig
 from ditmoe.model.errors import UserError
+
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def in_worker() -> bool:
@@ -11,28 +13,33 @@ def in_worker() -> bool:
     return "RANK" in os.environ
 
 
-def known_processes(launch: LaunchConfig) -> int | None:
-    """The number of processes where it is known without asking for devices, otherwise None."""
+def known_processes(processes: int | None, device: Device) -> int | None:
+    """The number of processes where it is known without asking for devices, otherwise None.
+
+    Args:
+        processes: `launch.processes`.
+        device: `launch.device`.
+    """
     if in_worker():
         return world_size()
-    if launch.processes is None and launch.device == "cpu":
+    if processes is None and device == "cpu":
         return 1
-    return launch.processes
+    return processes
 
 
-def process_count(launch: LaunchConfig) -> int:
+def process_count(processes: int | None, device: Device) -> int:
     """The number of processes of a run; counts the GPUs where the configuration leaves it out.
 
     Raises:
         UserError: `launch.device` is cuda and this machine shows no GPU.
     """
-    known = known_processes(launch)
-    if known is not None and launch.device != "cuda":
+    known = known_processes(processes, device)
+    if known is not None and device != "cuda":
         return known
     import torch
 
     gpus = torch.cuda.device_count()
-    if launch.device == "cuda" and gpus == 0:
+    if device == "cuda" and gpus == 0:
         raise UserError("launch.device = cuda: this machine shows no GPU; expected auto or cpu")
     return known or gpus or 1
 

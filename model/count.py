@@ -16,8 +16,8 @@ from torch import nn
 
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.dit import DiT
+from ditmoe.model.experts.moe import Experts, Router
 from ditmoe.model.layers import PlainAttention, QkNormAttention
-from ditmoe.model.moe import Experts, Router
 from ditmoe.model.presets import PATCHES, PUBLISHED, parse_preset
 
 LATENT_CHANNELS = 4

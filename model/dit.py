@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ditmoe.model.balance import BalanceLoss
 from ditmoe.model.config import ModelConfig
+from ditmoe.model.experts.balance import BalanceLoss
+from ditmoe.model.experts.moe import MoE
 from ditmoe.model.layers import (
     DenseMlp,
     FinalLayer,
@@ -21,7 +22,6 @@ from ditmoe.model.layers import (
     modulate,
     position_embedding,
 )
-from ditmoe.model.moe import MoE
 
 
 class Block(nn.Module):

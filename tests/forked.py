@@ -20,17 +20,17 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Final
 
-from ditmoe.launcher.launch import free_port
+from ditmoe.launcher.local.launch import free_port
 
 DITMOE: Final = ("-m", "ditmoe.launcher")
 IMPORTED: Final = (
     "pytest",  # the main module of the tests, which every process of multiprocessing imports
-    "ditmoe.launcher.commands.data",
+    "ditmoe.launcher.commands.data.group",
     "ditmoe.launcher.commands.sample",
     "ditmoe.launcher.commands.train",
-    "ditmoe.launcher.train",
+    "ditmoe.launcher.training.trainer",
     "ditmoe.parallel.planner.expert_layer",
-    "ditmoe.sampling.evaluate_run",
+    "ditmoe.sampling.evaluation.of_run",
     "deepspeed.module_inject.auto_ep_layer",
     "torch._dynamo",
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from ditmoe.parallel.checkpoint import CheckpointInfo
+    from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 
 app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint, and write its weights out.")
 
@@ -20,8 +20,8 @@ Step = Annotated[int | None, typer.Option(min=0, help="The checkpoint of this st
 def inspect(source: Source, step: Step = None) -> None:
     """Print what a checkpoint holds, its sizes and the layout that wrote it, and check every byte of it."""
     from ditmoe.model.errors import UserError
-    from ditmoe.parallel.checkpoint import damaged, incomplete, read_info
-    from ditmoe.sampling.load import find_checkpoint
+    from ditmoe.parallel.checkpoint.folder import damaged, incomplete, read_info
+    from ditmoe.sampling.network.load import find_checkpoint
 
     info = read_info(find_checkpoint(source, step))
     typer.echo(_description(info))
@@ -41,9 +41,9 @@ def export(
     shard_size: Annotated[float, typer.Option(min=0.0001, help="Cut into files of at most this many GiB.")] = 5.0,
 ) -> None:
     """Write the EMA or the weights as safetensors, holding one file's tensors in memory at a time."""
-    from ditmoe.parallel.checkpoint import read_info
-    from ditmoe.parallel.export import export_weights
-    from ditmoe.sampling.load import find_checkpoint
+    from ditmoe.parallel.checkpoint.export import export_weights
+    from ditmoe.parallel.checkpoint.folder import read_info
+    from ditmoe.sampling.network.load import find_checkpoint
 
     info = read_info(find_checkpoint(source, step))
     files = export_weights(
@@ -85,8 +85,8 @@ def _description(info: "CheckpointInfo") -> str:
 
 def _cuts(info: "CheckpointInfo") -> list[str]:
     """How the ranks that wrote each part had it cut, in lines for a person; the files must not be damaged."""
-    from ditmoe.parallel.box_storage import stored_boxes
     from ditmoe.parallel.boxes import matrix_shape
+    from ditmoe.parallel.checkpoint.box_storage import stored_boxes
 
     lines = []
     for part in info.parts:

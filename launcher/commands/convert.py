@@ -7,7 +7,7 @@ import typer
 
 if TYPE_CHECKING:
     from ditmoe.model.config import ModelConfig, ObjectiveConfig
-    from ditmoe.model.published import PublishedWeights
+    from ditmoe.model.weights.published import PublishedWeights
 
 
 def command(
@@ -50,7 +50,7 @@ def command(
     from ditmoe.model.config import ObjectiveConfig
     from ditmoe.model.count import count
     from ditmoe.model.errors import UserError
-    from ditmoe.model.published import save_published
+    from ditmoe.model.weights.published import save_published
 
     kind = _destination_kind(destination)
     if bare and kind != ".pt":
@@ -81,7 +81,7 @@ def command(
 def _destination_kind(path: Path) -> Literal[".pt", ".safetensors", "checkpoint"]:
     """What a destination's name asks for; nothing is overwritten."""
     from ditmoe.model.errors import UserError
-    from ditmoe.model.weight_files import INDEX_SUFFIX, PT_SUFFIXES, SAFETENSORS
+    from ditmoe.model.weights.files import INDEX_SUFFIX, PT_SUFFIXES, SAFETENSORS
 
     taken = [path]
     if path.suffix == SAFETENSORS:
@@ -101,8 +101,8 @@ def _destination_kind(path: Path) -> Literal[".pt", ".safetensors", "checkpoint"
 def _read(source: Path, preset: str | None, wanted: Literal["ema", "weights"] | None) -> "PublishedWeights":
     """The weights of a source of any kind."""
     from ditmoe.model.errors import UserError
-    from ditmoe.model.published import read_published
-    from ditmoe.parallel.checkpoint import MARKER, newest_checkpoint
+    from ditmoe.model.weights.published import read_published
+    from ditmoe.parallel.checkpoint.folder import MARKER, newest_checkpoint
 
     if source.is_dir():
         if (source / MARKER).is_file():
@@ -122,8 +122,8 @@ def _read_checkpoint(
     from ditmoe.model.errors import UserError
     from ditmoe.model.layers import position_embedding
     from ditmoe.model.presets import parse_preset
-    from ditmoe.model.published import PublishedWeights
-    from ditmoe.parallel.checkpoint import read_info, read_weights
+    from ditmoe.model.weights.published import PublishedWeights
+    from ditmoe.parallel.checkpoint.folder import read_info, read_weights
 
     info = read_info(path)
     config = _complete(info.model, info.dataset)
@@ -173,7 +173,7 @@ def _write_checkpoint(path: Path, published: "PublishedWeights") -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from ditmoe.model.errors import UserError
-    from ditmoe.parallel.checkpoint import PARTIAL, write_weights_checkpoint
+    from ditmoe.parallel.checkpoint.folder import PARTIAL, write_weights_checkpoint
 
     objective = _required_objective(published)
     for state in (published.ema, published.weights):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
-from ditmoe.sampling.names import SamplerName, ScheduleName
+from ditmoe.sampling.settings.names import SamplerName, ScheduleName
 
 if TYPE_CHECKING:
-    from ditmoe.sampling.config import SamplerConfig
+    from ditmoe.sampling.settings.config import SamplerConfig
 
 WeightsOption = Annotated[
     Literal["ema", "weights"], typer.Option(help="The moving average, or the weights themselves.")
@@ -105,7 +105,7 @@ class Drawing:
 
     def config(self) -> "SamplerConfig":
         """The sampler. UserError naming every option that is out of range."""
-        from ditmoe.sampling.config import sampler_from_options
+        from ditmoe.sampling.settings.config import sampler_from_options
 
         return sampler_from_options(**self.values)
 

@@ -65,10 +65,10 @@ def command(
     processes. With the file of a grid it compares samplers, each an evaluation of its own.
     """
     from ditmoe.launcher.processes import in_worker
-    from ditmoe.sampling.config import SamplerConfig
-    from ditmoe.sampling.evaluate import stored_result
-    from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
-    from ditmoe.sampling.results import table
+    from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
+    from ditmoe.sampling.evaluation.results import table
+    from ditmoe.sampling.evaluation.run_job import stored_result
+    from ditmoe.sampling.settings.config import SamplerConfig
 
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
@@ -110,8 +110,8 @@ def command(
 
             processes = processes or torch.cuda.device_count() or 1
         if processes is not None and processes > 1 and not in_worker():
-            from ditmoe.data.files import make_folder
-            from ditmoe.launcher.launch import spawn
+            from ditmoe.data.storage.files import make_folder
+            from ditmoe.launcher.local.launch import spawn
 
             arguments = ["evaluate", *drawing.arguments(), "--count", str(count), "--labels", labels, *shared]
             # The checkpoint is named: training may write a newer one before the processes look. The first of them

@@ -10,7 +10,7 @@ import typer
 from ditmoe.model.errors import UserError
 
 if TYPE_CHECKING:
-    from ditmoe.sampling.evaluate_run import EvaluationOptions
+    from ditmoe.sampling.evaluation.of_run import EvaluationOptions
 
 HOLDING: Final = (
     "run",
@@ -48,10 +48,10 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
         processes: that share the work; None: one per GPU, or 1.
         again: the options as arguments, for the processes.
     """
-    from ditmoe.data.files import make_folder
-    from ditmoe.launcher.grid_file import load_comparison
+    from ditmoe.data.storage.files import make_folder
+    from ditmoe.launcher.configuration.grid_file import load_comparison
     from ditmoe.launcher.processes import in_worker
-    from ditmoe.sampling.comparison_run import (
+    from ditmoe.sampling.comparison.run import (
         PICTURE_FILE,
         ROWS_FILE,
         TABLE_FILE,
@@ -69,7 +69,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
         processes = processes or torch.cuda.device_count() or 1
         _announce(len(comparison.cells), comparison.left_out)
         if processes > 1 and not comparison.finished:
-            from ditmoe.launcher.launch import spawn
+            from ditmoe.launcher.local.launch import spawn
 
             ranks = comparison.folder / "ranks"
             make_folder(ranks)

@@ -38,16 +38,16 @@ def train(
 
     from ditmoe.launcher.commands.sample import check_device
     from ditmoe.model.errors import UserError
-    from ditmoe.parallel.checkpoint import read_info
-    from ditmoe.sampling.load import find_checkpoint
-    from ditmoe.sampling.noise_classifier import (
+    from ditmoe.parallel.checkpoint.folder import read_info
+    from ditmoe.sampling.network.load import find_checkpoint
+    from ditmoe.sampling.noise_level.classifier import (
         WEIGHTS_FILE,
         classifier_folder,
         load_noise_classifier,
         narrowed,
         space_of,
     )
-    from ditmoe.sampling.noise_training import NoiseTraining, train_noise_classifier, training_dataset
+    from ditmoe.sampling.noise_level.training import NoiseTraining, train_noise_classifier, training_dataset
 
     where = torch.device(check_device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
     info = read_info(find_checkpoint(run))

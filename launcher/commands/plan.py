@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ditmoe.launcher.config import RunConfig
+    from ditmoe.launcher.configuration.run_config import RunConfig
     from ditmoe.parallel.planner.gpus import Gpu
 
 
@@ -47,8 +47,8 @@ def command(
     """
     from dataclasses import replace
 
-    from ditmoe.launcher.plan import as_json as plain
-    from ditmoe.launcher.plan import plans, report
+    from ditmoe.launcher.planning.plan import as_json as plain
+    from ditmoe.launcher.planning.plan import plans, report
     from ditmoe.parallel.planner.estimate import Machine
 
     run = _complete(config, overrides or [])
@@ -61,7 +61,7 @@ def command(
     kind = replace(_gpu(gpu), **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
     machine = Machine(kind, efficiency)
     if dry_run:
-        from ditmoe.launcher.plan_dry_run import dry_run_report
+        from ditmoe.launcher.planning.plan_dry_run import dry_run_report
 
         typer.echo(dry_run_report(run, _number_of_gpus(run, gpus), rank, imbalance, as_json))
         return
@@ -81,9 +81,9 @@ SHOWN = 12
 
 def _complete(path: Path, overrides: list[str]) -> "RunConfig":
     """The configuration with its network's input known: from the shards, where it leaves that out."""
-    from ditmoe.data.dataset import open_index
-    from ditmoe.launcher.checks import with_input_of
-    from ditmoe.launcher.config import load_config
+    from ditmoe.data.stream.dataset import open_index
+    from ditmoe.launcher.configuration.checks import with_input_of
+    from ditmoe.launcher.configuration.run_config import load_config
 
     run = load_config(path, overrides)
     if run.model.complete:
@@ -107,7 +107,7 @@ def _number_of_gpus(run: "RunConfig", gpus: int | None) -> int:
 
     parallel = run.parallel
     of_layout = parallel.data and parallel.data * parallel.pipe * parallel.tensor
-    number = gpus or of_layout or known_processes(run.launch)
+    number = gpus or of_layout or known_processes(run.launch.processes, run.launch.device)
     if number is None:
         raise UserError("--gpus is missing: the configuration does not say how many processes there are")
     return number

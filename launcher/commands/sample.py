@@ -10,7 +10,7 @@ from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, Wei
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ditmoe.sampling.config import SamplerConfig
+    from ditmoe.sampling.settings.config import SamplerConfig
 
 MOST_DEFAULT_CLASSES = 16
 LONGEST_LIST = 60
@@ -44,9 +44,9 @@ def command(
     import torch
 
     from ditmoe.model.errors import UserError
-    from ditmoe.sampling.generate import generate
-    from ditmoe.sampling.grid import image_grid, save_picture
-    from ditmoe.sampling.load import home_of, load_model
+    from ditmoe.sampling.drawing.generate import generate
+    from ditmoe.sampling.drawing.picture import image_grid, save_picture
+    from ditmoe.sampling.network.load import home_of, load_model
 
     config = drawing.config()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -180,7 +180,7 @@ def _shortened(text: str, stead: str) -> str:
 
 def sampler_words(config: "SamplerConfig") -> list[str]:
     """The sampler, its steps, and those of its settings that depart from their defaults."""
-    from ditmoe.sampling.config import SamplerConfig, default_schedule
+    from ditmoe.sampling.settings.config import SamplerConfig, default_schedule
 
     assert config.sampler is not None
     words: list[str] = [config.sampler.replace(":", "-")]

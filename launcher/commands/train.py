@@ -20,30 +20,30 @@ def command(
 
     Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun or srun it joins their processes.
     """
-    from ditmoe.data.dataset import open_dataset
-    from ditmoe.launcher.checks import resolve
-    from ditmoe.launcher.config import load_config
+    from ditmoe.data.stream.dataset import open_dataset
+    from ditmoe.launcher.configuration.resolve import resolve
+    from ditmoe.launcher.configuration.run_config import load_config
     from ditmoe.launcher.processes import in_worker, process_count
 
     chosen = overrides or []
     raw = load_config(config, chosen)
     if dry_run:
-        from ditmoe.launcher.dry_run import dry_run as describe
+        from ditmoe.launcher.planning.train_dry_run import dry_run as describe
 
         typer.echo(describe(raw, str(config)))
         return
     dataset = open_dataset(raw.data, raw.seed)
-    processes = process_count(raw.launch)
+    processes = process_count(raw.launch.processes, raw.launch.device)
     resolved = resolve(raw, dataset.index, processes, origin=str(config))
     if not in_worker():
         dataset.check_files()
-        from ditmoe.launcher.run_folder import RunFolder
+        from ditmoe.launcher.training.run_folder import RunFolder
 
         folder = RunFolder(resolved.run.dir)
         # Rank 0 does the same under its own lock; here it takes no seconds of starting processes.
         folder.check(resolved)
     if processes > 1 and not in_worker():
-        from ditmoe.launcher.launch import spawn
+        from ditmoe.launcher.local.launch import spawn
 
         # `--`: an override is never taken for an option.
         arguments = ["train", "--", str(config), *chosen]
@@ -52,6 +52,6 @@ def command(
         import torch
 
         torch.set_num_threads(resolved.launch.threads)
-    from ditmoe.launcher.train import run_training
+    from ditmoe.launcher.training.trainer import run_training
 
     raise typer.Exit(run_training(resolved))

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT, balance_losses
 from ditmoe.model.errors import UserError
-from ditmoe.model.moe import Experts, MoE
+from ditmoe.model.experts.moe import Experts, MoE
 from ditmoe.model.objective import Draws, make_objective
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.expert_layer import PlannedExpertLayer, even_routing
@@ -166,8 +166,8 @@ def _sum_over(group: Any) -> Any:
 def _share_out(network: nn.Module, layout: Layout) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent
-        from ditmoe.parallel.megatron_grid import make_megatron_grid
-        from ditmoe.parallel.tensor import share_out
+        from ditmoe.parallel.tensor.layers import share_out
+        from ditmoe.parallel.tensor.megatron_grid import make_megatron_grid
 
         make_megatron_grid(layout)
         share_out(network)

@@ -3,7 +3,7 @@
 AutoEP's layer asks its router how many tokens go where and waits for the numbers, which fake tensors cannot
 answer. This one has the same parameters, makes the same tensors in the same order and sends the same collectives
 (`deepspeed/module_inject/auto_ep_layer.py`, the path of a GPU), with numbers that it is told.
-tests/parallel/test_planner_proof.py compares the two on real processes.
+tests/parallel/planner/test_planner_proof.py compares the two on real processes.
 
 A assignments (a token and one of its experts), T tokens, K experts per token, N experts, D hidden.
 """
@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditmoe.model.moe import MoE
+from ditmoe.model.experts.moe import MoE
 
 _ALIGNMENT: Final = 8
 """Rows of an expert are padded to a multiple of this (DeepSpeed's TOKEN_GROUP_ALIGN_SIZE_M)."""

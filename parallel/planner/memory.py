@@ -1,7 +1,7 @@
 """Memory of one rank by part: the training state by the rules of ZeRO, activations, and buffers.
 
 ZeRO: arXiv 1910.02054, section 3. What DeepSpeed 0.19 holds beside it (buckets, gathered weights) was read in
-`deepspeed/runtime/zero/stage_1_and_2.py` and `stage3.py` and is held by tests/parallel/test_planner_proof.py.
+`deepspeed/runtime/zero/stage_1_and_2.py` and `stage3.py`; tests/parallel/planner/test_planner_proof.py holds it.
 """
 
 from dataclasses import dataclass

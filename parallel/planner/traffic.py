@@ -2,7 +2,7 @@
 
 Counted are the payloads: the whole tensor that a rank puts into a collective or gets out of it, whichever is
 larger, as `ditmoe.parallel.planner.ledger` counts them in a run. What DeepSpeed 0.19 sends was read in its source
-and is compared with what real processes send in tests/parallel/test_planner_proof.py.
+and is compared with what real processes send in tests/parallel/planner/test_planner_proof.py.
 """
 
 from collections import Counter

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ditmoe.data.pack import PackSettings, pack
-from ditmoe.data.shards import ShardLimits
-from ditmoe.data.sources.digits import Digits
-from ditmoe.data.sources.shapes import Shapes
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.digits import Digits
+from ditmoe.data.making.sources.shapes import Shapes
+from ditmoe.data.shards.writer import ShardLimits
 
 Change = Callable[[dict[str, bytes]], dict[str, bytes]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from typer.testing import CliRunner
 
-from ditmoe.launcher.commands.data import app
+from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.errors import UserError
 
 runner = CliRunner()
@@ -60,7 +60,7 @@ def test_wrong_input_is_one_message(digits: Path, tmp_path: Path) -> None:
 
 def test_help_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from ditmoe.launcher.commands import data; "
+        "import sys; from ditmoe.launcher.commands.data import group as data; "
         "print([name for name in ('torch', 'numpy', 'PIL', 'webdataset', 'sklearn') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

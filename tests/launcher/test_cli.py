@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ditmoe.launcher.cli import VERBS
-from ditmoe.launcher.reference import render
+from ditmoe.launcher.configuration.reference import render
 
 ROOT = Path(__file__).resolve().parents[2]
 Write = Callable[..., Path]
@@ -101,5 +101,5 @@ def test_dry_run(write_config: Write, tmp_path: Path) -> None:
 def test_configuration_page_is_up_to_date() -> None:
     page = ROOT / "docs" / "configuration.md"
     assert page.read_text(encoding="utf-8") == render(), (
-        "run: python -m ditmoe.launcher.reference > docs/configuration.md"
+        "run: python -m ditmoe.launcher.configuration.reference > docs/configuration.md"
     )

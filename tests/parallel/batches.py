@@ -6,8 +6,8 @@ import torch.distributed as dist
 from ditmoe.model import randomness
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.objective import make_objective
-from ditmoe.parallel.engine import TrainingEngine
-from ditmoe.parallel.passes import MicroBatch
+from ditmoe.parallel.engine.passes import MicroBatch
+from ditmoe.parallel.engine.training_engine import TrainingEngine
 
 CLASSES = 10
 SHAPE = (1, 8, 8)

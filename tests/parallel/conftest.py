@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditmoe.launcher.launch import spawn
+from ditmoe.launcher.local.launch import spawn
 from tests.forked import run_forked
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -12,7 +12,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.box_storage import Piece, load_pieces, missing_elements, save_pieces, stored_boxes
 from ditmoe.parallel.boxes import (
     Box,
     Placement,
@@ -23,7 +22,8 @@ from ditmoe.parallel.boxes import (
     tiling_problems,
     whole,
 )
-from ditmoe.parallel.checkpoint import file_facts
+from ditmoe.parallel.checkpoint.box_storage import Piece, load_pieces, missing_elements, save_pieces, stored_boxes
+from ditmoe.parallel.checkpoint.folder import file_facts
 
 Shares = list[tuple[Placement, int, int]]
 """Of each rank: the placement of its tensor, and its run of it."""

@@ -24,13 +24,13 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
+from ditmoe.parallel.checkpoint.saver import CheckpointSaver
+from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
-from ditmoe.parallel.engine import TrainingEngine
-from ditmoe.parallel.initial import Initial
+from ditmoe.parallel.engine.initial import Initial
+from ditmoe.parallel.engine.training_engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.saver import CheckpointSaver
 from ditmoe.parallel.stages import stage_blocks
-from ditmoe.parallel.training_state import load_training_state
 
 DEFAULTS: dict[str, Any] = {
     "objective": "rectified_flow",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ditmoe.model import randomness
-from ditmoe.sampling.denoiser import Denoised, Denoiser, flow_grid
+from ditmoe.sampling.network.denoiser import Denoised, Denoiser, flow_grid
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class MixtureDenoiser(Denoiser):
         share = self.variance_share
         return Denoised(x0_BCHW, None if share is None else torch.full_like(x0_BCHW, share))
 
-    def own_grid(self, sigma_B: Tensor, steps: int) -> Tensor:
+    def own_schedule(self, sigma_B: Tensor, steps: int) -> Tensor:
         """As a flow's."""
         return flow_grid(sigma_B, steps)
 

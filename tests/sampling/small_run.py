@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from ditmoe.data.pack import PackSettings, pack
-from ditmoe.data.sources import open_source
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.opening import open_source
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.parallel.checkpoint import checkpoint_path, read_info, write_weights_checkpoint
-from ditmoe.sampling.noise_classifier import (
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.noise_level.classifier import (
     NoiseNetwork,
     classifier_folder,
     narrowed,

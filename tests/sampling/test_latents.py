@@ -11,29 +11,29 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ditmoe.data.encode import encode
-from ditmoe.data.encoding import EncodeSettings, prepare_encoding
-from ditmoe.data.index import DatasetIndex, load_index
-from ditmoe.data.pack import PackSettings, pack
-from ditmoe.data.sources.shapes import Shapes
-from ditmoe.data.stream import dealing_of, open_stream
-from ditmoe.data.vae import read_facts
-from ditmoe.launcher.commands.data import app
+from ditmoe.data.encoding.encode import encode
+from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
+from ditmoe.data.encoding.vae import read_facts
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.shapes import Shapes
+from ditmoe.data.shards.index import DatasetIndex, load_index
+from ditmoe.data.stream.stream import dealing_of, open_stream
+from ditmoe.launcher.commands.data.group import app
 from ditmoe.launcher.commands.sample import command
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint import MARKER, checkpoint_path, read_info, write_weights_checkpoint
-from ditmoe.sampling import noise_training
-from ditmoe.sampling.classifier import FEATURE_CLASSIFIER
-from ditmoe.sampling.config import SamplerConfig
-from ditmoe.sampling.evaluate_run import EvaluationOptions, evaluate_run, prepare_job
-from ditmoe.sampling.generate import generate, generate_float
-from ditmoe.sampling.load import load_model
-from ditmoe.sampling.noise_classifier import load_noise_classifier, space_of
-from ditmoe.sampling.noise_training import NoiseTraining, train_noise_classifier, training_dataset
-from ditmoe.sampling.real import RealImages
+from ditmoe.parallel.checkpoint.folder import MARKER, checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.drawing.generate import generate, generate_float
+from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.network.load import load_model
+from ditmoe.sampling.noise_level import training as noise_training
+from ditmoe.sampling.noise_level.classifier import load_noise_classifier, space_of
+from ditmoe.sampling.noise_level.training import NoiseTraining, train_noise_classifier, training_dataset
+from ditmoe.sampling.settings.config import SamplerConfig
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=4, num_classes=5

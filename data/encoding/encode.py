@@ -1,0 +1,214 @@
+"""Encoding: a folder of images becomes a folder of latents, shard for shard, sample for sample.
+
+The bytes are a function of the images, the VAE and the settings. Batches are filled up, because a matrix product
+of another shape may round otherwise; for the same reason a CPU takes one image at a time, in one thread: it gains
+nothing from batches, and the machine's cores belong to as many processes.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditmoe.data.encoding.finish import finish
+from ditmoe.data.encoding.folder import ShardMark
+from ditmoe.data.encoding.plan import EncodeSettings, Encoding
+from ditmoe.data.encoding.vae import Vae, load_vae
+from ditmoe.data.places.reader import Shard
+from ditmoe.data.shards.decode import (
+    LABEL_EXTENSION,
+    METADATA_EXTENSION,
+    BadSample,
+    decode_image,
+    decode_label,
+    decode_metadata,
+    image_extension,
+)
+from ditmoe.data.shards.images import ImageArray
+from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
+from ditmoe.data.shards.latents import MIRRORED, PLAIN, encode_latent
+from ditmoe.data.shards.writer import ReadySample, write_shard
+from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.sharing import make_missing
+from ditmoe.model.errors import UserError
+from ditmoe.model.randomness import uniform
+
+
+def encode(
+    encoding: Encoding,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    on_progress: Callable[[int], None] = lambda images: None,
+) -> DatasetIndex:
+    """Encode what is missing, side by side with other processes, until all is there and the index is written.
+
+    Args:
+        encoding: of which `folder.begin` was called.
+        device: where the VAE computes.
+        rank: this process among `ranks`; any number of further processes may help.
+        on_progress: called with the number of images that are done, as far as this process knows.
+
+    Raises:
+        UserError: a sample cannot be used, the folder is taken, or the disk is full; what was finished is kept.
+    """
+    work = _Work(encoding, device, on_progress)
+    folder = encoding.folder
+    shards = [folder.path / entry.file for entry in encoding.index.shards]
+    threads = torch.get_num_threads()
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        with folder.joined():
+            for path in shards:
+                if path.exists():
+                    folder.read_mark(path.name)
+            make_missing(
+                shards,
+                work.encode_shard,
+                rank=rank,
+                ranks=ranks,
+                locks=folder.locks,
+                on_progress=work.count_finished,
+            )
+            # All wait here: the one that writes the index may die.
+            make_missing([folder.path / INDEX_FILE], lambda _: finish(encoding, work.vae), locks=folder.locks)
+    finally:
+        torch.set_num_threads(threads)
+    return load_index(folder.path)
+
+
+def images_at_once(settings: EncodeSettings, device: torch.device) -> int:
+    """Images that pass through the VAE together."""
+    return 1 if device.type == "cpu" else settings.batch
+
+
+class _Read(NamedTuple):
+    """A batch of images, read ahead."""
+
+    members: list[int]
+    image_BHWC: Tensor
+    labels: list[int]
+    metadata: list[bytes | None]
+
+
+class _Work:
+    """One process's share."""
+
+    def __init__(self, encoding: Encoding, device: torch.device, on_progress: Callable[[int], None]) -> None:
+        self._encoding = encoding
+        self._settings = encoding.settings
+        self._index = encoding.index
+        self._folder = encoding.folder
+        self._device = device
+        self._batch = images_at_once(encoding.settings, device)
+        self._loaded: Vae | None = None
+        self._on_progress = on_progress
+        self._finished_images = 0
+
+    @property
+    def vae(self) -> Vae:
+        """The VAE, loaded when this process first has something to encode."""
+        if self._loaded is None:
+            self._loaded = load_vae(self._encoding.vae, self._device)
+        return self._loaded
+
+    def count_finished(self, _shards: int) -> None:
+        """Look which shards are done, and tell."""
+        shards = self._index.shards
+        self._finished_images = sum(
+            len(members)
+            for s, members in zip(shards, self._encoding.members, strict=True)
+            if (self._folder.path / s.file).exists()
+        )
+        self._on_progress(self._finished_images)
+
+    def encode_shard(self, number: int) -> None:
+        """Encode one shard: its mark first, then its name."""
+        entry = self._index.shards[number]
+        shard = Shard.at(self._encoding.source / entry.file, entry)
+        labels: list[int] = []
+        try:
+            with replacing(self._folder.path / entry.file) as file:
+                written = write_shard(file, entry.file, self._samples(shard, number, labels))
+                self._folder.write_mark(
+                    ShardMark(settings=self._folder.fingerprint, entry=written, labels=tuple(labels))
+                )
+        finally:
+            shard.close()
+
+    def _samples(self, shard: Shard, number: int, labels: list[int]) -> Iterator[ReadySample]:
+        """The members of each sample, in the shard's order; `labels` takes their labels."""
+        first = sum(self._index.samples_per_shard[:number])
+        usable = self._encoding.members[number].tolist()
+        batches = [usable[start : start + self._batch] for start in range(0, len(usable), self._batch)]
+        for read in _one_ahead(lambda members: self._read(shard, members), batches):
+            views = self._views(read, first)
+            for row, member in enumerate(read.members):
+                members: dict[str, bytes] = {}
+                for stem, (mean_BCHW, std_BCHW) in views.items():
+                    try:
+                        data = encode_latent(
+                            mean_BCHW[row], std_BCHW[row], self._settings.dtype, self._settings.format
+                        )
+                    except BadSample as error:
+                        raise UserError(f"{shard.where(member)}: {error}; expected another --dtype") from error
+                    members[f"{stem}.{self._settings.format}"] = data
+                members[LABEL_EXTENSION] = str(read.labels[row]).encode()
+                metadata = read.metadata[row]
+                if metadata is not None:
+                    members[METADATA_EXTENSION] = metadata
+                yield ReadySample(shard.keys[member], members)
+            labels += read.labels
+            self._on_progress(self._finished_images + len(labels))
+
+    def _views(self, read: _Read, first: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """Stem of the member → mean and standard deviation, `[B, C, H, W]`, of each view of the batch."""
+        image_BHWC = read.image_BHWC
+        if self._settings.flips == "drawn":
+            numbers = [first + member for member in read.members]
+            heads_B = uniform(self._settings.seed, "data/encode flip", numbers) < 0.5
+            image_BHWC = torch.where(heads_B[:, None, None, None], image_BHWC.flip(2), image_BHWC)
+        views = {PLAIN: self._moments(image_BHWC)}
+        if self._settings.flips == "both":
+            views[MIRRORED] = self._moments(image_BHWC.flip(2))
+        return views
+
+    def _moments(self, image_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        missing = self._batch - len(image_BHWC)
+        filled_BHWC = torch.cat([image_BHWC, image_BHWC[-1:].expand(missing, -1, -1, -1)])
+        mean_BCHW, logvar_BCHW = self.vae.encode_moments(filled_BHWC)
+        return mean_BCHW[: len(image_BHWC)], (0.5 * logvar_BCHW[: len(image_BHWC)]).exp()
+
+    def _read(self, shard: Shard, members: list[int]) -> _Read:
+        """Images, labels and metadata. UserError naming shard and key when one cannot be used."""
+        images: list[ImageArray] = []
+        labels: list[int] = []
+        metadata: list[bytes | None] = []
+        for member in members:
+            try:
+                extension = image_extension(shard.extensions(member))
+                images.append(decode_image(extension, shard.read(member, extension) or b"", self._index))
+                labels.append(decode_label(shard.read(member, self._index.label.extension), self._index))
+                metadata.append(shard.read(member, METADATA_EXTENSION))
+                if metadata[-1] is not None:
+                    decode_metadata(metadata[-1])
+            except BadSample as error:
+                raise UserError(f"{shard.where(member)}: {error}") from error
+        return _Read(members, torch.from_numpy(np.stack(images)), labels, metadata)
+
+
+def _one_ahead(read: Callable[[list[int]], _Read], batches: list[list[int]]) -> Iterator[_Read]:
+    """Read in a thread, one batch ahead of what is encoded."""
+    with ThreadPoolExecutor(1, "read") as thread:
+        pending = [thread.submit(read, members) for members in batches[:1]]
+        for members in batches[1:]:
+            ready = pending.pop().result()
+            pending.append(thread.submit(read, members))
+            yield ready
+        for last in pending:
+            yield last.result()

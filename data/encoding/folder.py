@@ -1,0 +1,220 @@
+"""The folder that images are encoded into: whose it is, what is done, and what was asked for.
+
+Several processes, on several machines, share it without a coordinator:
+
+    OUT/encoding.json          the settings; written first, and kept beside the index
+    OUT/encoding/lock          held shared by each process that encodes, and alone by one that clears the folder
+    OUT/encoding/locks/        a lock of each shard that somebody encodes
+    OUT/encoding/NAME.tar.json what the index will say of a shard, its labels, and the settings it was made with
+    OUT/NAME.tar               takes its name when it is whole and the file above is written: then it is done
+    OUT/index.json             written last, by one process; the last one to leave removes OUT/encoding
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field, ValidationError
+
+from ditmoe.data.shards.index import INDEX_FILE, ShardEntry, load_index
+from ditmoe.data.storage.files import PARTIAL_SUFFIX, make_folder, read_settings, replacing
+from ditmoe.data.storage.sharing import WAIT_SECONDS, try_lock
+from ditmoe.model.errors import UserError
+from ditmoe.model.settings import Settings
+
+SETTINGS_FILE: Final = "encoding.json"
+STATE_FOLDER: Final = "encoding"
+CLEARING: Final[dict[str, Any]] = {"clearing": True}
+"""Stands in place of the settings while the folder is being emptied."""
+_BEGIN_SECONDS: Final = 60.0
+"""How long one that begins waits for another that is beginning."""
+
+
+class ShardMark(Settings):
+    """What is known of an encoded shard."""
+
+    settings: str
+    """Fingerprint of the settings that it was encoded with."""
+    entry: ShardEntry
+    labels: tuple[int, ...] = Field(min_length=1)
+    """Of its samples, in their order."""
+
+
+@dataclass(frozen=True)
+class EncodeFolder:
+    """One folder, and the settings that its latents shall have."""
+
+    path: Path
+    settings: dict[str, Any]
+    """Everything that the latents depend on, as plain data."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings (first 16 hex digits of SHA-256)."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def locks(self) -> Path:
+        """Folder of the locks of shards."""
+        return self.path / STATE_FOLDER / "locks"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the index is written."""
+        return (self.path / INDEX_FILE).exists()
+
+    def begin(self, overwrite: bool) -> bool:
+        """Make the folder this encode's: a new one, or one that was begun with the same settings.
+
+        Args:
+            overwrite: replace a finished dataset of ours, or an encode with other settings that nobody is at.
+
+        Returns:
+            Whether there is something left to do.
+
+        Raises:
+            UserError: the folder holds something else, or others are encoding into it with other settings.
+        """
+        make_folder(self.path)
+        deadline = time.monotonic() + _BEGIN_SECONDS
+        while True:
+            stored = self._stored()
+            if stored == self.settings and not (self.finished and overwrite):
+                self._tidy()  # the last one to leave may have been killed before it could
+                return not self.finished
+            self._refuse(stored, overwrite)
+            with try_lock(self.path / STATE_FOLDER / "lock") as alone:
+                if alone:
+                    # Looked at again under the lock: another process may have begun since.
+                    if self._stored() == stored:
+                        self._clear()
+                    continue
+            # One that is clearing, or has just begun, is waited for; one that is at other latents is not.
+            settled = stored not in (None, CLEARING) and stored == self._stored()
+            if settled or time.monotonic() > deadline:
+                raise UserError(f"{self.path}: other processes are encoding into it; wait for them, or stop them")
+            time.sleep(WAIT_SECONDS)
+
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """Encode in the body: nobody clears the folder meanwhile. The last to leave a finished one tidies up.
+
+        Raises:
+            UserError: somebody is clearing it, or cleared it for other settings, since `begin`.
+        """
+        lock = self.path / STATE_FOLDER / "lock"
+        with try_lock(lock, shared=True) as held:
+            if not held or self._stored() != self.settings:
+                raise UserError(f"{self.path}: another process has begun to encode into it anew")
+            yield
+        self._tidy()
+
+    def write_mark(self, mark: ShardMark) -> None:
+        """Write down a shard that is about to take its name."""
+        with replacing(self._mark_path(mark.entry.file)) as file:
+            file.write(mark.model_dump_json().encode() + b"\n")
+
+    def read_mark(self, shard: str) -> ShardMark:
+        """What was written down of a finished shard.
+
+        Raises:
+            UserError: nothing was, it was made with other settings, or the shard is of another size.
+        """
+        path, mark_path = self.path / shard, self._mark_path(shard)
+        try:
+            mark = ShardMark.model_validate_json(mark_path.read_bytes())
+            size = path.stat().st_size
+        except (OSError, ValidationError) as error:
+            raise UserError(
+                f"{mark_path}: could not be read ({error}); delete {path}, it is encoded again"
+            ) from None
+        if mark.settings != self.fingerprint:
+            raise UserError(
+                f"{path}: was encoded with settings {mark.settings}, expected {self.fingerprint}; "
+                "delete it, it is encoded again"
+            )
+        if mark.entry.file != shard or size != mark.entry.bytes:
+            raise UserError(
+                f"{path}: {size:,} bytes, {mark_path} says {mark.entry.bytes:,}; delete it, it is encoded again"
+            )
+        return mark
+
+    def _mark_path(self, shard: str) -> Path:
+        return self.path / STATE_FOLDER / f"{shard}.json"
+
+    def _stored(self) -> dict[str, Any] | None:
+        """The settings that the folder was begun with; None: it never was."""
+        return read_settings(self.path / SETTINGS_FILE)
+
+    def _tidy(self) -> None:
+        """Remove what a finished encode no longer needs, unless others are still at it."""
+        state = self.path / STATE_FOLDER
+        if not self.finished or not state.exists():
+            return
+        with try_lock(state / "lock") as alone:
+            if alone and self.finished:
+                try:
+                    shutil.rmtree(state)
+                except OSError as error:
+                    raise UserError(f"{state}: could not be removed: {error.strerror or error}") from error
+
+    def _refuse(self, stored: dict[str, Any] | None, overwrite: bool) -> None:
+        """UserError where what is there shall stay, or is not ours."""
+        if stored == CLEARING:
+            return
+        if self.finished:
+            if not overwrite:
+                other = f" ({self._difference(stored)})" if stored is not None else ""
+                raise UserError(f"{self.path}: already holds a packed dataset{other}; --overwrite replaces it")
+            try:
+                load_index(self.path)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; --overwrite replaces datasets of ours only: choose another folder"
+                ) from error
+        elif stored is None:
+            strangers = sorted(path.name for path in self.path.glob("*.tar"))
+            if strangers:
+                raise UserError(
+                    f"{self.path}: holds tars that `ditmoe data encode` did not write, such as {strangers[0]}; "
+                    "choose another folder"
+                )
+        elif not overwrite:
+            raise UserError(
+                f"{self.path}: an encode with other settings was begun here ({self._difference(stored)}); "
+                "--overwrite begins anew"
+            )
+
+    def _difference(self, stored: dict[str, Any] | None) -> str:
+        stored = stored or {}
+        keys = [key for key in {**self.settings, **stored} if stored.get(key) != self.settings.get(key)]
+        changes = [f"{key} was {stored.get(key)!r}, now {self.settings.get(key)!r}" for key in keys]
+        return "; ".join(changes) or "the same settings"
+
+    def _clear(self) -> None:
+        """Empty the folder of what is ours, and write the settings down."""
+        # Who is killed in the midst leaves nothing that could be taken for begun or finished.
+        self._write_settings(CLEARING)
+        state = self.path / STATE_FOLDER
+        try:
+            (self.path / INDEX_FILE).unlink(missing_ok=True)
+            for folder, patterns in (
+                (self.path, ("*.tar", "samples.npz", f"*{PARTIAL_SUFFIX}")),
+                (state, ("*.json", f"*{PARTIAL_SUFFIX}")),
+            ):
+                for pattern in patterns:
+                    for path in folder.glob(pattern):
+                        path.unlink()
+        except OSError as error:
+            raise UserError(f"{self.path}: could not be cleared: {error.strerror or error}") from error
+        self._write_settings(self.settings)
+
+    def _write_settings(self, settings: dict[str, Any]) -> None:
+        with replacing(self.path / SETTINGS_FILE) as file:
+            file.write(json.dumps(settings, indent=1).encode() + b"\n")

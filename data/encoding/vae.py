@@ -1,0 +1,203 @@
+"""The autoencoder between pixels and latents: a diffusers AutoencoderKL on the local disk.
+
+diffusers is imported when one is loaded, and nothing is ever fetched. Moments and latents are computed in float32,
+without TF32 and by deterministic kernels.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditmoe.data.shards.images import to_network_range
+from ditmoe.data.shards.index import LatentFacts
+from ditmoe.model.errors import UserError
+
+CONFIG_FILE: Final = "config.json"
+WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
+CLASS: Final = "AutoencoderKL"
+DECODED_IMAGES: Final = 8
+"""Most images that a GPU decodes at once, …"""
+DECODED_PIXELS: Final = 8 * 256 * 256
+"""… and most pixels, but at least one image."""
+_WEIGHTS: Final = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
+
+
+class VaeFacts(NamedTuple):
+    """What is known of an autoencoder without reading its weights into memory."""
+
+    path: Path
+    sha256: str
+    """Of its configuration and its weights file."""
+    scale: float
+    """Factor on (latent − shift) before training."""
+    shift: float
+    pixel_channels: int
+    latent_channels: int
+    reduction: int
+    """Pixels that one latent cell covers along each side."""
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A loaded autoencoder on its device."""
+
+    facts: VaeFacts
+    network: Any
+    """The AutoencoderKL, in evaluation mode."""
+    device: torch.device
+
+    def encode_moments(self, image_BHWC: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents of some images.
+
+        Args:
+            image_BHWC: uint8 `[B, H, W, C]`, of sides that `reduction` divides.
+
+        Returns:
+            Two of float32 `[B, C, H, W]` on the CPU, neither shifted nor scaled.
+        """
+        x_BCHW = to_network_range(image_BHWC.to(self.device).permute(0, 3, 1, 2).contiguous())
+        with torch.inference_mode(), _exact():
+            moments = self.network.encode(x_BCHW).latent_dist
+            return moments.mean.float().cpu(), moments.logvar.float().cpu()
+
+    def decode(self, latent_BCHW: Tensor) -> Tensor:
+        """Scaled latents, as a network draws them, `[B, C, H, W]` → float32 images about −1 … 1, on the device.
+
+        They pass in equal parts, the last one filled up, so that B does not change an image by rounding, and the
+        memory is bounded.
+        """
+        latent_BCHW = latent_BCHW.to(self.device, torch.float32) / self.facts.scale + self.facts.shift
+        pixels = latent_BCHW.shape[2] * latent_BCHW.shape[3] * self.facts.reduction**2
+        # A CPU gains nothing from more.
+        part = 1 if self.device.type == "cpu" else max(1, min(DECODED_IMAGES, DECODED_PIXELS // pixels))
+        images = []
+        with torch.inference_mode(), _exact():
+            for part_BCHW in torch.split(latent_BCHW, part):
+                count = len(part_BCHW)
+                filled_BCHW = torch.cat([part_BCHW, part_BCHW[-1:].expand(part - count, -1, -1, -1)])
+                images.append(self.network.decode(filled_BCHW).sample[:count].float())
+        return torch.cat(images)
+
+
+def read_facts(path: Path) -> VaeFacts:
+    """Read the configuration of the autoencoder in a folder, and checksum its weights.
+
+    Raises:
+        UserError: there is none, it is no AutoencoderKL, or its weights are not in one safetensors file.
+    """
+    config = _read_config(path)
+    weights = path / WEIGHTS_FILE
+    if not weights.is_file():
+        others = sorted(file.name for file in path.iterdir() if file.suffix in _WEIGHTS)
+        pickle = " (a pickle is never read)" if any(not name.endswith(".safetensors") for name in others) else ""
+        raise UserError(f"{path}: has {', '.join(others) or 'no weights'}{pickle}; expected {WEIGHTS_FILE}")
+    try:
+        with weights.open("rb") as file:
+            weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{weights}: could not be read: {error.strerror or error}") from error
+    # What begins with _ is where and by which version it was saved, not what it computes.
+    settings = {key: value for key, value in config.items() if not key.startswith("_")}
+    text = json.dumps(settings, sort_keys=True)
+    scale, shift = config.get("scaling_factor", 0.18215), config.get("shift_factor") or 0.0
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise UserError(
+            f"{path / CONFIG_FILE}: has latents_mean or latents_std; expected one scale for all channels"
+        )
+    numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
+    if not numbers or scale <= 0:
+        raise UserError(f"{path / CONFIG_FILE}: scaling_factor is {scale}, shift_factor {shift}; expected numbers")
+    try:
+        return VaeFacts(
+            path=path,
+            sha256=hashlib.sha256(f"{text}\n{weights_sha256}\n".encode()).hexdigest(),
+            scale=float(scale),
+            shift=float(shift),
+            pixel_channels=int(config.get("in_channels", 3)),
+            latent_channels=int(config.get("latent_channels", 4)),
+            reduction=2 ** (len(config.get("block_out_channels", [64])) - 1),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path / CONFIG_FILE}: does not describe an {CLASS}: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The configuration. UserError where it is not that of an AutoencoderKL."""
+    expected = f"expected the local folder of a diffusers {CLASS} ({CONFIG_FILE} and {WEIGHTS_FILE})"
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; {expected}; nothing is downloaded")
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        hint = f"; {path / 'vae'} has one" if (path / "vae" / CONFIG_FILE).is_file() else ""
+        raise UserError(f"{path}: has no {CONFIG_FILE}; {expected}{hint}")
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: could not be read: {error}") from error
+    found = config.get("_class_name") if isinstance(config, dict) else None
+    if found != CLASS:
+        raise UserError(f"{file}: _class_name is {found!r}; {expected}")
+    return dict(config)
+
+
+def load_vae(facts: VaeFacts, device: str | torch.device = "cpu") -> Vae:
+    """Load the autoencoder that `read_facts` found. UserError when its weights do not fit its configuration."""
+    from diffusers import AutoencoderKL
+
+    try:
+        network, report = AutoencoderKL.from_pretrained(
+            str(facts.path),
+            local_files_only=True,
+            use_safetensors=True,
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise UserError(f"{facts.path}: could not be loaded as an {CLASS}: {error}") from error
+    problems = [
+        f"{key.removesuffix('_keys')}: {', '.join(map(str, report[key][:3]))}"
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if report[key]
+    ]
+    if problems:  # diffusers would go on with random numbers in their place
+        raise UserError(f"{facts.path / WEIGHTS_FILE}: weights do not fit {CONFIG_FILE}: {'; '.join(problems)}")
+    return Vae(facts, network.to(device).eval().requires_grad_(False), torch.device(device))
+
+
+def find_vae(latents: LatentFacts, moved_to: Path | None = None) -> VaeFacts:
+    """The autoencoder that encoded a dataset.
+
+    Args:
+        latents: of the dataset's index.
+        moved_to: where it lies now; None: where it lay then.
+
+    Raises:
+        UserError: it is not there, or another.
+    """
+    path = moved_to or Path(latents.vae)
+    try:
+        facts = read_facts(path)
+    except UserError as error:
+        hint = "" if moved_to else "; it encoded the data: give the folder that it lies in now with --vae"
+        raise UserError(f"{error}{hint}") from error
+    if facts.sha256 != latents.vae_sha256:
+        raise UserError(
+            f"{path}: checksum is {facts.sha256}; expected {latents.vae_sha256}, of the VAE that encoded the data "
+            f"(then at {latents.vae})"
+        )
+    return facts
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Full float32 and deterministic convolutions on a GPU, for the body alone."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield

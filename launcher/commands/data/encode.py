@@ -1,0 +1,145 @@
+"""`ditmoe data encode`: images in shards become latents in shards."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Dtype(StrEnum):
+    """Number type of the stored moments."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Flips(StrEnum):
+    """What becomes of mirror images."""
+
+    none = "none"
+    both = "both"
+    drawn = "drawn"
+
+
+class LatentFormat(StrEnum):
+    """How moments are stored in shards."""
+
+    safetensors = "safetensors"
+    npy = "npy"
+
+
+def command(
+    shards: Annotated[Path, typer.Argument(help="A folder of shards of images.", metavar="SHARDS")],
+    out: Annotated[Path, typer.Argument(help="Folder to write shards of latents to.", metavar="OUT")],
+    vae: Annotated[Path, typer.Option(help="Local folder of a diffusers AutoencoderKL with safetensors weights.")],
+    dtype: Annotated[Dtype, typer.Option(help="Number type of the stored moments.")] = Dtype.float16,
+    flips: Annotated[
+        Flips, typer.Option(help="Mirror images: not stored, stored beside each, or in its place by a coin.")
+    ] = Flips.none,
+    format: Annotated[
+        LatentFormat, typer.Option(help="Of the members; npy has no bfloat16.")
+    ] = LatentFormat.safetensors,
+    seed: Annotated[int, typer.Option(min=0, help="Of the coins of --flips drawn.")] = 0,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Images through the VAE at once on a GPU; a CPU takes one at a time.")
+    ] = 16,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that share the shards. [default: one per GPU, or per core]"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, or cuda: a GPU for each process. [default: cuda if there is one]")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+    ] = False,
+) -> None:
+    """Encode images into the moments of their latents, shard for shard.
+
+    Repeating the command resumes it, and so do more processes on other machines that see both folders. Under
+    torchrun or srun it joins their processes.
+    """
+    import os
+
+    import torch
+
+    from ditmoe.data.encoding.encode import encode
+    from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
+    from ditmoe.data.encoding.vae import read_facts
+    from ditmoe.data.shards.index import load_index
+    from ditmoe.data.storage.progress import show_progress
+    from ditmoe.launcher.processes import in_worker, world_size
+    from ditmoe.model.errors import UserError
+
+    if overwrite and in_worker():
+        raise UserError("--overwrite under torchrun or srun: expected it left out, and OUT removed beforehand")
+    settings = EncodeSettings(dtype.value, flips.value, format.value, seed, batch, overwrite)
+    encoding = prepare_encoding(shards, out, read_facts(vae), settings)
+    name = choose_device(device)
+    left = encoding.folder.begin(overwrite)
+    if not left and not in_worker():
+        typer.echo(f"{out}: was encoded before; --overwrite encodes it again")
+        return
+    if not in_worker():
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        usual = torch.cuda.device_count() if name == "cuda" else cores
+        processes = min(processes or usual, len(encoding.index.shards))
+        if processes > 1:
+            from ditmoe.launcher.local.launch import spawn
+
+            arguments = ["data", "encode", "--vae", str(vae), "--dtype", dtype, "--flips", flips]
+            arguments += ["--format", format, "--seed", str(seed), "--batch", str(batch), "--device", name]
+            # The first of them shows the result.
+            raise typer.Exit(spawn([*arguments, "--", str(shards), str(out)], processes))
+    rank, ranks = (int(os.environ["RANK"]), world_size()) if in_worker() else (0, 1)
+    progress = show_progress("images encoded", encoding.index.total) if rank == 0 else lambda images: None
+    if left:
+        index = encode(encoding, own_device(name), rank=rank, ranks=ranks, on_progress=progress)
+    else:  # the other processes were faster than this one's start
+        index = load_index(out)
+    if rank == 0:
+        typer.echo(
+            f"encoded {index.total:,} images of {encoding.index.image_size}×{encoding.index.image_size}×"
+            f"{encoding.index.channels} into latents of {index.image_size}×{index.image_size}×{index.channels}: "
+            f"{len(index.shards):,} shard{'s' if len(index.shards) > 1 else ''}, "
+            f"{index.total_bytes / 2**20:,.1f} MiB"
+        )
+        typer.echo(f"  dataset  {out}")
+        typer.echo(f"  preview  {out / 'preview.png'}  (decoded from the latents)")
+
+
+def choose_device(asked: str | None) -> str:
+    """`cpu` or `cuda`. UserError when it is another, or not here."""
+    import torch
+
+    from ditmoe.model.errors import UserError
+
+    if asked not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {asked}: expected cpu or cuda")
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine shows no GPU; expected cpu")
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def own_device(name: str) -> "torch.device":
+    """This process's device: each on a machine has a GPU of its own. UserError where there are too few."""
+    import os
+
+    import torch
+
+    from ditmoe.model.errors import UserError
+
+    if name == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank + 1} on this machine has no GPU; expected at most --processes {gpus}"
+        )
+    return torch.device("cuda", local_rank)

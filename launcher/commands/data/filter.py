@@ -1,0 +1,58 @@
+"""`ditmoe data filter`: keep the samples with the best scores of each class."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ditmoe.launcher.commands.words import counted
+
+CLASSES_SHOWN = 100
+
+
+def command(
+    shards: Annotated[Path, typer.Argument(help="A folder of shards with quality scores.", metavar="SHARDS")],
+    out: Annotated[Path, typer.Argument(help="Folder to write the kept samples to.", metavar="OUT")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of each class to keep, above 0 and up to 1. [default: all]")
+    ] = None,
+    by: Annotated[Literal["score"], typer.Option(help="What is best: the quality score.")] = "score",
+    min_score: Annotated[float | None, typer.Option(help="Keep no sample with a lower score.")] = None,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Most MiB of a shard.")] = 256,
+    name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after SHARDS]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+    ] = False,
+) -> None:
+    """Copy the samples with the highest scores of each class into new shards, and say where the line was drawn."""
+    from ditmoe.data.making.filtering import FilterSettings, filter_shards
+    from ditmoe.data.shards.writer import ShardLimits
+    from ditmoe.model.errors import UserError
+
+    assert by == "score"
+    if keep is None and min_score is None:
+        raise UserError("neither --keep nor --min-score is given: there is nothing to filter by")
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
+    limits = ShardLimits(samples=shard_samples, bytes=shard_size * 2**20)
+    settings = FilterSettings(1.0 if keep is None else keep, min_score, limits, name, overwrite)
+    result = filter_shards(shards, out, settings)
+    index = result.index
+    width = max(len(class_name) for class_name in index.class_names)
+    for label, figures in list(enumerate(result.classes))[:CLASSES_SHOWN]:
+        typer.echo(
+            f"{label:5d}  {index.class_names[label]:<{width}}  {figures.kept:9,d} of {figures.samples:9,d}"
+            + (f"  score ≥ {figures.threshold:.4g}" if figures.kept else "")
+            + (f"  ({figures.without_score:,} without a score)" if figures.without_score else "")
+        )
+    if index.num_classes > CLASSES_SHOWN:
+        typer.echo(f"   …  {index.num_classes - CLASSES_SHOWN:,} more classes")
+    total = sum(figures.samples for figures in result.classes)
+    emptied = sum(figures.samples > 0 and not figures.kept for figures in result.classes)
+    typer.echo(
+        f"kept {counted(index.total, 'sample')} of {total:,} "
+        f"in {counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
+        + (f"; {counted(emptied, 'class', 'classes')} kept nothing" if emptied else "")
+    )
+    typer.echo(f"  dataset  {out}")

@@ -1,0 +1,178 @@
+"""`ditmoe data synthesize`: draw a dataset from a run's network."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
+from ditmoe.launcher.commands.words import counted
+
+
+@draws_images(steps=250)
+def command(
+    out: Annotated[
+        Path, typer.Argument(help="Folder to write shards, index.json and preview.png to.", metavar="OUT")
+    ],
+    *,
+    source: Annotated[
+        Path, typer.Option("--from", help="A run's folder, or one of its checkpoints.", metavar="RUN|CHECKPOINT")
+    ],
+    count: Annotated[int, typer.Option(min=1, help="Images to draw; they take the classes in turn.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Numbers or names, with commas between: 3,7. [default: all]")
+    ] = None,
+    score: Annotated[
+        Literal["classifier", "features", "none"],
+        typer.Option(
+            help="Quality: the probability of the intended class, minus the distance to its mean real image in a "
+            "feature network's space, or none."
+        ),
+    ] = "classifier",
+    reference: Annotated[
+        Path | None, typer.Option(help="Shards of the real images that scores go by. [default: the run's]")
+    ] = None,
+    features: Annotated[
+        Literal["classifier", "inception"],
+        typer.Option(help="With --score features: a network trained on the real images, or Inception-v3."),
+    ] = "classifier",
+    features_path: Annotated[
+        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or per core]")
+    ] = None,
+    drawing: Drawing,
+    weights: WeightsOption = "ema",
+    step: StepOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images through a network at once.")] = 64,
+    format: Annotated[
+        Literal["png", "jpg", "npy"],
+        typer.Option(help="png and npy keep every pixel; jpg (quality 95) is smaller."),
+    ] = "png",
+    shard_samples: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 1000,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder of trained classifiers and means of real images. [default: ~/.cache/ditmoe]"),
+    ] = None,
+    vae: VaeOption = None,
+    name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after the run]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a dataset, or a part of another one, that is there.")
+    ] = False,
+) -> None:
+    """Draw images from a run's network into shards with provenance, labels and quality scores.
+
+    Repeating the command resumes it. Under torchrun or srun it joins their processes.
+    """
+    import sys
+
+    from ditmoe.data.storage.progress import show_progress
+    from ditmoe.launcher.commands.sample import choose_classes
+    from ditmoe.launcher.processes import in_worker
+    from ditmoe.model.errors import UserError
+    from ditmoe.parallel.checkpoint.folder import read_info
+    from ditmoe.sampling.evaluation.of_run import default_cache
+    from ditmoe.sampling.metrics.quality import ScoreSettings
+    from ditmoe.sampling.network.load import find_checkpoint
+    from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
+    from ditmoe.sampling.synthesis.plan import SynthesisOptions, class_names_of, prepare_synthesis
+
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
+    checkpoint = find_checkpoint(source, step)
+    names = class_names_of(read_info(checkpoint))
+    options = SynthesisOptions(
+        source=checkpoint,
+        out=out,
+        sampler=drawing.config(),
+        count=count,
+        classes=None if classes is None else tuple(choose_classes(classes, names)),
+        weights=weights,
+        batch=batch,
+        format=format,
+        shard_samples=shard_samples,
+        score=ScoreSettings(score, features, features_path),
+        reference=reference,
+        cache=cache or default_cache(),
+        vae=vae,
+        name=name,
+        overwrite=overwrite,
+    )
+    synthesis = prepare_synthesis(options)
+    index = finished(synthesis)
+    if index is None:
+        if not in_worker():
+            processes = processes or _default_processes()
+        if processes is not None and processes > 1 and not in_worker():
+            from ditmoe.launcher.local.launch import spawn
+
+            arguments = ["data", "synthesize", "--from", str(checkpoint), "--count", str(count)]
+            arguments += [*drawing.arguments(), "--score", score, "--features", features]
+            arguments += ["--weights", weights, "--batch", str(batch)]
+            arguments += ["--format", format, "--shard-samples", str(shard_samples)]
+            arguments += ["--overwrite"] if overwrite else []
+            for option, value in (
+                ("--classes", classes),
+                ("--reference", reference),
+                ("--features-path", features_path),
+                ("--cache", cache),
+                ("--vae", vae),
+                ("--name", name),
+            ):
+                arguments += [f"{option}={value}"] if value is not None else []
+            raise typer.Exit(spawn([*arguments, "--", str(out)], processes))
+
+        import torch
+
+        from ditmoe.sampling.jobs.workers import join_workers
+
+        workers = join_workers()
+        if workers.device.type == "cpu":
+            # Sums may round otherwise on another number of threads; the bytes shall not tell how many processes.
+            torch.set_num_threads(1)
+        try:
+            index = synthesize(
+                synthesis,
+                drawer(synthesis, workers.device),
+                workers,
+                log=lambda line: print(line, file=sys.stderr, flush=True),
+                progress=show_progress,
+            )
+        finally:
+            workers.leave()
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(
+            f"synthesised {counted(index.total, 'image')} "
+            f"of {index.image_size}×{index.image_size}×{index.channels} "
+            f"in {counted(len(set(synthesis.plan['classes'])), 'class', 'classes')}: "
+            f"{counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
+        )
+        for line in _scores(out):
+            typer.echo(line)
+        typer.echo(f"  dataset  {out}")
+        typer.echo(f"  preview  {out / 'preview.png'}")
+
+
+def _default_processes() -> int:
+    """One per GPU; without any one per core, as each computes in one thread."""
+    import torch
+
+    from ditmoe.launcher.local.launch import threads_per_process
+
+    return torch.cuda.device_count() or threads_per_process(1)
+
+
+def _scores(out: Path) -> list[str]:
+    """The spread of the scores, as a line; none without scores."""
+    import numpy as np
+
+    from ditmoe.data.shards.index import load_index
+    from ditmoe.data.shards.sample_table import read_table
+
+    table = read_table(out, load_index(out))
+    if table is None or table.score_N is None:
+        return []
+    low, middle, high = np.quantile(table.score_N, [0.1, 0.5, 0.9])
+    return [f"  scores   median {middle:.4g}; the middle 80% from {low:.4g} to {high:.4g}"]

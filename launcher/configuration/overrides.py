@@ -1,0 +1,93 @@
+"""Dotted overrides of the command line: `parallel.expert=4`, `optim.betas=[0.9, 0.95]`."""
+
+import copy
+import difflib
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from ditmoe.launcher.configuration.fields import annotation_at, section_of, walk
+from ditmoe.launcher.configuration.yaml_reader import parse_yaml
+
+
+def apply_overrides(
+    model: type[BaseModel], values: dict[Any, Any], overrides: list[str]
+) -> tuple[dict[Any, Any], list[str]]:
+    """Set each `key=value` in a copy of the values: the copy, and a message for each that cannot be set."""
+    values = copy.deepcopy(values)
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = key.split(".")
+        if not equals or not all(path):
+            problems.append(f"{override!r} is not an override; expected KEY=VALUE, such as optim.lr=2e-4")
+            continue
+        try:
+            annotation_at(model, path)
+        except KeyError as error:
+            problems.append(f"{override}: no such key; {suggestion(model, path, error.args[0])}")
+            continue
+        try:
+            value, duplicates = parse_yaml(text)
+        except (yaml.YAMLError, ValueError):
+            problems.append(f"{override}: the value is not YAML; expected a scalar or [a, list]")
+            continue
+        problems += [f"{override}: {duplicate}" for duplicate in duplicates]
+        problem = _set(values, path, value)
+        if problem is not None:
+            problems.append(f"{override}: {problem}")
+    return values, problems
+
+
+def _set(values: dict[Any, Any], path: list[str], value: Any) -> str | None:
+    """Set one value in place; a message where the file holds something that has no such place."""
+    place: Any = values
+    for depth, key in enumerate(path):
+        last = depth == len(path) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                return (
+                    f"{'.'.join(path[:depth])} in the file has the length {len(place)}; expected a position below"
+                )
+            if last:
+                place[int(key)] = value
+            else:
+                place = place[int(key)]
+        elif isinstance(place, dict):
+            if last:
+                place[key] = value
+            else:
+                if place.get(key) is None and path[depth + 1].isdigit():
+                    return f"the file has no {'.'.join(path[: depth + 1])}; expected its whole list"
+                # An empty section of a YAML file reads as null.
+                if place.get(key) is None:
+                    place[key] = {}
+                place = place[key]
+        else:
+            return f"{'.'.join(path[:depth])} = {place!r} in the file; expected a section of keys"
+    return None
+
+
+def suggestion(model: type[BaseModel], path: list[str], known: int) -> str:
+    """`did you mean optim.lr?` for a path of which the first `known` keys exist; or the keys there are."""
+    wanted, parent = ".".join(path), path[:known]
+    prefix = ".".join(parent) + "." if parent else ""
+    section = section_of(annotation_at(model, parent))
+    if section is None:
+        return f"{'.'.join(parent)} has no keys below it"
+    siblings = list(section.model_fields)
+    nearest = difflib.get_close_matches(path[known], siblings, n=1, cutoff=0.6)
+    if nearest:
+        return f"did you mean {'.'.join([*parent, nearest[0], *path[known + 1 :]])}?"
+    keys = [key for key, _ in walk(model)]
+    same_leaf = [key for key in keys if key.rpartition(".")[2] == path[-1]]
+    if same_leaf:
+        return f"did you mean {' or '.join(same_leaf[:3])}?"
+    close = difflib.get_close_matches(wanted, keys, n=1, cutoff=0.75)
+    if not close:
+        leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
+        close = [leaves[leaf] for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8)]
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"expected one of {', '.join(prefix + name for name in siblings)}"

@@ -1,0 +1,88 @@
+"""`ditmoe train --dry-run`: what a run would be, without starting it: grid, parameters, and memory of a rank."""
+
+from ditmoe.data.shards.index import DatasetIndex
+from ditmoe.data.stream.dataset import open_index
+from ditmoe.launcher.configuration.resolve import config_yaml, layout_of, resolve
+from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.processes import in_worker, process_count
+from ditmoe.model.count import count
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.planner.memory import RankMemory, Workload, rank_memory
+from ditmoe.parallel.planner.zero import ZeroSettings
+from ditmoe.parallel.stages import stage_blocks
+
+_GIB = 2**30
+
+
+def dry_run(raw: RunConfig, origin: str) -> str:
+    """The text that `--dry-run` prints for a configuration.
+
+    It needs neither the GPUs of a layout that the configuration spells out, nor the data of a network that says
+    all of its input.
+
+    Raises:
+        UserError: something does not fit, or is not known without the data.
+    """
+    index, missing = _index(raw)
+    config = resolve(raw, index, _processes(raw), origin)
+    layout = layout_of(config)
+    counts = count(config.model)
+    stage, memory = largest_stage(config)
+    rows = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimiser": memory.optimizer,
+        "EMA": memory.ema,
+        "total": memory.state,
+    }
+    where = f"each rank of stage {stage}, which needs most" if layout.pipe > 1 else "each rank"
+    facts = "\n".join(
+        [
+            *missing,
+            "rank grid",
+            layout.picture(config.model.experts, stage_blocks(config.model, layout.pipe)),
+            "",
+            "parameters",
+            f"total      {counts.total:>15,}",
+            f"activated  {counts.activated:>15,}",
+            "",
+            f"training state of {where}, GiB (`ditmoe plan` estimates activations too)",
+            *(f"{name:<10} {size / _GIB:>15.3f}" for name, size in rows.items()),
+        ]
+    )
+    # As comments, so that all of the output is YAML.
+    return config_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in facts.splitlines())
+
+
+def largest_stage(config: RunConfig) -> tuple[int, RankMemory]:
+    """The pipeline stage of a resolved configuration that needs most memory, and what it needs."""
+    layout = layout_of(config)
+    work = Workload(
+        config.train.precision,
+        config.parallel.activation_checkpointing,
+        zero=ZeroSettings.from_extra(config.deepspeed),
+    )
+    memories = [
+        rank_memory(config.model, layout, blocks, stage, work)
+        for stage, blocks in enumerate(stage_blocks(config.model, layout.pipe))
+    ]
+    fullest = max(range(layout.pipe), key=lambda stage: memories[stage].peak)
+    return fullest, memories[fullest]
+
+
+def _index(config: RunConfig) -> tuple[DatasetIndex | None, list[str]]:
+    """The data's index; where it cannot be read and is not needed, None and the lines that say so."""
+    try:
+        return open_index(config.data.sources[0]), []
+    except UserError as error:
+        if not config.model.complete:
+            raise
+        return None, [f"without data: {error}", ""]
+
+
+def _processes(config: RunConfig) -> int:
+    """The processes that the layout asks for, where the configuration says no other number."""
+    parallel = config.parallel
+    if parallel.data is None or config.launch.processes is not None or in_worker():
+        return process_count(config.launch.processes, config.launch.device)
+    return parallel.data * parallel.pipe * parallel.tensor

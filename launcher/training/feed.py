@@ -1,0 +1,111 @@
+"""A rank's micro-batches, made ready one step ahead while the step before is computed."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from ditmoe.data.shards.images import network_input
+from ditmoe.data.stream.dataset import Dataset
+from ditmoe.data.stream.samples import Skip
+from ditmoe.data.stream.stream import Batch, dealing_of, open_stream
+from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.model.objective import Draws, Objective
+from ditmoe.parallel.engine.passes import MicroBatch
+from ditmoe.parallel.layout import Layout
+
+
+class StepBatch(NamedTuple):
+    """What this rank trains on in one step."""
+
+    micro_batches: list[MicroBatch]
+    """None on a pipeline stage between the first and the last, which sees no samples."""
+    positions: list[int]
+    """Of each sample in the global order."""
+    keys: list[str]
+    """`shard.tar/key` of each sample."""
+    skips: list[Skip]
+    """Samples that could not be used, and whose places others took."""
+
+
+class Feed:
+    """Reads the stream from a position on, draws what is random in each sample, and brings it to the device.
+
+    A context manager: leaving it ends the stream's workers.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: Dataset,
+        objective: Objective,
+        layout: Layout,
+        device: torch.device,
+        rank: int,
+        start: int,
+    ) -> None:
+        self._seed, self._model = config.seed, config.model
+        self._objective, self._layout, self._device = objective, layout, device
+        self.dealing = dealing_of(
+            config.data,
+            start=start,
+            micro_batch=layout.micro_batch,
+            ranks=layout.data,
+            group=config.model.balance_group if config.model.experts else 1,
+        )
+        sees_samples = layout.stage(rank) in (0, layout.pipe - 1)
+        self._stream = open_stream(dataset, self.dealing, layout.data_rank(rank)) if sees_samples else None
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._ahead: Future[StepBatch] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._stream is not None:
+            self._stream.close()
+
+    def next_step(self) -> StepBatch:
+        """The next step's batches; those of the step after are begun.
+
+        Raises:
+            UserError: a sample cannot be used; names shard and key.
+        """
+        if self._stream is None:
+            return StepBatch([], [], [], [])
+        # The first are made here: the stream starts its processes then, and a fork belongs in the main thread.
+        batch = self._prepare(self._stream) if self._ahead is None else self._ahead.result()
+        self._ahead = self._thread.submit(self._prepare, self._stream)
+        return batch
+
+    def _prepare(self, stream: Iterator[Batch]) -> StepBatch:
+        batches = list(islice(stream, self._layout.accumulation))
+        return StepBatch(
+            list(map(self._micro_batch, batches)),
+            [position for batch in batches for position in batch.position_B],
+            [key for batch in batches for key in batch.keys],
+            [skip for batch in batches for skip in batch.skips],
+        )
+
+    def _micro_batch(self, batch: Batch) -> MicroBatch:
+        shape = tuple(batch.image_BCHW.shape[1:])
+        draws = self._objective.draw(self._seed, batch.position_B, shape, self._model.label_dropout)
+        label_B = torch.where(draws.drop_B, torch.tensor(self._model.num_classes), batch.label_B)
+        return MicroBatch(
+            self._to_device(network_input(batch.image_BCHW)),
+            self._to_device(label_B),
+            Draws(*map(self._to_device, (draws.noise_BCHW, draws.timestep_B, draws.drop_B))),
+        )
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """Through pinned memory to a GPU, so that the copy does not wait for what the GPU computes."""
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)

@@ -1,0 +1,209 @@
+"""What a run tells: the terminal, log.txt, stats.jsonl and TensorBoard. Rank 0 alone reports."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final, Self, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from ditmoe.data.storage.files import replacing
+from ditmoe.launcher.training.run_folder import RunFolder
+
+TAGS: Final = {
+    "images": "progress/images",
+    "epoch": "progress/epoch",
+    "loss": "train/loss",
+    "balance_loss": "train/balance loss",
+    "grad_norm": "train/gradient norm",
+    "lr": "train/learning rate",
+    "images_per_second": "speed/images per second (1/s)",
+    "step_seconds": "speed/step (s)",
+    "data_wait_seconds": "speed/wait for data (s)",
+    "memory_gib": "memory/peak (GiB)",
+    "mfu": "speed/MFU (share)",
+    "expert_load": "expert load (share)",
+}
+"""Key of stats.jsonl → name in TensorBoard, with its unit; other keys go under `other/`."""
+
+Value = float | int | str | list[Any] | dict[str, Any] | None
+
+
+class Reporter:
+    """Writes a run's reports from a step on; a context manager.
+
+    Args:
+        folder: the run's folder.
+        steps: steps of the whole run.
+        step: steps that are done; what was reported of later steps, before the resume, is dropped.
+        terminal: where lines and the progress bar go.
+    """
+
+    def __init__(self, folder: RunFolder, steps: int, step: int = 0, terminal: TextIO | None = None) -> None:
+        self._terminal = terminal or sys.stdout
+        folder.path.mkdir(parents=True, exist_ok=True)
+        drop_after(folder.stats, step)
+        drop_after(folder.sample_keys, step)
+        self._folder = folder
+        self._files = ExitStack()
+        self._log, self._stats = self._open(folder.log), self._open(folder.stats)
+        self._keys: TextIO | None = None
+        # purge_step hides what an interrupted run wrote of the steps that are now repeated.
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._bar: tqdm[Any] | None = None
+        if self._terminal.isatty():
+            self._bar = tqdm(total=steps, initial=step, file=self._terminal, unit="step", dynamic_ncols=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish all files."""
+        if self._bar is not None:
+            self._bar.close()
+        self._board.close()
+        self._files.close()
+
+    def log(self, message: str) -> None:
+        """Say something: to the terminal, and to log.txt with the time."""
+        self._write_log(message)
+        if self._bar is not None:
+            self._bar.write(message, file=self._terminal)
+        else:
+            print(message, file=self._terminal, flush=True)
+
+    def samples(self, step: int, keys: Sequence[str]) -> None:
+        """Write the keys of a step's samples to samples.jsonl."""
+        if self._keys is None:
+            self._keys = self._open(self._folder.sample_keys)
+        self._keys.write(json.dumps({"step": step, "keys": keys}) + "\n")
+        self._keys.flush()
+
+    def advance(self, steps: int = 1) -> None:
+        """Move the progress bar."""
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def record(self, step: int, values: Mapping[str, Value]) -> None:
+        """Report a step: a line of stats.jsonl, TensorBoard scalars, and a line of the log.
+
+        Args:
+            step: the step's number, from 1.
+            values: numbers by the keys of `TAGS` (`loss`, `images`, …); `expert_load` is `[L][N]` shares, and
+                `sources` numbers by source and name; other lists are not drawn. Infinite and undefined numbers
+                become null in stats.jsonl.
+        """
+        record = {"step": step, **{key: _json_value(value) for key, value in values.items()}}
+        self._stats.write(json.dumps(record, allow_nan=False) + "\n")
+        self._stats.flush()
+        for key, value in values.items():
+            if key == "expert_load" and isinstance(value, list):
+                self._draw_load(step, value)
+            elif key == "sources" and isinstance(value, dict):
+                self._draw_sources(step, value)
+            elif isinstance(value, int | float):
+                self._board.add_scalar(TAGS.get(key, f"other/{key}"), value, step)
+        self._board.flush()
+        line = _line(step, values)
+        self._write_log(line)
+        if self._bar is None:
+            print(line, file=self._terminal, flush=True)
+        else:
+            loss = values.get("loss")
+            self._bar.set_postfix(loss=f"{loss:.4f}" if isinstance(loss, float) else "", refresh=False)
+
+    def image(self, name: str, image_HWC: NDArray[np.uint8], step: int) -> None:
+        """Draw an image, uint8 `[H, W, C]` with 1 or 3 channels, in TensorBoard."""
+        self._board.add_image(name, image_HWC, step, dataformats="HWC")
+        self._board.flush()
+
+    def text(self, name: str, text: str, step: int = 0) -> None:
+        """Show plain text, such as the configuration, in TensorBoard."""
+        self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        self._board.flush()
+
+    def _open(self, path: Path) -> TextIO:
+        return self._files.enter_context(open(path, "a", encoding="utf-8"))
+
+    def _draw_load(self, step: int, load_LN: list[Any]) -> None:
+        """Share of a layer's tokens that each expert got; all equal at 1/N."""
+        for layer, load_N in enumerate(load_LN):
+            for expert, share in enumerate(load_N):
+                self._board.add_scalar(f"{TAGS['expert_load']}/block {layer}/expert {expert}", share, step)
+
+    def _draw_sources(self, step: int, sources: dict[str, dict[str, float]]) -> None:
+        """Images, epochs and skipped samples of each source of the data."""
+        for name, numbers in sources.items():
+            for key, number in numbers.items():
+                self._board.add_scalar(f"sources/{name}/{key}", number, step)
+
+    def _write_log(self, message: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._log.write("".join(f"[{stamp}] {line}\n" for line in message.splitlines() or [""]))
+        self._log.flush()
+
+
+def drop_after(path: Path, step: int) -> int:
+    """Drop the records of a file after a step, and a last line that a kill cut short; how many it dropped.
+
+    So that the curve of a run that was interrupted has each step once.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    if len(kept) < len(lines):
+        with replacing(path) as file:
+            file.writelines(kept)
+    return len(lines) - len(kept)
+
+
+def _step_of(line: bytes) -> float:
+    """Step of a record; infinity where it cannot be read, as after a loss of power."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _json_value(value: Value) -> Value:
+    if isinstance(value, list):
+        return [_json_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _json_value(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(step: int, values: Mapping[str, Value]) -> str:
+    """`(step=0000100) Train Loss: 0.1234, Train Steps/Sec: 5.20, …`"""
+    parts = []
+    for key, label, form in _LINE:
+        value = values.get(key)
+        if isinstance(value, int | float):
+            parts.append(f"{label}: {value:{form}}")
+    seconds = values.get("step_seconds")
+    if isinstance(seconds, int | float) and seconds > 0:
+        parts.insert(1, f"Train Steps/Sec: {1 / seconds:.2f}")
+    return f"(step={step:07d}) {', '.join(parts)}"
+
+
+_LINE: Final = (
+    ("loss", "Train Loss", ".4f"),
+    ("balance_loss", "Balance Loss", ".4f"),
+    ("grad_norm", "Grad Norm", ".3f"),
+    ("lr", "LR", ".2e"),
+    ("images_per_second", "Images/Sec", ".1f"),
+    ("data_wait_seconds", "Data Wait (s)", ".3f"),
+    ("memory_gib", "Memory (GiB)", ".2f"),
+    ("mfu", "MFU", ".1%"),
+)

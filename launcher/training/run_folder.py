@@ -1,0 +1,148 @@
+"""A run's folder: where its files are, its lock, and the configuration that it was started with."""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from ditmoe.data.storage.files import replacing
+from ditmoe.launcher.configuration.problems import problem_list
+from ditmoe.launcher.configuration.resolve import config_yaml
+from ditmoe.launcher.configuration.resume import changed_keys, may_change
+from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.configuration.validation import shown
+from ditmoe.launcher.configuration.yaml_reader import read_yaml
+from ditmoe.model.errors import UserError
+
+
+class RunFolder:
+    """The files of a run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        """The resolved configuration."""
+        self.log = path / "log.txt"
+        """What the run said, with times."""
+        self.stats = path / "stats.jsonl"
+        """One object per logged step."""
+        self.sample_keys = path / "samples.jsonl"
+        """One object per step: the keys of its samples. Where `train.log_samples` asks for it."""
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.evaluations = path / "evaluations"
+        self.ranks = path / "ranks"
+        """What the ranks other than 0 printed: rank-N.txt."""
+        self.lock_file = path / "lock"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for this process (rank 0 of a run); the system lets go of it when the process ends.
+
+        Raises:
+            UserError: another process holds it, the folder cannot be made, or its file system has no locks.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be made the run folder: {error.strerror}") from error
+        _held.add(descriptor)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(self._locked_message()) from None
+            except OSError as error:
+                raise UserError(
+                    f"{self.lock_file}: cannot be locked ({error.strerror}); expected a file system with locks,"
+                    " such as NFS, or Lustre mounted with -o flock"
+                ) from error
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
+            yield
+        finally:
+            _held.discard(descriptor)
+            os.close(descriptor)
+
+    def check(self, config: RunConfig) -> None:
+        """Find out, before any process starts, whether a run can be started or resumed; writes nothing of it.
+
+        Raises:
+            UserError: as `lock` and `compare_config` raise it.
+        """
+        if self.config.exists():
+            with self.lock():
+                self.compare_config(config)
+
+    def store_config(self, config: RunConfig) -> list[str]:
+        """Compare the resolved configuration as `compare_config` does, and write it."""
+        changes = self.compare_config(config)
+        with replacing(self.config) as file:
+            file.write(config_yaml(config).encode())
+        return changes
+
+    def compare_config(self, config: RunConfig) -> list[str]:
+        """Compare the resolved configuration with the one that the run was last started with.
+
+        Returns:
+            A line for each key that changed and may change.
+
+        Raises:
+            UserError: a key changed that decides the run's loss curve: all such keys, a line each; or the
+                stored configuration cannot be read.
+        """
+        changes = []
+        if self.config.exists():
+            problems = []
+            for key, before, now in changed_keys(self._stored_config().plain(), config.plain()):
+                if may_change(key):
+                    changes.append(f"{key}: {shown(before)} before, {shown(now)} now")
+                else:
+                    problems.append(
+                        f"{key} = {shown(now)}, but the run was started with {shown(before)};"
+                        " expected the same, or another run.dir"
+                    )
+            if problems:
+                raise UserError(problem_list(f"{self.path} cannot be resumed", problems))
+        return changes
+
+    def _stored_config(self) -> RunConfig:
+        values, problems = read_yaml(self.config)
+        try:
+            if not problems:
+                return RunConfig.model_validate(values)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise UserError(problem_list(f"{self.config}: not the configuration of a run of this version", problems))
+
+    def _locked_message(self) -> str:
+        try:
+            owner = json.loads(self.lock_file.read_text(encoding="utf-8"))
+            who = f"process {owner['pid']} on {owner['host']} has written it since {owner['since']}"
+        except (OSError, ValueError, KeyError):
+            who = "another process writes it"  # it has the lock and has not yet said who it is
+        return f"{self.path}: {who}; expected no other: stop it, or choose another run.dir"
+
+
+_held: Final[set[int]] = set()
+"""Descriptors of the locks that this process holds."""
+
+
+def _let_go() -> None:
+    """In a forked process: close the locks, so that a data worker that outlives a killed run does not hold it."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)

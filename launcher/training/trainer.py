@@ -1,0 +1,379 @@
+"""The training program that every rank runs."""
+
+import errno
+import json
+import os
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ditmoe.data.encoding.vae import find_vae, load_vae
+from ditmoe.data.shards.images import to_uint8
+from ditmoe.data.stream.dataset import open_dataset
+from ditmoe.data.stream.dealing import Dealing
+from ditmoe.data.stream.samples import Skip
+from ditmoe.launcher.configuration.resolve import config_yaml, layout_of
+from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.local.signals import StopSignal
+from ditmoe.launcher.training.best import BestCheckpoints
+from ditmoe.launcher.training.feed import Feed, StepBatch
+from ditmoe.launcher.training.report import Reporter
+from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.launcher.training.skips import SkipLedger, skips_of_data_ranks
+from ditmoe.launcher.training.throughput import TRAINING_PASSES, Clock, Sums, peak_memory_gib, peak_tflops
+from ditmoe.model.count import flops_per_image
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.model.initialise import initial_value
+from ditmoe.model.objective import Objective, make_objective
+from ditmoe.parallel import processes
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint, remove_partials
+from ditmoe.parallel.checkpoint.saver import CheckpointSaver, write_failure
+from ditmoe.parallel.checkpoint.training_state import load_training_state
+from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.stages import stage_blocks
+from ditmoe.sampling.drawing.generate import generate_float
+from ditmoe.sampling.drawing.picture import image_grid, save_picture
+from ditmoe.sampling.network.load import LoadedModel
+
+
+def run_training(config: RunConfig) -> int:
+    """Train a resolved configuration to its last step, or to a signal; the exit code.
+
+    Every process of the run calls it. Repeated, it resumes from the newest intact checkpoint.
+
+    Raises:
+        UserError: the run is in use, cannot be resumed with this configuration, or met data, a loss or a disk
+            that stopped it; nothing that was saved before is lost.
+    """
+    device = _device(config)
+    processes.join(device)
+    with ExitStack() as stack:
+        folder = RunFolder(config.run.dir)
+        changes: list[str] = []
+        if dist.get_rank() == 0:
+            stack.enter_context(folder.lock())
+            changes = folder.store_config(config)
+            remove_partials(folder.path)
+        dist.barrier()
+        stop = stack.enter_context(StopSignal())
+        trainer = Trainer(config, folder, device, stop)
+        try:
+            if dist.get_rank() == 0:
+                trainer.open_reports(stack, changes)
+            trainer.train()
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise write_failure(error, folder.path, Path(error.filename or folder.path)) from error
+    processes.leave()
+    return 0
+
+
+SHORTEST_WAIT_LOGGED: Final = 0.1
+"""Seconds of waiting for the last checkpoint from which on the log says so."""
+
+DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+"""What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
+
+
+def _device(config: RunConfig) -> torch.device:
+    """This rank's device.
+
+    Raises:
+        UserError: this machine has fewer GPUs than processes, or several processes do not know which is theirs.
+    """
+    if config.launch.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus, number = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
+    if number is None and layout_of(config).processes > 1:
+        raise UserError("LOCAL_RANK is not set in the environment; expected each process's number on its machine")
+    local_rank = int(number or 0)
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: {gpus} found, and each process needs its own;"
+            f" expected launch.processes = {gpus}, or launch.device = cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _identity(facts: dict[str, Any]) -> dict[str, Any]:
+    """What the samples are, and their order; not where the VAE of latents lies."""
+    latents = {key: value for key, value in facts.get("latents", {}).items() if key != "vae"}
+    return {**facts, "latents": latents}
+
+
+def _other_data(info: CheckpointInfo, facts: dict[str, Any]) -> UserError:
+    """The message of a run whose position in the sample order would now stand for other samples."""
+    before, now = _identity(info.dataset), _identity(facts)
+    differing = ", ".join(key for key in now if before.get(key) != now[key])
+    return UserError(
+        f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
+        f" (another {differing}); expected the same shards and settings, or another run.dir"
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of a step (from 1) of a run of `steps`: linear warm-up, constant, linear decay."""
+    rate = config.lr
+    if step <= config.warmup_steps:
+        rate *= step / config.warmup_steps
+    if step > steps - config.decay_steps:
+        rate *= (steps - step + 1) / config.decay_steps
+    return rate
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, device: torch.device, stop: StopSignal) -> None:
+        self.config = config
+        self.folder = folder
+        self.device = device
+        self.stop = stop
+        self.layout = layout_of(config)
+        self.dataset = open_dataset(config.data, config.seed)
+        if dist.get_rank() == 0:
+            self.dataset.check_files()
+            if config.preview.every and self.dataset.index.latents is not None:
+                find_vae(self.dataset.index.latents)  # rather now than at the first preview
+        self.objective: Objective = make_objective(config.objective)
+        self.stages = stage_blocks(config.model, self.layout.pipe)
+        network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
+        network.checkpoint_blocks = config.parallel.activation_checkpointing
+        self.engine = TrainingEngine(
+            network,
+            self.objective,
+            self.layout,
+            config.optim,
+            config.ema,
+            config.train.precision,
+            config.deepspeed,
+            device,
+            partial(initial_value, seed=config.seed),
+        )
+        best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
+        self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
+        info, self.skipped = load_training_state(folder.path, self.engine)
+        if info is not None and _identity(info.dataset) != _identity(self.dataset.facts):
+            raise _other_data(info, self.dataset.facts)
+        self.resumed = None if info is None else info.path
+        self.images = 0 if info is None else info.images
+        sums = {} if info is None else dict(info.sums)
+        self.ledger = SkipLedger(self.dataset, sums.pop("skips", {}))
+        self.unreported: list[Skip] = []
+        """This rank's skips since the last record."""
+        self.sums = Sums(**sums)
+        self.clock = Clock()
+        self.report: Reporter | None = None
+
+    def open_reports(self, stack: ExitStack, changes: list[str]) -> None:
+        """Rank 0: open the reports and say how the run starts."""
+        config = self.config
+        self.report = stack.enter_context(Reporter(self.folder, config.train.steps, self.engine.step))
+        for problem in self.skipped:
+            self.report.log(f"skipped a damaged checkpoint: {problem}")
+        for change in changes:
+            self.report.log(f"changed since the run was started: {change}")
+        if self.resumed is not None:
+            self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
+        else:
+            self.report.text("configuration", config_yaml(config))
+        self.report.log(self.layout.picture(config.model.experts, self.stages))
+        if self.layout.accumulation > 1:
+            self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
+
+    def train(self) -> None:
+        """Step until the run is complete or a stop is asked for on any rank."""
+        steps = self.config.train.steps
+        if self.engine.step >= steps:
+            self._say(f"the run is complete: step {self.engine.step} of {steps}")
+            return
+        rank = dist.get_rank()
+        feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
+        self._tell_dealing(feed.dealing)
+        stopped = False
+        with feed, self.saver:
+            while self.engine.step < steps and not stopped:
+                stopped = self._step(feed).requests > 0
+                step, every = self.engine.step, self.config.train.checkpoint_every
+                if stopped or step == steps or step % every == 0:
+                    saved = self._save()
+                self._tell_saved()
+                # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
+                if not stopped and self.config.preview.every and step % self.config.preview.every == 0:
+                    self._preview()
+            # The last one is complete, or the run fails, before anything is said of it.
+            self.saver.wait()
+            self._tell_saved()
+        if stopped and self.engine.step < steps:
+            reason = self.stop.name or "a stop on another rank"
+            self._say(
+                f"stopped by {reason} at step {self.engine.step}; saved {saved}; repeat the command to continue"
+            )
+        else:
+            self._say(f"the run is complete: step {steps}; saved {saved}")
+
+    def _step(self, feed: Feed) -> StepResult:
+        """One optimiser step, counted and reported."""
+        start = time.perf_counter()
+        batch = feed.next_step()
+        self.unreported += batch.skips
+        wait = time.perf_counter() - start
+        step, steps = self.engine.step + 1, self.config.train.steps
+        rate = learning_rate(self.config.optim, step, steps)
+        try:
+            # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
+            result = self.engine.train_step(batch.micro_batches, rate, self.stop.requested or self.saver.failed)
+        except NonFiniteLossError as error:
+            raise self._not_finite(f"the loss is {error.loss}", step, batch.keys) from None
+        if not np.isfinite(result.grad_norm):
+            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batch.keys)
+        self.images += self.layout.batch
+        self.sums.add(result)
+        self.clock.add(time.perf_counter() - start, wait)
+        if self.config.train.log_samples:
+            self._log_samples(batch, step)
+        if step % self.config.train.log_every == 0 or step == steps:
+            self._record(result, rate)
+        if self.report is not None:
+            self.report.advance()
+        return result
+
+    def _record(self, result: StepResult, rate: float) -> None:
+        """Report the means since the last record, and the experts' load in the last step."""
+        memory = torch.tensor(peak_memory_gib(self.device), device=self.device)
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+        self._count_skips()
+        progress = self.dataset.progress(self.images)
+        rates = self.clock.rates(self.layout.batch)
+        values: dict[str, Any] = {
+            "images": self.images,
+            "epoch": progress[self.dataset.sources[0].name].epoch,
+            **self.sums.means(),
+            "lr": rate,
+            **rates,
+            "memory_gib": float(memory),
+        }
+        peak = self.config.train.peak_tflops or peak_tflops(self.device, self.config.train.precision)
+        if peak is not None:
+            flops = TRAINING_PASSES * flops_per_image(self.config.model) * rates["images_per_second"]
+            values["mfu"] = flops / (peak * 1e12 * self.layout.processes)
+        if self.config.model.experts:
+            values["expert_load"] = [[round(share, 5) for share in row] for row in result.load_LN.tolist()]
+        values["sources"] = {
+            name: {**progress[name]._asdict(), "skipped": self.ledger.total(name)} for name in progress
+        }
+        if self.report is not None:
+            self.report.record(self.engine.step, values)
+        self.sums, self.clock = Sums(), Clock()
+
+    def _save(self) -> Path:
+        """Save a checkpoint; it is complete once the saver says so."""
+        waited = self.saver.wait()
+        self._tell_saved()
+        if waited > SHORTEST_WAIT_LOGGED:
+            self._say(
+                f"step {self.engine.step}: training waited {waited:.1f} s for the last checkpoint to be written;"
+                " raise train.checkpoint_every to avoid that"
+            )
+        self._count_skips()
+        sums = {**self.sums.plain(), "skips": self.ledger.plain()}
+        return self.saver.save(self.engine, self.images, sums, self.config.plain(), self.dataset.facts)
+
+    def _count_skips(self) -> None:
+        """Count what all data ranks skipped since the last time, which comes before every checkpoint.
+
+        UserError on all ranks beyond a budget, or where ranks of one data rank skipped different samples.
+        """
+        rank = dist.get_rank()
+        reads = self.layout.stage(rank) in (0, self.layout.pipe - 1)
+        mine = (self.layout.data_rank(rank), self.unreported) if reads else None
+        skips = skips_of_data_ranks(processes.gather_objects(mine))
+        self.unreported = []
+        for line in self.ledger.add(skips):
+            self._say(line)
+
+    @property
+    def _tells_of_samples(self) -> bool:
+        """Stages and tensor ranks read the same samples; one of them tells what became of them."""
+        rank = dist.get_rank()
+        return self.layout.stage(rank) == self.layout.tensor_rank(rank) == 0
+
+    def _log_samples(self, batch: StepBatch, step: int) -> None:
+        """Write the keys of all ranks' samples of a step, in the order of positions."""
+        mine = list(zip(batch.positions, batch.keys, strict=True)) if self._tells_of_samples else []
+        gathered = processes.gather_objects(mine)
+        if self.report is not None:
+            ordered = sorted((position, key) for part in gathered for position, key in part)
+            self.report.samples(step, [key for _, key in ordered])
+
+    def _tell_dealing(self, dealing: Dealing) -> None:
+        """Say so where shards are read by more processes than need be."""
+        if self.report is None:
+            return
+        readers = dealing.readers_per_lane(self.config.data.lanes, self.config.data.workers)
+        if readers > 1:
+            self.report.log(
+                f"each shard is read by up to {readers} processes; it is one where data.lanes ="
+                f" {self.config.data.lanes} is a multiple of data ranks × workers = {self.layout.data} ×"
+                f" {max(self.config.data.workers, 1)}, and the micro-batch one of the workers"
+            )
+
+    def _tell_saved(self) -> None:
+        """Say which checkpoint has become complete."""
+        saved = self.saver.finished()
+        if saved is not None:
+            self._say(
+                f"saved {saved.path}: copied in {saved.copy_seconds:.2f} s, written in {saved.write_seconds:.2f} s"
+            )
+
+    def _preview(self) -> None:
+        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
+        preview, model = self.config.preview, self.config.model
+        assert model.num_classes is not None
+        share = -(-preview.images // self.layout.data)
+        first = self.layout.data_rank(dist.get_rank()) * share
+        # Every data rank draws the same number: on many layouts the network is a collective call.
+        mine = [min(number, preview.images - 1) for number in range(first, first + share)]
+        latents = self.dataset.index.latents
+        # Loaded anew each time: between previews the memory belongs to training.
+        vae = None if latents is None else load_vae(find_vae(latents), self.device)
+        with self.engine.ema_weights() as network:
+            names = self.dataset.index.class_names
+            loaded = LoadedModel(network, model, self.config.objective, names, None, "preview", vae)
+            images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
+        gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
+        if self.report is None:
+            return
+        of_first_stage = gathered[: self.layout.data * self.layout.tensor : self.layout.tensor]
+        images_NHWC = np.concatenate(of_first_stage)[: preview.images].transpose(0, 2, 3, 1)
+        picture = image_grid(images_NHWC, columns=min(8, preview.images))
+        save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
+        self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
+
+    def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
+        """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
+        keys = list(dict.fromkeys(key for part in processes.gather_objects(own) for key in part))
+        self.saver.wait()  # it may be the last good one
+        file = self.folder.path / f"not-finite-step-{step:08d}.json"
+        if dist.get_rank() == 0:
+            file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")
+        newest = newest_checkpoint(self.folder.path)
+        shown = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
+        return UserError(
+            f"step {step}: {what}; nothing of this step was saved. "
+            f"The last good checkpoint is {newest or 'none yet'}. "
+            f"Samples of the batch: {shown} (all {len(keys)} in {file})"
+        )
+
+    def _say(self, message: str) -> None:
+        if self.report is not None:
+            self.report.log(message)

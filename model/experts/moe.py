@@ -1,0 +1,127 @@
+"""The mixture-of-experts layer: softmax top-K routing without renormalisation, capacity or dropped tokens.
+
+T tokens (of all images of a micro-batch), N experts, K experts per token, D hidden, F expert width. Experts are
+stored as three stacked tensors, so that all of them run in three grouped matrix products.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditmoe.model.experts.balance import BalanceLoss
+from ditmoe.model.experts.dispatch import assign, combine, dispatch
+from ditmoe.model.layers import SwiGlu
+
+
+class Router(nn.Module):
+    """Linear scores of each token for each expert, without a bias."""
+
+    def __init__(self, hidden: int, experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, hidden))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """`[T, D]` → logits `[T, N]`."""
+        return F.linear(x_TD, self.weight)
+
+
+class Experts(nn.Module):
+    """N bias-free SwiGLU experts as three stacked tensors."""
+
+    def __init__(self, experts: int, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+        """Apply expert i to its `counts_N[i]` rows; rows come sorted by expert. `[A, D]` → `[A, D]`."""
+        # Measured (benchmarks/moe_layer.py): on a CPU one expert after the other stays in cache and is as fast as
+        # or faster than grouped products; on GPUs one launch for all experts wins, and exists for bfloat16.
+        # Its kernel takes rows of a multiple of 16 bytes.
+        rows_fit = x_AD.shape[1] % 8 == 0 and self.gate_proj.shape[1] % 8 == 0
+        if x_AD.is_cuda and x_AD.dtype == torch.bfloat16 and rows_fit:
+            return self.grouped(x_AD, counts_N)
+        if not torch.is_grad_enabled() and x_AD.device.type == "cpu" and x_AD.dtype == torch.float32:
+            return self.in_blocks(x_AD, counts_N)
+        return self.one_by_one(x_AD, counts_N)
+
+    def grouped(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+        """All experts in three grouped matrix products; rows must be multiples of 16 bytes."""
+        offsets = counts_N.cumsum(0, dtype=torch.int32)
+        gate = F.grouped_mm(x_AD, self.gate_proj.transpose(-2, -1), offs=offsets)
+        up = F.grouped_mm(x_AD, self.up_proj.transpose(-2, -1), offs=offsets)
+        return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets)
+
+    def one_by_one(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+        """Each expert's three products in turn."""
+        runs = torch.split(x_AD, counts_N.tolist())
+        weights = zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)
+        return torch.cat(
+            [
+                F.linear(F.silu(F.linear(run, gate)) * F.linear(run, up), down)
+                for run, (gate, up, down) in zip(runs, weights, strict=True)
+            ]
+        )
+
+    def in_blocks(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+        """Each expert's rows in blocks of one size, the last one filled up with zeros; for inference in fp32.
+
+        Matrix products on CPUs round by the number of rows. The size of the blocks follows from the batch's alone,
+        so a token's result has the same bits whichever other tokens go to its expert, and an image does not depend
+        on those drawn beside it.
+        """
+        out_AD = torch.empty_like(x_AD)
+        # A quarter of an expert's mean share, a multiple of the 16 rows of a vector kernel.
+        size = 16 * max(1, len(x_AD) // (64 * len(counts_N)))
+        first = 0
+        weights = zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)
+        for count, (gate, up, down) in zip(counts_N.tolist(), weights, strict=True):
+            for start in range(first, first + count, size):
+                rows = min(size, first + count - start)
+                block = F.pad(x_AD[start : start + rows], (0, 0, 0, size - rows))
+                result = F.linear(F.silu(F.linear(block, gate)) * F.linear(block, up), down)
+                out_AD[start : start + rows] = result[:rows]
+            first += count
+        return out_AD
+
+
+def route(logits_TN: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax top-K routing (arXiv 2407.11633, eq. 2–3): the K weights are not renormalised.
+
+    Returns:
+        scores `[T, K]` float32, selected experts `[T, K]` int64, probabilities `[T, N]` float32.
+    """
+    probabilities_TN = F.softmax(logits_TN.float(), dim=1)
+    selected_TK = torch.topk(probabilities_TN, experts_per_token, dim=-1, sorted=False).indices
+    return probabilities_TN.gather(1, selected_TK), selected_TK, probabilities_TN
+
+
+class MoE(nn.Module):
+    """Routed experts plus shared experts, all in one process."""
+
+    def __init__(
+        self, hidden: int, experts: int, experts_per_token: int, shared_experts: int, balance: BalanceLoss
+    ) -> None:
+        super().__init__()
+        self.experts_per_token = experts_per_token
+        self.balance = balance
+        self.gate = Router(hidden, experts)
+        self.experts = Experts(experts, hidden, 4 * hidden)
+        self.shared_experts = SwiGlu(hidden, shared_experts * hidden) if shared_experts else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """`[B, T, D]` → `[B, T, D]`."""
+        x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
+        scores_TK, selected_TK, probabilities_TN = route(self.gate(x_TD), self.experts_per_token)
+        scores_TK = self.balance(scores_TK, probabilities_TN, selected_TK)
+        return self.mix(x_TD, scores_TK, selected_TK).view_as(x_BTD)
+
+    def mix(self, x_TD: Tensor, scores_TK: Tensor, selected_TK: Tensor) -> Tensor:
+        """Send tokens through their experts, weigh and sum, and add the shared experts. `[T, D]` → `[T, D]`."""
+        assignments = assign(selected_TK, self.balance.experts)
+        result_AD = self.experts(dispatch(x_TD, assignments), assignments.counts_N)
+        out_TD = combine(result_AD, scores_TK, assignments)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        return out_TD

@@ -1,0 +1,314 @@
+"""Checkpoint folders: layout-free, complete or invisible, and readable without any process group.
+
+    checkpoints/step-00001000/
+        weights/ ema/ exp_avg/ exp_avg_sq/    safetensors, one entry per canonical parameter, as a matrix, in boxes
+        checkpoint.json                       written last: step, images, configuration, shapes, checksums
+
+A checkpoint is written under a name that ends in `.partial` and renamed when its marker is on disk.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditmoe.data.storage.files import sync_folder
+from ditmoe.model.canonical import canonical_shapes
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
+
+FORMAT = 2
+"""1 stored each parameter flattened, in runs."""
+MARKER = "checkpoint.json"
+PARTIAL = ".partial"
+WEIGHTS, EMA = "weights", "ema"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself."""
+
+    path: Path
+    step: int
+    images: int
+    """Images seen: the position in the global sample order at which training goes on."""
+    sums: dict[str, Any]
+    """What the run's records had summed up since the last one."""
+    config: dict[str, Any]
+    """The run's resolved configuration (a converted checkpoint: `model` and `objective`)."""
+    dataset: dict[str, Any]
+    """Name, image_size, channels, num_classes and class_names of the training data."""
+    layout: dict[str, Any] | None
+    """The layout that wrote it; None for a converted one."""
+    parts: tuple[str, ...]
+    """The folders it has: `weights`, `ema`, `exp_avg`, `exp_avg_sq`."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every canonical parameter."""
+    files: dict[str, dict[str, Any]]
+    """Relative path → `bytes` and `sha256`."""
+    fingerprint: str
+    """Hash of all files' checksums."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The network's configuration."""
+        return ModelConfig.model_validate(self.config["model"])
+
+    @property
+    def objective(self) -> ObjectiveConfig:
+        """The objective it was trained with."""
+        return ObjectiveConfig.model_validate(self.config["objective"])
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MARKER).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The complete checkpoint of the latest step, or None."""
+    return next(reversed(checkpoints(run_dir)), None)
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """Read a checkpoint's marker.
+
+    Raises:
+        UserError: there is none, it is unreadable, or of another format.
+    """
+    marker = path / MARKER
+    try:
+        facts = json.loads(marker.read_text())
+        if facts["format"] != FORMAT:
+            raise UserError(
+                f"{marker}: format {facts['format']} found, expected {FORMAT}{_advice(facts['format'])}"
+            )
+        files = facts["files"]
+        info = CheckpointInfo(
+            path=path,
+            step=facts["step"],
+            images=facts["images"],
+            sums=facts["sums"],
+            config=facts["config"],
+            dataset=facts["dataset"],
+            layout=facts.get("layout"),
+            parts=tuple(facts["parts"]),
+            shapes={name: tuple(shape) for name, shape in facts["shapes"].items()},
+            files=files,
+            fingerprint=_fingerprint(files),
+        )
+        if not info.model.complete or not info.objective.kind:
+            raise ValueError("it does not say which model it is of")
+        return info
+    except FileNotFoundError:
+        raise UserError(f"{path}: no {MARKER} found; expected the folder of a complete checkpoint") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{marker}: not a checkpoint's marker ({type(error).__name__}: {error})") from None
+
+
+def _advice(found: Any) -> str:
+    if found == 1:
+        return "; export it with the version that wrote it, and convert that, or train anew"
+    return ""
+
+
+def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = "\n".join(f"{name} {files[name]['sha256']}" for name in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read_weights(path: Path, which: Literal["ema", "weights"] = "ema") -> dict[str, Tensor]:
+    """All canonical parameters of a checkpoint, fp32 on the CPU, read without a process group.
+
+    Raises:
+        UserError: the part is missing, or a file of it is damaged.
+    """
+    info = read_info(path)
+    if which not in info.parts:
+        raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
+    with reading(path):
+        problems = damaged(info, [name for name in info.files if name.startswith(f"{which}/")])
+        if problems:
+            raise UserError("\n".join(problems))
+        tensors = {name: torch.empty(shape) for name, shape in info.shapes.items()}
+        load_pieces(path / which, [whole_piece(*named) for named in tensors.items()], collective=False)
+    return tensors
+
+
+def incomplete(info: CheckpointInfo) -> list[str]:
+    """What keeps a checkpoint from holding each parameter of its model, each expert of each block, exactly once.
+
+    Compares the marker's shapes with those of the model that its configuration describes, and the files' headers
+    with both. One message each; the files must not be damaged.
+    """
+    expected = canonical_shapes(info.model)
+    expected.pop("pos_embed")
+    problems = [f"{info.path}: {name} is not in it" for name in expected if name not in info.shapes]
+    problems += [
+        f"{info.path}: {name} is no parameter of its model" for name in info.shapes if name not in expected
+    ]
+    problems += [
+        f"{info.path}: {name} is {shape} in it, and {expected[name]} in its model"
+        for name, shape in info.shapes.items()
+        if expected.get(name, shape) != shape
+    ]
+    for part in info.parts:
+        problems += missing_elements(info.path / part, info.shapes)
+    return problems
+
+
+def damaged(info: CheckpointInfo, names: Iterable[str]) -> list[str]:
+    """Problems of these files of a checkpoint: missing, another size, another checksum; one message each."""
+    problems = []
+    for name in names:
+        file, expected = info.path / name, info.files[name]
+        if not file.is_file():
+            problems.append(f"{file}: missing; expected {expected['bytes']} bytes")
+        elif file.stat().st_size != expected["bytes"]:
+            problems.append(f"{file}: {file.stat().st_size} bytes found, expected {expected['bytes']}")
+        elif file_facts(file)["sha256"] != expected["sha256"]:
+            problems.append(f"{file}: its contents have changed (checksum differs from the one in {MARKER})")
+    return problems
+
+
+def file_facts(file: Path) -> dict[str, Any]:
+    """Size and checksum of a file, as the marker lists them."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def write_marker(path: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the marker into a partial checkpoint and give the folder its final name."""
+    content = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
+    marker = path / MARKER
+    with marker.open("w") as stream:
+        json.dump(content, stream, indent=1)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    for folder in (*(child for child in path.iterdir() if child.is_dir()), path):
+        sync_folder(folder)
+    os.replace(path, path.with_name(path.name.removesuffix(PARTIAL)))
+    sync_folder(path.parent)
+
+
+def start_partial(path: Path) -> Path:
+    """An empty folder to write a checkpoint into; leftovers of a killed attempt are removed."""
+    partial = path.with_name(path.name + PARTIAL)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint: invisible at once, so that a kill in the middle leaves no half of it to be found."""
+    aside = path.with_name(f"{path.name}.old{PARTIAL}")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep a checkpoint from being let go while its files are read: a run in progress removes old ones.
+
+    Raises:
+        UserError: it is gone already.
+    """
+    try:
+        marker = (path / MARKER).open()
+    except FileNotFoundError:
+        raise UserError(f"{path}: its run has removed it meanwhile; checkpoint.keep_every keeps more") from None
+    with marker:
+        with suppress(OSError):  # a file system without locks: then it has to be kept by its settings
+            fcntl.flock(marker, fcntl.LOCK_SH)
+        yield
+
+
+def is_being_read(path: Path) -> bool:
+    """Whether any process of this machine, or of the file system where it has locks, is `reading` it."""
+    with (path / MARKER).open("r+") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False  # no locks here
+        return False
+
+
+def remove_partials(run_dir: Path) -> None:
+    """Remove what killed writes left behind."""
+    for leftover in (run_dir / "checkpoints").glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(leftover)
+
+
+def superseded(
+    steps: Sequence[int], keep_last: int, keep_every: int | None, best: Collection[int] = ()
+) -> list[int]:
+    """The steps whose checkpoints may go: none of the newest `keep_last`, of every `keep_every`, of the best."""
+    older = sorted(steps)[: -keep_last or None]
+    return [step for step in older if step not in best and (keep_every is None or step % keep_every)]
+
+
+def write_weights_checkpoint(
+    path: Path,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write canonical weights (and EMA) as a checkpoint that sampling can use, without a process group.
+
+    Raises:
+        UserError: the folder exists already.
+    """
+    if path.exists():
+        raise UserError(f"{path}: exists already; expected a new folder")
+    partial = start_partial(path)
+    parts = {WEIGHTS: weights, EMA: weights if ema is None else ema}
+    files: dict[str, dict[str, Any]] = {}
+    for part, tensors in parts.items():
+        stored = {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
+        pieces = [whole_piece(name, tensor.float().contiguous()) for name, tensor in stored.items()]
+        written = save_pieces(partial / part, pieces)
+        files |= {f"{part}/{name}": facts for name, facts in written.items()}
+    facts = {
+        "step": 0,
+        "images": 0,
+        "sums": {},
+        "parts": list(parts),
+        "config": {"model": model.model_dump(mode="json"), "objective": objective.model_dump(mode="json")},
+        "dataset": {
+            "name": "converted",
+            "image_size": model.image_size,
+            "channels": model.channels,
+            "num_classes": model.num_classes,
+            "class_names": list(class_names or map(str, range(model.num_classes or 0))),
+        },
+        "shapes": {name: list(tensor.shape) for name, tensor in weights.items() if name != "pos_embed"},
+    }
+    write_marker(partial, facts, files)

@@ -1,0 +1,102 @@
+"""A training engine's whole state as pieces of a checkpoint, and loading it, each rank its own share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.boxes import boxes_of_run, whole
+from ditmoe.parallel.checkpoint.box_storage import Piece, load_pieces
+from ditmoe.parallel.checkpoint.folder import (
+    EMA,
+    WEIGHTS,
+    CheckpointInfo,
+    checkpoints,
+    damaged,
+    incomplete,
+    read_info,
+)
+from ditmoe.parallel.engine.fragments import MOMENTS, Fragment
+from ditmoe.parallel.engine.training_engine import TrainingEngine
+from ditmoe.parallel.processes import from_first_rank, gather_objects
+
+PARTS = (WEIGHTS, EMA, *MOMENTS)
+
+
+def owned_pieces(engine: TrainingEngine, part: str) -> list[Piece]:
+    """What this rank writes of one part: where several ranks hold the same run, each its share of it."""
+    pieces: list[Piece] = []
+    for fragment, tensor in _state(engine, part):
+        length = tensor.numel()
+        first = length * fragment.replica // fragment.replicas
+        last = length * (fragment.replica + 1) // fragment.replicas
+        pieces += _cut(fragment, tensor, first, last)
+    return pieces
+
+
+def held_pieces(engine: TrainingEngine, part: str) -> list[Piece]:
+    """All that this rank holds of one part."""
+    return [
+        piece for fragment, tensor in _state(engine, part) for piece in _cut(fragment, tensor, 0, tensor.numel())
+    ]
+
+
+def _state(engine: TrainingEngine, part: str) -> Iterator[tuple[Fragment, Tensor]]:
+    for fragment, average in zip(engine.fragments, engine.ema, strict=True):
+        yield fragment, {WEIGHTS: fragment.weight, EMA: average, **fragment.moments}[part]
+
+
+def _cut(fragment: Fragment, tensor: Tensor, first: int, last: int) -> Iterator[Piece]:
+    """The elements from `first` to before `last` of a fragment's run, as boxes of the canonical parameter."""
+    placement = fragment.placement or whole(fragment.shape)
+    for offset, box in boxes_of_run(placement, fragment.start + first, last - first):
+        memory = tensor[first + offset : first + offset + box.size].view(box.rows, box.columns)
+        yield Piece(fragment.name, fragment.shape, box, memory)
+
+
+def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[CheckpointInfo | None, list[str]]:
+    """Load the newest intact checkpoint of a run into the engine; a collective call.
+
+    Returns:
+        The checkpoint's facts, or None where the run has no checkpoint yet, and what was skipped and why.
+
+    Raises:
+        UserError: none of the run's checkpoints is intact, or one is not of this model.
+    """
+    skipped: list[str] = []
+    # Rank 0 looks for all: two machines need not see the same of a shared folder at the same time.
+    for found in from_first_rank(lambda: [_info_or_problem(path) for path in reversed(checkpoints(run_dir))]):
+        if isinstance(found, str):
+            skipped.append(found)
+            continue
+        problems = _problems_on_any_rank(found)
+        if problems:
+            skipped.extend(problems)
+            continue
+        for part in PARTS:
+            load_pieces(found.path / part, held_pieces(engine, part))
+        engine.resume_at(found.step)
+        return found, skipped
+    if skipped:
+        raise UserError(
+            "\n".join(
+                [*skipped, f"{run_dir}: no intact checkpoint is left; remove the folder to start the run anew"]
+            )
+        )
+    return None, skipped
+
+
+def _info_or_problem(path: Path) -> CheckpointInfo | str:
+    try:
+        return read_info(path)
+    except UserError as error:
+        return str(error)
+
+
+def _problems_on_any_rank(info: CheckpointInfo) -> list[str]:
+    """Check all files, each by one rank, and that they hold the whole model; every rank gets the same answer."""
+    names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
+    problems = [problem for problems in gather_objects(damaged(info, names)) for problem in problems]
+    return problems or from_first_rank(lambda: incomplete(info))

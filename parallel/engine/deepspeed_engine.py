@@ -1,0 +1,110 @@
+"""Handing a network over to DeepSpeed: shared out over the ranks, with its initial weights and torch's AdamW."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe.model.experts.balance import BalanceLoss
+from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.engine.deepspeed_settings import deepspeed_settings
+from ditmoe.parallel.engine.initial import Initial, fill
+from ditmoe.parallel.engine.passes import Passes
+from ditmoe.parallel.layout import Layout
+
+
+def share_out(network: nn.Module, layout: Layout) -> Any:
+    """Leave this rank its part of the network; the groups of megatron-core's that it computes over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that Apex and Transformer Engine are absent, from each of its modules
+        from ditmoe.parallel.tensor import layers as tensor
+        from ditmoe.parallel.tensor.megatron_grid import make_megatron_grid
+
+    # Its hint on how kernels are best launched on GPUs is in docs/tensor-parallelism.md.
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
+    grid = make_megatron_grid(layout)
+    tensor.share_out(network)
+    return grid
+
+
+def start_deepspeed(
+    passes: Passes,
+    layout: Layout,
+    optim: OptimConfig,
+    precision: str,
+    extra: dict[str, Any],
+    initial: Initial,
+    grid: Any,
+) -> Any:
+    """The DeepSpeed engine that trains what the passes go through, with torch's AdamW.
+
+    Args:
+        initial: the value of each parameter.
+        grid: what `share_out` returned, or None.
+    """
+    import deepspeed
+    from deepspeed.moe.utils import configure_moe_param_groups
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    network = passes.network
+
+    def make_optimizer(_: Any) -> torch.optim.Optimizer:
+        # Called after the experts were dealt out, so that these are the parameters that are trained, and before
+        # any copy of their values is made.
+        fill(network, layout, initial)
+        parameters: Any = list(network.parameters())
+        if layout.expert > 1:
+            parameters = configure_moe_param_groups(parameters)
+        return torch.optim.AdamW(
+            parameters,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,  # without a temporary as large as a partition
+        )
+
+    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
+    engine, *_ = deepspeed.initialize(
+        model=passes.module,
+        optimizer=make_optimizer,
+        model_parameters=list(network.parameters()),
+        config=settings,
+        mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
+        dist_init_required=False,
+    )
+    return engine
+
+
+def attach_balance(module: nn.Module, balances: Sequence[BalanceLoss]) -> None:
+    """Give DeepSpeed's expert-parallel layers back the balance loss that its router has no place for."""
+    from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, AutoEPMoELayer)]
+    assert len(layers) == len(balances), f"{len(layers)} expert-parallel layers, expected {len(balances)}"
+    for layer, balance in zip(layers, balances, strict=True):
+        _RouterHooks(balance).attach(layer.router)
+
+
+class _RouterHooks:
+    """Catches a router's logits and sends its scores through the balance loss."""
+
+    def __init__(self, balance: BalanceLoss) -> None:
+        self._balance = balance
+        self._logits_TN: Tensor | None = None
+
+    def attach(self, router: Any) -> None:
+        router.gate.register_forward_hook(self._keep_logits)
+        router.register_forward_hook(self._send_through)
+
+    def _keep_logits(self, _module: nn.Module, _inputs: Any, logits_TN: Tensor) -> None:
+        self._logits_TN = logits_TN
+
+    def _send_through(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        scores_TK, selected_TK, counts_N = output
+        logits_TN, self._logits_TN = self._logits_TN, None
+        assert logits_TN is not None
+        return self._balance(scores_TK, logits_TN.float().softmax(1), selected_TK), selected_TK, counts_N

@@ -1,0 +1,244 @@
+"""Images from a loaded model: image i is a function of (seed, i) and its label alone, or one of a chain.
+
+All its noise comes from streams keyed by (seed, image number, step), so that neither the batch size nor who draws
+the other images has a say in it beyond rounding. Every batch has the same shape (the last one is filled up),
+because a matrix product of another shape may round otherwise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ditmoe.data.shards.images import to_uint8
+from ditmoe.model import randomness
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.chains.images import ChainImages, StateFile, draw_chain_images, find_posterior
+from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
+from ditmoe.sampling.integrators.samplers import integrate, starting_sigma
+from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
+from ditmoe.sampling.network.load import LoadedModel
+from ditmoe.sampling.noise_level.levels import NoisePosterior
+from ditmoe.sampling.settings.config import SamplerConfig
+
+
+class GeneratedFloats(NamedTuple):
+    """Images before rounding."""
+
+    image_NCHW: Tensor
+    """float32 on the CPU, about −1…1, not clipped."""
+    nfe_N: Tensor
+    """Evaluations of the denoiser that each image took, int64."""
+
+
+class Generated(NamedTuple):
+    """Images as bytes."""
+
+    image_NHWC: Tensor
+    """uint8 on the CPU: −1…1 clipped and rounded to 0…255."""
+    nfe_N: Tensor
+    """Evaluations of the denoiser that each image took, int64."""
+    passes_per_evaluation: int
+    """Of an image through the network: two under guidance."""
+    chains: ChainImages | None = None
+    """Of chains also the way to each image."""
+
+    @property
+    def nfe(self) -> float:
+        """Evaluations of the denoiser per image, on average where images differ."""
+        return self.nfe_N.double().mean().item()
+
+    @property
+    def network_evaluations(self) -> float:
+        """Passes through the network per image: twice the NFE under guidance."""
+        return self.nfe * self.passes_per_evaluation
+
+
+@dataclass(frozen=True)
+class ImageNoise:
+    """The noise of some images: their streams hold one stretch for each step."""
+
+    seed: int
+    image_numbers: Sequence[int]
+    shape: tuple[int, ...]
+    """(C, H, W) of one image."""
+    device: torch.device
+
+    def initial(self) -> Tensor:
+        """What the images start from, standard normal `[B, C, H, W]`."""
+        return self._draw("image/start")
+
+    def __call__(self, step: int) -> Tensor:
+        """What a stochastic integrator adds at a step, standard normal `[B, C, H, W]`."""
+        return self._draw(f"image/step {step}")
+
+    def _draw(self, purpose: str) -> Tensor:
+        return randomness.normal(self.seed, purpose, self.image_numbers, self.shape).to(self.device)
+
+
+def default_labels(image_numbers: Sequence[int], num_classes: int, images_per_unit: int = 1) -> Tensor:
+    """The classes in turn: image i, or all samples of chain i, is of class i mod `num_classes`; int64 `[N]`."""
+    return torch.tensor(image_numbers, dtype=torch.int64) // images_per_unit % num_classes
+
+
+def generate(
+    model: LoadedModel,
+    labels: Tensor | None,
+    image_numbers: Sequence[int],
+    config: SamplerConfig,
+    batch: int,
+    progress: Callable[[int], None] | None = None,
+    *,
+    posterior: NoisePosterior | None = None,
+    state_file: StateFile | None = None,
+) -> Generated:
+    """Draw images as bytes, independent ones or those of chains.
+
+    Args:
+        labels: class of each image, int64 `[N]`, one for all images of a chain; None: `default_labels`.
+        image_numbers: the number i of each image.
+        config: the sampler; its nulls are filled in for the model's objective.
+        batch: images, or chains, drawn at once. Another size changes an image by rounding only.
+        progress: called after each batch with the images drawn so far.
+        posterior: of chains; None: the noise-level classifier of the model's run.
+        state_file: where unfinished chains are kept; None: nowhere.
+
+    Raises:
+        UserError: as `generate_float`; an image is not finite; there is no classifier for chains, or what was kept
+            is of others.
+    """
+    config = config.resolved(model.objective_config)
+    passes = 1 if config.cfg_scale == 1 else 2
+    if not config.chains:
+        images = generate_float(model, labels, image_numbers, config, batch, progress)
+        check_finite(images.image_NCHW, image_numbers)
+        return Generated(_as_bytes(images.image_NCHW), images.nfe_N, passes)
+    labels = _checked_labels(model, labels, image_numbers, config)
+    device = next(model.network.parameters()).device
+    if posterior is None:
+        assert model.info is not None
+        posterior = find_posterior(model.info, device)
+    vae = model.vae
+
+    def to_bytes(x_BCHW: Tensor, chain_numbers: Sequence[int]) -> Tensor:
+        pixels_BCHW = (x_BCHW if vae is None else vae.decode(x_BCHW)).float().cpu()
+        check_finite(pixels_BCHW, chain_numbers, "a sample of chain")
+        return _as_bytes(pixels_BCHW)
+
+    with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
+        drawn = draw_chain_images(
+            denoiser,
+            posterior,
+            config,
+            labels.to(device),
+            image_numbers,
+            shape,
+            to_bytes,
+            batch,
+            progress=progress,
+            state_file=state_file,
+        )
+    return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn)
+
+
+def generate_float(
+    model: LoadedModel,
+    labels: Tensor | None,
+    image_numbers: Sequence[int],
+    config: SamplerConfig,
+    batch: int,
+    progress: Callable[[int], None] | None = None,
+) -> GeneratedFloats:
+    """Draw independent images on the network's device; what a network of latents draws is decoded.
+
+    Args:
+        labels: class of each image, int64 `[N]`; None: `default_labels`.
+        image_numbers: the number i of each image.
+        config: the sampler; its nulls are filled in for the model's objective.
+        batch: images drawn at once. Another size changes an image by rounding only.
+        progress: called after each batch with the images drawn so far.
+
+    Raises:
+        UserError: a label is not a class of the model, or the sampler does not fit it.
+    """
+    config = config.resolved(model.objective_config)
+    assert not config.chains
+    labels = _checked_labels(model, labels, image_numbers, config)
+    device = next(model.network.parameters()).device
+    images: list[Tensor] = [torch.empty(0, *model.image_shape)]
+    nfe: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
+    with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
+        for first in range(0, len(image_numbers), batch):
+            wanted = list(range(first, min(first + batch, len(image_numbers))))
+            rows = wanted + [wanted[-1]] * (batch - len(wanted))
+            noise = ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device)
+            drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
+            pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
+            images.append(pixels_BCHW[: len(wanted)].float().cpu())
+            nfe_B = torch.full((len(rows),), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
+            nfe.append(nfe_B[: len(wanted)])
+            if progress is not None:
+                progress(wanted[-1] + 1)
+    return GeneratedFloats(torch.cat(images), torch.cat(nfe))
+
+
+@contextmanager
+def _evaluating(model: LoadedModel, config: SamplerConfig) -> Iterator[tuple[Denoiser, tuple[int, int, int]]]:
+    """The model's denoiser and the (C, H, W) of what it draws, with the network in evaluation mode."""
+    network, model_config = model.network_in(config.precision), model.model_config
+    assert model_config.channels and model_config.image_size
+    training = network.training
+    network.eval()
+    try:
+        yield (
+            make_denoiser(network, model_config, model.objective_config, config),
+            (model_config.channels, model_config.image_size, model_config.image_size),
+        )
+    finally:
+        network.train(training)
+
+
+def draw(
+    denoiser: Denoiser, label_B: Tensor, initial_BCHW: Tensor, noise: NoiseSource, config: SamplerConfig
+) -> Drawn:
+    """Draw one batch from pure noise with a resolved configuration.
+
+    Args:
+        initial_BCHW: standard normal; times σ (`starting_sigma`) it is what the images start from.
+    """
+    sigma = starting_sigma(denoiser, config)
+    sigma_B = torch.full((len(label_B),), sigma, dtype=torch.float64, device=initial_BCHW.device)
+    return integrate(denoiser, initial_BCHW * sigma, sigma_B, label_B, noise, config)
+
+
+def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int], what: str = "image") -> None:
+    """UserError naming the first image that has NaN or infinity in it: bytes would not show it."""
+    bad = (~image_NCHW.isfinite().flatten(1).all(1)).nonzero()
+    if len(bad):
+        raise UserError(
+            f"{what} {image_numbers[int(bad[0])]} is not finite, and neither are {len(bad) - 1} others: "
+            "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"
+        )
+
+
+def _as_bytes(image_NCHW: Tensor) -> Tensor:
+    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255."""
+    return to_uint8(image_NCHW).permute(0, 2, 3, 1).contiguous()
+
+
+def _checked_labels(
+    model: LoadedModel, labels: Tensor | None, image_numbers: Sequence[int], config: SamplerConfig
+) -> Tensor:
+    """The labels, or the default ones. UserError when one is no class of the model."""
+    num_classes = model.model_config.num_classes
+    assert num_classes is not None
+    if labels is None:
+        return default_labels(image_numbers, num_classes, config.images_per_unit)
+    assert len(labels) == len(image_numbers)
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if len(wrong):
+        raise UserError(f"class {int(wrong[0])}: expected 0 to {num_classes - 1}")
+    return labels

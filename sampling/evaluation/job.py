@@ -1,0 +1,147 @@
+"""What an evaluation is: its settings, which name its folder, and one use of it."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.model.errors import UserError
+from ditmoe.model.randomness import generator
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import FeatureName
+
+LabelSampling = Literal["random", "balanced"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the images of an evaluation depend on."""
+
+    weights: str
+    """Fingerprint of the weights."""
+    which: Literal["ema", "weights"]
+    step: int
+    """Training step of the weights."""
+    sampler: SamplerConfig
+    """Resolved: its sampler and schedule are named."""
+    count: int
+    """Images N."""
+    labels: LabelSampling
+    """`random`: drawn for each image by (seed, number); `balanced`: the classes in turn."""
+    num_classes: int
+    vae: str | None = None
+    """Checksum of the VAE that decodes them; None: they are drawn in pixels."""
+    noise_classifier: str | None = None
+    """Fingerprint of the noise-level classifier that chains ask; None: they are no chains."""
+
+    def __post_init__(self) -> None:
+        assert self.sampler.sampler is not None and self.sampler.schedule is not None and self.count > 0
+        assert self.sampler.chains == (self.noise_classifier is not None)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything here (first 16 hex digits of SHA-256)."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def id(self) -> str:
+        """Name of the folder: step, sampler, steps or tolerance, guidance, labels, N, seed, fingerprint."""
+        sampler = self.sampler
+        length = f"{sampler.tolerance:g}" if sampler.integrator == "rk45" else f"{sampler.steps}"
+        name = sampler.sampler.replace(":", "-") if sampler.sampler else ""
+        return (
+            f"step-{self.step:08d}-{self.which}-{name}-{length}-cfg-{sampler.cfg_scale:g}"
+            f"-{self.labels}-{self.count}-seed-{sampler.seed}-{self.fingerprint[:8]}"
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """These settings as plain data."""
+        return {
+            "weights": self.weights,
+            "which": self.which,
+            "step": self.step,
+            "sampler": self.sampler.plain(),
+            "count": self.count,
+            "labels": self.labels,
+            "num_classes": self.num_classes,
+            **({} if self.vae is None else {"vae": self.vae}),
+            **({} if self.noise_classifier is None else {"noise_classifier": self.noise_classifier}),
+        }
+
+    def labels_of(self, numbers: list[int]) -> NDArray[np.int64]:
+        """The classes of the images with these numbers, int64 [len(numbers)]; samples of a chain share one."""
+        units = [number // self.sampler.images_per_unit for number in numbers]
+        if self.labels == "balanced":
+            return np.array([unit % self.num_classes for unit in units], dtype=np.int64)
+        seed = self.sampler.seed
+        drawn = {
+            unit: generator(seed, "evaluate/label", unit).integers(self.num_classes)
+            for unit in dict.fromkeys(units)
+        }
+        return np.array([drawn[unit] for unit in units], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One use of an evaluation: where it lies, and what it is scored with."""
+
+    evaluation: Evaluation
+    folder: Path
+    """`RUN/evaluations/<id>`."""
+    real: RealImages
+    cache: Path
+    """Folder of trained classifiers and statistics of real images, shared by runs."""
+    features: FeatureName = "classifier"
+    features_path: Path | None = None
+    """The Inception file."""
+    recogniser: bool = True
+    """Report the share of images that an independent classifier recognises."""
+    chunk: int | None = None
+    """Images of a chunk; None: as the evaluation was started, or `default_chunk`."""
+    batch: int = 64
+    """Images through a network at once."""
+    vae: Path | None = None
+    """Where the VAE lies; None: they are drawn in pixels."""
+    checkpoint: Path | None = None
+    """Where the weights lie; None when they are not drawn from a checkpoint."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """More to record beside the figures: the run, its data, versions."""
+    warnings: tuple[str, ...] = ()
+    """To show with the figures, beside those of the scoring."""
+    feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
+    recogniser_classifier: ClassifierSettings = RECOGNISER
+
+    def __post_init__(self) -> None:
+        samples = self.evaluation.sampler.images_per_unit
+        if self.chunk is not None and self.chunk % samples:
+            raise UserError(
+                f"--chunk {self.chunk}: chains have {samples} samples each, which are drawn as one; expected a "
+                f"multiple of {samples}"
+            )
+        if self.real.index.num_classes != self.evaluation.num_classes:
+            raise UserError(
+                f"{self.real.folder}: has {self.real.index.num_classes} classes; "
+                f"expected the network's {self.evaluation.num_classes}"
+            )
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the scores depend on, besides the images: a stored result of an equal request is the result."""
+        file = None
+        if self.features == "inception" and self.features_path is not None and self.features_path.is_file():
+            with self.features_path.open("rb") as stored:
+                file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
+        classifier = self.feature_classifier if self.features == "classifier" else None
+        return {
+            "real": self.real.fingerprint,
+            "features": self.features,
+            "features_file": file,
+            "classifier": vars(classifier) if classifier is not None else None,
+            "recogniser": vars(self.recogniser_classifier) if self.recogniser else None,
+        }

@@ -1,0 +1,295 @@
+"""An evaluation of a run folder: from the options of the command to the job, and through it."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ditmoe.data.encoding.vae import VaeFacts
+from ditmoe.data.storage.progress import show_progress
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
+from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
+from ditmoe.sampling.drawing.generate import Generated, generate
+from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
+from ditmoe.sampling.evaluation.measures import Measures
+from ditmoe.sampling.evaluation.run_job import run_job, stored_result
+from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
+from ditmoe.sampling.jobs.workers import CPU, join_workers
+from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.network.denoiser import check_guidance
+from ditmoe.sampling.network.load import (
+    LoadedModel,
+    Weights,
+    complete_config,
+    find_checkpoint,
+    find_decoder,
+    home_of,
+    load_model,
+)
+from ditmoe.sampling.noise_level.classifier import NoiseClassifier
+from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import FeatureName
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What the user chose."""
+
+    source: Path
+    """A run folder, or one of its checkpoints."""
+    sampler: SamplerConfig
+    count: int = 50_000
+    labels: LabelSampling = "random"
+    weights: Weights = "ema"
+    step: int | None = None
+    data: Path | None = None
+    """Folder of the real images; None: what the run was trained on."""
+    features: FeatureName = "classifier"
+    features_path: Path | None = None
+    recogniser: bool = True
+    batch: int = 64
+    chunk: int | None = None
+    cache: Path | None = None
+    vae: Path | None = None
+    """Where the VAE of a network of latents lies now; None: where it lay when its data was encoded."""
+
+
+def default_cache() -> Path:
+    """Where classifiers and statistics of real images are kept: `$XDG_CACHE_HOME/ditmoe`, or `~/.cache/ditmoe`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "ditmoe"
+
+
+def prepare_job(options: EvaluationOptions) -> Job:
+    """Find everything that the job needs, so that what is missing shows before a process is started.
+
+    Raises:
+        UserError: no checkpoint, no real images or no feature weights, or they do not fit together.
+    """
+    return prepare_jobs(options, [options.sampler])[0]
+
+
+def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) -> list[Job]:
+    """A job for each of some samplers, in place of the one in the options; they share all else.
+
+    Raises:
+        UserError: as `prepare_job`.
+    """
+    path = find_checkpoint(options.source, options.step)
+    info = read_info(path)
+    if options.weights not in info.parts:
+        raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
+    decoder = find_decoder(info, options.vae)
+    real = RealImages(options.data or training_data(info))
+    num_classes = _check_fit(info, real, decoder)
+    if options.features_path is not None and options.features != "inception":
+        raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
+    if options.features == "inception":
+        load_inception(options.features_path, CPU)
+    resolved = [sampler.resolved(info.objective) for sampler in samplers]
+    for sampler in resolved:
+        check_guidance(complete_config(info.model, info), sampler)
+    posterior = classifier_fingerprint(info, resolved)
+    evaluations = [
+        Evaluation(
+            weights=f"{info.fingerprint}-{options.weights}",
+            which=options.weights,
+            step=info.step,
+            sampler=sampler,
+            count=options.count,
+            labels=options.labels,
+            num_classes=num_classes,
+            vae=None if decoder is None else decoder.sha256,
+            noise_classifier=posterior if sampler.chains else None,
+        )
+        for sampler in resolved
+    ]
+    return [
+        Job(
+            evaluation=evaluation,
+            folder=home_of(path) / "evaluations" / evaluation.id,
+            real=real,
+            cache=options.cache or default_cache(),
+            features=options.features,
+            features_path=options.features_path,
+            recogniser=options.recogniser,
+            chunk=options.chunk,
+            batch=options.batch,
+            vae=None if decoder is None else decoder.path,
+            checkpoint=path,
+            facts={
+                "images_seen": info.images,
+                "model": info.config["model"],
+                "objective": info.config["objective"],
+                "trained_on": info.dataset.get("name"),
+                "torch": torch.__version__,
+            },
+            warnings=_other_classes(info, real),
+        )
+        for evaluation in evaluations
+    ]
+
+
+def evaluate_run(job: Job) -> dict[str, Any]:
+    """Do the job as one of the processes that were started for it, or alone.
+
+    Returns:
+        The metrics, as in `metrics.json`.
+    """
+    return evaluate_jobs([job])[0]
+
+
+OnFinished = Callable[[int, dict[str, Any], float | None], None]
+"""(place of the job, its metrics, seconds that it took; None where a part or all of it was there before)."""
+
+
+def evaluate_jobs(
+    jobs: Sequence[Job], on_finished: OnFinished = lambda place, metrics, seconds: None
+) -> list[dict[str, Any]]:
+    """Do jobs of one checkpoint that are scored alike, one after another, by the same processes.
+
+    What is stored is not done again. The network, and what it takes to score, are loaded once.
+
+    Args:
+        on_finished: called by the first process after each job, while the others wait; UserError ends them all.
+
+    Returns:
+        The metrics of each.
+    """
+    workers = join_workers()
+    device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
+    model, measures, found = _Model(workers.device), Measures(), []
+    try:
+        if len(jobs) > 1 and workers.first and any(stored_result(job) is None for job in jobs):
+            measures.networks(jobs[0], workers, _say)  # so that the first job's time is its own
+        for place, job in enumerate(jobs):
+            job.facts["device"] = device
+            metrics, seconds = stored_result(job), None
+            if not workers.everywhere(metrics is not None):
+                fresh, started = not (job.folder / "chunks").exists(), time.monotonic()
+                metrics = run_job(
+                    job, _drawer(job, model), workers, log=_say, progress=show_progress, measures=measures
+                )
+                seconds = time.monotonic() - started if fresh else None
+            assert metrics is not None
+            workers.on_first(partial(on_finished, place, metrics, seconds))
+            found.append(metrics)
+        return found
+    finally:
+        workers.leave()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+class _Model:
+    """The network and the noise-level classifier of a checkpoint, each loaded when it is first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._model: LoadedModel | None = None
+        self._posterior: NoiseClassifier | None = None
+
+    def network(self, job: Job) -> LoadedModel:
+        """What the job's images are drawn with."""
+        evaluation = job.evaluation
+        if self._model is None:
+            assert job.checkpoint is not None
+            self._model = load_model(job.checkpoint, which=evaluation.which, device=self._device, vae=job.vae)
+        assert self._model.fingerprint == evaluation.weights, (self._model.fingerprint, evaluation.weights)
+        return self._model
+
+    def posterior(self, job: Job) -> NoiseClassifier | None:
+        """What the job's chains choose their levels with; None: it has none."""
+        if not job.evaluation.sampler.chains:
+            return None
+        if self._posterior is None:
+            info = self.network(job).info
+            assert info is not None
+            self._posterior = find_posterior(info, self._device)
+        return self._posterior
+
+
+def _drawer(job: Job, model: _Model) -> DrawChunk:
+    """Draws chunks with the run's network, which is loaded with the first."""
+    evaluation = job.evaluation
+
+    def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
+        state_file = StateFile(job.folder / "chains" / f"{numbers[0]:08d}.safetensors", evaluation.fingerprint)
+        images = generate(
+            model.network(job),
+            torch.from_numpy(label_N),
+            numbers,
+            evaluation.sampler,
+            job.batch,
+            posterior=model.posterior(job),
+            state_file=state_file,
+        )
+        return drawn_images(images)
+
+    return draw
+
+
+def drawn_images(images: Generated) -> DrawnImages:
+    """Images as a chunk keeps them."""
+    image_NHWC, nfe_N = images.image_NHWC.numpy(), images.nfe_N.numpy()
+    if images.chains is None:
+        return DrawnImages(image_NHWC, nfe_N)
+    return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy())
+
+
+def training_data(info: CheckpointInfo) -> Path:
+    """The folder that a run was trained on, the first if there were several. UserError when it does not say."""
+    try:
+        return Path(info.config["data"]["sources"][0]["path"])
+    except (KeyError, IndexError, TypeError):
+        raise UserError(
+            f"{info.path}: does not say what it was trained on; give the folder of real images with --data"
+        ) from None
+
+
+def _check_fit(info: CheckpointInfo, real: RealImages, decoder: VaeFacts | None) -> int:
+    """The number of classes; the images that the network draws must be of the form of the real ones."""
+    expected: dict[str, Any] = {
+        name: info.config["model"].get(name) or info.dataset.get(name)
+        for name in ("image_size", "channels", "num_classes")
+    }
+    if decoder is not None:
+        expected |= {"image_size": expected["image_size"] * decoder.reduction, "channels": decoder.pixel_channels}
+    problems = [
+        f"{name} is {getattr(real.index, name)}, expected {value}"
+        for name, value in expected.items()
+        if getattr(real.index, name) != value
+    ]
+    if real.index.channels not in (1, 3):
+        problems.append(f"channels is {real.index.channels}, and only 1 (grey) or 3 (RGB) make pictures to score")
+    if problems:
+        latents = decoder is None and expected["channels"] not in (1, 3)
+        raise UserError(
+            f"{real.folder}: not what the network of {info.path} draws: {'; '.join(problems)}"
+            + ("; if it draws latents, give their VAE with --vae" if latents else "")
+        )
+    return real.index.num_classes
+
+
+def _other_classes(info: CheckpointInfo, real: RealImages) -> tuple[str, ...]:
+    """A warning where the classes of the real images have other names than those that the network learned."""
+    learned = info.dataset.get("class_names") or []
+    for label, (expected, found) in enumerate(zip(learned, real.index.class_names, strict=False)):
+        if expected != found:
+            return (
+                f"class {label} is {found} in {real.folder} and {expected} in the network's training: "
+                "what is recognised, and figures by class, mean something only if the classes are the same",
+            )
+    return ()

@@ -1,0 +1,196 @@
+"""What a finished evaluation leaves: `samples.npz`, `metrics.json`, the gallery, and the table on the terminal."""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.lib import format as npy_format
+from numpy.typing import NDArray
+
+from ditmoe.data.storage.files import replacing
+from ditmoe.sampling.diagnostics.figures import chain_lines
+from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
+from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
+from ditmoe.sampling.jobs.chunks import ChunkStore
+from ditmoe.sampling.metrics.classifier import Classifier
+from ditmoe.sampling.metrics.features import FeatureNetwork
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.scores import ChunkDescriptions, RealStatistics, score
+
+METRICS_FORMAT: Final = 1
+WEAK_ACCURACY: Final = 0.5
+"""Held-out accuracy of the feature classifier below which the figures in its features carry a warning."""
+
+
+def write_results(
+    folder: Path,
+    evaluation: dict[str, Any],
+    request: dict[str, Any],
+    store: ChunkStore,
+    real: RealImages,
+    network: FeatureNetwork,
+    statistics: RealStatistics,
+    descriptions: ChunkDescriptions,
+    recogniser: Classifier | None,
+    judged: ChunkDescriptions | None,
+    warnings: Sequence[str] = (),
+    samples_per_chain: int | None = None,
+) -> None:
+    """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished.
+
+    Args:
+        samples_per_chain: None: they are no chains.
+    """
+    write_samples(folder / "samples.npz", store)
+    result: dict[str, Any] = {
+        "request": request,
+        "network": {
+            "name": network.name,
+            "dimension": network.dimension,
+            "fingerprint": network.fingerprint,
+            **network.description,
+        },
+        "real": {
+            "name": real.index.name,
+            "folder": str(real.folder),
+            "images": real.count,
+            "fingerprint": real.fingerprint,
+        },
+        **score(descriptions, store.chunks, statistics),
+    }
+    result["warnings"] += warnings
+    if isinstance(network, Classifier):
+        result["warnings"] += _weak_features(network, real.index.num_classes)
+    if samples_per_chain is not None:
+        picture = folder / "gallery" / CHAINS_FILE
+        result["chains"] = chain_results(picture, store, descriptions, samples_per_chain, statistics.features_NF)
+    sheets = Sheets(real.index.class_names, real.index.image_size, real.index.channels)
+    right = np.zeros(real.index.num_classes, dtype=np.int64)
+    of_class = np.zeros(real.index.num_classes, dtype=np.int64)
+    for chunk in range(store.chunks):
+        drawn = store.read(chunk)
+        sheets.add(drawn.image_NHWC, drawn.label_N)
+        of_class += np.bincount(drawn.label_N, minlength=len(of_class))
+        if judged is not None:
+            hits = judged.read(chunk)["predicted"] == drawn.label_N
+            right += np.bincount(drawn.label_N[hits], minlength=len(right))
+    if recogniser is not None:
+        result["recogniser"] = {
+            "accuracy": float(right.sum() / of_class.sum()),
+            "held_out_accuracy": recogniser.held_out_accuracy,
+            "held_out_images": recogniser.held_out_images,
+            "fingerprint": recogniser.fingerprint,
+            "by_class": [float(r / n) if n else None for r, n in zip(right, of_class, strict=True)],
+            **recogniser.description,
+        }
+
+    path = folder / "metrics.json"
+    results = {network.name: result}
+    if path.exists():
+        # Scores of the same images in another network stay.
+        results = {**json.loads(path.read_text(encoding="utf-8")).get("results", {}), **results}
+    metrics = {
+        "format": METRICS_FORMAT,
+        "evaluation": evaluation,
+        "results": results,
+    }
+    write_gallery(folder / "gallery", sheets, metrics, network.name)
+    with replacing(path) as file:
+        file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
+    descriptions.remove()
+    if judged is not None:
+        judged.remove()
+
+
+def _weak_features(network: Classifier, classes: int) -> list[str]:
+    """A warning where what the feature classifier was taught tells little about images."""
+    if classes == 1:
+        return ["with one class the feature classifier has nothing to learn: its FID says little"]
+    if network.held_out_accuracy < WEAK_ACCURACY:
+        return [
+            f"the feature classifier is right on {network.held_out_accuracy:.1%} of {network.held_out_images:,} "
+            "held-out real images only: its FID says little"
+        ]
+    return []
+
+
+def write_samples(path: Path, store: ChunkStore) -> None:
+    """`arr_0` uint8 [N, H, W, 3] (one channel is repeated to three) and `arr_1` labels int64 [N].
+
+    One chunk is in memory at a time: 50,000 images of 256² are 10 GB.
+    """
+    first = store.read(0)
+    height, width = first.image_NHWC.shape[1:3]
+    labels: list[NDArray[np.int64]] = []
+
+    def images() -> Iterator[bytes]:
+        for chunk in range(store.chunks):
+            drawn = store.read(chunk)
+            labels.append(drawn.label_N)
+            yield np.ascontiguousarray(to_colour(drawn.image_NHWC)).tobytes()
+
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _write_array(archive, "arr_0", (store.count, height, width, 3), np.dtype(np.uint8), images())
+        label_N = np.concatenate(labels)
+        _write_array(archive, "arr_1", label_N.shape, label_N.dtype, iter([label_N.tobytes()]))
+
+
+def _write_array(
+    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], blocks: Iterator[bytes]
+) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = {"descr": npy_format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        npy_format.write_array_header_1_0(member, header)
+        for block in blocks:
+            member.write(block)
+
+
+def to_colour(image_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """[N, H, W, 1 or 3] → [N, H, W, 3]."""
+    return np.repeat(image_NHWC, 3, axis=3) if image_NHWC.shape[3] == 1 else image_NHWC
+
+
+def table(metrics: Mapping[str, Any], features: str) -> list[str]:
+    """The figures of one feature network as lines for a terminal."""
+    evaluation, result = metrics["evaluation"], metrics["results"][features]
+    sampler, network = evaluation["sampler"], result["network"]
+    lines = [
+        f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
+        f"{sampler['sampler']}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}, "
+        f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}",
+        f"against {result['real_images']:,} real images of {result['real']['name']}, "
+        f"in {network['dimension']} features of {network['name']} {network['fingerprint']}",
+    ]
+    rows: list[tuple[str, str, str]] = []
+    for name, shown in (("fid", "FID"), ("sfid", "sFID")):
+        if name in result:
+            floor = _figure(result[f"{name}_floor"])
+            half = result[f"{name}_floor_images_per_half"]
+            rows.append((shown, _figure(result[name]), f"floor {floor} (two halves of {half:,} real images)"))
+    rows.append(("precision", _figure(result["precision"]), f"k = {result['neighbours']}"))
+    rows.append(
+        (
+            "recall",
+            _figure(result["recall"]),
+            f"{result['neighbour_images_drawn']:,} drawn, {result['neighbour_images_real']:,} real",
+        )
+    )
+    if "inception_score" in result:
+        splits = f"{result['inception_score_splits']} split(s)"
+        rows.append(("Inception Score", _figure(result["inception_score"]), splits))
+    if "recogniser" in result:
+        judge = result["recogniser"]
+        held = f"{judge['held_out_accuracy']:.2%} of {judge['held_out_images']:,} held-out real images"
+        rows.append(("recognised", f"{judge['accuracy']:.2%}", f"by an independent classifier; {held}"))
+    lines += [f"  {name:<16}{value:>10}   {note}" for name, value, note in rows]
+    lines += [f"warning: {warning}" for warning in result["warnings"]]
+    if "chains" in result:
+        lines += chain_lines(result["chains"])
+    return lines
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,215 @@
+"""The evaluation job: N images of one network, drawn in resumable chunks by any number of processes, and scored.
+
+An evaluation is (weights, sampler settings, N images, seed, label sampling) and its folder is named by them:
+
+    evaluations/<id>/evaluation.json   these settings, and the chunk size
+                     chunks/00003.npz  images and labels, each written once
+                     samples.npz       arr_0 uint8 [N, H, W, 3], arr_1 labels [N]
+                     metrics.json      every figure with its settings
+                     gallery/          index.html and a sheet of each class
+
+`Job` (`job.py`) is one use of it; each process calls `run_job`. All randomness is by (seed, image number).
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from ditmoe.data.storage.files import make_folder, replacing
+from ditmoe.data.storage.sharing import Progress, try_lock
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.evaluation.job import Job
+from ditmoe.sampling.evaluation.measures import Measures
+from ditmoe.sampling.evaluation.results import write_results
+from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk
+from ditmoe.sampling.jobs.workers import Workers
+from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with
+
+LARGEST_DEFAULT_CHUNK: Final = 256
+METRICS_FILE: Final = "metrics.json"
+SAMPLES_FILE: Final = "samples.npz"
+_LOCK_FILE: Final = "lock"
+
+
+def stored_result(job: Job) -> dict[str, Any] | None:
+    """The job's metrics, when it was finished before.
+
+    Raises:
+        UserError: `metrics.json` is damaged.
+    """
+    path = job.folder / METRICS_FILE
+    if not path.exists() or not (job.folder / SAMPLES_FILE).exists():
+        return None
+    metrics = _read_json(path)
+    result = metrics.get("results", {}).get(job.features)
+    return metrics if result is not None and result.get("request") == job.request else None
+
+
+def run_job(
+    job: Job,
+    draw: DrawChunk,
+    workers: Workers | None = None,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
+    measures: Measures | None = None,
+) -> dict[str, Any]:
+    """Do what is missing of a job; every process of the job calls this with the same arguments.
+
+    Args:
+        draw: draws the images of a chunk from their numbers and labels.
+        workers: this process among those of the job; alone when left out.
+        log: takes lines to show (first process).
+        progress: (title, total) → a function that is told the number done (first process).
+        measures: kept from one job to the next that is scored alike; anew when left out.
+
+    Returns:
+        The metrics, as in `metrics.json`.
+
+    Raises:
+        UserError: another job holds the folder; a file is damaged or of other settings; the disk is full.
+    """
+    workers = workers or Workers()
+    say: Callable[[str], None] = log if workers.first else lambda line: None
+    show = progress if workers.first else lambda title, total: lambda done: None
+    make_folder(job.folder)
+    lock = try_lock(job.folder / _LOCK_FILE)
+    held = lock.__enter__() if workers.first else True
+    try:
+        workers.on_first(lambda: _begin(job, held, workers.ranks))
+        return _run(job, draw, workers, say, show, measures or Measures())
+    finally:
+        if workers.first:
+            lock.__exit__(None, None, None)
+
+
+def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) -> int:
+    """Images of a chunk: whole batches, up to about 256, at least four chunks for each process if possible.
+
+    Of chains, which have many images each, one batch, or less where there is too little for all processes.
+    """
+    if images_per_unit > 1:
+        chains = -(-count // images_per_unit)
+        return images_per_unit * min(batch, -(-chains // ranks))
+    batches = max(1, min(LARGEST_DEFAULT_CHUNK // batch, count // (4 * ranks * batch)))
+    return batches * batch
+
+
+def _begin(job: Job, held: bool, ranks: int) -> None:
+    """Refuse a folder that another job holds, or that was started in other chunks; write down the settings."""
+    if not held:
+        raise UserError(f"{job.folder}: another process is at this evaluation; wait for it, or stop it")
+    path = job.folder / "evaluation.json"
+    stored = _read_json(path) if path.exists() else None
+    if stored is None:
+        wanted = {
+            **job.evaluation.plain(),
+            "chunk": job.chunk
+            or default_chunk(job.evaluation.count, job.batch, ranks, job.evaluation.sampler.images_per_unit),
+        }
+        with replacing(path) as file:
+            file.write(json.dumps(wanted, indent=1).encode() + b"\n")
+        return
+    if {key: value for key, value in stored.items() if key != "chunk"} != job.evaluation.plain():
+        raise UserError(f"{path}: was written with other settings; expected those of {job.evaluation.id}")
+    if job.chunk not in (None, stored["chunk"]):
+        raise UserError(
+            f"--chunk {job.chunk}: this evaluation was started with chunks of {stored['chunk']} images; "
+            f"leave --chunk out, or delete {job.folder}"
+        )
+
+
+def _run(
+    job: Job,
+    draw: DrawChunk,
+    workers: Workers,
+    log: Callable[[str], None],
+    progress: Callable[[str, int], Progress],
+    measures: Measures,
+) -> dict[str, Any]:
+    evaluation = job.evaluation
+    size = int(_read_json(job.folder / "evaluation.json")["chunk"])
+    store = ChunkStore(job.folder / "chunks", evaluation.count, size, evaluation.fingerprint)
+
+    # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
+    # draw meanwhile.
+    if workers.first:
+        measures.networks(job, workers, log)
+    started, before = time.monotonic(), len(store.pending())
+    store.draw_pending(
+        draw,
+        evaluation.labels_of,
+        rank=workers.rank,
+        ranks=workers.ranks,
+        on_progress=progress("chunks drawn", store.chunks),
+    )
+    seconds = time.monotonic() - started
+    # `chains` has the states of chains in chunks that are not there yet.
+    workers.on_first(lambda: shutil.rmtree(job.folder / "chains", ignore_errors=True))
+    if before:
+        log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
+
+    network, recogniser = measures.networks(job, workers, log)
+    descriptions = ChunkDescriptions(store, network.fingerprint)
+    descriptions.make(
+        describe_with(network, job.batch),
+        rank=workers.rank,
+        ranks=workers.ranks,
+        on_progress=progress("chunks described", store.chunks),
+    )
+    judged = None
+    if recogniser is not None:
+        judge = recogniser
+        judged = ChunkDescriptions(store, recogniser.fingerprint)
+        judged.make(
+            lambda image_NHWC: {"predicted": judge.predict(image_NHWC)}, rank=workers.rank, ranks=workers.ranks
+        )
+    statistics = measures.real_statistics(job, network, workers, progress)
+    # The results remove the descriptions: a process that still looked for them would make them all again.
+    workers.wait()
+    nfe = store.nfe()
+    if nfe is None:  # whoever drew did not count
+        nfe = planned_nfe(evaluation.sampler)
+    workers.on_first(
+        lambda: write_results(
+            job.folder,
+            {
+                "id": evaluation.id,
+                **evaluation.plain(),
+                "nfe": nfe,
+                # Guidance takes two for each evaluation.
+                "network_passes": None if nfe is None else nfe * (1 if evaluation.sampler.cfg_scale == 1 else 2),
+                "vae": evaluation.vae,
+                "batch": job.batch,
+                "chunk": size,
+                "processes": workers.ranks,
+                "checkpoint": str(job.checkpoint) if job.checkpoint is not None else None,
+                **job.facts,
+            },
+            job.request,
+            store,
+            job.real,
+            network,
+            statistics,
+            descriptions,
+            recogniser,
+            judged,
+            job.warnings,
+            evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
+        )
+    )
+    return _read_json(job.folder / METRICS_FILE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: could not be read ({error}); delete the file, it is made anew") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, expected an object; delete the file")
+    return values

@@ -1,0 +1,141 @@
+"""All samplers by name: how each is called, where it starts, and what it costs."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor
+
+from ditmoe.sampling.integrators.adaptive import rk45
+from ditmoe.sampling.integrators.ddpm import ancestral, ddim
+from ditmoe.sampling.integrators.flow import SCHEDULES, Drawn, NoiseSource, euler, heun
+from ditmoe.sampling.integrators.multistep import dpm_solver
+from ditmoe.sampling.integrators.stochastic import euler_maruyama, heun_with_churn, reverse_diffusion
+from ditmoe.sampling.network.denoiser import Denoiser
+from ditmoe.sampling.settings.chains import DlgConfig
+from ditmoe.sampling.settings.config import SamplerConfig, default_schedule
+from ditmoe.sampling.settings.names import IntegratorName
+
+
+def _one_per_step(config: SamplerConfig) -> int:
+    return config.steps
+
+
+def _two_per_step(config: SamplerConfig) -> int:
+    return 2 * config.steps - 1
+
+
+def _one_per_step_and_correction(config: SamplerConfig) -> int:
+    return config.steps + config.corrector_steps * (config.steps - 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """An integrator, and what it takes from the configuration."""
+
+    integrator: Callable[..., Drawn]
+    """(denoiser, x_BCHW, sigma_B, label_B, and by name what is below) → samples."""
+    nfe: Callable[[SamplerConfig], int] | None = _one_per_step
+    """Evaluations per image, for plans; None: only the denoiser can tell."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Its own settings: argument → field of the configuration."""
+    on_schedule: bool = True
+    """It takes `steps` and `schedule`."""
+    noisy: bool = False
+    """It takes `noise`."""
+    from_prior: bool = False
+    """On the objective's own schedule it starts at pure noise. The others start at `sigma_max` on either: at
+    t = 1 of a flow, σ has no bound, and neither have the slope in σ and the noise of a step."""
+
+
+_CORRECTOR: Final = {"corrector_steps": "corrector_steps", "corrector_snr": "corrector_snr"}
+_CHURN: Final = {name: name for name in ("churn", "churn_min", "churn_max", "churn_noise")}
+
+SAMPLERS: Final[dict[IntegratorName, Sampler]] = {
+    "ddpm": Sampler(ancestral, noisy=True, from_prior=True),
+    "ddim": Sampler(ddim, settings={"eta": "ddim_eta"}, noisy=True, from_prior=True),
+    "euler": Sampler(euler, from_prior=True),
+    "heun": Sampler(heun, _two_per_step),
+    "kar1": Sampler(heun, _two_per_step),
+    "kar2": Sampler(heun_with_churn, _two_per_step, _CHURN, noisy=True),
+    "rk45": Sampler(rk45, None, {"tolerance": "tolerance"}, on_schedule=False),
+    "reverse-diffusion": Sampler(reverse_diffusion, _one_per_step_and_correction, _CORRECTOR, noisy=True),
+    "euler-maruyama": Sampler(euler_maruyama, _one_per_step_and_correction, _CORRECTOR, noisy=True),
+    "dpm-solver++": Sampler(dpm_solver, from_prior=True),
+}
+
+
+def integrate(
+    denoiser: Denoiser,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    label_B: Tensor,
+    noise: NoiseSource,
+    config: SamplerConfig,
+) -> Drawn:
+    """From noisy images, each at a σ of its own, to samples at σ = 0, by the sampler of a resolved configuration.
+
+    Args:
+        x_BCHW: noisy images in the variance-exploding view, float32.
+        sigma_B: their noise levels, float64, > 0; see `starting_sigma`.
+        label_B: classes, int64.
+        noise: fresh noise by number, for the samplers that add some.
+    """
+    assert config.sampler is not None and config.schedule is not None, "the configuration is not resolved"
+    sampler = SAMPLERS[config.integrator]
+    arguments: dict[str, Any] = {name: getattr(config, key) for name, key in sampler.settings.items()}
+    if sampler.on_schedule:
+        arguments |= {"steps": config.steps, "schedule": SCHEDULES[config.schedule]}
+    if sampler.noisy:
+        arguments["noise"] = noise
+    drawn = sampler.integrator(denoiser, x_BCHW, sigma_B, label_B, **arguments)
+    return tweedie(denoiser, drawn, sigma_B, label_B) if config.tweedie else drawn
+
+
+def tweedie(denoiser: Denoiser, drawn: Drawn, sigma_B: Tensor, label_B: Tensor) -> Drawn:
+    """x ← D(x, σ) = x + σ²·s(x, σ) at `sigma_min`, or at the σ that an image began with if lower; one evaluation.
+
+    It is Tweedie's formula for what is left of the noise, the last step of DMCMC (arXiv 2209.14593).
+    """
+    before = denoiser.nfe
+    x_BCHW = denoiser(drawn.x_BCHW, sigma_B.clamp(max=denoiser.sigma_min), label_B)
+    spent = denoiser.nfe - before
+    return Drawn(x_BCHW, drawn.nfe + spent, None if drawn.nfe_B is None else drawn.nfe_B + spent)
+
+
+def starting_sigma(denoiser: Denoiser, config: SamplerConfig) -> float:
+    """σ of the noise that a resolved configuration starts from."""
+    from_prior = config.schedule == "own" and SAMPLERS[config.integrator].from_prior
+    return denoiser.sigma_prior if from_prior else denoiser.sigma_max
+
+
+def planned_nfe(config: SamplerConfig) -> float | None:
+    """Evaluations of the denoiser per image, for whole chains; None: each image takes as many as it needs."""
+    count = SAMPLERS[config.integrator].nfe
+    if count is None:
+        return None
+    finish, dlg = count(config) + config.tweedie, config.dlg
+    if not config.chains:
+        return finish
+    start = planned_nfe(initial_config(config))
+    if start is None:
+        return None
+    start += dlg.burn_in_first + dlg.burn_in
+    samples = dlg.samples_per_chain
+    starts = -(-samples // (dlg.restart_every or samples))
+    return finish + dlg.skip * dlg.thin + starts * start / samples
+
+
+def initial_config(config: SamplerConfig) -> SamplerConfig:
+    """The sampler of what a chain starts from: `dlg.initial` with the other settings of a configuration."""
+    sampler = config.dlg.initial
+    return config.model_copy(
+        update={
+            "sampler": sampler,
+            "steps": config.dlg.initial_steps,
+            "schedule": default_schedule(sampler),
+            "corrector_steps": 0,
+            "tweedie": False,
+            "dlg": DlgConfig(),
+        }
+    )

@@ -1,0 +1,322 @@
+"""Small classifiers that an evaluation trains on the real images: a feature network, and an independent judge.
+
+The feature network (`plain`) describes images for FID and precision/recall where no Inception weights are at hand.
+The recogniser (`residual`) tells what share of drawn images it takes for the class that was asked for; it has
+another architecture, another seed and another split than the feature network, so that neither marks its own work.
+Its accuracy on real images that it was not trained on is reported beside.
+
+Shapes: N images, F features, K classes.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ditmoe.data.shards.images import to_network_range
+from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.sharing import make_missing
+from ditmoe.model.errors import UserError
+from ditmoe.model.randomness import generator, permutation
+from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor
+from ditmoe.sampling.metrics.real import RealImages
+
+MAX_IMAGES: Final = 50_000
+"""Real images that a classifier is trained on at most, drawn at random from larger sets."""
+MAX_SIZE: Final = 64
+"""Side in pixels that larger images are reduced to (mean over areas)."""
+HELD_OUT: Final = 0.2
+"""Share of the images that is left out of training and gives the held-out accuracy."""
+_BATCH: Final = 64
+_EVALUATION_BATCH: Final = 512
+
+
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """Everything that a trained classifier depends on, besides the images."""
+
+    architecture: Literal["plain", "residual"]
+    seed: int
+    dimension: int
+    """Features F before the last layer."""
+    passes: float = 30
+    """Passes over the training images …"""
+    most_images: int = 1_500_000
+    """… but no more images seen than this."""
+    learning_rate: float = 2e-3
+    version: int = 1
+    """Raised whenever this file changes what is trained."""
+
+
+FEATURE_CLASSIFIER: Final = ClassifierSettings("plain", seed=1, dimension=64)
+RECOGNISER: Final = ClassifierSettings("residual", seed=2, dimension=96)
+
+
+def _halvings(size: int) -> int:
+    """Halvings that bring `size` to about 4 cells a side."""
+    return max(1, round(math.log2(max(size, 8) / 4)))
+
+
+class PlainClassifier(nn.Module):
+    """Pairs of 3×3 convolutions with batch norm, maximum pools between, mean over cells, one hidden layer."""
+
+    def __init__(self, size: int, channels: int, classes: int, dimension: int) -> None:
+        super().__init__()
+        widths = [min(32 * 2**i, 128) for i in range(_halvings(size) + 1)]
+        layers: list[nn.Module] = []
+        for i, width in enumerate(widths):
+            for channels_in in (channels, width):
+                layers += [
+                    nn.Conv2d(channels_in, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+            if i < len(widths) - 1:
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            channels = width
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.hidden = nn.Linear(4 * channels, dimension)
+        self.head = nn.Linear(dimension, classes)
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in −1 … 1 → features [N, F] and class scores [N, K]."""
+        features = functional.silu(self.hidden(self.body(x_NCHW)))
+        return features, self.head(features)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(8, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        changed: Tensor = self.body(x_NCHW)
+        return x_NCHW + changed
+
+
+class ResidualClassifier(nn.Module):
+    """Residual blocks with group norm, strided convolutions between, all cells seen by the hidden layer."""
+
+    def __init__(self, size: int, channels: int, classes: int, dimension: int) -> None:
+        super().__init__()
+        widths = [min(24 * 2**i, 96) for i in range(_halvings(size) + 1)]
+        layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), _Residual(widths[0])]
+        for before, width in pairwise(widths):
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _Residual(width)]
+        self.body = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.AdaptiveAvgPool2d(4))
+        self.hidden = nn.Linear(16 * widths[-1], dimension)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(dimension, classes)
+
+    def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Images in −1 … 1 → features [N, F] and class scores [N, K]."""
+        features = functional.silu(self.hidden(self.body(x_NCHW).flatten(1)))
+        return features, self.head(self.dropout(features))
+
+
+class Classifier:
+    """A trained classifier: a `FeatureNetwork`, and a judge of labels."""
+
+    name = "classifier"
+
+    def __init__(self, network: nn.Module, facts: Mapping[str, Any], device: torch.device) -> None:
+        self._network = network.eval().requires_grad_(False).to(device)
+        self._device = device
+        self.dimension = int(facts["settings"]["dimension"])
+        self.fingerprint = fingerprint_of(network.state_dict())
+        self.held_out_accuracy = float(facts["held_out_accuracy"])
+        self.held_out_images = int(facts["held_out_images"])
+        self.description: Mapping[str, Any] = facts
+
+    @torch.inference_mode()
+    def features(self, image_NHWC: NDArray[np.uint8]) -> Features:
+        """uint8 [N, H, W, C] → `features` [N, F], float32."""
+        features, _ = self._network(self._prepare(image_NHWC))
+        return {"features": features.cpu().numpy()}
+
+    @torch.inference_mode()
+    def predict(self, image_NHWC: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """The likeliest class of each image, int64 [N]."""
+        parts = [image_NHWC[i : i + _EVALUATION_BATCH] for i in range(0, len(image_NHWC), _EVALUATION_BATCH)]
+        labels: NDArray[np.int64] = np.concatenate(
+            [self._network(self._prepare(part))[1].argmax(1).cpu().numpy() for part in parts]
+        )
+        return labels
+
+    @torch.inference_mode()
+    def probabilities(self, image_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The probability of each class for each image, float32 [N, K]."""
+        parts = [image_NHWC[i : i + _EVALUATION_BATCH] for i in range(0, len(image_NHWC), _EVALUATION_BATCH)]
+        probability_NK: NDArray[np.float32] = np.concatenate(
+            [self._network(self._prepare(part))[1].float().softmax(1).cpu().numpy() for part in parts]
+        )
+        return probability_NK
+
+    def recognise(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> float:
+        """Share of the images that are taken for the class of their label."""
+        return float((self.predict(image_NHWC) == label_N).mean())
+
+    def _prepare(self, image_NHWC: NDArray[np.uint8]) -> Tensor:
+        return to_network_range(_reduce(images_to_tensor(image_NHWC, self._device, colour=False)))
+
+
+def _reduce(x_NCHW: Tensor) -> Tensor:
+    """Images of more than MAX_SIZE pixels a side reduced to it; uint8 in, uint8 out."""
+    if x_NCHW.shape[2] <= MAX_SIZE:
+        return x_NCHW
+    return functional.adaptive_avg_pool2d(x_NCHW.float(), MAX_SIZE).round().to(torch.uint8)
+
+
+def load_classifier(
+    settings: ClassifierSettings,
+    real: RealImages,
+    cache: Path,
+    device: torch.device,
+    log: Callable[[str], None] = lambda line: None,
+) -> Classifier:
+    """The classifier of these settings for these images: from `cache`, or trained now and kept there.
+
+    Raises:
+        UserError: the cached file is damaged.
+    """
+    identity = json.dumps([real.fingerprint, asdict(settings)], sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    path = cache / f"classifier-{settings.architecture}-{key}.safetensors"
+
+    def make(_: int) -> None:
+        network, facts = train_classifier(settings, real, device, log)
+        state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+        with replacing(path) as file:
+            file.write(save(state, metadata={"facts": json.dumps(facts)}))
+
+    make_missing([path], make)
+    return _load(path, real, settings, device)
+
+
+def _build(settings: ClassifierSettings, real: RealImages) -> nn.Module:
+    make = PlainClassifier if settings.architecture == "plain" else ResidualClassifier
+    size = min(real.index.image_size, MAX_SIZE)
+    return make(size, real.index.channels, real.index.num_classes, settings.dimension)
+
+
+def _load(path: Path, real: RealImages, settings: ClassifierSettings, device: torch.device) -> Classifier:
+    network = _build(settings, real)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            facts = json.loads(stored.metadata()["facts"])
+            network.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: unreadable classifier ({error}); delete the file, it is trained again") from None
+    return Classifier(network, facts, device)
+
+
+def train_classifier(
+    settings: ClassifierSettings,
+    real: RealImages,
+    device: torch.device,
+    log: Callable[[str], None] = lambda line: None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Train on a random split of the real images: AdamW, one learning-rate cycle, random shifts.
+
+    Returns:
+        The network, and facts about it: settings, split, accuracy on the held-out images.
+    """
+    image_NCHW, label_N = _read_training_images(settings, real)
+    held = max(1, round(len(label_N) * HELD_OUT))
+    train_x, train_y = image_NCHW[held:].to(device), label_N[held:].to(device)
+    images_seen = min(settings.passes * len(train_y), settings.most_images)
+    steps = max(1, math.ceil(images_seen / _BATCH))
+    log(
+        f"training the {settings.architecture} classifier on {len(train_y):,} real images "
+        f"({steps:,} steps, kept for later)"
+    )
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(settings.seed)
+        network = _build(settings, real).to(device)
+        optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.02)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=steps + 1)
+        network.train()
+        order = np.empty(0, dtype=np.int64)
+        epoch = 0
+        for step in range(steps):
+            while len(order) < min(_BATCH, len(train_y)):
+                order = np.concatenate(
+                    [order, permutation(settings.seed, "classifier/order", epoch, len(train_y))]
+                )
+                epoch += 1
+            rows, order = torch.from_numpy(order[:_BATCH]).to(device), order[_BATCH:]
+            x = to_network_range(_shift(train_x[rows], settings.seed, step))
+            _, scores = network(x)
+            loss = functional.cross_entropy(scores, train_y[rows], label_smoothing=0.05)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            cycle.step()
+        accuracy = _accuracy(network.eval(), image_NCHW[:held], label_N[:held], device)
+    facts = {
+        "settings": asdict(settings),
+        "data": real.fingerprint,
+        "trained_on": len(train_y),
+        "held_out_images": held,
+        "held_out_accuracy": accuracy,
+        "image_size": int(image_NCHW.shape[2]),
+    }
+    log(f"the {settings.architecture} classifier is right on {accuracy:.2%} of {held:,} held-out real images")
+    return network, facts
+
+
+def _read_training_images(settings: ClassifierSettings, real: RealImages) -> tuple[Tensor, Tensor]:
+    """Up to MAX_IMAGES real images in random order, uint8 [N, C, H, W], and labels [N]; the first are held out."""
+    chosen = permutation(settings.seed, "classifier/split", 0, real.count)[:MAX_IMAGES]
+    row_of = np.full(real.count, -1, dtype=np.int64)
+    row_of[chosen] = np.arange(len(chosen))
+    size = min(real.index.image_size, MAX_SIZE)
+    image_NCHW = torch.empty(len(chosen), real.index.channels, size, size, dtype=torch.uint8)
+    label_N = torch.empty(len(chosen), dtype=torch.int64)
+    for batch in real.read_all(_EVALUATION_BATCH):
+        wanted = row_of[batch.number_N] >= 0
+        if wanted.any():
+            rows = torch.from_numpy(row_of[batch.number_N[wanted]])
+            images = images_to_tensor(batch.image_NHWC[wanted], torch.device("cpu"), colour=False)
+            image_NCHW[rows] = _reduce(images)
+            label_N[rows] = torch.from_numpy(batch.label_N[wanted])
+    return image_NCHW, label_N
+
+
+def _shift(x_NCHW: Tensor, seed: int, step: int) -> Tensor:
+    """The whole batch moved by up to an eighth of the side, edges repeated, by a draw of (seed, step)."""
+    size = x_NCHW.shape[2]
+    reach = size // 8
+    down, right = generator(seed, "classifier/shift", step).integers(0, 2 * reach + 1, size=2)
+    padded = functional.pad(x_NCHW.float(), (reach, reach, reach, reach), mode="replicate")
+    return padded[:, :, down : down + size, right : right + size]
+
+
+@torch.inference_mode()
+def _accuracy(network: nn.Module, image_NCHW: Tensor, label_N: Tensor, device: torch.device) -> float:
+    right = 0
+    for start in range(0, len(label_N), _EVALUATION_BATCH):
+        x = to_network_range(image_NCHW[start : start + _EVALUATION_BATCH].to(device))
+        predicted = network(x)[1].argmax(1).cpu()
+        right += int((predicted == label_N[start : start + _EVALUATION_BATCH]).sum())
+    return right / len(label_N)

@@ -1,0 +1,192 @@
+"""Quality scores of drawn images: how sure a classifier is of the intended class, or how near real images are.
+
+Shapes: N images, F features, K classes.
+"""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.data.storage.files import make_folder, replacing
+from ditmoe.data.storage.sharing import Progress, make_missing
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.jobs.workers import Workers
+from ditmoe.sampling.metrics.classifier import (
+    FEATURE_CLASSIFIER,
+    RECOGNISER,
+    Classifier,
+    ClassifierSettings,
+    load_classifier,
+)
+from ditmoe.sampling.metrics.features import FeatureNetwork, in_batches
+from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.settings.names import FeatureName
+
+ScoreName = Literal["classifier", "features", "none"]
+
+
+class Scorer(Protocol):
+    """Gives each image a score, higher is better."""
+
+    description: Mapping[str, Any]
+    """What the score depends on, as plain data; recorded beside it."""
+
+    def __call__(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """uint8 [N, H, W, C] and the intended classes [N] → scores [N]."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """Which score is given."""
+
+    kind: ScoreName = "classifier"
+    """`classifier`: the probability of the intended class; `features`: minus the distance to the mean of the
+    class's real images in a feature network's space."""
+    features: FeatureName = "classifier"
+    """For `features`: a network that was trained on the real images, or Inception-v3."""
+    features_path: Path | None = None
+    """The Inception file."""
+    classifier: ClassifierSettings = RECOGNISER
+    feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
+
+
+class ClassifierScore:
+    """The probability that the classifier gives to the intended class, 0 … 1."""
+
+    def __init__(self, classifier: Classifier, real: RealImages) -> None:
+        self._classifier = classifier
+        self.description: Mapping[str, Any] = {
+            "score": "classifier",
+            "network": classifier.fingerprint,
+            "held_out_accuracy": classifier.held_out_accuracy,
+            "reference": real.fingerprint,
+        }
+
+    def __call__(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `Scorer`."""
+        probability_NK = self._classifier.probabilities(image_NHWC)
+        score_N: NDArray[np.float32] = probability_NK[np.arange(len(label_N)), label_N]
+        return score_N
+
+
+class FeatureScore:
+    """Minus the distance to the mean of the intended class's real images, so 0 at most."""
+
+    def __init__(
+        self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: RealImages, batch: int
+    ) -> None:
+        self._network, self._mean_KF, self._batch = network, mean_KF, batch
+        self.description: Mapping[str, Any] = {
+            "score": "features",
+            "features": network.name,
+            "network": network.fingerprint,
+            "reference": real.fingerprint,
+        }
+
+    def __call__(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As `Scorer`."""
+        features_NF = in_batches(self._network, image_NHWC, self._batch)["features"].astype(np.float64)
+        distance_N = np.linalg.norm(features_NF - self._mean_KF[label_N], axis=1)
+        score_N: NDArray[np.float32] = -distance_N.astype(np.float32)
+        return score_N
+
+
+def make_scorer(
+    settings: ScoreSettings,
+    real: RealImages,
+    labels: Sequence[int],
+    cache: Path,
+    batch: int,
+    workers: Workers,
+    log: Callable[[str], None] = lambda line: None,
+    on_progress: Progress = lambda done: None,
+) -> Scorer:
+    """The scorer of these settings; every process calls this, and one trains what has to be trained.
+
+    Args:
+        labels: the classes that are to be scored.
+        cache: folder of trained classifiers and of the means, shared by runs.
+        batch: images through the network at once.
+        log: takes lines to show.
+        on_progress: told the parts of the real images that are done.
+
+    Raises:
+        UserError: a file is missing or damaged, the real images are, or a class has none.
+    """
+    if settings.kind == "classifier":
+        return ClassifierScore(load_classifier(settings.classifier, real, cache, workers.device, log), real)
+    network: FeatureNetwork
+    if settings.features == "inception":
+        network = load_inception(settings.features_path, workers.device)
+    else:
+        network = load_classifier(settings.feature_classifier, real, cache, workers.device, log)
+    mean_KF = class_means(network, real, cache, batch, workers, on_progress)
+    empty = [label for label in sorted(set(labels)) if np.isnan(mean_KF[label]).any()]
+    if empty:
+        raise UserError(
+            f"{real.folder}: has no image of class {empty[0]} ({real.index.class_names[empty[0]]}), "
+            "from whose mean distances are measured; leave it out with --classes, or give another --reference"
+        )
+    return FeatureScore(network, mean_KF, real, batch)
+
+
+def class_means(
+    network: FeatureNetwork,
+    real: RealImages,
+    cache: Path,
+    batch: int,
+    workers: Workers,
+    on_progress: Progress = lambda done: None,
+) -> NDArray[np.float64]:
+    """Mean features of each class's real images, `[K, F]`, by all processes together; NaN for a class without any.
+
+    The sums are kept in `cache`. UserError when a shard, a sample or a kept file is damaged.
+    """
+    folder = cache / f"class-sums-{real.fingerprint}-{network.fingerprint}"
+    paths = [folder / f"part-{part:02d}.npz" for part in range(real.parts)]
+    classes = real.index.num_classes
+
+    def make(part: int) -> None:
+        sum_KF = np.zeros((classes, network.dimension))
+        count_K = np.zeros(classes, np.int64)
+        for images in real.read(part, batch):
+            features_NF = network.features(images.image_NHWC)["features"].astype(np.float64)
+            np.add.at(sum_KF, images.label_N, features_NF)
+            np.add.at(count_K, images.label_N, 1)
+        make_folder(folder)
+        with replacing(paths[part]) as file:
+            np.savez(file, sum=sum_KF, count=count_K)
+
+    make_missing(paths, make, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
+    sum_KF, count_K = np.zeros((classes, network.dimension)), np.zeros(classes, np.int64)
+    for path in paths:
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                sum_KF, count_K = sum_KF + stored["sum"], count_K + stored["count"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: could not be read ({error}); delete the file, it is made anew") from None
+    with np.errstate(invalid="ignore"):
+        mean_KF: NDArray[np.float64] = sum_KF / count_K[:, None]
+    return mean_KF
+
+
+def plain_settings(settings: ScoreSettings, real: RealImages | None) -> dict[str, Any]:
+    """The choice of a score as plain data, to tell whether two are the same."""
+    if settings.kind == "none" or real is None:
+        return {"kind": "none"}
+    if settings.kind == "classifier":
+        return {"kind": "classifier", "reference": real.fingerprint, "classifier": asdict(settings.classifier)}
+    plain = {"kind": "features", "reference": real.fingerprint, "features": settings.features}
+    if settings.features == "classifier":
+        return {**plain, "classifier": asdict(settings.feature_classifier)}
+    assert settings.features_path is not None
+    with settings.features_path.open("rb") as file:
+        return {**plain, "file": hashlib.file_digest(file, "sha256").hexdigest()[:16]}

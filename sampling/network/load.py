@@ -1,0 +1,182 @@
+"""A trained model, read from a run folder or one of its checkpoints."""
+
+import copy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ditmoe.data.encoding.vae import Vae, VaeFacts, find_vae, load_vae, read_facts
+from ditmoe.data.shards.index import LatentFacts
+from ditmoe.model.canonical import load_canonical
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import (
+    MARKER,
+    CheckpointInfo,
+    checkpoint_path,
+    checkpoints,
+    newest_checkpoint,
+    read_info,
+    read_weights,
+)
+
+Weights = Literal["ema", "weights"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network and what it takes to sample from it."""
+
+    network: nn.Module
+    """(x_BCHW, timestep_B, label_B) → prediction; a `DiT`."""
+    model_config: ModelConfig
+    """Complete: input size, channels and classes are known."""
+    objective_config: ObjectiveConfig
+    class_names: tuple[str, ...]
+    """Name of each class, in the order of the labels."""
+    info: CheckpointInfo | None
+    """The checkpoint it was read from; None for a network that never was in one."""
+    fingerprint: str
+    """Stands for the checkpoint and the choice of weights: with one VAE, one fingerprint is the same images."""
+    vae: Vae | None = None
+    """Decodes what the network draws; None: it draws pixels."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image in pixels."""
+        size, channels = self.model_config.image_size, self.model_config.channels
+        assert size is not None and channels is not None
+        if self.vae is not None:
+            size, channels = size * self.vae.facts.reduction, self.vae.facts.pixel_channels
+        return channels, size, size
+
+    def network_in(self, precision: Precision) -> nn.Module:
+        """The network for sampling: itself, or a copy in bfloat16 that is made once where it is in fp32."""
+        if precision == "fp32" or next(self.network.parameters()).dtype == torch.bfloat16:
+            return self.network
+        return self._in_bfloat16
+
+    @cached_property
+    def _in_bfloat16(self) -> nn.Module:
+        return copy.deepcopy(self.network).to(torch.bfloat16)
+
+
+def find_checkpoint(source: Path, step: int | None = None) -> Path:
+    """The checkpoint that a run folder (its newest, or that of `step`) or a checkpoint folder stands for.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; expected a run folder or a checkpoint")
+    if (source / MARKER).is_file():
+        if step is not None:
+            raise UserError(f"{source}: is one checkpoint, and step {step} was asked for; expected a run folder")
+        return source
+    if step is None:
+        newest = newest_checkpoint(source)
+        if newest is None:
+            raise UserError(f"{source}: no complete checkpoint found; expected a run folder or a checkpoint")
+        return newest
+    complete = checkpoints(source)
+    path = checkpoint_path(source, step)
+    if path not in complete:
+        found = ", ".join(str(int(there.name.removeprefix("step-"))) for there in complete) or "none"
+        raise UserError(f"{source}: no complete checkpoint of step {step}; found steps: {found}")
+    return path
+
+
+def home_of(checkpoint: Path) -> Path:
+    """The folder that what is made of a checkpoint goes to: its run's, or its own where it stands alone."""
+    resolved = checkpoint.resolve()
+    home = resolved.parent.parent if resolved.parent.name == "checkpoints" else resolved
+    here = Path.cwd()
+    return home.relative_to(here) if home.is_relative_to(here) else home
+
+
+def load_model(
+    source: Path,
+    which: Weights = "ema",
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    precision: Precision = "fp32",
+    vae: Path | None = None,
+) -> LoadedModel:
+    """Read a model for sampling.
+
+    Args:
+        source: a run folder, or the folder of one checkpoint.
+        which: the moving average, or the trained weights themselves.
+        step: the checkpoint of a run; None: the newest complete one.
+        device: where the network goes, in evaluation mode.
+        precision: of its weights; bf16 saves the memory of the fp32 ones where only bf16 is sampled.
+        vae: where the VAE of its latents lies now; None: where it lay when they were encoded.
+
+    Raises:
+        UserError: no checkpoint is there, it is damaged, or its weights do not fit its configuration; its VAE is
+            not there, or another than encoded the data.
+    """
+    path = find_checkpoint(source, step)
+    info = read_info(path)
+    decoder = find_decoder(info, vae)
+    try:
+        model_config, objective_config = complete_config(info.model, info), info.objective
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path / MARKER}: its configuration does not describe a model: {error}") from error
+    network = DiT(model_config)
+    load_canonical(network, read_weights(path, which), origin=f"{path} ({which})")
+    assert model_config.num_classes is not None
+    names = info.dataset.get("class_names") or range(model_config.num_classes)
+    return LoadedModel(
+        network=network.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        .eval()
+        .requires_grad_(False),
+        model_config=model_config,
+        objective_config=objective_config,
+        class_names=tuple(str(name) for name in names),
+        info=info,
+        fingerprint=f"{info.fingerprint}-{which}",
+        vae=None if decoder is None else load_vae(decoder, device),
+    )
+
+
+def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:
+    """The VAE that makes pixels of what a checkpoint's network draws; None: it draws pixels.
+
+    Args:
+        vae: where it lies now. A checkpoint of published weights knows of none, and takes any that fits.
+
+    Raises:
+        UserError: it is not there, is another than encoded the data, or has other channels than the network.
+    """
+    stored = info.dataset.get("latents")
+    if stored is None and vae is None:
+        return None
+    if stored is not None:
+        try:
+            facts = find_vae(LatentFacts.model_validate(stored), vae)
+        except ValidationError as error:
+            raise UserError(f"{info.path / MARKER}: dataset.latents cannot be read: {error}") from error
+    else:
+        assert vae is not None
+        facts = read_facts(vae)
+    channels = info.config["model"].get("channels") or info.dataset.get("channels")
+    if channels != facts.latent_channels:
+        raise UserError(
+            f"{facts.path}: decodes latents of {facts.latent_channels} channels, and the network of {info.path} "
+            f"draws {channels}" + ("; expected --vae left out where it draws pixels" if stored is None else "")
+        )
+    return facts
+
+
+def complete_config(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:
+    """The configuration, with what it left to the data taken from there. KeyError where that has it not."""
+    missing = [name for name in ("image_size", "channels", "num_classes") if getattr(config, name) is None]
+    return ModelConfig.model_validate(config.model_dump() | {name: info.dataset[name] for name in missing})

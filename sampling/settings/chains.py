@@ -1,0 +1,96 @@
+"""Settings of Denoising Langevin Gibbs chains."""
+
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ditmoe.model.settings import Settings
+from ditmoe.sampling.settings.names import ChainPreset, IntegratorName, LevelRule, StepRule
+
+PRESETS: Final[Mapping[ChainPreset, Mapping[str, Any]]] = {
+    "published": {},
+    "velocity": {
+        "step_size": 1.5,
+        "step_rule": "underdamped",
+        "momentum": 0.98,
+        "skip": 3,
+        "level_rule": "sample",
+        "select": "last",
+        "samples_per_chain": 5,
+        "initial": "dpm-solver++",
+        "initial_steps": 8,
+        "burn_in_first": 0,
+        "burn_in": 2,
+    },
+}
+"""What a preset says of other settings; the rest have their defaults."""
+
+
+class DlgConfig(Settings):
+    """How chains move through images and noise levels, and which of their states are denoised."""
+
+    preset: ChainPreset = Field(default="published", exclude=True)
+    """What the settings that are not given are: `published`, or `velocity`, the best that was found on images of
+    32×32 (docs/dmcmc.md)."""
+    step_size: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    """η. With `constant` in units of σ²; with the other rules a share of σ², for `exponential` at most 1."""
+    step_rule: StepRule = "constant"
+    """`constant`: x + ½η·s + √η·z (published). `proportional`: the same with η·σ² for η. `exponential`:
+    D + √(1 − η)·(x − D) + √η·σ·z, whose noise of the current level keeps its size exactly. `underdamped`: with a
+    velocity that goes on from step to step, which also keeps it."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of `underdamped`: share of its velocity that a chain keeps from one step to the next."""
+    class_scales: tuple[float, ...] | None = None
+    """A factor of η for each class; null: 1 for all."""
+    skip: int = Field(default=20, ge=1)
+    """Langevin–Gibbs steps from one sample to the next (n_skip)."""
+    thin: int = Field(default=1, ge=1)
+    """Of so many stretches of `skip` steps the last one gives a sample."""
+    level_rule: LevelRule = "argmax"
+    """How σ is chosen for an image: `argmax` (published) takes the likeliest; `sample` draws it (exact)."""
+    sigma_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Smallest σ that a chain may take; null: that of the classifier."""
+    sigma_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Largest σ that a chain may take; null: that of the classifier."""
+    select: Literal["smallest", "last"] = "smallest"
+    """Which state of a stretch is denoised: that of smallest σ (published), or the last (exact)."""
+    samples_per_chain: int = Field(default=50, ge=1)
+    """Samples S of a chain: image i is sample i mod S of chain i div S. Fewer are less alike; the cost of the
+    start is divided by them."""
+    initial: IntegratorName = "kar2"
+    """The integrator that draws, from pure noise, what a chain starts from."""
+    initial_steps: int = Field(default=19, ge=1)
+    """Its steps; 19 are the paper's N = 20 levels."""
+    initial_noise: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    """Deviation of the noise that is added to it."""
+    burn_in_step_size: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    """η of the first burn-in, whose rule is `constant`."""
+    burn_in_first: int = Field(default=10, ge=0)
+    """Steps of it."""
+    burn_in: int = Field(default=10, ge=0)
+    """Steps with the chain's own rule and η before the first stretch."""
+    restart_every: int | None = Field(default=None, ge=1)
+    """Samples after which a chain starts anew from pure noise; null: never."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        """Take what is not given from the preset; an unknown one is left to its own field's check."""
+        if not isinstance(values, dict):
+            return values
+        return {**PRESETS.get(values.get("preset", "published"), {}), **values}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.sigma_min is not None and self.sigma_max is not None and self.sigma_min > self.sigma_max:
+            raise ValueError(f"sigma_min = {self.sigma_min:g} is above sigma_max = {self.sigma_max:g}")
+        scales = self.class_scales or (1.0,)
+        if not all(0 < scale < float("inf") for scale in scales):
+            raise ValueError(f"class_scales = {list(scales)}: expected numbers above 0")
+        if self.step_rule == "exponential" and self.step_size * max(scales) > 1:
+            raise ValueError(
+                f"step_size = {self.step_size:g} (times the largest of class_scales): expected at most 1 "
+                "with step_rule = exponential"
+            )
+        return self

@@ -1,0 +1,178 @@
+"""Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self, cast
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from ditmoe.model.config import ObjectiveConfig
+from ditmoe.model.errors import UserError
+from ditmoe.model.settings import Settings
+from ditmoe.sampling.settings.chains import DlgConfig
+from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
+
+
+def default_schedule(sampler: IntegratorName) -> ScheduleName:
+    """The schedule of a sampler that none was chosen for."""
+    return "own" if sampler in ("ddpm", "ddim", "euler") else "karras"
+
+
+class SamplerConfig(Settings):
+    """How an image is drawn from a network."""
+
+    sampler: SamplerName | None = None
+    """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
+    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
+    runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
+    chains, which want the run's noise-level classifier."""
+    steps: int = Field(default=250, ge=1)
+    """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
+    schedule: ScheduleName | None = None
+    """Noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM: the
+    1000 timesteps, respaced). `karras`: EDM's, ρ = 7, from the largest to the smallest σ of the range.
+    Null: `own` for ddpm, ddim and euler, `karras` for the others. Not for rk45."""
+    ddim_eta: float = Field(default=0.0, ge=0, le=1)
+    """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
+    churn: float = Field(default=80.0, ge=0, allow_inf_nan=False)
+    """S_churn of kar2: at a step σ first grows, with fresh noise, by the factor 1 + churn/steps, at most √2."""
+    churn_min: float = Field(default=0.05, ge=0)
+    """S_tmin of kar2: the smallest σ that grows."""
+    churn_max: float = Field(default=1.0, ge=0)
+    """S_tmax of kar2: the largest σ that grows."""
+    churn_noise: float = Field(default=1.007, ge=0, allow_inf_nan=False)
+    """S_noise of kar2: deviation of its fresh noise."""
+    tolerance: float = Field(default=1e-5, gt=0, lt=1)
+    """Error of a step of rk45, relative to 1 + |x|, as the root of the mean square over the image."""
+    corrector_steps: int = Field(default=0, ge=0)
+    """Langevin steps of reverse-diffusion and euler-maruyama at each level between the first and 0; 0: none."""
+    corrector_snr: float = Field(default=0.16, gt=0, lt=1)
+    """Signal-to-noise ratio of a Langevin step; its length goes with the square. A larger one corrects more, and
+    leaves the variance too large by a share of about snr²."""
+    tweedie: bool = False
+    """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
+    evaluation more. The step to σ = 0 that each integrator ends with is of this kind already."""
+    cfg_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Classifier-free guidance; 1: none."""
+    cfg_channels: int | None = Field(default=None, ge=1)
+    """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""
+    ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
+    """The timestep that a DDPM network gets at a σ between two of its 1000 levels: in between as log σ is, or
+    that of the nearer level. No matter on the `own` schedule, which uses the levels themselves."""
+    dlg: DlgConfig = DlgConfig()
+    """How chains move; with a sampler of chains only."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the network's weights and arithmetic; the image between its evaluations is fp32 either way."""
+    seed: int = Field(default=0, ge=0)
+    """Image i is a function of (seed, i) alone; of chains, chain i div S is one of (seed, its number)."""
+
+    @property
+    def chains(self) -> bool:
+        """Whether images are those of chains."""
+        return self.sampler is not None and self.sampler.startswith(CHAIN_PREFIX)
+
+    @property
+    def integrator(self) -> IntegratorName:
+        """The sampler, of chains the one that finishes their states; the configuration is resolved."""
+        assert self.sampler is not None
+        return cast(IntegratorName, self.sampler.removeprefix(CHAIN_PREFIX))
+
+    @property
+    def images_per_unit(self) -> int:
+        """Images that are drawn from one start and have one class: the samples of a chain, or 1."""
+        return self.dlg.samples_per_chain if self.chains else 1
+
+    def plain(self) -> dict[str, Any]:
+        """All settings that matter to the images, as plain data."""
+        return self.model_dump(mode="json", exclude=None if self.chains else {"dlg"})
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """A corrector is for the samplers that have one, and a range is not empty."""
+        if self.corrector_steps and not (self.sampler or "").endswith(("reverse-diffusion", "euler-maruyama")):
+            raise ValueError(
+                f"corrector_steps = {self.corrector_steps} with sampler = {self.sampler}: expected the sampler "
+                "reverse-diffusion or euler-maruyama"
+            )
+        if not self.chains and self.dlg != DlgConfig():
+            raise ValueError(
+                f"dlg is given with sampler = {self.sampler}: expected a sampler of chains, such as "
+                f"{CHAIN_PREFIX}{self.sampler or 'kar2'}"
+            )
+        if self.churn_min > self.churn_max:
+            raise ValueError(f"churn_min = {self.churn_min:g} is above churn_max = {self.churn_max:g}")
+        return self
+
+    def resolved(self, objective: ObjectiveConfig) -> "SamplerConfig":
+        """The same with the sampler and the schedule that the nulls stand for, under the sampler's first name."""
+        sampler = self.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
+        named = self.model_copy(update={"sampler": sampler.replace("kar1", "heun")})
+        return named.model_copy(update={"schedule": self.schedule or default_schedule(named.integrator)})
+
+
+def sampler_from_options(*, dlg: Sequence[str] = (), **options: Any) -> SamplerConfig:
+    """A sampler from a command's options, which are named as the fields are.
+
+    Args:
+        dlg: KEY=VALUE for each setting of chains that is given.
+
+    Raises:
+        UserError: naming every option that is out of range.
+    """
+    settings, problems = _chain_settings(dlg)
+    try:
+        config = SamplerConfig.model_validate({**options, "dlg": settings})
+    except ValidationError as error:
+        for problem in error.errors():
+            message, where = problem["msg"].removeprefix("Value error, "), problem["loc"]
+            if where[:1] == ("dlg",) and len(where) > 1:
+                problems.append(f"--dlg {where[1]}={problem['input']}: {message}")
+            elif where and where != ("dlg",):
+                problems.append(f"--{str(where[0]).replace('_', '-')} {problem['input']}: {message}")
+            else:  # of several options, which it names
+                problems.append(message)
+    if problems:
+        raise UserError("\n".join(problems))
+    return config
+
+
+def _chain_settings(given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """KEY=VALUE of chains → values by key, and what is wrong with them."""
+    settings: dict[str, Any] = {}
+    problems = []
+    for text in given:
+        key, equals, value = text.partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            problems.append(f"--dlg {text}: expected KEY=VALUE, such as skip=10")
+        elif key not in DlgConfig.model_fields:
+            problems.append(f"--dlg {text}: unknown setting; expected one of {', '.join(DlgConfig.model_fields)}")
+        elif key in settings:
+            problems.append(f"--dlg {text}: {key} is given twice")
+        elif value == "null":
+            settings[key] = None
+        elif value.startswith("[") and value.endswith("]"):
+            settings[key] = [part.strip() for part in value[1:-1].split(",")]
+        else:
+            settings[key] = value
+    return settings, problems
+
+
+class PreviewConfig(Settings):
+    """The grid of fixed seeds and classes that training draws from the EMA."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two grids; null: none."""
+    images: int = Field(default=16, ge=1)
+    """Images of a grid; their classes go round all classes."""
+    sampler: SamplerConfig = SamplerConfig(steps=50)
+    """How they are drawn."""
+
+    @field_validator("sampler")
+    @classmethod
+    def _check_sampler(cls, sampler: SamplerConfig) -> SamplerConfig:
+        if sampler.chains:
+            raise ValueError(
+                f"sampler = {sampler.sampler}: chains want a noise-level classifier, which is trained after the "
+                f"run; expected {sampler.integrator}"
+            )
+        return sampler

@@ -1,0 +1,40 @@
+"""Names that a user may give, apart from what imports torch, so that the command's help answers at once."""
+
+from typing import Final, Literal
+
+IntegratorName = Literal[
+    "ddpm",
+    "ddim",
+    "euler",
+    "heun",
+    "kar1",
+    "kar2",
+    "rk45",
+    "reverse-diffusion",
+    "euler-maruyama",
+    "dpm-solver++",
+]
+"""From pure noise, or from any noisy image, to an image."""
+ChainName = Literal[
+    "dlg:ddpm",
+    "dlg:ddim",
+    "dlg:euler",
+    "dlg:heun",
+    "dlg:kar1",
+    "dlg:kar2",
+    "dlg:rk45",
+    "dlg:reverse-diffusion",
+    "dlg:euler-maruyama",
+    "dlg:dpm-solver++",
+]
+"""Denoising Langevin Gibbs chains, whose states the integrator finishes."""
+SamplerName = Literal[IntegratorName, ChainName]
+ScheduleName = Literal["own", "karras"]
+ChainPreset = Literal["published", "velocity"]
+LevelRule = Literal["argmax", "sample"]
+StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
+
+CHAIN_PREFIX: Final = "dlg:"
+
+FeatureName = Literal["classifier", "inception"]
+"""The network whose features images are compared by."""

@@ -1,0 +1,178 @@
+"""`ditmoe convert` in every direction, bit for bit, and `ditmoe models`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ditmoe.launcher.commands import models
+from ditmoe.launcher.commands.convert import command as convert
+from ditmoe.model.canonical import canonical_state
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.model.presets import SIZES
+from ditmoe.model.weights.published import PublishedWeights, read_published, save_published
+from ditmoe.parallel.checkpoint.folder import read_info, read_weights
+from tests.forked import DITMOE, run_forked
+
+SHAPE: dict[str, Any] = {
+    "depth": 2,
+    "hidden": 32,
+    "heads": 4,
+    "patch": 2,
+    "image_size": 8,
+    "channels": 4,
+    "num_classes": 3,
+}
+CONFIG = ModelConfig(**SHAPE, experts=3, experts_per_token=2, attention="qk_norm")
+NAMES = ["cat", "dog", "owl"]
+
+
+def make_state(config: ModelConfig = CONFIG, seed: int = 0) -> dict[str, Tensor]:
+    network = DiT(config)
+    random = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(generator=random)
+    return canonical_state(network)
+
+
+def assert_equal(found: dict[str, Tensor] | None, expected: dict[str, Tensor] | None) -> None:
+    assert found is not None and expected is not None and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> PublishedWeights:
+    """Two sets that say everything of themselves, in `source.pt`."""
+    both = PublishedWeights(CONFIG, make_state(), make_state(seed=1), ObjectiveConfig(kind="ddpm"), NAMES)
+    save_published(both, tmp_path / "source.pt")
+    return both
+
+
+def test_there_and_back(tmp_path: Path, published: PublishedWeights) -> None:
+    """.pt → checkpoint → .pt → checkpoint: both sets, the network, the objective and the classes stay."""
+    convert(tmp_path / "source.pt", tmp_path / "checkpoint")
+    info = read_info(tmp_path / "checkpoint")
+    assert (info.model, info.objective, info.dataset["class_names"]) == (CONFIG, published.objective, NAMES)
+    convert(tmp_path / "checkpoint", tmp_path / "back.pt")
+    found = read_published(tmp_path / "back.pt")
+    assert (found.config, found.objective, found.class_names) == (CONFIG, published.objective, NAMES)
+    assert_equal(found.ema, published.ema)
+    assert_equal(found.weights, published.weights)
+    convert(tmp_path / "back.pt", tmp_path / "again")
+    for which in ("ema", "weights"):
+        assert_equal(read_weights(tmp_path / "again", which), read_weights(tmp_path / "checkpoint", which))
+
+
+@pytest.mark.parametrize("which", ["ema", "weights"])
+def test_through_safetensors_in_files(tmp_path: Path, published: PublishedWeights, which: Any) -> None:
+    """checkpoint → .safetensors → checkpoint: one set, here cut into several files."""
+    convert(tmp_path / "source.pt", tmp_path / "checkpoint")
+    size = sum(tensor.numel() * 4 for tensor in published.state().values())
+    convert(tmp_path / "checkpoint", tmp_path / "one.safetensors", weights=which, shard_size=size / 2**31)
+    assert len(list(tmp_path.glob("one-*-of-*.safetensors"))) > 1
+    convert(tmp_path / "one.safetensors", tmp_path / "back")
+    expected = {name: tensor for name, tensor in published.state(which).items() if name != "pos_embed"}
+    assert_equal(read_weights(tmp_path / "back", "ema"), expected)
+    assert_equal(read_weights(tmp_path / "back", "weights"), expected)
+
+
+def test_a_run_gives_its_newest_checkpoint(tmp_path: Path, published: PublishedWeights) -> None:
+    run = tmp_path / "run"
+    convert(tmp_path / "source.pt", run / "checkpoints" / "step-00000000")
+    save_published(published.only("weights"), tmp_path / "other.pt")
+    convert(tmp_path / "other.pt", run / "checkpoints" / "step-00000007")
+    convert(run, tmp_path / "run.pt", bare=True)
+    found = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert_equal(found, published.weights)
+
+
+def test_a_published_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dense file as others publish it: the preset checks it, the objective is given."""
+    monkeypatch.setitem(SIZES, "S", (2, 32, 4))  # the preset's name with less to write
+    config = ModelConfig(preset="DiT-S/8", image_size=32, channels=4, num_classes=10)
+    torch.save(make_state(config), tmp_path / "dense.pt")
+    with pytest.raises(UserError, match=r"--objective: .*dense\.pt does not say it"):
+        convert(tmp_path / "dense.pt", tmp_path / "checkpoint", preset="DiT-S/8")
+    convert(tmp_path / "dense.pt", tmp_path / "checkpoint", preset="DiT-S/8", objective="ddpm")
+    assert "DiT-S/8, 0.1M parameters (ema), ddpm" in capsys.readouterr().out
+    assert read_info(tmp_path / "checkpoint").model == config
+    with pytest.raises(UserError, match="hidden = 32 in the checkpoint, 768 in DiT-B/8"):
+        convert(tmp_path / "checkpoint", tmp_path / "back.pt", preset="DiT-B/8")
+
+
+def test_what_is_refused(tmp_path: Path, published: PublishedWeights) -> None:
+    source = tmp_path / "source.pt"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "sharded.safetensors.index.json").touch()
+    save_published(published.only("ema"), tmp_path / "single.pt")
+    refused: list[tuple[str, Path, Path, dict[str, Any]]] = [
+        ("exists already", source, tmp_path / "taken", {}),
+        ("exists already", source, tmp_path / "sharded.safetensors", {}),
+        ("ends with '.onnx'", source, tmp_path / "new.onnx", {}),
+        ("is not a .pt file", source, tmp_path / "new", {"bare": True}),
+        ("ddpm", source, tmp_path / "new", {"objective": "rectified_flow"}),
+        ("no such file", tmp_path / "nothing.pt", tmp_path / "new", {}),
+        ("no complete checkpoint", tmp_path / "empty", tmp_path / "new", {}),
+        ("expected one .safetensors", tmp_path / "taken", tmp_path / "new", {}),
+        ("has no set 'weights'", tmp_path / "single.pt", tmp_path / "new", {"weights": "weights"}),
+        ("is not a preset", source, tmp_path / "new", {"preset": "DiT-Q"}),
+    ]
+    for message, origin, destination, options in refused:
+        with pytest.raises(UserError, match=message):
+            convert(origin, destination, **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_position_embedding_is_not_lost_in_silence(tmp_path: Path, published: PublishedWeights) -> None:
+    assert published.ema is not None
+    published.ema["pos_embed"] = torch.zeros_like(published.ema["pos_embed"])
+    save_published(published.only("ema"), tmp_path / "learned.pt")
+    with pytest.raises(UserError, match="pos_embed departs by 1 from the fixed"):
+        convert(tmp_path / "learned.pt", tmp_path / "checkpoint")
+
+
+def test_a_full_disk_leaves_nothing(
+    tmp_path: Path, published: PublishedWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ditmoe.parallel.checkpoint.folder.save_pieces", full)
+    with pytest.raises(UserError, match=r"cannot be written .*No space left"):
+        convert(tmp_path / "source.pt", tmp_path / "checkpoint")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pt"]
+
+
+def test_from_the_command_line(tmp_path: Path, published: PublishedWeights) -> None:
+    done = run_forked([*DITMOE, "convert", "source.pt", "ours", "--weights", "ema"], tmp_path / "output")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ours: a network of its own shape")
+    again = run_forked([*DITMOE, "convert", "source.pt", "ours"], tmp_path / "output")
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ours: exists already") and "Traceback" not in again.stderr
+
+
+def test_models_prints_the_published_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    models.command()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[6].split()[:3] == ["DiT-G/2-16E2A", "16.50B", "3.18B"]
+    assert len(lines[1:7]) == 6 and lines[7] == ""
+
+
+def test_models_by_name_and_pattern(capsys: pytest.CaptureFixture[str]) -> None:
+    models.command(["DiT-S/2-32E4A", "DiT-B/*"], as_json=True)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["preset"] for row in rows[:3]] == ["DiT-S/2-32E4A", "DiT-B/2", "DiT-B/4"]
+    with pytest.raises(UserError, match="'DiT-Q' is not a preset"):
+        models.command(["DiT-Q"])
+    with pytest.raises(UserError, match="matches no preset"):
+        models.command(["DiT-Q*"])

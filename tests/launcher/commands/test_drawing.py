@@ -1,0 +1,72 @@
+"""The sampler's options: one for each setting, and the same again for the processes of a job."""
+
+import inspect
+
+import typer
+from typer.testing import CliRunner
+
+from ditmoe.launcher.commands.drawing import Drawing, draws_images
+from ditmoe.sampling.settings.chains import DlgConfig
+from ditmoe.sampling.settings.config import SamplerConfig
+
+SEEN: list[tuple[str, bool, Drawing]] = []
+
+
+@draws_images(steps=17)
+def command(name: str, *, before: bool = False, drawing: Drawing) -> None:
+    """A command that draws."""
+    SEEN.append((name, before, drawing))
+
+
+app = typer.Typer()
+app.command()(command)
+
+
+def parsed(*arguments: str) -> tuple[str, bool, Drawing]:
+    SEEN.clear()
+    result = CliRunner().invoke(app, ["x", *arguments])
+    assert result.exit_code == 0, result.output
+    return SEEN.pop()
+
+
+def test_defaults_are_those_of_the_configuration():
+    name, before, drawing = parsed()
+    assert (name, before) == ("x", False)
+    assert drawing.config() == SamplerConfig(steps=17)
+    # ddpm_timestep is for those who write a configuration.
+    assert set(drawing.values) == set(SamplerConfig.model_fields) - {"ddpm_timestep"}
+    command("x")
+    assert SEEN.pop()[2] == drawing
+    assert list(inspect.signature(command).parameters)[:4] == ["name", "before", "sampler", "steps"]
+
+
+def test_options_survive_being_passed_on():
+    changed = {
+        "sampler": "dlg:euler-maruyama",
+        "steps": 3,
+        "schedule": "own",
+        "ddim_eta": 0.1,
+        "churn": 0.3,
+        "churn_min": 1e-7,
+        "churn_max": 1e9,
+        "churn_noise": 1 / 3,
+        "tolerance": 2e-7,
+        "corrector_steps": 2,
+        "corrector_snr": 0.1 + 0.2,
+        "tweedie": True,
+        "dlg": ("skip=3", "step-size=0.125", "class_scales=[1, 2.5]", "restart_every=4"),
+        "cfg_scale": 1.25,
+        "cfg_channels": 2,
+        "precision": "bf16",
+        "seed": 5,
+    }
+    chains = DlgConfig(skip=3, step_size=0.125, class_scales=(1, 2.5), restart_every=4)
+    config = SamplerConfig.model_validate({**changed, "dlg": chains})
+    assert all(
+        getattr(config, key) != field.default
+        for key, field in SamplerConfig.model_fields.items()
+        if key in changed
+    )
+    _, before, drawing = parsed("--before", *Drawing(changed).arguments())
+    assert before and drawing.config() == config
+    assert parsed(*drawing.arguments())[2] == drawing

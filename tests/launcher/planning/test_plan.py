@@ -1,0 +1,127 @@
+"""`ditmoe plan`: the layouts it offers can run, it answers soon, and the runs of configs/ are what it chose."""
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ditmoe.launcher.cli import app
+from ditmoe.launcher.commands.plan import command
+from ditmoe.launcher.configuration.run_config import load_config
+from ditmoe.launcher.planning.plan import plans
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.planner.estimate import Machine
+from ditmoe.parallel.planner.gpus import GPUS, tflops_of_device
+
+ROOT = Path(__file__).resolve().parents[3]
+PUBLISHED = sorted((ROOT / "configs").glob("dit-*.yaml"))
+Write = Callable[..., Path]
+
+
+def plan(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *arguments])
+
+
+def configuration(write_config: Write, **train: Any) -> str:
+    model = {"preset": "DiT-S/2-8E2A", "image_size": 32, "channels": 4, "num_classes": 1000}
+    return str(write_config(launch={}, model=model, parallel={}, train={"batch": 256, **train}))
+
+
+def test_every_layout_it_offers_can_run(write_config: Write) -> None:
+    path = configuration(write_config)
+    found = json.loads(plan(path, "--gpus", "8", "--all", "--json").stdout)
+    assert len(found) > 50 and found[0]["fits"]
+    axes = {key: {entry["layout"][key] for entry in found} for key in ("pipe", "expert", "zero", "tensor")}
+    assert axes == {"pipe": {1, 2, 4, 8}, "expert": {1, 2, 4, 8}, "zero": {1, 2, 3}, "tensor": {1, 2}}
+    for entry in found[:: len(found) // 25]:
+        overrides = [*entry["overrides"], "launch.processes=8"]
+        parallel = load_config(Path(path), overrides).parallel
+        assert parallel.pipe * parallel.tensor * (parallel.data or 0) == 8
+    speeds = [entry["images_per_second"] for entry in found if entry["fits"]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_the_best_is_explained(write_config: Write) -> None:
+    done = plan(configuration(write_config), "--gpus", "8", "--gpu", "rtx4090")
+    assert done.exit_code == 0, done.output
+    for words in ("8 × RTX 4090 (24 GiB)", "The best:", "ZeRO", "all-gather", "none was measured on a GPU"):
+        assert words in done.stdout
+    overrides = re.search(r"^  (parallel\.pipe=.*)$", done.stdout, re.MULTILINE)
+    assert overrides is not None
+    assert plan(configuration(write_config), *overrides[1].split(), "--gpus", "8").exit_code == 0
+
+
+def test_what_does_not_fit_is_said(write_config: Write) -> None:
+    done = plan(configuration(write_config), "--gpus", "1", "--memory", "1")
+    assert "0 of them fit" in done.stdout and "No layout fits" in done.stdout
+
+
+def test_mistakes(write_config: Write) -> None:
+    path = configuration(write_config)
+    for arguments, words in (
+        (["--gpus", "8", "--gpu", "h1000"], "--gpu h1000"),
+        (["--gpus", "13"], "no layout can run"),
+        ([], "--gpus is missing"),
+        (["--gpus", "8", "--dry-run", "--rank", "8"], "expected 0 to 7"),
+        (["--gpus", "8", "--dry-run", "--imbalance", "2"], "at most parallel.expert = 1"),
+    ):
+        done = plan(path, *arguments)
+        assert isinstance(done.exception, UserError) and words in str(done.exception), arguments
+    assert command.__doc__
+
+
+def test_4096_gpus_take_seconds() -> None:
+    path = ROOT / "configs" / "dit-g-2-16e2a-512-128gpus.yaml"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    arguments = [sys.executable, "-m", "ditmoe.launcher", "plan", str(path), "train.batch=4096", "--gpus", "4096"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "4096 × H100" in done.stdout, done.stderr
+    # Of the processor: on an idle machine the time that passes, and on a busy one it still holds.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
+
+
+def test_a_run_for_each_published_model() -> None:
+    presets = {(load_config(path, []).model.preset, load_config(path, []).model.image_size) for path in PUBLISHED}
+    small = {(f"DiT-{size}/2-8E2A", side) for size in ("S", "B", "L", "XL") for side in (32, 64)}
+    assert presets == {*small, ("DiT-S/2-16E2A", 32), ("DiT-S/2-16E2A", 64), ("DiT-G/2-16E2A", 64)}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each passes `--dry-run` without its data, has the published settings, and what the planner chose for it."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["train", str(path), "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "# without data: shards/imagenet-latents" in done.stdout
+    values = yaml.safe_load(done.stdout)
+    assert values["train"]["batch"] == 1024 and values["optim"]["lr"] == 1e-4 and values["ema"]["decay"] == 0.9999
+    text = path.read_text()
+    gpus = int(re.search(r"--gpus (\d+)", text)[1])  # type: ignore[index]
+    chosen = plans(load_config(path, []), gpus, Machine(GPUS["h100"]))[0]
+    layout = {key: values["parallel"][key] for key in ("pipe", "tensor", "expert", "data", "zero")}
+    assert layout == {key: vars(chosen.layout)[key] for key in layout}
+    assert values["train"]["micro_batch"] == chosen.layout.micro_batch
+    assert f"{chosen.images_per_second:,.0f} images/s" in text
+    assert f"peak {chosen.memory.peak / 2**30:.1f} GiB" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_the_peak_by_the_driver_s_name(name: str, peak: float | None) -> None:
+    assert tflops_of_device(name, "bf16") == peak

@@ -1,0 +1,129 @@
+"""A run's folder: one writer at a time, and a configuration that does not change under a run."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ditmoe.launcher.configuration.run_config import RunConfig, load_config
+from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.model.errors import UserError
+
+Write = Callable[..., Path]
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        with pytest.raises(UserError) as caught, RunFolder(tmp_path / "run").lock():
+            pass
+        message = str(caught.value)
+        assert str(tmp_path / "run") in message
+        assert f"process {os.getpid()} on {socket.gethostname()}" in message
+    with folder.lock():
+        pass
+
+
+def test_a_forked_worker_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """A data worker may outlive a killed run for seconds, and the run must be repeatable at once."""
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+
+    def wait() -> None:
+        ready.set()
+        done.wait(20)
+
+    folder = RunFolder(tmp_path / "run")
+    with folder.lock():
+        worker = context.Process(target=wait)
+        worker.start()
+        assert ready.wait(10)
+    with RunFolder(tmp_path / "run").lock():
+        done.set()
+    worker.join(10)
+    assert worker.exitcode == 0
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made the run folder"), RunFolder(tmp_path / "file").lock():
+        pass
+
+
+@pytest.fixture
+def stored(write_config: Write, tmp_path: Path) -> Callable[..., list[str]]:
+    """Stores the configuration with overrides in the same folder, and returns what changed."""
+
+    def store(*overrides: str) -> list[str]:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        config = load_config(write_config(), list(overrides))
+        changes = RunFolder(tmp_path / "run").store_config(config)
+        values, _ = _read(tmp_path / "run" / "config.yaml")
+        assert RunConfig.model_validate(values) == config
+        return changes
+
+    return store
+
+
+def _read(path: Path) -> tuple[dict[str, object], list[str]]:
+    from ditmoe.launcher.configuration.yaml_reader import read_yaml
+
+    return read_yaml(path)
+
+
+def test_the_same_configuration_is_taken_again(stored: Callable[..., list[str]]) -> None:
+    assert stored() == [] and stored() == []
+
+
+def test_harmless_changes_are_taken_and_told(stored: Callable[..., list[str]]) -> None:
+    stored()
+    changes = stored("train.steps=40", "parallel.zero=2", "checkpoint.keep_last=5", "data.workers=0")
+    assert changes == [
+        "data.workers: 1 before, 0 now",
+        "parallel.zero: 1 before, 2 now",
+        "train.steps: 20 before, 40 now",
+        "checkpoint.keep_last: 2 before, 5 now",
+    ]
+    assert stored("train.steps=40", "parallel.zero=2", "checkpoint.keep_last=5", "data.workers=0") == []
+
+
+def test_changes_of_the_curve_are_refused_together(
+    stored: Callable[..., list[str]], tmp_path: Path, write_config: Write
+) -> None:
+    stored()
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    overrides = ["seed=1", "train.batch=32", "optim.betas=[0.9, 0.95]", "model.depth=3", "train.steps=9"]
+    with pytest.raises(UserError) as caught:
+        stored(*overrides)
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path / 'run'} cannot be resumed: 4 problems",
+        "  model.depth = 3, but the run was started with 2; expected the same, or another run.dir",
+        "  train.batch = 32, but the run was started with 16; expected the same, or another run.dir",
+        "  optim.betas = [0.9, 0.95], but the run was started with [0.9, 0.999];"
+        " expected the same, or another run.dir",
+        "  seed = 1, but the run was started with 0; expected the same, or another run.dir",
+    ]
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_check_writes_nothing_and_finds_both(write_config: Write, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    config, other = load_config(write_config(), []), load_config(write_config(), ["seed=1"])
+    folder.check(config)
+    assert not folder.path.exists()
+    folder.path.mkdir()
+    folder.store_config(config)
+    folder.check(config)
+    with pytest.raises(UserError, match="seed = 1, but the run was started with 0"):
+        folder.check(other)
+    with folder.lock(), pytest.raises(UserError, match=f"process {os.getpid()} on"):
+        RunFolder(folder.path).check(config)
+
+
+def test_a_damaged_stored_configuration(write_config: Write, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: 3\n")
+    with pytest.raises(UserError, match=r"config\.yaml: not the configuration of a run"):
+        RunFolder(tmp_path).store_config(load_config(write_config(), []))

@@ -1,0 +1,626 @@
+"""Training end to end, with real processes: kills, signals, full disks and bad data lose nothing."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from ditmoe.data.shards.index import load_index, write_index
+from ditmoe.launcher.configuration.run_config import load_config
+from ditmoe.launcher.training.trainer import _device, _identity, _other_data, learning_rate
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info
+from ditmoe.parallel.config import OptimConfig
+from tests.forked import DITMOE, run_forked
+
+CONFIG = """
+run: {{dir: {run}}}
+launch: {{processes: {processes}, device: cpu, threads: 1}}
+model: {{depth: 2, hidden: 32, heads: 4, patch: 2, experts: 4, experts_per_token: 2}}
+data: {{sources: [{{path: {shards}}}], workers: 1, flip: true}}
+parallel: {{expert: {processes}, zero: 1}}
+train: {{steps: 12, batch: 16, precision: fp32, log_every: 1, checkpoint_every: 3}}
+optim: {{lr: 1.0e-3}}
+"""
+STAGES = "parallel.expert=1 parallel.pipe=2 train.micro_batch=4"
+TENSOR_RANKS = "parallel.expert=1 parallel.tensor=2"
+COMPARED = ("step", "images", "loss", "balance_loss", "grad_norm", "lr", "expert_load")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits, packed."""
+    parent = tmp_path_factory.mktemp("data")
+    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
+    assert packed.returncode == 0, packed.stderr
+    return parent / "digits"
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, shards: Path) -> Callable[..., Path]:
+    """Writes the configuration of a run."""
+
+    def make(name: str = "run", processes: int = 2, folder: Path = shards, parent: Path = tmp_path) -> Path:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(CONFIG.format(run=parent / name, processes=processes, shards=folder))
+        return file
+
+    return make
+
+
+def start(config: Path, *overrides: str, **options: Any) -> subprocess.Popen[str]:
+    """Start the command as a user does; it starts its ranks."""
+    return subprocess.Popen(
+        [sys.executable, *DITMOE, "train", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def train_by_command(config: Path, *overrides: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run to its end, started as a user does."""
+    process = start(config, *overrides, **options)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run to its end; several ranks are started as by torchrun."""
+    processes = load_config(config, list(overrides)).launch.processes
+    assert processes is not None
+    return run_forked(
+        [*DITMOE, "train", str(config), *overrides],
+        config.with_name("output"),
+        processes if processes > 1 else None,
+        seconds=120,
+    )
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """What must be equal, of each record."""
+    records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    return [{key: record[key] for key in COMPARED} for record in records]
+
+
+def kill_everything(process: subprocess.Popen[str], run: Path) -> None:
+    """kill -9 the command and all ranks (they hold the run's configuration in their command lines)."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and f"{run}.yaml" in _command_line(entry):
+            os.kill(int(entry.name), signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+def _command_line(entry: Path) -> str:
+    try:
+        return (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def process_of_rank(rank: int, command: subprocess.Popen[str]) -> int:
+    """Process id of a rank that a command has started."""
+    (found,) = [
+        child
+        for child in Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+    ]
+    return int(found)
+
+
+def reached(run: Path, records: int) -> Callable[[], bool]:
+    """Whether so many records are written by now."""
+    file = run / "stats.jsonl"
+    return lambda: file.exists() and file.read_text().count("\n") >= records
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run does not get there"
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "decay", "expected"),
+    [
+        (0, 0, [1, 1, 1, 1, 1]),
+        (2, 0, [0.5, 1, 1, 1, 1]),
+        (0, 2, [1, 1, 1, 1, 0.5]),
+        (4, 2, [0.25, 0.5, 0.75, 1, 0.5]),
+        (9, 9, [5 / 81, 8 / 81, 9 / 81, 8 / 81, 5 / 81]),
+    ],
+)
+def test_learning_rate(warmup: int, decay: int, expected: list[float]) -> None:
+    config = OptimConfig(lr=2.0, warmup_steps=warmup, decay_steps=decay)
+    assert [learning_rate(config, step, 5) / 2 for step in range(1, 6)] == pytest.approx(expected)
+
+
+def test_a_process_without_a_gpu_of_its_own(
+    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(make_config(), ["launch.device=auto", "parallel.data=2", "train.micro_batch=8"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
+        _device(config)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match=r"process 1 of this machine has no GPU: 1 found.*launch.processes = 1"):
+        _device(config)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert _device(config) == torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> list[dict[str, Any]]:
+    """The curve of a run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = folder / "run.yaml"
+    file.write_text(CONFIG.format(run=folder / "run", processes=2, shards=shards))
+    result = train_by_command(file)
+    assert result.returncode == 0, result.stderr
+    assert "the run is complete: step 12" in result.stdout
+    found = curve(folder / "run")
+    assert [record["step"] for record in found] == list(range(1, 13))
+    return found
+
+
+@pytest.mark.timeout(240)
+def test_kill_at_a_random_step(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    for _ in range(2):
+        done = len(curve(run)) if (run / "stats.jsonl").exists() else 0
+        process = start(config)
+        wait_for(reached(run, done + random.randint(1, 4)), process)
+        kill_everything(process, run)
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(280)
+def test_killed_on_one_layout_and_continued_on_others(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    """Stages, of which one is killed; then tensor ranks; then expert ranks: the curve of these alone."""
+    config = make_config()
+    run = config.with_suffix("")
+    process = start(config, *STAGES.split())
+    wait_for(reached(run, 4), process)
+    killed = time.monotonic()
+    os.kill(process_of_rank(1, process), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 128 + signal.SIGKILL and "rank 1 was killed by SIGKILL" in err, err
+    for layout, steps in ((TENSOR_RANKS, 8), ("parallel.expert=2", 12)):
+        result = train(config, *layout.split(), f"train.steps={steps}")
+        assert result.returncode == 0, result.stderr
+    found = curve(run)
+    assert [record["images"] for record in found] == [record["images"] for record in uninterrupted]
+    for key in ("loss", "balance_loss", "grad_norm"):
+        expected = [record[key] for record in uninterrupted]
+        assert [record[key] for record in found] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.timeout(280)
+def test_other_ranks_and_workers_read_the_same_samples_in_the_same_order(
+    make_config: Callable[..., Path], shards: Path
+) -> None:
+    """A mixture, killed anywhere on 2 ranks × 2 workers, and continued on 1 × 3 and 2 × 1: keys and curve."""
+    sources = f"data.sources=[{{path: {shards}, max_per_class: 30}}, {{path: {shards}, weight: 3}}]"
+    common = [sources, "parallel.expert=1", "data.lanes=12", "data.shuffle=20", "train.log_samples=true"]
+    whole, config = make_config("whole", processes=1), make_config(processes=2)
+    result = train(whole, *common, "data.workers=0")
+    assert result.returncode == 0, result.stderr
+    run = config.with_suffix("")
+    process = start(config, *common, "data.workers=2", "train.micro_batch=4")
+    wait_for(reached(run, random.randint(3, 6)), process)
+    kill_everything(process, run)
+    for overrides in (
+        ["launch.processes=1", "data.workers=3", "train.micro_batch=8", "train.steps=8"],
+        ["launch.processes=2", "data.workers=1"],
+    ):
+        result = train(config, *common, *overrides)
+        assert result.returncode == 0, result.stderr
+    expected, found = (
+        [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+        for run in (whole.with_suffix(""), run)
+    )
+    assert [record["step"] for record in found] == list(range(1, 13))
+    assert found == expected and {len(record["keys"]) for record in found} == {16}
+    assert all(sum("digits 0/" in key for key in record["keys"]) == 4 for record in found)
+    for key in ("loss", "balance_loss", "grad_norm"):
+        values = [[record[key] for record in curve(each)] for each in (whole.with_suffix(""), run)]
+        assert values[1] == pytest.approx(values[0], rel=1e-5)
+    last = json.loads((run / "stats.jsonl").read_text().splitlines()[-1])
+    assert last["sources"]["digits 0"] == {"images": 48, "epoch": 48 / 300, "skipped": 0}
+    assert last["sources"]["digits 1"]["images"] == 144
+
+
+@pytest.mark.timeout(280)
+def test_from_images_to_latents_to_images(
+    make_config: Callable[..., Path], make_vae: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Pack, encode, train with previews, kill, move the VAE, continue, sample: by the commands alone."""
+    images, latents, vae = tmp_path / "images", tmp_path / "latents", make_vae(tmp_path / "vae")
+
+    def ditmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run_forked([*DITMOE, *arguments], tmp_path / "output", seconds=120)
+
+    pack = ditmoe("data", "pack", "shapes", str(images), "--count", "60", "--image-size", "16")
+    assert pack.returncode == 0, pack.stderr
+    encode = ditmoe(
+        *("data", "encode", str(images), str(latents), "--vae", str(vae), "--flips", "both", "--processes", "1")
+    )
+    assert encode.returncode == 0, encode.stderr
+    settings = ["preview.every=6", "preview.images=4", "preview.sampler.steps=2", "train.steps=6"]
+    result = train(make_config("whole", processes=1, folder=latents), *settings)
+    assert result.returncode == 0, result.stderr
+    config = make_config(processes=1, folder=latents)
+    run = config.with_suffix("")
+    process = start(config, *settings)
+    wait_for(reached(run, 4), process)
+    kill_everything(process, run)
+    # Resuming depends on what the latents are, not on where their VAE lies; a preview needs it.
+    vae.rename(tmp_path / "moved")
+    refused = train(config, *settings)
+    assert refused.returncode == 2 and str(vae) in refused.stderr and "Traceback" not in refused.stderr
+    index = load_index(latents)
+    assert index.latents is not None
+    moved = index.latents.model_copy(update={"vae": str(tmp_path / "moved")})
+    write_index(latents, index.model_copy(update={"latents": moved}))
+    result = train(config, *settings)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == curve(tmp_path / "whole") and len(curve(run)) == 6
+    preview = Image.open(run / "samples" / "preview-step-00000006.png")
+    whole = Image.open(tmp_path / "whole" / "samples" / "preview-step-00000006.png")
+    assert preview.tobytes() == whole.tobytes() and preview.mode == "RGB"
+    sample = ditmoe(
+        "sample", str(run), "--steps", "2", "--classes", "0", "--count", "1", "--out", str(tmp_path / "p")
+    )
+    assert sample.returncode == 0, sample.stderr
+    info = read_info(checkpoints(run)[-1])
+    other = index.model_copy(update={"latents": moved.model_copy(update={"scale": 0.5})}).facts
+    assert "(another latents)" in str(_other_data(info, {**info.dataset, **other}))
+    assert _identity(info.dataset) == _identity({**info.dataset, **index.facts})
+
+
+@pytest.mark.timeout(280)
+def test_kill_while_a_checkpoint_is_written(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    for _attempt in range(5):
+        process = start(config, "train.checkpoint_every=1")
+        folder = run / "checkpoints"
+        wait_for(lambda: len(checkpoints(run)) >= 1, process)
+        wait_for(lambda: [*folder.glob(f"*{PARTIAL}/weights/*")], process)  # noqa: B023
+        kill_everything(process, run)
+        if [*folder.glob(f"*{PARTIAL}")]:
+            break
+        shutil.rmtree(run)  # it was finished in that very moment
+    else:
+        pytest.fail("no kill came while a checkpoint was written")
+    before = newest_checkpoint(run)
+    assert before is not None
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {before}" in result.stdout
+    assert not [*folder.glob(f"*{PARTIAL}")]
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(280)
+def test_one_rank_is_killed_while_a_checkpoint_is_written(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    """The others end, with its name, and what they have written of the checkpoint counts for nothing."""
+    config = make_config()
+    run = config.with_suffix("")
+    folder = run / "checkpoints"
+    for _attempt in range(5):
+        process = start(config, "train.checkpoint_every=1", "train.steps=200")
+        wait_for(lambda: len(checkpoints(run)) >= 1, process)
+        rank = process_of_rank(1, process)
+        wait_for(lambda: [*folder.glob(f"*{PARTIAL}/weights/*")], process)
+        os.kill(rank, signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - killed < 30
+        assert process.returncode == 128 + signal.SIGKILL, err
+        assert "error: rank 1 was killed by SIGKILL" in err and "the others were ended" in err, err
+        if [*folder.glob(f"*{PARTIAL}")]:
+            break
+        shutil.rmtree(run)  # it was finished in that very moment
+    else:
+        pytest.fail("no kill came while a checkpoint was written")
+    before = newest_checkpoint(run)
+    assert before is not None
+    # Its steps may be more than the whole run's by now: those of the records are compared.
+    steps = max(12, int(before.name[-8:]) + 2)
+    result = train(config, f"train.steps={steps}")
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {before}" in result.stdout
+    assert not [*folder.glob(f"*{PARTIAL}")]
+    assert curve(run)[:12] == uninterrupted and len(curve(run)) == steps
+
+
+@pytest.mark.timeout(240)
+def test_one_rank_cannot_write(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
+    """All ranks stop at the same step, with one message; nothing is lost."""
+    config = make_config()
+    run = config.with_suffix("")
+    process = start(config, "train.checkpoint_every=3", "train.steps=100000")
+    wait_for(lambda: newest_checkpoint(run), process)
+    resource.prlimit(process_of_rank(1, process), resource.RLIMIT_FSIZE, (30_000, 30_000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert err.count("error:") == 1 and "Traceback" not in err, err
+    assert "could not be written" in err and "File too large" in err
+    newest = newest_checkpoint(run)
+    assert newest is not None and f"newest complete checkpoint is {newest}" in err
+    assert not [*(run / "checkpoints").glob(f"*{PARTIAL}")]
+    steps = max(12, int(newest.name[-8:]) + 2)
+    result = train(config, f"train.steps={steps}")
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {newest}" in result.stdout
+    assert curve(run)[:12] == uninterrupted and len(curve(run)) == steps
+
+
+@pytest.mark.timeout(120)
+def test_the_best_checkpoints_stay(make_config: Callable[..., Path]) -> None:
+    """By the training loss, and whether training waits for the disk or not."""
+    for asynchronous in ("true", "false"):
+        config = make_config(f"asynchronous-{asynchronous}", processes=1)
+        run = config.with_suffix("")
+        settings = (f"checkpoint.asynchronous={asynchronous}", "checkpoint.keep_last=1", "checkpoint.keep_best=2")
+        result = train(config, *settings)
+        assert result.returncode == 0, result.stderr
+        loss = [record["loss"] for record in curve(run)]
+        means = {step: sum(loss[step - 3 : step]) for step in (3, 6, 9, 12)}
+        best = sorted(means, key=means.__getitem__)[:2]
+        assert [int(path.name[-8:]) for path in checkpoints(run)] == sorted({*best, 12})
+        for step in means:
+            assert f"saved {run}/checkpoints/step-{step:08d}: copied in" in result.stdout
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGTERM"), (signal.SIGUSR1, "a stop on another rank")],
+)
+def test_a_signal_saves_and_ends_well(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals, reason: str
+) -> None:
+    """To the command, which passes it on; or to one rank alone, as a batch system's node may get it first."""
+    config = make_config()
+    run = config.with_suffix("")
+    # More steps than are compared: however late the signal comes, it comes while the run goes on.
+    process = start(config, "train.checkpoint_every=1000", "train.steps=1000")
+    wait_for(reached(run, 2), process)
+    os.kill(process.pid if number != signal.SIGUSR1 else process_of_rank(1, process), number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert f"stopped by {reason} at step" in out and "repeat the command to continue" in out
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run)[: len(uninterrupted)] == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_a_damaged_checkpoint_is_passed_over(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
+) -> None:
+    config = make_config()
+    run = config.with_suffix("")
+    assert train(config, "train.steps=6").returncode == 0
+    newest = newest_checkpoint(run)
+    assert newest is not None and newest.name == "step-00000006"
+    file = next((newest / "exp_avg").iterdir())
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert "skipped a damaged checkpoint" in result.stdout and file.name in result.stdout
+    assert "resumed from" in result.stdout and "step-00000003: step 3" in result.stdout
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_data_may_move_but_not_change(make_config: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    """A position in the sample order stands for the same sample before and after a resume."""
+    config = make_config(processes=1)
+    assert train(config, "train.steps=2").returncode == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    result = train(config, "train.steps=4", f"data.sources.0.path={moved}")
+    assert result.returncode == 0, result.stderr
+    assert "changed since the run was started: data.sources" in result.stdout and "resumed from" in result.stdout
+    index = load_index(moved)
+    write_index(moved, index.model_copy(update={"shards": index.shards[:-1], "samples": None}))
+    result = train(config, "train.steps=6", f"data.sources.0.path={moved}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "data.sources: the samples, or their order, are not those that" in result.stderr
+    assert "step-00000004 was trained on (another fingerprint)" in result.stderr
+
+
+@pytest.mark.timeout(120)
+def test_a_loss_that_is_not_finite_stops_the_run(make_config: Callable[..., Path]) -> None:
+    config = make_config(processes=1)
+    run = config.with_suffix("")
+    assert train(config, "train.steps=3").returncode == 0
+    shutil.copy(run / "config.yaml", run / "kept.yaml")
+    (run / "config.yaml").unlink()  # another learning rate would be refused
+    result = train(config, "optim.lr=1e25")
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
+    assert "the loss is " in result.stderr or "norm is" in result.stderr
+    assert "The last good checkpoint is" in result.stderr and "step-00000003" in result.stderr
+    assert "digits-" in result.stderr and ".tar/" in result.stderr
+    keys = json.loads(next(run.glob("not-finite-step-*.json")).read_text())["samples"]
+    assert len(keys) == 16 and len(set(keys)) == 16
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("layout", ["parallel.zero=0", "parallel.zero=3", STAGES])
+def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], layout: str) -> None:
+    """Also where the EMA has to be gathered for it, or stages gone through; and the grid is there to be seen."""
+    curves = []
+    for every in ("null", "2"):
+        config = make_config(f"every-{every}")
+        overrides = (*layout.split(), "train.steps=6", f"preview.every={every}", "preview.sampler.steps=3")
+        result = train(config, *overrides, "preview.images=5")
+        assert result.returncode == 0, result.stderr
+        curves.append(curve(config.with_suffix("")))
+    assert curves[0] == curves[1]
+    assert sorted(path.name for path in (config.with_suffix("") / "samples").iterdir()) == [
+        f"preview-step-{step:08d}.png" for step in (2, 4, 6)
+    ]
+
+
+@pytest.mark.timeout(60)
+def test_settings_that_deepspeed_does_not_start_with(make_config: Callable[..., Path]) -> None:
+    result = train(make_config(processes=1), "deepspeed.zero_optimization.reduce_bucket_size=-1")
+    assert result.returncode == 2
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "reduce_bucket_size" in result.stderr and "DeepSpeed does not start with these" in result.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.timeout(180)
+def test_a_full_disk(
+    make_config: Callable[..., Path], small_disk: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    config = make_config(parent=small_disk)
+    run = small_disk / "run"
+    first = train(config, "train.steps=3")
+    assert first.returncode == 0, first.stderr
+    ballast = run / "ballast"
+    with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with ballast.open("r+b") as file:
+        file.truncate(ballast.stat().st_size - 200_000)  # logs fit, a checkpoint does not
+    result = train_by_command(config)
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert "No space left on device" in result.stderr and "could not be written" in result.stderr
+    assert "newest complete checkpoint is" in result.stderr and "step-00000003" in result.stderr
+    assert not [*(run / "checkpoints").glob(f"*{PARTIAL}")]
+    ballast.unlink()
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run) == uninterrupted
+
+
+@pytest.mark.timeout(120)
+def test_a_file_that_may_not_grow(make_config: Callable[..., Path]) -> None:
+    """The same without root: the system refuses files beyond a size."""
+    config = make_config(processes=1)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = train_by_command(config, preexec_fn=limit)
+    assert result.returncode == 2
+    assert "could not be written" in result.stderr and "File too large" in result.stderr
+    assert "none yet" in result.stderr
+
+
+def break_image(folder: Path) -> str:
+    """Spoil the pixels of the first sample, keeping the tar's size."""
+    shard = sorted(folder.glob("*.tar"))[0]
+    content = bytearray(shard.read_bytes())
+    at = content.index(b"IDAT")
+    content[at + 4 : at + 30] = bytes(26)
+    shard.write_bytes(content)
+    return shard.name
+
+
+def break_label(folder: Path) -> str:
+    index = load_index(folder)
+    fewer = {"num_classes": 4, "class_names": index.class_names[:4], "samples": None}
+    write_index(folder, index.model_copy(update=fewer))
+    return "0 to 3"
+
+
+def break_size(folder: Path) -> str:
+    index = load_index(folder)
+    write_index(folder, index.model_copy(update={"image_size": 16}))
+    return "16"
+
+
+def break_tar(folder: Path) -> str:
+    shard = sorted(folder.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-2048])
+    return shard.name
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("fault", [break_image, break_label, break_size, break_tar])
+def test_bad_data(
+    make_config: Callable[..., Path], shards: Path, tmp_path: Path, fault: Callable[[Path], str]
+) -> None:
+    """One message that names the shard and the sample; no traceback."""
+    folder = tmp_path / "broken"
+    shutil.copytree(shards, folder)
+    expected = fault(folder)
+    result = train(make_config(processes=1, folder=folder), "train.steps=200")
+    assert result.returncode == 2, result.stdout
+    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
+    assert ".tar" in result.stderr and expected in result.stderr, result.stderr
+
+
+@pytest.mark.timeout(120)
+def test_bad_data_that_are_skipped(make_config: Callable[..., Path], shards: Path, tmp_path: Path) -> None:
+    """They are named in the log and counted, the curve is that of no other run, and beyond the budget it ends."""
+    folder = tmp_path / "broken"
+    shutil.copytree(shards, folder)
+    shard = sorted(folder.glob("*.tar"))[1]
+    shard.write_bytes(shard.read_bytes()[:-2048])
+    config = make_config(processes=1, folder=folder)
+    skipping = f"data.sources=[{{path: {folder}, on_error: skip}}]"
+    result = train(config, skipping, "train.log_samples=true")
+    assert result.returncode == 0, result.stderr
+    run = config.with_suffix("")
+    records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    skipped = [record["sources"]["digits"]["skipped"] for record in records]
+    assert skipped == sorted(skipped) and 40 < skipped[-1] < 16 * 12
+    log = (run / "log.txt").read_text()
+    assert log.count(f"skipped {shard}: truncated: ") == skipped[-1] or "more" in log
+    keys = [key for line in (run / "samples.jsonl").read_text().splitlines() for key in json.loads(line)["keys"]]
+    assert len(keys) == 16 * 12 and not any(key.startswith(shard.name) for key in keys)
+    # The count goes on where the run was left, and the budget holds over a resume.
+    skipping = f"data.sources=[{{path: {folder}, on_error: skip, skip_budget: {skipped[-1] + 5}}}]"
+    result = train(config, skipping, "train.steps=40")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{shard}: truncated: " in result.stderr and f"its skip_budget is {skipped[-1] + 5}" in result.stderr

@@ -1,0 +1,134 @@
+"""Inspecting and exporting checkpoints: each parameter once, and never the whole model in memory."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
+from typer.testing import CliRunner
+
+from ditmoe.launcher.commands.checkpoint import app
+from ditmoe.model.canonical import canonical_state, load_canonical
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.model.initialise import initialise
+from ditmoe.model.weights.files import read_safetensors
+from ditmoe.parallel.boxes import Box
+from ditmoe.parallel.checkpoint.box_storage import Piece, save_pieces
+from ditmoe.parallel.checkpoint.export import export_weights
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, incomplete, read_info, write_weights_checkpoint
+
+CONFIG = ModelConfig(
+    depth=2,
+    hidden=32,
+    heads=4,
+    patch=2,
+    experts=4,
+    experts_per_token=2,
+    image_size=8,
+    channels=1,
+    num_classes=3,
+)
+EXPERT = "blocks.1.moe.experts.2.up_proj.weight"
+
+
+@pytest.fixture
+def network() -> DiT:
+    network = DiT(CONFIG)
+    initialise(network, seed=0)
+    return network
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, network: DiT) -> Path:
+    path = tmp_path / "step-00000000"
+    weights = canonical_state(network)
+    ema = {name: tensor + 1 for name, tensor in weights.items()}
+    write_weights_checkpoint(path, CONFIG, ObjectiveConfig(), weights, ema)
+    return path
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 100_000])
+def test_export_is_the_same_weights(checkpoint: Path, network: DiT, tmp_path: Path, shard_bytes: int) -> None:
+    sizes: list[int] = []
+    files = export_weights(read_info(checkpoint), tmp_path / "w.safetensors", "weights", shard_bytes, sizes.append)
+    assert (len(files) == 1) == (shard_bytes == 2**30)
+    other = DiT(CONFIG)
+    load_canonical(other, read_safetensors(files[-1])[0], "export")
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters(), strict=True))
+    largest = max(tensor.numel() * 4 for tensor in canonical_state(network).values())
+    steps = [after - before for before, after in zip([0, *sizes], sizes, strict=False)]
+    assert max(steps) <= max(shard_bytes, largest)
+    averages = load_file(export_weights(read_info(checkpoint), tmp_path / "ema.safetensors")[0])
+    torch.testing.assert_close(averages[EXPERT], canonical_state(network)[EXPERT] + 1)
+    assert torch.equal(averages["pos_embed"], network.pos_embed)
+
+
+def test_a_missing_and_a_doubled_expert_are_found(tmp_path: Path, network: DiT, checkpoint: Path) -> None:
+    assert incomplete(read_info(checkpoint)) == []
+    weights = dict(canonical_state(network))
+    del weights[EXPERT]
+    lost = tmp_path / "lost"
+    write_weights_checkpoint(lost, CONFIG, ObjectiveConfig(), weights, None)
+    assert incomplete(read_info(lost)) == [f"{lost}: {EXPERT} is not in it"]
+    with pytest.raises(UserError, match=r"experts\.2\.up_proj\.weight is not in it"):
+        export_weights(read_info(lost), tmp_path / "lost.safetensors")
+
+    file = next((checkpoint / "ema").iterdir())
+    shutil.copy(file, file.with_name("shard-00009.safetensors"))
+    doubled = incomplete(read_info(checkpoint))
+    assert len(doubled) == len(read_info(checkpoint).shapes)
+    assert any(f"of {EXPERT} are twice in it" in problem for problem in doubled)
+    file.with_name("shard-00009.safetensors").rename(tmp_path / "moved")
+    (tmp_path / "moved").unlink()
+    file.unlink()
+    assert f"{checkpoint / 'ema'}: {EXPERT} is not in it" in incomplete(read_info(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "problem"),
+    [
+        ([Box(0, 0, 5, 2)], "rows 5 to 9, columns 0 to 1 of a are nowhere in it"),
+        ([Box(0, 0, 10, 2), Box(4, 1, 1, 1)], "rows 4 to 4, columns 1 to 1 of a are twice in it"),
+        ([Box(0, 0, 10, 2), Box(9, 2, 1, 1)], "columns 2 to 2 of a are beyond its 10 × 2"),
+    ],
+)
+def test_boxes_that_do_not_tile_are_not_saved(tmp_path: Path, boxes: list[Box], problem: str) -> None:
+    pieces = [Piece("a", (10, 2), box, torch.zeros(box.rows, box.columns)) for box in boxes]
+    with pytest.raises((AssertionError, CheckpointException), match=problem):
+        save_pieces(tmp_path / "part", pieces)
+
+
+def test_a_marker_of_another_model(checkpoint: Path) -> None:
+    marker = checkpoint / "checkpoint.json"
+    facts = json.loads(marker.read_text())
+    facts["config"]["model"]["experts"] = 8
+    marker.write_text(json.dumps(facts))
+    problems = incomplete(read_info(checkpoint))
+    assert any("blocks.0.moe.experts.7.down_proj.weight is not in it" in problem for problem in problems)
+    facts["config"]["model"]["depth"] = "deep"
+    marker.write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="not a checkpoint's marker"):
+        read_info(checkpoint)
+
+
+def test_the_commands(checkpoint: Path, tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert shown.exit_code == 0, shown.output
+    for part in ("4 experts, 2 per token", "ditmoe convert", "weights", "ema", "whole: each parameter"):
+        assert part in shown.output
+    target = tmp_path / "out.safetensors"
+    written = CliRunner().invoke(app, ["export", str(checkpoint), str(target), "--weights", "weights"])
+    assert written.exit_code == 0, written.output
+    assert str(target) in written.output and EXPERT in load_file(target)
+    wrong = CliRunner().invoke(app, ["export", str(checkpoint), str(tmp_path / "out.bin")])
+    assert isinstance(wrong.exception, UserError)
+    info: CheckpointInfo = read_info(checkpoint)
+    file = info.path / next(iter(info.files))
+    file.write_bytes(file.read_bytes()[:-1])
+    damaged = CliRunner().invoke(app, ["inspect", str(checkpoint)])
+    assert isinstance(damaged.exception, UserError) and "bytes found" in str(damaged.exception)

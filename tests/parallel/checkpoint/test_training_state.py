@@ -1,0 +1,230 @@
+"""Checkpoints: bit-exact continuation, other layouts, damage, and what retention keeps."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ditmoe.model.errors import UserError
+from ditmoe.parallel import processes
+from ditmoe.parallel.boxes import column_slice, matrix_shape, row_slices, whole
+from ditmoe.parallel.checkpoint.box_storage import load_pieces
+from ditmoe.parallel.checkpoint.folder import (
+    MARKER,
+    PARTIAL,
+    checkpoint_path,
+    checkpoints,
+    damaged,
+    newest_checkpoint,
+    read_info,
+    read_weights,
+    reading,
+    remove_partials,
+    start_partial,
+    superseded,
+)
+from ditmoe.parallel.checkpoint.saver import CheckpointSaver, finish
+from ditmoe.parallel.checkpoint.training_state import PARTS, held_pieces
+from ditmoe.parallel.config import CheckpointConfig
+from ditmoe.parallel.engine.fragments import MOMENTS, Fragment
+from ditmoe.parallel.layout import Layout
+
+Runner = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.mark.timeout(280)
+def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runner, tmp_path: Path) -> None:
+    folders = {zero: tmp_path / f"zero-{zero}" for zero in range(4)}
+    # With closed gates the key biases stay at zero: open, AdamW scales up what is rounding noise in them.
+    start = {"expert": 2, "awake": False}
+    first = [{**start, "zero": zero, "steps": 4, "save": str(path)} for zero, path in folders.items()]
+    # These are written when the run is over already: what they hold was copied after the fourth step.
+    late = {zero: tmp_path / f"late-{zero}" for zero in folders}
+    whole = [{**start, "zero": zero, "steps": 8, "save": str(path), "save_at": 4} for zero, path in late.items()]
+    later = [{"zero": zero, "expert": 2, "steps": 8, "load": str(path)} for zero, path in folders.items()]
+    results = run_cases(2, first + whole + later)
+    for zero in folders:
+        uninterrupted, continued = results[4 + zero], results[8 + zero]
+        assert continued["curve"] == uninterrupted["curve"][4:], f"ZeRO {zero}"
+        assert continued["ema"] == uninterrupted["ema"], f"ZeRO {zero}"
+        early, later_on = (read_info(checkpoint_path(run[zero], 4)) for run in (folders, late))
+        assert early.files == later_on.files and early.fingerprint == later_on.fingerprint, f"ZeRO {zero}"
+    # The same files, read by another world: one process, and ZeRO stages that did not write them.
+    moved = [{"zero": (zero + 2) % 4, "steps": 8, "load": str(path)} for zero, path in folders.items()]
+    for zero, result in zip(folders, run_cases(1, moved), strict=True):
+        expected = np.array(results[4 + zero]["curve"])[4:]
+        assert np.max(np.abs(np.array(result["curve"]) / expected - 1)) <= 1e-5, f"from ZeRO {zero}"
+    weights = [read_weights(newest_checkpoint(path), "ema") for path in folders.values()]  # type: ignore[arg-type]
+    for name, tensor in weights[0].items():
+        for other in weights[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+    assert "blocks.2.moe.experts.3.down_proj.weight" in weights[0]
+    _check_damage(folders[1])
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+MODEL = {"depth": 1, "hidden": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 2}
+SHAPES = {"qkv.weight": (12, 4), "qkv.bias": (12,), "proj.weight": (4, 6), "norm.weight": (4,)}
+
+
+def sharded(tensor_ranks: int, cuts: int, fill: bool, ranks: Sequence[int]) -> Any:
+    """What saving and loading see of an engine, with these ranks of a tensor-parallel layout in one process.
+
+    Each tensor rank's part of a parameter is cut into so many flat fragments, as ZeRO does; what all tensor ranks
+    hold is a replica on each. Values are those of the place in the whole parameter and of the part; or zero.
+    """
+    fragments, averages = [], []
+    for name, shape in SHAPES.items():
+        rows, columns = matrix_shape(shape)
+        matrix = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns)
+        for rank in ranks:
+            placement, replicas = None, 1
+            if name.startswith("qkv"):
+                placement = row_slices(shape, rank, tensor_ranks, parts=3)
+            elif name.startswith("proj"):
+                placement = column_slice(shape, rank, tensor_ranks)
+            else:
+                replicas = tensor_ranks
+            boxes = placement or whole(shape)
+            local = torch.cat([matrix[b.row : b.row + b.rows, b.column : b.column + b.columns] for b in boxes])
+            bounds = [local.numel() * number // cuts for number in range(cuts + 1)]
+            for first, last in pairwise(bounds):
+                run = local.flatten()[first:last]
+                values = [run + 100 * part if fill else torch.zeros_like(run) for part in range(4)]
+                moments = dict(zip(MOMENTS, values[2:], strict=True))
+                fragments.append(
+                    Fragment(name, shape, first, values[0], moments, rank % replicas, replicas, placement)
+                )
+                averages.append(values[1])
+    layout = Layout(pipe=1, data=1, expert=1, tensor=1, zero=1, micro_batch=1, accumulation=1)
+    return SimpleNamespace(fragments=fragments, ema=averages, step=7, layout=layout, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("source", [(1, 1), (2, 1), (2, 3)])
+@pytest.mark.parametrize("target", [(1, 2), (2, 3)])
+@pytest.mark.usefixtures("one_process")
+def test_tensor_parallel_parts_move(tmp_path: Path, source: tuple[int, int], target: tuple[int, int]) -> None:
+    with CheckpointSaver(tmp_path, CheckpointConfig()) as saver:
+        engine = sharded(*source, fill=True, ranks=range(source[0]))
+        path = saver.save(engine, 0, {}, {"model": MODEL, "objective": {"kind": "ddpm"}}, {})
+    assert read_info(path).shapes == SHAPES
+    for rank in range(target[0]):
+        found, expected = (sharded(*target, fill=fill, ranks=[rank]) for fill in (False, True))
+        for part in PARTS:
+            load_pieces(path / part, held_pieces(found, part))
+        for one, other in zip(found.fragments, expected.fragments, strict=True):
+            assert torch.equal(one.weight, other.weight)
+            assert all(torch.equal(one.moments[name], other.moments[name]) for name in MOMENTS)
+        assert all(map(torch.equal, found.ema, expected.ema))
+
+
+def _check_damage(run: Path) -> None:
+    """Truncation, bit flips and a missing marker are seen."""
+    path = newest_checkpoint(run)
+    assert path is not None
+    info = read_info(path)
+    assert damaged(info, info.files) == []
+    name = sorted(name for name in info.files if name.startswith("ema/"))[0]
+    good = (path / name).read_bytes()
+    (path / name).write_bytes(good[:-1])
+    assert "bytes found" in damaged(info, [name])[0]
+    flipped = bytearray(good)
+    flipped[-3] ^= 4
+    (path / name).write_bytes(flipped)
+    assert "checksum" in damaged(info, [name])[0]
+    with pytest.raises(UserError, match=r"ema/shard-.*checksum"):
+        read_weights(path, "ema")
+    read_weights(path, "weights")
+    (path / name).write_bytes(good)
+    facts = json.loads((path / MARKER).read_text())
+    (path / MARKER).write_text(json.dumps({**facts, "format": 99}))
+    with pytest.raises(UserError, match="format 99 found, expected 2"):
+        read_info(path)
+    (path / MARKER).write_text(json.dumps({**facts, "format": 1}))
+    with pytest.raises(UserError, match="format 1 found, expected 2; export it with the version that wrote it"):
+        read_info(path)
+    (path / MARKER).write_text(json.dumps(facts)[:50])
+    with pytest.raises(UserError, match="not a checkpoint's marker"):
+        read_info(path)
+    (path / MARKER).unlink()
+    assert checkpoints(run) == [] and newest_checkpoint(run) is None
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "gone"),
+    [(1, None, [10, 20, 30]), (2, None, [10, 20]), (2, 20, [10]), (9, None, [])],
+)
+def test_retention(keep_last: int, keep_every: int | None, gone: list[int]) -> None:
+    assert superseded([30, 10, 40, 20], keep_last, keep_every) == gone
+    assert superseded([30, 10, 40, 20], keep_last, keep_every, best=[10]) == [step for step in gone if step != 10]
+
+
+def save_marker(run: Path, step: int, retention: CheckpointConfig) -> None:
+    """Finish a checkpoint that has nothing but its marker."""
+    path = checkpoint_path(run, step)
+    start_partial(path)
+    finish(run, path, {"step": step}, {}, retention)
+
+
+def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> None:
+    """A run that went back before a damaged checkpoint keeps what it saves from there on."""
+    for step in (3, 6):
+        save_marker(tmp_path, step, CheckpointConfig())
+    for step in (4, 5):
+        save_marker(tmp_path, step, CheckpointConfig(keep_last=1))
+        assert [path.name[-1] for path in checkpoints(tmp_path)] == [str(step), "6"]
+    (checkpoint_path(tmp_path, 6) / "damaged").touch()
+    save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+    assert not (checkpoint_path(tmp_path, 6) / "damaged").exists()
+
+
+def test_what_is_being_read_stays_until_the_next_save(tmp_path: Path) -> None:
+    for step in (3, 4):
+        save_marker(tmp_path, step, CheckpointConfig())
+    with reading(checkpoint_path(tmp_path, 3)), reading(checkpoint_path(tmp_path, 3)):
+        save_marker(tmp_path, 5, CheckpointConfig(keep_last=1))
+        assert [path.name[-1] for path in checkpoints(tmp_path)] == ["3", "5"]
+    save_marker(tmp_path, 6, CheckpointConfig(keep_last=1))
+    assert [path.name[-1] for path in checkpoints(tmp_path)] == ["6"]
+    with pytest.raises(UserError, match="its run has removed it"), reading(checkpoint_path(tmp_path, 3)):
+        pass
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of it is not there to be found."""
+    save_marker(tmp_path, 3, CheckpointConfig())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", interrupted)
+        save_marker(tmp_path, 4, CheckpointConfig(keep_last=1))
+    assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, 4)]
+    assert [*(tmp_path / "checkpoints").glob(f"*{PARTIAL}")]
+    remove_partials(tmp_path)
+    assert [*(tmp_path / "checkpoints").iterdir()] == [checkpoint_path(tmp_path, 4)]
+
+
+def interrupted(path: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def test_several_processes_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise each would train alone and believe itself rank 0."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(UserError, match="WORLD_SIZE = 2 is set in the environment without MASTER_PORT"):
+        processes.join(torch.device("cpu"))

@@ -1,0 +1,252 @@
+"""The evaluation job: resumable, shared by processes, scored; with a draw function in place of a network."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.opening import open_source
+from ditmoe.data.shards.index import load_index, write_index
+from ditmoe.data.shards.writer import ShardLimits
+from ditmoe.data.storage.sharing import try_lock
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.evaluation.job import Evaluation, Job
+from ditmoe.sampling.evaluation.results import table
+from ditmoe.sampling.evaluation.run_job import default_chunk, run_job, stored_result
+from ditmoe.sampling.jobs.chunks import DrawnImages
+from ditmoe.sampling.jobs.workers import Workers
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.settings.config import SamplerConfig
+from tests.forked import run_forked
+
+NAMES = ("zero", "<b>one</b>", "../two", *map(str, range(3, 10)))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    pack(open_source("digits", seed=0), folder, PackSettings(limits=ShardLimits(samples=300)))
+    write_index(folder, load_index(folder).model_copy(update={"class_names": NAMES}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def make_job(folder: Path, shards: Path, cache: Path, count: int = 200, **changes: Any) -> Job:
+    evaluation = Evaluation(
+        weights="0123456789abcdef",
+        which="ema",
+        step=1200,
+        sampler=SamplerConfig(sampler="heun", schedule="karras", steps=20, cfg_scale=1.5, seed=3),
+        count=count,
+        labels=changes.pop("labels", "random"),
+        num_classes=10,
+    )
+    return Job(
+        evaluation=evaluation,
+        folder=folder / "evaluations" / evaluation.id,
+        real=RealImages(shards),
+        cache=cache,
+        chunk=changes.pop("chunk", 32),
+        feature_classifier=replace(FEATURE_CLASSIFIER, passes=3),
+        recogniser_classifier=replace(RECOGNISER, passes=3),
+        **changes,
+    )
+
+
+class Copyist:
+    """A perfect network: image i is the i-th real digit of its class. May die in the middle."""
+
+    def __init__(self, shards: Path, dies_after: int | None = None, noise: int = 0) -> None:
+        batches = list(RealImages(shards).read_all(500))
+        self.images = np.concatenate([batch.image_NHWC for batch in batches])
+        labels = np.concatenate([batch.label_N for batch in batches])
+        self.of_class = [np.flatnonzero(labels == label) for label in range(10)]
+        self.drawn: list[int] = []
+        self.dies_after = dies_after
+        self.noise = noise
+
+    def __call__(self, numbers: list[int], label_N: np.ndarray) -> DrawnImages:
+        if self.dies_after is not None and len(self.drawn) >= self.dies_after:
+            raise KeyboardInterrupt
+        self.drawn += numbers
+        rows = [
+            self.of_class[label][i % len(self.of_class[label])] for i, label in zip(numbers, label_N, strict=True)
+        ]
+        noise = np.random.default_rng(numbers[0]).integers(0, self.noise + 1, (len(rows), 8, 8, 1))
+        return DrawnImages(np.clip(self.images[rows] + noise, 0, 255).astype(np.uint8))
+
+
+def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards: Path, cache: Path) -> None:
+    job = make_job(tmp_path, shards, cache)
+    first = Copyist(shards, dies_after=90)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, first)
+    assert stored_result(job) is None
+    second = Copyist(shards)
+    lines: list[str] = []
+    metrics = run_job(job, second, log=lines.append)
+    assert sorted(first.drawn + second.drawn) == list(range(200))
+    assert stored_result(job) == metrics
+
+    result = metrics["results"]["classifier"]
+    assert result["drawn_images"] == 200 and result["real_images"] == 1797
+    assert result["fid_floor_images_per_half"] == 898
+    assert 0 < result["fid_floor"] < result["fid"]
+    assert 0 <= result["fid_error"] < 1e-6
+    assert result["precision"] == pytest.approx(1.0)  # every image is a real one
+    assert result["recogniser"]["accuracy"] > 0.8  # three passes only
+    assert result["recogniser"]["held_out_images"] == 359
+    assert result["network"]["fingerprint"] != result["recogniser"]["fingerprint"]
+    evaluation = metrics["evaluation"]
+    assert evaluation["nfe"] == 39 and evaluation["network_passes"] == 78 and evaluation["vae"] is None
+    assert evaluation["sampler"]["seed"] == 3 and evaluation["sampler"]["precision"] == "fp32"
+    assert result["real"] == {
+        "name": "digits",
+        "folder": str(shards),
+        "images": 1797,
+        "fingerprint": job.real.fingerprint,
+    }
+    assert not list((job.folder / "features").rglob("*.npz"))
+    shown = "\n".join(table(metrics, "classifier"))
+    assert "floor" in shown and "39 NFE" in shown and "held-out" in shown
+
+    with np.load(job.folder / "samples.npz", allow_pickle=False) as samples:
+        assert samples.files == ["arr_0", "arr_1"]
+        assert samples["arr_0"].shape == (200, 8, 8, 3) and samples["arr_0"].dtype == np.uint8
+        assert samples["arr_1"].tolist() == job.evaluation.labels_of(list(range(200))).tolist()
+        labels = samples["arr_1"]
+        expected = Copyist(shards)(list(range(200)), labels).image_NHWC
+        np.testing.assert_array_equal(samples["arr_0"][..., :1], expected)
+
+    page = (job.folder / "gallery" / "index.html").read_text()
+    assert "&lt;b&gt;one&lt;/b&gt;" in page and "<b>one" not in page
+    assert sorted(p.name for p in (job.folder / "gallery").iterdir())[:2] == ["class-00000.png", "class-00001.png"]
+    with Image.open(job.folder / "gallery" / "class-00003.png") as sheet:
+        assert sheet.mode == "L" and sheet.width > 300
+
+
+def test_results_are_written_when_no_process_looks_for_descriptions_any_more(
+    tmp_path: Path, shards: Path, cache: Path
+) -> None:
+    job = make_job(tmp_path, shards, cache, recogniser=False)
+    seen = []
+
+    def all_well(well: bool) -> bool:
+        seen.append(((job.folder / "features").exists(), (job.folder / "metrics.json").exists()))
+        return well
+
+    run_job(job, Copyist(shards), Workers(ranks=2, _all_well=all_well))
+    # At the start, when all is drawn, when all is described, and when all is written.
+    assert seen == [(False, False), (False, False), (True, False), (False, True)]
+
+
+def test_worse_images_score_worse(tmp_path: Path, shards: Path, cache: Path) -> None:
+    figures = []
+    for noise in (0, 255):
+        job = make_job(tmp_path / str(noise), shards, cache, count=120, labels="balanced", recogniser=False)
+        result = run_job(job, Copyist(shards, noise=noise))["results"]["classifier"]
+        assert "recogniser" not in result
+        figures.append(result["fid"])
+    assert figures[1] > 2 * figures[0]
+
+
+def test_too_few_images_give_a_warning_and_nulls(tmp_path: Path, shards: Path, cache: Path) -> None:
+    job = make_job(tmp_path, shards, cache, count=1, recogniser=False)
+    result = run_job(job, Copyist(shards))["results"]["classifier"]
+    assert result["fid"] is None and result["precision"] is None
+    assert len(result["warnings"]) == 2
+    assert "–" in "\n".join(table(stored_result(job) or {}, "classifier"))
+    job = make_job(tmp_path, shards, cache, count=40, recogniser=False)
+    warnings = run_job(job, Copyist(shards))["results"]["classifier"]["warnings"]
+    assert warnings == ["40 drawn images are too few for 64 features: the covariance is singular, fid is biased"]
+
+
+def test_other_chunks_and_other_holders_are_refused(tmp_path: Path, shards: Path, cache: Path) -> None:
+    job = make_job(tmp_path, shards, cache, recogniser=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, Copyist(shards, dies_after=32))
+    with pytest.raises(UserError, match=r"--chunk 50: .* chunks of 32 images"):
+        run_job(replace(job, chunk=50), Copyist(shards))
+    with (
+        try_lock(job.folder / "lock") as held,
+        pytest.raises(UserError, match="another process is at this evaluation"),
+    ):
+        assert held
+        run_job(job, Copyist(shards))
+    run_job(replace(job, chunk=None), Copyist(shards))
+    # Another request to the same images scores anew and draws nothing.
+    more = replace(job, recogniser=True)
+    assert stored_result(job) is not None and stored_result(more) is None
+    again = Copyist(shards)
+    assert "recogniser" in run_job(more, again)["results"]["classifier"]
+    assert again.drawn == []
+
+
+def test_the_folder_names_the_settings(tmp_path: Path, shards: Path, cache: Path) -> None:
+    a = make_job(tmp_path, shards, cache).evaluation
+    assert a.id.startswith("step-00001200-ema-heun-20-cfg-1.5-random-200-seed-3-")
+    assert a.id == make_job(tmp_path, shards, cache).evaluation.id
+    others = [
+        replace(a, weights="f" * 16),
+        replace(a, sampler=a.sampler.model_copy(update={"ddim_eta": 0.5})),
+        replace(a, labels="balanced"),
+    ]
+    assert len({a.id, *(other.id for other in others)}) == 4
+
+
+def test_labels_are_by_seed_and_number(tmp_path: Path, shards: Path, cache: Path) -> None:
+    evaluation = make_job(tmp_path, shards, cache).evaluation
+    whole = evaluation.labels_of(list(range(2000)))
+    assert evaluation.labels_of([700, 3]).tolist() == [whole[700], whole[3]]
+    assert np.bincount(whole, minlength=10).min() > 150
+    balanced = replace(evaluation, labels="balanced")
+    assert balanced.labels_of([0, 9, 10, 25]).tolist() == [0, 9, 0, 5]
+
+
+def test_default_chunks_are_whole_batches_enough_for_all() -> None:
+    assert default_chunk(50_000, 64, 8) == 256
+    assert default_chunk(1000, 64, 2) == 64
+    assert default_chunk(10, 64, 2) == 64
+    assert default_chunk(50_000, 500, 1) == 500
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_evaluate import Copyist, make_job
+from ditmoe.sampling.evaluation.run_job import run_job
+from ditmoe.sampling.jobs.workers import join_workers
+out, shards, cache = map(Path, sys.argv[2:])
+workers = join_workers()
+assert workers.ranks == 2
+copyist = Copyist(shards)
+run_job(make_job(out, shards, cache, chunk=8), copyist, workers)
+(out / f"drawn-{workers.rank}").write_text(" ".join(map(str, copyist.drawn)))
+workers.leave()
+"""
+
+
+def test_two_processes_score_as_one(tmp_path: Path, shards: Path, cache: Path) -> None:
+    alone = run_job(make_job(tmp_path / "alone", shards, cache, chunk=8), Copyist(shards))
+    program, out = tmp_path / "program.py", tmp_path / "two"
+    program.write_text(PROGRAM)
+    out.mkdir()
+    arguments = [str(path) for path in (program, Path(__file__).parent, out, shards, cache)]
+    done = run_forked(arguments, tmp_path / "output", processes=2, seconds=120)
+    assert done.returncode == 0, done.stderr
+    drawn = [(out / f"drawn-{rank}").read_text().split() for rank in range(2)]
+    assert all(drawn) and sorted(map(int, drawn[0] + drawn[1])) == list(range(200))
+    job = make_job(out, shards, cache)
+    two = json.loads((job.folder / "metrics.json").read_text())
+    assert two["results"] == alone["results"]

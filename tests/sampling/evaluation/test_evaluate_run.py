@@ -1,0 +1,206 @@
+"""An evaluation of a run folder, from the options to the metrics, with a small network of random weights."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.opening import open_source
+from ditmoe.launcher.commands.evaluate import command
+from ditmoe.launcher.training.best import evaluated
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import MARKER, checkpoint_path, read_info
+from ditmoe.sampling.evaluation.of_run import (
+    EvaluationOptions,
+    _drawer,
+    _Model,
+    default_cache,
+    evaluate_run,
+    prepare_job,
+)
+from ditmoe.sampling.evaluation.results import table
+from ditmoe.sampling.evaluation.run_job import stored_result
+from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.jobs.chunks import ChunkStore
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.noise_level.classifier import (
+    classifier_folder,
+)
+from ditmoe.sampling.settings.config import SamplerConfig
+from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("digits") / "shards")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+def options_for(run: Path, shards: Path | None) -> EvaluationOptions:
+    return EvaluationOptions(
+        source=run,
+        sampler=SamplerConfig(steps=2, seed=1),
+        count=20,
+        batch=8,
+        data=shards,
+        recogniser=False,
+        cache=run / "cache",
+    )
+
+
+def test_evaluations_are_those_that_each_image_took(run: Path, shards: Path) -> None:
+    options = replace(options_for(run, shards), sampler=SamplerConfig(sampler="rk45", tolerance=0.01, seed=1))
+    job = prepare_job(options)
+    assert "-rk45-0.01-cfg-1-" in job.folder.name
+    numbers = list(range(8))
+    drawn = _drawer(job, _Model(torch.device("cpu")))(numbers, job.evaluation.labels_of(numbers))
+    assert drawn.nfe_N is not None and (drawn.nfe_N % 6 == 2).all()
+    assert len(set(drawn.nfe_N.tolist())) > 1  # each its own
+    assert planned_nfe(job.evaluation.sampler) is None
+
+
+def test_a_run_is_evaluated_once(run: Path, shards: Path) -> None:
+    job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    assert job.folder.parent == run / "evaluations"
+    metrics = evaluate_run(job)
+    assert metrics == stored_result(job)
+    # What keeping the best checkpoints by this figure goes by.
+    found = evaluated(run / "evaluations", "fid", [checkpoint_path(run, 0)])
+    assert found == {0: metrics["results"]["classifier"]["fid"]}
+    assert metrics["evaluation"]["sampler"]["sampler"] == "euler"  # of a rectified flow
+    assert metrics["evaluation"]["objective"] == {"kind": "rectified_flow"}
+    assert metrics["evaluation"]["nfe"] == 2
+    assert metrics["evaluation"]["device"] == (
+        "cpu" if not torch.cuda.is_available() else torch.cuda.get_device_name()
+    )
+    with np.load(job.folder / "samples.npz") as samples:
+        first = samples["arr_0"]
+    # The same images, drawn in another batch and chunk.
+    other = replace(job, folder=run / "again", batch=20, chunk=20)
+    evaluate_run(other)
+    with np.load(other.folder / "samples.npz") as samples:
+        # Another batch shape changes an image by rounding of 1e-4 at most: seldom by a step of 1/255.
+        assert np.abs(samples["arr_0"].astype(int) - first.astype(int)).max() <= 1
+
+
+CHAINS = SamplerConfig.model_validate(
+    {"sampler": "dlg:kar1", "steps": 2, "seed": 1, "dlg": {"skip": 2, "samples_per_chain": 5, "initial_steps": 2}}
+)
+
+
+def test_chains_are_evaluated_with_the_classifier_of_the_run(run: Path, shards: Path) -> None:
+    options = replace(options_for(run, shards), sampler=CHAINS, count=18, batch=2)
+    with pytest.raises(UserError, match=r"there is no noise-level classifier.*ditmoe noise-classifier train"):
+        prepare_job(options)
+    write_noise_classifier(run)
+    with pytest.raises(UserError, match="--chunk 8: chains have 5 samples each"):
+        prepare_job(replace(options, chunk=8))
+    job = replace(prepare_job(options), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    assert "-dlg-heun-2-cfg-1-" in job.folder.name
+    metrics = evaluate_run(job)
+    assert metrics == stored_result(job)
+    evaluation = metrics["evaluation"]
+    # Three and, of the last chain, 3 of 5 samples: four starts of 3 + 20, stretches of 2, finishing in 3.
+    assert evaluation["nfe"] == (4 * 23 + 18 * 5) / 18
+    assert evaluation["chunk"] == 10 and not (job.folder / "chains").exists()
+    store = ChunkStore(job.folder / "chunks", 18, 10, job.evaluation.fingerprint)
+    for chunk in range(2):
+        kept = store.read(chunk)
+        assert kept.sigma_N is not None and kept.trace_NT is not None
+        assert np.array_equal(kept.sigma_N, kept.trace_NT.min(1)) and kept.trace_NT.shape[1] == 2
+        assert len(set(kept.label_N[:5].tolist())) == 1
+    told = metrics["results"]["classifier"]["chains"]
+    assert (told["chains"], told["samples_per_chain"], told["steps_per_sample"]) == (3, 5, 2)
+    gallery = job.folder / "gallery"
+    with Image.open(gallery / "chains.png") as picture:
+        assert picture.width > 1000
+    assert 'src="chains.png"' in (gallery / "index.html").read_text(encoding="utf-8")
+    lines = table(metrics, "classifier")
+    assert any("3 chains of 5 samples, 2 steps from one to the next" in line for line in lines)
+    # With another classifier they are other images.
+    shutil.rmtree(classifier_folder(read_info(checkpoint_path(run, 0))))
+    write_noise_classifier(run, sigma_max=10.0)
+    assert prepare_job(options).folder != job.folder
+
+
+def test_what_does_not_fit_is_told_before_anything_starts(run: Path, shards: Path, tmp_path: Path) -> None:
+    options = options_for(run, shards)
+    with pytest.raises(UserError, match="give the folder of real images with --data"):
+        prepare_job(replace(options, data=None))
+    with pytest.raises(UserError, match="expected only with --features inception"):
+        prepare_job(replace(options, features_path=tmp_path / "x.pt"))
+    with pytest.raises(UserError, match=r"x\.pt: no such file"):
+        prepare_job(replace(options, features="inception", features_path=tmp_path / "x.pt"))
+    with pytest.raises(UserError, match="no such folder"):
+        prepare_job(replace(options, source=tmp_path / "nowhere"))
+    pack(open_source("shapes", count=20, classes=3, image_size=16, seed=0), tmp_path / "shapes", PackSettings())
+    with pytest.raises(
+        UserError, match="image_size is 16, expected 8; channels is 3, expected 1; num_classes is 3, expected 10"
+    ):
+        prepare_job(replace(options, data=tmp_path / "shapes"))
+
+
+def test_classes_of_other_names_are_warned_of_and_other_channels_refused(
+    run: Path, shards: Path, tmp_path: Path
+) -> None:
+    marker = checkpoint_path(run, 0) / MARKER
+    facts = json.loads(marker.read_text())
+    facts["dataset"]["class_names"] = [*map(str, range(9)), "ten"]
+    marker.write_text(json.dumps(facts))
+    job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    warnings = evaluate_run(job)["results"]["classifier"]["warnings"]
+    assert f"class 9 is 9 in {shards} and ten in the network's training" in warnings[-2]
+    assert "held-out real images only: its FID says little" in warnings[-1]  # after one pass
+
+    facts["config"]["model"] |= {"channels": 4, "num_classes": 3}
+    marker.write_text(json.dumps(facts))
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 4), np.uint8), labels=np.arange(9) % 3)
+    pack(open_source(str(tmp_path / "x.npz"), seed=0), tmp_path / "four", PackSettings(format="npy"))
+    with pytest.raises(UserError, match=r"channels is 4, and only 1 \(grey\) or 3 \(RGB\)"):
+        prepare_job(options_for(run, tmp_path / "four"))
+
+
+def test_folders_that_cannot_be_made_are_one_message(run: Path, shards: Path, tmp_path: Path) -> None:
+    (run / "evaluations").touch()
+    options = options_for(run, shards)
+    with pytest.raises(UserError, match=r"evaluations/.*: could not be made: Not a directory"):
+        evaluate_run(prepare_job(options))
+    with pytest.raises(UserError, match="/ranks: could not be made"):
+        command(run, count=20, processes=2, data=shards, cache=tmp_path / "cache")
+    (run / "evaluations").unlink()
+    with pytest.raises(UserError, match="evaluations/cache/locks: could not be made: Not a directory"):
+        evaluate_run(
+            prepare_job(
+                replace(options, cache=run / "checkpoints" / "step-00000000" / MARKER / "evaluations/cache")
+            )
+        )
+
+
+def test_results_name_the_real_images_that_they_are_of(run: Path, shards: Path, tmp_path: Path) -> None:
+    job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+    evaluate_run(job)
+    metrics = json.loads((job.folder / "metrics.json").read_text())
+    metrics["results"]["inception"] = {"real": {"name": "others"}}
+    (job.folder / "metrics.json").write_text(json.dumps(metrics))
+    pack(open_source("digits", seed=0), tmp_path / "more", PackSettings(count=400, seed=1))
+    results = evaluate_run(replace(job, real=RealImages(tmp_path / "more")))["results"]
+    assert results["inception"]["real"]["name"] == "others"
+    assert results["classifier"]["real"]["images"] == 400
+
+
+def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "ditmoe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "ditmoe"

@@ -1,0 +1,95 @@
+"""The classifiers that an evaluation trains: good on real digits, kept, and independent of each other."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.opening import open_source
+from ditmoe.data.shards.writer import ShardLimits
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.metrics.classifier import (
+    FEATURE_CLASSIFIER,
+    HELD_OUT,
+    RECOGNISER,
+    Classifier,
+    PlainClassifier,
+    ResidualClassifier,
+    load_classifier,
+)
+from ditmoe.sampling.metrics.real import RealImages
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> RealImages:
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    pack(open_source("digits", seed=0), folder, PackSettings(limits=ShardLimits(samples=500)))
+    return RealImages(folder)
+
+
+def test_real_images_come_once_each_in_order(digits: RealImages) -> None:
+    batches = list(digits.read_all(100))
+    numbers = np.concatenate([batch.number_N for batch in batches])
+    assert numbers.tolist() == list(range(1797)) and digits.count == 1797
+    assert digits.parts == 4
+    assert batches[0].image_NHWC.shape == (100, 8, 8, 1) and batches[0].image_NHWC.dtype == np.uint8
+    labels = np.concatenate([batch.label_N for batch in batches])
+    assert np.bincount(labels).min() > 170
+
+
+def test_a_truncated_shard_is_named(digits: RealImages, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in digits.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    shard = sorted(folder.glob("*.tar"))[1]
+    shard.write_bytes(shard.read_bytes()[:20_000])
+    with pytest.raises(UserError, match=shard.name):
+        RealImages(folder)
+
+
+def test_recogniser_is_good_on_held_out_digits_and_kept(digits: RealImages, tmp_path: Path) -> None:
+    lines: list[str] = []
+    recogniser = load_classifier(RECOGNISER, digits, tmp_path, CPU, lines.append)
+    assert recogniser.held_out_images == round(1797 * HELD_OUT)
+    assert recogniser.held_out_accuracy >= 0.98
+    batch = next(digits.read_all(500))
+    assert recogniser.recognise(batch.image_NHWC, batch.label_N) >= 0.98
+    assert recogniser.recognise(batch.image_NHWC, (batch.label_N + 1) % 10) < 0.05
+    assert len(lines) == 2
+    again = load_classifier(RECOGNISER, digits, tmp_path, CPU, lines.append)
+    assert len(lines) == 2 and again.fingerprint == recogniser.fingerprint
+    assert again.held_out_accuracy == recogniser.held_out_accuracy
+    stored = next(tmp_path.glob("*.safetensors"))
+    stored.write_bytes(stored.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"safetensors: unreadable classifier.*trained again"):
+        load_classifier(RECOGNISER, digits, tmp_path, CPU)
+
+
+def test_training_is_a_function_of_its_settings(digits: RealImages, tmp_path: Path) -> None:
+    def train(folder: str, seed: int) -> Classifier:
+        settings = replace(FEATURE_CLASSIFIER, passes=1, seed=seed)
+        return load_classifier(settings, digits, tmp_path / folder, CPU)
+
+    a, b, c = train("a", 1), train("b", 1), train("a", 2)
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    features = a.features(next(digits.read_all(7)).image_NHWC)["features"]
+    assert features.shape == (7, FEATURE_CLASSIFIER.dimension) and a.dimension == FEATURE_CLASSIFIER.dimension
+
+
+def test_the_recogniser_is_not_the_feature_network() -> None:
+    assert FEATURE_CLASSIFIER.architecture != RECOGNISER.architecture
+    assert FEATURE_CLASSIFIER.seed != RECOGNISER.seed  # the split is drawn by the seed
+
+
+@pytest.mark.parametrize("make", [PlainClassifier, ResidualClassifier])
+@pytest.mark.parametrize(("size", "channels"), [(8, 1), (5, 2), (28, 1), (33, 3), (64, 3)])
+def test_classifiers_take_any_size_and_channels(make: type, size: int, channels: int) -> None:
+    network = make(size, channels, 7, 16).eval()
+    features, scores = network(torch.randn(2, channels, size, size))
+    assert features.shape == (2, 16) and scores.shape == (2, 7)

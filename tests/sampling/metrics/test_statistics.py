@@ -1,0 +1,124 @@
+"""Moments, Fréchet distance, precision/recall and the Inception Score against closed forms and scipy."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import linalg
+
+from ditmoe.sampling.metrics.statistics import Moments, frechet_distance, inception_score, precision_recall
+
+
+def random_features(count: int, dimension: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    mixing = random.standard_normal((dimension, dimension)) / dimension**0.5
+    return shift + scale * (random.standard_normal((count, dimension)) @ mixing)
+
+
+def gaussian(mean: np.ndarray, covariance: np.ndarray, count: int = 100) -> Moments:
+    return Moments(count, mean, covariance * (count - 1))
+
+
+@given(
+    cuts=st.lists(st.integers(0, 60), max_size=6),
+    seed=st.integers(0, 2**31),
+    shift=st.sampled_from([0.0, 1.0, 1e4]),
+)
+@settings(max_examples=40, deadline=None)
+def test_moments_of_parts_merge_to_those_of_the_whole(cuts: list[int], seed: int, shift: float) -> None:
+    x_NF = random_features(60, 5, seed, shift=shift)
+    edges = [0, *sorted(cuts), 60]
+    merged = Moments.empty(5)
+    for start, stop in pairwise(edges):
+        merged = merged.merge(Moments.of(x_NF[start:stop]))
+    assert merged.count == 60
+    np.testing.assert_allclose(merged.mean_F, x_NF.mean(0), rtol=1e-13, atol=1e-13)
+    np.testing.assert_allclose(merged.covariance_FF, np.cov(x_NF.T), rtol=1e-9, atol=1e-10)
+
+
+def test_merging_keeps_small_variances_beside_large_means() -> None:
+    x_NF = 1e8 + np.random.default_rng(0).standard_normal((1000, 2))
+    merged = Moments.of(x_NF[:1]).merge(Moments.of(x_NF[1:700])).merge(Moments.of(x_NF[700:]))
+    np.testing.assert_allclose(merged.covariance_FF, np.cov((x_NF - 1e8).T), rtol=1e-6, atol=1e-6)
+
+
+def test_distance_of_commuting_gaussians_is_the_closed_form() -> None:
+    random = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(random.standard_normal((8, 8)))
+    s, t = random.uniform(0.5, 2, 8), random.uniform(0.5, 2, 8)
+    mean_a, mean_b = random.standard_normal(8), random.standard_normal(8)
+    a, b = (gaussian(m, basis @ np.diag(v**2) @ basis.T) for m, v in ((mean_a, s), (mean_b, t)))
+    expected = np.sum((mean_a - mean_b) ** 2) + np.sum((s - t) ** 2)
+    distance = frechet_distance(a, b)
+    assert distance.value == pytest.approx(expected, rel=1e-12)
+    assert distance.ranks == (8, 8)
+    assert distance.error < 1e-11
+    assert distance.mean_term == pytest.approx(np.sum((mean_a - mean_b) ** 2))
+
+
+@pytest.mark.parametrize("dimension", [2, 16, 64])
+def test_distance_agrees_with_sqrtm_where_that_is_sound(dimension: int) -> None:
+    a = Moments.of(random_features(2000, dimension, 1))
+    b = Moments.of(random_features(2000, dimension, 2, scale=1.5, shift=0.3))
+    root = linalg.sqrtm(a.covariance_FF @ b.covariance_FF).real
+    trace = np.trace(a.covariance_FF + b.covariance_FF - 2 * root)
+    expected = np.sum((a.mean_F - b.mean_F) ** 2) + trace
+    distance = frechet_distance(a, b)
+    assert distance.value == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(b, a).value == pytest.approx(distance.value, rel=1e-10)
+
+
+def test_distance_of_a_set_to_itself_is_zero_within_its_stated_error() -> None:
+    for count in (500, 20):
+        a = Moments.of(random_features(count, 64, 3))
+        distance = frechet_distance(a, a)
+        assert abs(distance.value) <= distance.error
+        assert distance.error < 1e-5
+
+
+def test_rank_deficient_covariances_are_exact_within_the_stated_error() -> None:
+    # Two sets in the same plane of a 100-dimensional space: the distance is that within the plane.
+    random = np.random.default_rng(4)
+    basis, _ = np.linalg.qr(random.standard_normal((100, 3)))
+    x, y = random.standard_normal((50, 3)), 2 * random.standard_normal((40, 3)) + 1
+    inside = frechet_distance(Moments.of(x), Moments.of(y))
+    outside = frechet_distance(Moments.of(x @ basis.T), Moments.of(y @ basis.T))
+    assert outside.ranks == (3, 3)
+    assert abs(outside.value - inside.value) <= outside.error
+    assert outside.value == pytest.approx(inside.value, rel=1e-9)
+
+
+def test_orthogonal_supports_have_no_common_root() -> None:
+    a = gaussian(np.zeros(4), np.diag([1.0, 2.0, 0, 0]))
+    b = gaussian(np.zeros(4), np.diag([0, 0, 3.0, 4.0]))
+    assert frechet_distance(a, b).value == pytest.approx(10.0)
+    still = gaussian(np.ones(4), np.zeros((4, 4)))
+    assert frechet_distance(a, still).value == pytest.approx(3.0 + 4.0)
+
+
+def test_precision_and_recall_by_hand() -> None:
+    # Five points on a line at 0..4 (k = 1: radius 1 each); drawn ones at 0.5, 10, 10.5.
+    real = np.arange(5.0)[:, None]
+    fake = np.array([[0.5], [10.0], [10.5]])
+    precision, recall = precision_recall(real, fake, k=1)
+    assert precision == pytest.approx(1 / 3)
+    # Radii of the drawn ones: 9.5, 0.5, 0.5; the first ball reaches all real points.
+    assert recall == pytest.approx(1.0)
+
+
+def test_precision_and_recall_tell_quality_from_variety() -> None:
+    real = random_features(1500, 4, 6)
+    assert min(precision_recall(real, random_features(1500, 4, 6) + 1e-9)) == pytest.approx(1.0)
+    narrow = real.mean(0) + 0.01 * random_features(300, 4, 7)
+    precision, recall = precision_recall(real, narrow)
+    assert precision > 0.95 and recall < 0.05
+    assert precision_recall(real, real + 1000) == (0.0, 0.0)
+
+
+def test_inception_score_bounds() -> None:
+    certain = np.eye(4)[np.arange(400) % 4]
+    assert inception_score(certain)[0] == pytest.approx(4.0)
+    assert inception_score(np.full((100, 4), 0.25))[0] == pytest.approx(1.0)
+    assert inception_score(certain, split=100)[2] == 4

@@ -1,0 +1,392 @@
+"""Synthesised datasets: every byte follows from the plan, whoever draws it and whoever is killed on the way."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.opening import open_source
+from ditmoe.data.making.verify import verify
+from ditmoe.data.places.reader import Shard
+from ditmoe.data.shards.decode import decode_image
+from ditmoe.data.shards.index import load_index
+from ditmoe.data.shards.sample_table import read_table
+from ditmoe.data.storage import sharing as sharing_module
+from ditmoe.data.storage.sharing import try_lock
+from ditmoe.launcher.commands.data.group import app
+from ditmoe.model.canonical import canonical_state
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.drawing.generate import generate
+from ditmoe.sampling.jobs.chunks import DrawnImages
+from ditmoe.sampling.jobs.workers import CPU, Workers
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
+from ditmoe.sampling.metrics.quality import FeatureScore, ScoreSettings, class_means, make_scorer
+from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.network.load import load_model
+from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.synthesis import make as synthesize_module
+from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
+from ditmoe.sampling.synthesis.plan import Synthesis, SynthesisOptions, prepare_synthesis
+
+MODEL = ModelConfig(
+    depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
+)
+QUICK = replace(RECOGNISER, passes=1)
+QUICK_FEATURES = replace(FEATURE_CLASSIFIER, passes=1)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a small network of random weights, 300 digits in `shards`, and a cache of classifiers."""
+    folder = tmp_path_factory.mktemp("synthesis")
+    torch.manual_seed(0)
+    network = DiT(MODEL)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    path = checkpoint_path(folder / "run", 0)
+    write_weights_checkpoint(path, MODEL, ObjectiveConfig(), canonical_state(network), None)
+    pack(open_source("digits", seed=0), folder / "shards", PackSettings(count=300))
+    return folder
+
+
+def options_for(shared: Path, out: Path, **changes: object) -> SynthesisOptions:
+    return replace(
+        SynthesisOptions(
+            source=shared / "run",
+            out=out,
+            sampler=SamplerConfig(steps=2, seed=1),
+            count=45,
+            batch=8,
+            shard_samples=12,
+            score=ScoreSettings("classifier", classifier=QUICK),
+            reference=shared / "shards",
+            cache=shared / "cache",
+        ),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Name → bytes of all that is in a finished folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def made(shared: Path, out: Path, **changes: object) -> Synthesis:
+    synthesis = prepare_synthesis(options_for(shared, out, **changes))
+    synthesize(synthesis, drawer(synthesis, CPU))
+    return synthesis
+
+
+def test_images_are_those_of_their_numbers_with_label_score_and_provenance(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    synthesis = made(shared, out, classes=(4, 7, 2))
+    index = load_index(out)
+    assert index == finished(synthesis) and [entry.samples for entry in index.shards] == [12, 12, 12, 9]
+    assert (index.name, index.image_size, index.channels, index.num_classes) == ("run-synthetic", 8, 1, 10)
+    assert sorted(contents(out)) == [
+        "index.json",
+        "preview.png",
+        *(f"run-synthetic-{shard:05d}.tar" for shard in range(4)),
+        "samples.npz",
+        "synthesis.json",
+    ]
+    assert not verify(out).problems
+
+    labels = torch.tensor([(4, 7, 2)[number % 3] for number in range(45)])
+    model = load_model(shared / "run")
+    expected = generate(model, labels, range(45), SamplerConfig(steps=2, seed=1), 8).image_NHWC.numpy()
+    classifier = load_classifier(QUICK, RealImages(shared / "shards"), shared / "cache", CPU)
+    probability = classifier.probabilities(expected)
+    np.testing.assert_allclose(probability.sum(1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(probability.argmax(1), classifier.predict(expected))
+    table = read_table(out, index)
+    assert table is not None and table.score_N is not None
+    np.testing.assert_array_equal(table.label_N, labels.numpy())
+    np.testing.assert_allclose(table.score_N, probability[np.arange(45), labels.numpy()], rtol=1e-4)
+
+    number = 0
+    for entry in index.shards:
+        shard = Shard.at(out / entry.file, entry)
+        for member, key in enumerate(shard.keys):
+            facts = json.loads(shard.read(member, "json") or b"")
+            image = decode_image("png", shard.read(member, "png") or b"", index)
+            np.testing.assert_array_equal(image, expected[number])
+            assert key == f"{number:08d}" and facts["number"] == number
+            assert facts["label"] == labels[number] == int(shard.read(member, "cls") or b"")
+            assert np.float32(facts["score"]) == table.score_N[number]
+            number += 1
+        shard.close()
+    info = read_info(checkpoint_path(shared / "run", 0))
+    assert facts["source"] == "run/step-00000000" and facts["seed"] == 1
+    assert facts["provenance"]["checkpoint"] == {
+        "fingerprint": info.fingerprint,
+        "name": "run/step-00000000",
+        "step": 0,
+        "weights": "ema",
+    }
+    assert facts["provenance"]["sampler"]["sampler"] == "euler" and facts["provenance"]["sampler"]["steps"] == 2
+    assert facts["provenance"]["scorer"]["network"] == classifier.fingerprint
+
+
+def test_two_processes_write_the_bytes_of_one(shared: Path, tmp_path: Path) -> None:
+    arguments = ["synthesize", "--from", str(shared / "run"), "--count", "45", "--steps", "2", "--batch", "4"]
+    arguments += [
+        "--shard-samples",
+        "12",
+        "--reference",
+        str(shared / "shards"),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
+    arguments += ["--cfg-scale", "1.5", "--classes=-1,9"]
+    runner = CliRunner()
+    refused = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
+    assert isinstance(refused.exception, UserError) and "'-1' found; expected numbers from 0" in str(
+        refused.exception
+    )
+    arguments[-1] = "--classes=0,1,2,9"
+    two = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
+    assert two.exit_code == 0, two.output
+    one = runner.invoke(app, [*arguments, str(tmp_path / "one"), "--processes", "1"])
+    assert one.exit_code == 0, one.output
+    assert "synthesised 45 images of 8×8×1 in 4 classes: 4 shards" in one.output
+    assert "  scores   median 0." in one.output and str(tmp_path / "one" / "preview.png") in one.output
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    # Repeating a finished command shows the result.
+    started = time.monotonic()
+    again = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
+    assert again.exit_code == 0 and "synthesised 45 images" in again.output
+    assert time.monotonic() - started < 2
+
+
+def all_of(synthesis: Synthesis, seconds: float) -> Callable[[], list[ForkProcess]]:
+    """Starts two forked processes that draw cheap images, a chunk of 4 at a time, and wait for each other."""
+    context = multiprocessing.get_context("fork")
+
+    def draw(numbers: list[int], label_N: np.ndarray) -> DrawnImages:
+        time.sleep(seconds)
+        values = np.array(numbers) * 5 + label_N
+        return DrawnImages(np.broadcast_to(values[:, None, None, None], (len(numbers), 8, 8, 1)).astype(np.uint8))
+
+    def start() -> list[ForkProcess]:
+        barrier, well = context.Barrier(2), context.Array("b", [1, 1])
+
+        def work(rank: int) -> None:
+            def all_well(mine: bool) -> bool:
+                well[rank] = mine
+                barrier.wait()
+                result = bool(well[0] and well[1])
+                barrier.wait()
+                return result
+
+            synthesize(synthesis, draw, Workers(rank, 2, CPU, all_well))
+
+        processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+        for process in processes:
+            process.start()
+        return processes
+
+    return start
+
+
+def files(folder: Path) -> set[Path]:
+    """Every file that is there now, those on their way included."""
+    return {Path(root, name) for root, _, names in os.walk(folder) for name in names}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
+    shared: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(synthesize_module, "SHARDS_PER_ROUND", 2)
+    monkeypatch.setattr(sharing_module, "WAIT_SECONDS", 0.01)
+
+    def small_chunks(out: Path) -> Synthesis:
+        synthesis = prepare_synthesis(options_for(shared, out, count=61, shard_samples=7))
+        return replace(synthesis, plan={**synthesis.plan, "chunk": 4})
+
+    whole = small_chunks(tmp_path / "whole")
+    for process in all_of(whole, 0)():
+        process.join(20)
+        assert process.exitcode == 0
+    cut = small_chunks(tmp_path / "cut")
+    start = all_of(cut, 0.01)
+    draws = random.Random(seed)
+    there: dict[Path, int] = {}
+    kills = 0
+    while finished(cut) is None:
+        before, new = files(tmp_path / "cut"), draws.randint(1, 8)
+        processes = start()
+        while len(files(tmp_path / "cut") - before) < new and any(process.is_alive() for process in processes):
+            time.sleep(0.001)
+        kills += any(process.is_alive() for process in processes)
+        for process in processes:
+            if process.is_alive():
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGKILL)
+            process.join(20)
+        # What is finished is not written again.
+        records = {path.stem for path in (tmp_path / "cut" / "work" / "done").glob("*.json")}
+        for path in sorted((tmp_path / "cut").glob("*.tar")):
+            if path.stem[-5:] in records:
+                assert there.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+        assert kills < 200
+    assert kills >= 2
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_work_that_is_left_at_the_end_is_removed(shared: Path, tmp_path: Path) -> None:
+    synthesis = made(shared, tmp_path / "out", score=ScoreSettings("none"), reference=None)
+    before = contents(tmp_path / "out")
+    assert read_table(tmp_path / "out", load_index(tmp_path / "out")).score_N is None  # type: ignore[union-attr]
+    (tmp_path / "out" / "work" / "done").mkdir(parents=True)
+    (tmp_path / "out" / "packing.lock").touch()
+    assert finished(synthesis) is not None
+    assert contents(tmp_path / "out") == before
+
+
+def test_features_score_by_the_distance_to_the_class(shared: Path, tmp_path: Path) -> None:
+    settings = ScoreSettings("features", feature_classifier=QUICK_FEATURES)
+    made(shared, tmp_path / "out", score=settings)
+    real = RealImages(shared / "shards")
+    network = load_classifier(QUICK_FEATURES, real, shared / "cache", CPU)
+    images = [batch for batch in real.read_all(32)]
+    features = np.concatenate([network.features(batch.image_NHWC)["features"] for batch in images]).astype(float)
+    label_N = np.concatenate([batch.label_N for batch in images])
+    mean_KF = class_means(network, real, shared / "cache", 64, Workers())
+    np.testing.assert_allclose(mean_KF[3], features[label_N == 3].mean(0), rtol=1e-5)
+
+    index = load_index(tmp_path / "out")
+    table = read_table(tmp_path / "out", index)
+    assert table is not None and table.score_N is not None
+    drawn = [batch.image_NHWC for batch in RealImages(tmp_path / "out").read_all(64)]
+    described = network.features(np.concatenate(drawn))["features"].astype(float)
+    distance = [
+        np.sqrt(((row - mean_KF[label]) ** 2).sum()) for row, label in zip(described, table.label_N, strict=True)
+    ]
+    np.testing.assert_allclose(table.score_N, -np.array(distance), rtol=1e-4)
+
+
+def test_a_class_without_real_images_has_no_mean(shared: Path, tmp_path: Path) -> None:
+    images = np.zeros((18, 8, 8, 1), np.uint8)
+    labels = np.array([0, 1, 3, 4, 5, 6, 7, 8, 9] * 2)
+    np.savez(tmp_path / "x.npz", images=images, labels=labels)
+    pack(open_source(str(tmp_path / "x.npz"), seed=0), tmp_path / "few", PackSettings())
+    real = RealImages(tmp_path / "few")
+    settings = ScoreSettings("features", feature_classifier=QUICK_FEATURES)
+    with pytest.raises(UserError, match=r"few: has no image of class 2 \(2\), from whose mean"):
+        make_scorer(settings, real, [1, 2, 3], tmp_path / "cache", 8, Workers())
+    scorer = make_scorer(settings, real, [1, 3], tmp_path / "cache", 8, Workers())
+    assert isinstance(scorer, FeatureScore)
+    next((tmp_path / "cache").glob("class-sums-*/part-00.npz")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"part-00\.npz: could not be read .*delete the file"):
+        make_scorer(settings, real, [1, 3], tmp_path / "cache", 8, Workers())
+
+
+def test_what_does_not_fit_is_told_before_anything_is_drawn(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(open_source("shapes", count=20, classes=3, image_size=16, seed=0), tmp_path / "shapes", PackSettings())
+    none = ScoreSettings("none")
+    for changes, message in (
+        ({"source": tmp_path / "no"}, "no such folder"),
+        ({"step": 3}, "no complete checkpoint of step 3"),
+        (
+            {"weights": "weights", "source": shared / "run", "reference": None},
+            "does not say what it was trained on",
+        ),
+        (
+            {"reference": tmp_path / "shapes"},
+            "image_size is 16, expected 8; channels is 3, expected 1; num_classes",
+        ),
+        ({"reference": tmp_path / "no"}, "no such folder"),
+        ({"score": none}, "with --score none there is nothing to score by it"),
+        ({"score": ScoreSettings("features", "classifier", tmp_path)}, "expected only with --features inception"),
+        ({"score": ScoreSettings("features", "inception")}, "--features inception: no file given"),
+        ({"out": tmp_path / "shapes"}, "already holds a dataset; --overwrite replaces it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare_synthesis(replace(options_for(shared, out), **changes))  # type: ignore[arg-type]
+    assert not out.exists()
+    out.mkdir()
+    (out / "other.tar").touch()
+    with pytest.raises(UserError, match=r"holds tars, and no synthesis\.json"):
+        prepare_synthesis(options_for(shared, out, overwrite=True))
+    (out / "index.json").write_text("{}")
+    with pytest.raises(UserError, match="is not an index of shards"):
+        prepare_synthesis(options_for(shared, out, overwrite=True))
+
+
+def test_another_synthesis_in_the_folder_stays_unless_it_is_to_be_replaced(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    synthesis = made(shared, out)
+    before = contents(out)
+    with pytest.raises(UserError, match="other settings: count is 20, and was 45; repeat the command as it was"):
+        prepare_synthesis(options_for(shared, out, count=20))
+    # The same with --overwrite is the same: a killed command that had it goes on.
+    assert finished(prepare_synthesis(options_for(shared, out, overwrite=True))) is not None
+    assert contents(out) == before
+    made(shared, out, count=20, overwrite=True)
+    assert load_index(out).total == 20 and not verify(out).problems
+    assert finished(synthesis) is None
+
+    (out / "synthesis.json").write_text("{")
+    with pytest.raises(UserError, match=r"synthesis\.json: could not be read"):
+        prepare_synthesis(options_for(shared, out, count=20))
+
+
+def test_a_pack_does_not_take_the_place_of_an_unfinished_synthesis(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    synthesis = made(shared, out)
+    (out / "index.json").rename(tmp_path / "index.json")
+    digits = open_source("digits", seed=0)
+    with pytest.raises(UserError, match="holds a synthesis that is not finished; --overwrite replaces it"):
+        pack(digits, out, PackSettings(count=10))
+    pack(digits, out, PackSettings(count=10, overwrite=True))
+    assert finished(synthesis) is None and load_index(out).total == 10 and not verify(out).problems
+    with pytest.raises(UserError, match="already holds a dataset"):
+        prepare_synthesis(options_for(shared, out))
+    made(shared, out, overwrite=True)
+    assert load_index(out).total == 45 and not verify(out).problems
+    # A replacement that was cut short while it cleared the folder.
+    (out / "index.json").unlink()
+    (out / "synthesis.json").unlink()
+    (out / "packing.lock").touch()
+    made(shared, out, overwrite=True)
+    assert load_index(out).total == 45 and not verify(out).problems
+
+
+def test_one_synthesis_at_a_time(shared: Path, tmp_path: Path) -> None:
+    synthesis = prepare_synthesis(options_for(shared, tmp_path / "out"))
+    with try_lock(tmp_path / "out" / "packing.lock") as held:
+        assert held
+        with pytest.raises(UserError, match="another process is writing to it"):
+            synthesize(synthesis, drawer(synthesis, CPU))
+
+
+def test_another_scoring_network_is_noticed_at_resume(shared: Path, tmp_path: Path) -> None:
+    synthesis = prepare_synthesis(options_for(shared, tmp_path / "out"))
+
+    def die(numbers: list[int], label_N: np.ndarray) -> np.ndarray:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(synthesis, die)
+    path = tmp_path / "out" / "work" / "scorer.json"
+    path.write_text(path.read_text().replace('"network": "', '"network": "0'))
+    with pytest.raises(UserError, match="was begun with another scoring network"):
+        synthesize(synthesis, drawer(synthesis, CPU))
