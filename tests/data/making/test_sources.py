@@ -12,7 +12,7 @@ from ditmoe.data.making.sources.digits import Digits
 from ditmoe.data.making.sources.folder import ImageFolder
 from ditmoe.data.making.sources.npz import Npz
 from ditmoe.data.making.sources.opening import open_source
-from ditmoe.data.making.sources.shapes import MAX_CLASSES, Shapes
+from ditmoe.data.making.sources.shapes import MOST_CLASSES, Shapes
 from ditmoe.data.shards.images import BadImage, centre_crop, open_image, prepare, to_network_range, to_uint8
 from ditmoe.model.errors import UserError
 
@@ -40,8 +40,8 @@ def test_shapes_are_a_function_of_seed_and_number() -> None:
 
 
 def test_shapes_have_distinct_classes_and_smooth_edges() -> None:
-    source = Shapes(MAX_CLASSES, MAX_CLASSES, 32, 0)
-    assert len(set(source.class_names)) == MAX_CLASSES == 60
+    source = Shapes(MOST_CLASSES, MOST_CLASSES, 32, 0)
+    assert len(set(source.class_names)) == MOST_CLASSES == 60
     assert [source.read(number).label for number in (0, 59)] == [0, 59]
     assert len(np.unique(source.read(1).image_HWC.reshape(-1, 3), axis=0)) > 30
 
