@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ditmoe.data.encoding.vae import find_vae, load_vae
-from ditmoe.data.shards.images import to_uint8
+from ditmoe.data.encoding.vae import find_vae
 from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.samples import Skip
@@ -23,6 +22,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.best import BestCheckpoints
 from ditmoe.launcher.training.feed import Feed, StepBatch
+from ditmoe.launcher.training.preview import draw_preview
 from ditmoe.launcher.training.report import Reporter
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.skips import SkipLedger, skips_of_data_ranks
@@ -39,9 +39,7 @@ from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
 from ditmoe.parallel.stages import stage_blocks
-from ditmoe.sampling.drawing.generate import generate_float
-from ditmoe.sampling.drawing.picture import image_grid, save_picture
-from ditmoe.sampling.network.load import LoadedModel
+from ditmoe.sampling.drawing.picture import save_picture
 
 
 def run_training(config: RunConfig) -> int:
@@ -336,28 +334,12 @@ class Trainer:
             )
 
     def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA, each rank its share of the images."""
-        preview, model = self.config.preview, self.config.model
-        assert model.num_classes is not None
-        share = -(-preview.images // self.layout.data)
-        first = self.layout.data_rank(dist.get_rank()) * share
-        # Every data rank draws the same number: on many layouts the network is a collective call.
-        mine = [min(number, preview.images - 1) for number in range(first, first + share)]
-        latents = self.dataset.index.latents
-        # Loaded anew each time: between previews the memory belongs to training.
-        vae = None if latents is None else load_vae(find_vae(latents), self.device)
+        """Draw the grid of fixed seeds and classes from the EMA."""
         with self.engine.ema_weights() as network:
-            names = self.dataset.index.class_names
-            loaded = LoadedModel(network, model, self.config.objective, names, None, "preview", vae)
-            images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
-        gathered = processes.gather_objects(to_uint8(images_NCHW).numpy())
-        if self.report is None:
-            return
-        of_first_stage = gathered[: self.layout.data * self.layout.tensor : self.layout.tensor]
-        images_NHWC = np.concatenate(of_first_stage)[: preview.images].transpose(0, 2, 3, 1)
-        picture = image_grid(images_NHWC, columns=min(8, preview.images))
-        save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
-        self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
+            picture = draw_preview(self.config, network, self.layout, self.dataset.index, self.device)
+        if self.report is not None and picture is not None:
+            save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
+            self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
 
     def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
         """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
