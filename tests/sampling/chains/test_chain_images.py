@@ -153,8 +153,8 @@ def test_an_interrupted_call_goes_on(model, posterior, tmp_path, monkeypatch, di
 
     hook = model.network.register_forward_pre_hook(die)
     with pytest.raises(Died):
-        generate(model, None, numbers, config, 2, posterior=posterior, kept=kept)
-    rest = generate(model, None, numbers, config, 2, posterior=posterior, kept=kept)
+        generate(model, None, numbers, config, 2, posterior=posterior, state_file=kept)
+    rest = generate(model, None, numbers, config, 2, posterior=posterior, state_file=kept)
     again = len(passes) - dies_at
     hook.remove()
     assert torch.equal(rest.image_NHWC, whole.image_NHWC) and torch.equal(rest.nfe_N, whole.nfe_N)
@@ -179,7 +179,7 @@ def test_what_was_kept_of_other_chains_is_refused(model, posterior, tmp_path, mo
 
     hook = model.network.register_forward_pre_hook(die)
     with pytest.raises(Died):
-        generate(model, None, range(20), config_of(), 2, posterior=posterior, kept=kept)
+        generate(model, None, range(20), config_of(), 2, posterior=posterior, state_file=kept)
     hook.remove()
     assert kept.path.exists()
     for changed, config, batch in (
@@ -188,7 +188,7 @@ def test_what_was_kept_of_other_chains_is_refused(model, posterior, tmp_path, mo
         (kept, config_of(), 3),
     ):
         with pytest.raises(UserError, match="delete it to start them anew"):
-            generate(model, None, range(20), config, batch, posterior=posterior, kept=changed)
+            generate(model, None, range(20), config, batch, posterior=posterior, state_file=changed)
 
 
 def test_chains_that_leave_every_bound_are_named(model, posterior):

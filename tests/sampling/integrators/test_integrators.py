@@ -40,9 +40,9 @@ def noise_for(x: Tensor) -> StreamNoise:
 
 RUNS: dict[str, Run] = {
     "euler": lambda d, x, s, n: euler(d, x, s, labels(x), n),
-    "euler on the EDM grid": lambda d, x, s, n: euler(d, x, s, labels(x), n, grid=karras_schedule),
+    "euler on the EDM schedule": lambda d, x, s, n: euler(d, x, s, labels(x), n, schedule=karras_schedule),
     "heun": lambda d, x, s, n: heun(d, x, s, labels(x), n),
-    "heun on the own grid": lambda d, x, s, n: heun(d, x, s, labels(x), n, grid=own_schedule),
+    "heun on the own schedule": lambda d, x, s, n: heun(d, x, s, labels(x), n, schedule=own_schedule),
     "dpm-solver++": lambda d, x, s, n: dpm_solver(d, x, s, labels(x), n),
     "ddim": lambda d, x, s, n: ddim(d, x, s, labels(x), n, noise_for(x)),
     "ddim η=½": lambda d, x, s, n: ddim(d, x, s, labels(x), n, noise_for(x), eta=0.5),
@@ -84,14 +84,14 @@ def test_order_of_convergence_on_a_mixture(name):
     assert orders[-1] == pytest.approx(2 if "heun" in name or "solver" in name else 1, abs=0.3), (errors, orders)
 
 
-def test_edm_grid():
+def test_edm_schedule():
     sigma = torch.tensor([80.0, 3.0], dtype=torch.float64)
-    grid = karras_schedule(MixtureDenoiser(TWO_DIMS), sigma, 18)
-    assert grid.shape == (2, 19)
-    assert grid[:, 0].tolist() == [80.0, 3.0] and grid[:, -1].tolist() == [0.0, 0.0]
-    torch.testing.assert_close(grid[:, -2], torch.full((2,), 0.002, dtype=torch.float64))
-    assert (grid.diff(dim=1) < 0).all()
-    assert grid[0, 1].item() == pytest.approx((80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17) ** 7)
+    levels = karras_schedule(MixtureDenoiser(TWO_DIMS), sigma, 18)
+    assert levels.shape == (2, 19)
+    assert levels[:, 0].tolist() == [80.0, 3.0] and levels[:, -1].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(levels[:, -2], torch.full((2,), 0.002, dtype=torch.float64))
+    assert (levels.diff(dim=1) < 0).all()
+    assert levels[0, 1].item() == pytest.approx((80 ** (1 / 7) + (0.002 ** (1 / 7) - 80 ** (1 / 7)) / 17) ** 7)
 
 
 def test_ddim_is_euler_and_at_eta_1_ancestral():

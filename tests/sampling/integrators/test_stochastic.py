@@ -75,14 +75,14 @@ def test_variance_is_reached_and_wrong_noise_is_not_forgiven(name):
         assert variance(RUNS[name], 800, fault) != pytest.approx(DEVIATION**2, rel=0.04)
 
 
-@pytest.mark.parametrize("grid", [karras_schedule, own_schedule])
-def test_one_step_is_the_equation(grid):
+@pytest.mark.parametrize("schedule", [karras_schedule, own_schedule])
+def test_one_step_is_the_equation(schedule):
     x, sigma = (
         torch.full((3, 1, 1, 1), 2.0, dtype=torch.float64),
         torch.tensor([9.0, 3.0, 0.5], dtype=torch.float64),
     )
     noise, denoiser = StreamNoise(range(3), (1, 1, 1)), MixtureDenoiser(CENTRED)
-    levels = grid(denoiser, sigma, 2)
+    levels = schedule(denoiser, sigma, 2)
     now, after = (level.view(3, 1, 1, 1) for level in (levels[:, 0], levels[:, 1]))
     score = CENTRED.score(x.flatten(1), sigma).view(3, 1, 1, 1)
     steps = {  # variance of the forward process over the step, and what it is with the start's slope of σ²
@@ -92,7 +92,7 @@ def test_one_step_is_the_equation(grid):
     for integrator, added in steps.items():
         expected = x + added * score + added.sqrt() * noise(0)
         expected = denoiser(expected, levels[:, 1], labels(x))
-        drawn = integrator(denoiser, x, sigma, labels(x), 2, noise, grid=grid).x_BCHW
+        drawn = integrator(denoiser, x, sigma, labels(x), 2, noise, schedule=schedule).x_BCHW
         torch.testing.assert_close(drawn, expected, rtol=1e-12, atol=1e-12)
 
 
