@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from ditmoe.data.places.download import Retries, fetch_shard, fetch_small
 from ditmoe.data.places.faults import ShardFault
+from ditmoe.data.places.redaction import PIPE
 from ditmoe.data.places.transports.base import Refused, Stop, Transport
 from ditmoe.data.shards.index import ShardEntry
 from ditmoe.data.storage.files import make_folder
@@ -22,7 +23,6 @@ from ditmoe.model.errors import UserError
 
 SMALL_FILE: Final = 2**30
 """Most bytes of a file that is read into memory whole."""
-PIPE: Final = "pipe:"
 SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(://|::)")
 
 

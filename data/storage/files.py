@@ -13,8 +13,12 @@ PARTIAL_SUFFIX = ".partial"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """Open `path` for writing under a temporary name; it takes its place only when the block ends well.
+
+    Args:
+        path: the file.
+        private: nobody but the owner may read it.
 
     UserError when the file system refuses (full, read-only, no permission).
     """
@@ -22,6 +26,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         try:
             with open(partial, "wb") as file:
+                if private:
+                    os.fchmod(file.fileno(), 0o600)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

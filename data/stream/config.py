@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ditmoe.data.places.redaction import shown_place
 from ditmoe.model.settings import Settings
 
 
@@ -36,6 +37,11 @@ class SourceConfig(Settings):
     """Times that fetching a remote shard is tried again, after 1, 2, 4, … seconds, at most 60."""
     timeout: float = Field(default=30.0, gt=0)
     """Seconds without a byte after which fetching is given up, or tried again."""
+
+    @property
+    def shown(self) -> str:
+        """Its path for messages and files that others read: without secrets."""
+        return shown_place(self.path)
 
 
 class DataConfig(Settings):

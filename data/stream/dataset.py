@@ -172,11 +172,11 @@ def _check_alike(config: DataConfig, indices: list[DatasetIndex]) -> None:
             if value != expected:
                 problems.append(
                     f"data.sources.{number}: {key} is {value}, and that of the first source,"
-                    f" {config.sources[0].path}, is {expected}; expected the same"
+                    f" {config.sources[0].shown}, is {expected}; expected the same"
                 )
         if config.flip and index.latents is not None and index.latents.flips != "both":
             problems.append(
-                f"data.flip = true with data.sources.{number}: the latents of {config.sources[number].path} were"
+                f"data.flip = true with data.sources.{number}: the latents of {config.sources[number].shown} were"
                 f" encoded with --flips {index.latents.flips}; expected --flips both, or data.flip = false"
             )
     if problems:

@@ -92,7 +92,7 @@ def select(
         ]
         if needs:
             raise UserError(
-                f"{key}: {', '.join(needs)} needs a table of all samples, and the index of {config.path} names"
+                f"{key}: {', '.join(needs)} needs a table of all samples, and the index of {config.shown} names"
                 " none; `ditmoe data index` writes one"
             )
     else:
@@ -101,7 +101,7 @@ def select(
         if config.min_score is not None:
             if samples.score_N is None:
                 raise UserError(
-                    f"{key}.min_score = {config.min_score:g}: the samples of {config.path} have no scores"
+                    f"{key}.min_score = {config.min_score:g}: the samples of {config.shown} have no scores"
                 )
             used &= np.nan_to_num(samples.score_N, nan=-np.inf) >= config.min_score
         if config.max_per_class is not None:
@@ -109,7 +109,7 @@ def select(
     if config.max_samples is not None:
         used = _cap(used, np.zeros(index.total, dtype=np.int64), config.max_samples, seed, number)
     if not used.any():
-        raise UserError(f"{key}: its settings leave none of the {index.total:,} samples of {config.path}")
+        raise UserError(f"{key}: its settings leave none of the {index.total:,} samples of {config.shown}")
     return _by_shard(used, index.samples_per_shard, label_of)
 
 

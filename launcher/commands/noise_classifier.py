@@ -25,7 +25,11 @@ def train(
     sigma_max: Annotated[float | None, typer.Option(help="Largest level. [default: that of the denoiser]")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, levels and noise.")] = 0,
     data: Annotated[
-        str | None, typer.Option(help="Where the run's shards lie now. [default: where they lay]")
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Where the run's shards lie now, once for each of its sources. [default: where they lay]",
+        ),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 1,
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
@@ -62,7 +66,7 @@ def train(
             )
         facts = dict(classifier.facts)
     else:
-        dataset = training_dataset(info, data, workers)
+        dataset = training_dataset(info, data or (), workers)
         space = space._replace(data=tuple(dataset.facts["fingerprint"]))
         facts = train_noise_classifier(folder, dataset, space, settings, where, typer.echo)
     figures = facts["calibration"]

@@ -246,7 +246,7 @@ def static_problems(sections: Mapping[str, Any]) -> list[str]:
 
 def check_data(data: DataConfig, model: ModelConfig, index: DatasetIndex) -> list[str]:
     """The network's input is what the data are."""
-    source = data.sources[0].path
+    source = data.sources[0].shown
     problems = [
         f"model.{key} = {getattr(model, key)}, but the data of {source} have {getattr(index, key)};"
         " expected the same, or null"

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from ditmoe.data.places.redaction import shown_place, without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, section_of, walk
 from ditmoe.launcher.configuration.yaml_reader import parse_yaml
 
@@ -19,6 +20,7 @@ def apply_overrides(
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
+        override = f"{key}{equals}{shown_place(text)}"
         path = key.split(".")
         if not equals or not all(path):
             problems.append(f"{override!r} is not an override; expected KEY=VALUE, such as optim.lr=2e-4")
@@ -65,7 +67,7 @@ def _set(values: dict[Any, Any], path: list[str], value: Any) -> str | None:
                     place[key] = {}
                 place = place[key]
         else:
-            return f"{'.'.join(path[:depth])} = {place!r} in the file; expected a section of keys"
+            return f"{'.'.join(path[:depth])} = {without_secrets(place)!r} in the file; expected a section of keys"
     return None
 
 

@@ -1,7 +1,11 @@
 """A configuration with all that follows from the data and the number of processes filled in."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import yaml
 
+from ditmoe.data.places.redaction import without_secrets
 from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.launcher.configuration.checks import check_data, run_checks, with_input_of
 from ditmoe.launcher.configuration.problems import problem_list
@@ -58,5 +62,14 @@ def layout_of(config: RunConfig) -> Layout:
 
 
 def config_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, every key written out."""
-    return yaml.safe_dump(config.plain(), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    """The configuration as YAML, every key written out, with the secrets of its sources."""
+    return _yaml(config.plain())
+
+
+def shown_yaml(config: RunConfig) -> str:
+    """The configuration as YAML, every key written out, for all to see."""
+    return _yaml(without_secrets(config.plain()))
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None)

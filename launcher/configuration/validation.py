@@ -10,6 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from ditmoe.data.places.redaction import without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, expected_at, section_of
 from ditmoe.launcher.configuration.overrides import suggestion
 
@@ -73,7 +74,11 @@ def _line(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetai
         message = str(error.get("ctx", {}).get("error", error["msg"]))
         if section_of(annotation_at(model, path)) is not None:
             return f"{key}: {message}"
-        return f"{key}: {message}" if repr(error["input"]) in message else f"{key} = {error['input']!r}: {message}"
+        return (
+            f"{key}: {message}"
+            if repr(error["input"]) in message
+            else f"{key} = {without_secrets(error['input'])!r}: {message}"
+        )
     return f"{key} = {shown(error['input'])}: expected {expected_at(model, path)}"
 
 
@@ -95,7 +100,8 @@ def _truth_values(model: type[BaseModel], path: tuple[str | int, ...], value: An
 
 
 def shown(value: Any) -> str:
-    """A value as it looks in the file, at most 60 characters."""
+    """A value as it looks in the file, at most 60 characters, without secrets."""
+    value = without_secrets(value)
     if isinstance(value, bool):
         text = str(value).lower()
     else:

@@ -2,7 +2,7 @@
 
 from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.stream.dataset import open_index
-from ditmoe.launcher.configuration.resolve import config_yaml, layout_of, resolve
+from ditmoe.launcher.configuration.resolve import layout_of, resolve, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.processes import in_worker, process_count
 from ditmoe.model.count import count
@@ -51,7 +51,7 @@ def dry_run(raw: RunConfig, origin: str) -> str:
         ]
     )
     # As comments, so that all of the output is YAML.
-    return config_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in facts.splitlines())
+    return shown_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in facts.splitlines())
 
 
 def largest_stage(config: RunConfig) -> tuple[int, RankMemory]:

@@ -12,6 +12,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from ditmoe.data.places.redaction import has_secrets
 from ditmoe.data.storage.files import replacing
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.resolve import config_yaml
@@ -85,9 +86,12 @@ class RunFolder:
                 self.compare_config(config)
 
     def store_config(self, config: RunConfig) -> list[str]:
-        """Compare the resolved configuration as `compare_config` does, and write it."""
+        """Compare the resolved configuration as `compare_config` does, and write it.
+
+        Where a source has a password or a command, nobody but the file's owner may read it.
+        """
         changes = self.compare_config(config)
-        with replacing(self.config) as file:
+        with replacing(self.config, private=has_secrets(config.plain())) as file:
             file.write(config_yaml(config).encode())
         return changes
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from ditmoe.data.encoding.vae import find_vae
 from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.dealing import Dealing
+from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
-from ditmoe.launcher.configuration.resolve import config_yaml, layout_of
+from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.best import BestCheckpoints
@@ -183,7 +184,7 @@ class Trainer:
         if self.resumed is not None:
             self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
         else:
-            self.report.text("configuration", config_yaml(config))
+            self.report.text("configuration", shown_yaml(config))
         self.report.log(self.layout.picture(config.model.experts, self.stages))
         if self.layout.accumulation > 1:
             self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
@@ -284,7 +285,9 @@ class Trainer:
             )
         self._count_skips()
         sums = {**self.sums.plain(), "skips": self.ledger.plain()}
-        return self.saver.save(self.engine, self.images, sums, self.config.plain(), self.dataset.facts)
+        return self.saver.save(
+            self.engine, self.images, sums, kept_in_checkpoint(self.config.plain()), self.dataset.facts
+        )
 
     def _count_skips(self) -> None:
         """Count what all data ranks skipped since the last time, which comes before every checkpoint.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.progress import show_progress
+from ditmoe.data.stream.remembered import remembered_data
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
@@ -251,12 +252,12 @@ def drawn_images(images: Generated) -> DrawnImages:
 
 def training_data(info: CheckpointInfo) -> Path:
     """The folder that a run was trained on, the first if there were several. UserError when it does not say."""
-    try:
-        return Path(info.config["data"]["sources"][0]["path"])
-    except (KeyError, IndexError, TypeError):
+    remembered = remembered_data(info.config, str(info.path))
+    if remembered is None:
         raise UserError(
             f"{info.path}: does not say what it was trained on; give the folder of real images with --data"
-        ) from None
+        )
+    return Path(remembered.source(0).path)
 
 
 def _check_fit(info: CheckpointInfo, real: RealImages, decoder: VaeFacts | None) -> int:

@@ -10,14 +10,13 @@ Shapes: B images, N levels.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -26,8 +25,9 @@ from torch.nn import functional
 from ditmoe.data.shards.images import network_input
 from ditmoe.data.storage.files import make_folder, replacing
 from ditmoe.data.storage.sharing import try_lock
-from ditmoe.data.stream.config import DataConfig
+from ditmoe.data.stream.config import DataConfig, SourceConfig
 from ditmoe.data.stream.dataset import Dataset, open_dataset
+from ditmoe.data.stream.remembered import remembered_data
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
@@ -68,34 +68,29 @@ class NoisyBatch(NamedTuple):
     """Which of them are left out of training."""
 
 
-def training_dataset(info: CheckpointInfo, folder: str | None = None, workers: int = 1) -> Dataset:
+def training_dataset(info: CheckpointInfo, named: Sequence[str] = (), workers: int = 1) -> Dataset:
     """The data of a run as training reads it.
 
     Args:
-        folder: where the shards of a run with one source lie now; None: where they lay.
+        named: where the user says that the shards of each of its sources lie; empty: where they lay.
         workers: processes that read ahead.
 
     Raises:
-        UserError: the run does not say what it was trained on, its data is not there, or is other data.
+        UserError: the run does not say what it was trained on, its data is not there, is other data, or is not
+            opened unasked.
     """
-    stored = info.config.get("data") or ({"sources": [{"path": folder}]} if folder is not None else None)
-    if stored is None:
-        raise UserError(f"{info.path}: does not say what it was trained on; give the folder of shards with --data")
-    try:
-        config = DataConfig.model_validate(stored)
-    except ValidationError as error:
-        raise UserError(f"{info.path}: its section `data` cannot be read: {error}") from error
-    if folder is not None:
-        if len(config.sources) > 1:
-            raise UserError(
-                f"--data {folder}: the run was trained on {len(config.sources)} sources; expected --data left out"
-            )
-        config = config.model_copy(update={"sources": (config.sources[0].model_copy(update={"path": folder}),)})
-    dataset = open_dataset(config.model_copy(update={"workers": workers}), int(info.config.get("seed") or 0))
+    remembered = remembered_data(info.config, str(info.path))
+    if remembered is not None:
+        config = remembered.data(named, workers=workers)
+    elif named:
+        config = DataConfig(sources=tuple(SourceConfig(path=path) for path in named), workers=workers)
+    else:
+        raise UserError(f"{info.path}: does not say what it was trained on; name the source with --data")
+    dataset = open_dataset(config, int(info.config.get("seed") or 0))
     expected = info.dataset.get("fingerprint")
     if expected is not None and dataset.facts["fingerprint"] != expected:
         raise UserError(
-            f"{dataset.sources[0].config.path}: other data than {info.path} was trained on; "
+            f"{dataset.sources[0].config.shown}: other data than {info.path} was trained on; "
             "expected the same shards and choice of samples"
         )
     return dataset
@@ -125,7 +120,7 @@ def train_noise_classifier(
     found = (dataset.index.channels, dataset.index.image_size, dataset.index.image_size)
     if found != space.shape:
         raise UserError(
-            f"{dataset.sources[0].config.path}: holds samples of {list(found)}, and the network draws "
+            f"{dataset.sources[0].config.shown}: holds samples of {list(found)}, and the network draws "
             f"{list(space.shape)}; expected the data that it was trained on"
         )
     make_folder(folder)

@@ -207,10 +207,9 @@ def _reference(
     if folder is None:
         try:
             folder = training_data(info)
-        except UserError:
+        except UserError as error:
             raise UserError(
-                f"{info.path}: does not say what it was trained on; give the folder of real images that scores "
-                "go by with --reference, or --score none"
+                f"{error} (here --reference, for the real images that scores go by), or give --score none"
             ) from None
     real = RealImages(folder)
     found = (real.index.image_size, real.index.channels, real.index.num_classes)

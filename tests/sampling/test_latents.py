@@ -181,7 +181,7 @@ def test_the_noise_classifier_is_of_latents(
     info = read_info(checkpoint_path(run, 0))
     space, settings = space_of(info), NoiseTraining(steps=2, batch=10)
     assert space.shape == (4, 8, 8)
-    dataset = training_dataset(info, str(shards.parent / "latents"), 0)
+    dataset = training_dataset(info, [str(shards.parent / "latents")], 0)
     train_noise_classifier(tmp_path / "out", dataset, space, settings, torch.device("cpu"))
     batch = next(noise_training.noisy_batches(dataset, space._replace(sigma_max=space.sigma_min), settings, 0))
     latent = next(open_stream(dataset, dealing_of(dataset.config, start=0, micro_batch=10, ranks=1))).image_BCHW
@@ -189,5 +189,5 @@ def test_the_noise_classifier_is_of_latents(
     classifier = load_noise_classifier(tmp_path / "out", space)
     assert classifier(batch.x_BCHW, torch.zeros(10, dtype=torch.int64)).shape == (10, 1000)
     with pytest.raises(UserError, match=r"holds samples of \[3, 16, 16\].*the network draws \[4, 8, 8\]"):
-        pixels = training_dataset(info, str(shards), 0)
+        pixels = training_dataset(info, [str(shards)], 0)
         train_noise_classifier(tmp_path / "no", pixels, space, settings, torch.device("cpu"))

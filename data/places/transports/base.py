@@ -1,6 +1,5 @@
 """What all ways of fetching a file have in common: a reply of bytes, three ways to fail, being asked to end."""
 
-import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -92,13 +91,3 @@ class Transport(Protocol):
 
     def open(self, name: str, start: int, tag: str | None, stop: Stop) -> AbstractContextManager[Reply]:
         """Ask for a file from byte `start` on, if its version is still `tag`. Broken, Refused or Ended."""
-
-
-_SECRETS: Final = re.compile(r"(?<=://)[^\s/'\"]*@|(?<=[^\s'\"])\?[^\s'\"]+")
-
-
-def masked(text: str) -> str:
-    """A text without `user:password@` and without what follows `?` in addresses, on one line, fit to print."""
-    text = " ".join(text.split())
-    text = text if text.isprintable() else ascii(text)[1:-1]
-    return _SECRETS.sub(lambda match: "" if match[0].endswith("@") else "?…", text)

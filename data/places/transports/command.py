@@ -1,7 +1,6 @@
 """Files from the output of a shell command (`pipe:COMMAND {}`)."""
 
 import os
-import re
 import select
 import shlex
 import signal
@@ -11,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Final
 
-from ditmoe.data.places.transports.base import CHUNK, Broken, Refused, Reply, Stop, masked
+from ditmoe.data.places.redaction import masked, program_of
+from ditmoe.data.places.transports.base import CHUNK, Broken, Refused, Reply, Stop
 from ditmoe.model.errors import UserError
 
 PLACEHOLDER: Final = "{}"
@@ -40,8 +40,7 @@ class Command:
 
     def __init__(self, command: str, timeout: float) -> None:
         """UserError when it does not say where the file's name goes."""
-        words = [word for word in _words(command) if not re.match(r"\w+=", word)]
-        self._program = words[0] if words else "…"  # the rest may hold passwords
+        self._program = program_of(command)  # the rest may hold passwords
         if PLACEHOLDER not in command:
             raise UserError(
                 f"data.sources: path: pipe:{self._program} … has no {PLACEHOLDER}: expected a command with "
@@ -111,13 +110,6 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int:
 def _kill(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-
-
-def _words(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError:  # unbalanced quotes: the shell will say so
-        return []
 
 
 def _last_words(errors: IO[bytes]) -> str:

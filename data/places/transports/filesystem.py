@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import fsspec
 
-from ditmoe.data.places.transports.base import CHUNK, Broken, Ended, Refused, Reply, Stop, masked
+from ditmoe.data.places.redaction import masked, shown_place
+from ditmoe.data.places.transports.base import CHUNK, Broken, Ended, Refused, Reply, Stop
 from ditmoe.model.errors import UserError
 
 CHUNKS_AHEAD: Final = 4
@@ -26,19 +27,20 @@ class FileSystem:
                 fsspec.get_filesystem_class(each)
             except ValueError as error:
                 raise UserError(
-                    f"data.sources: path: {masked(url)}: fsspec knows no {each}://; expected a local folder, "
+                    f"data.sources: path: {shown_place(url)}: fsspec knows no {each}://; expected a local folder, "
                     "http(s)://, a file system of fsspec's, or pipe:"
                 ) from error
             except ImportError as error:
                 raise UserError(
-                    f"data.sources: path: {masked(url)}: {each}:// needs a package that is not installed: {error}"
+                    f"data.sources: path: {shown_place(url)}: {each}:// needs a package that is not installed: "
+                    f"{error}"
                 ) from error
         self._url = url
         self._timeout = timeout
 
     def where(self, name: str) -> str:
         """The file's address, without secrets."""
-        return f"{masked(self._url).rstrip('/')}/{name}"
+        return f"{shown_place(self._url).rstrip('/')}/{name}"
 
     @contextmanager
     def open(self, name: str, start: int, tag: str | None, stop: Stop) -> Iterator[Reply]:

@@ -20,7 +20,7 @@ from ditmoe.data.places.faults import ShardFault
 from ditmoe.data.places.fetcher import ShardFetcher
 from ditmoe.data.places.place import Place, RemotePlace, open_place
 from ditmoe.data.places.reader import Shard
-from ditmoe.data.places.transports.base import Ended, Refused, Reply, Stop, masked
+from ditmoe.data.places.transports.base import Ended, Refused, Reply, Stop
 from ditmoe.data.shards.index import ShardEntry, load_index
 from ditmoe.model.errors import UserError
 
@@ -184,13 +184,6 @@ def test_file_systems_that_are_not_there() -> None:
     if importlib.util.find_spec("s3fs") is None:
         with pytest.raises(UserError, match=r"s3:// needs a package that is not installed: .*s3fs"):
             place_at("s3://bucket")
-
-
-def test_masking() -> None:
-    assert (
-        masked("GET https://a:b@h/p?x=1&y=2 failed\nat s3://k:p/w@h") == "GET https://h/p?… failed at s3://k:p/w@h"
-    )
-    assert masked("user@host why? \x1b") == "user@host why? \\x1b"
 
 
 def alive(pattern: str) -> list[str]:

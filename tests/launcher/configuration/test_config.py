@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ditmoe.launcher.configuration.resolve import config_yaml
+from ditmoe.launcher.configuration.resolve import config_yaml, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.configuration.yaml_reader import parse_yaml
 from ditmoe.model.errors import UserError
@@ -127,6 +127,31 @@ def test_wrong_overrides(write_config: Write) -> None:
         "data.sources.1.path=x: data.sources in the file has the length 1; expected a position below",
         "optim.betas.1=0.5: the file has no optim.betas; expected its whole list",
     ]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources=[{path: 'https://u:secret@h/x?secret', wieght: 1}]",
+        "data.sources.7.path=https://u:secret@h/x",
+        "data.source=pipe:curl -u secret {}",
+        "data.sources=pipe:curl -u secret {}",
+        "data.sources=[{path: 'pipe:curl -u secret {}', weight: 0}]",
+        "data.sources.0.path.x=https://u:secret@h/x",
+        "data.flip=https://u:secret@h/x",
+        "data.sources=[{path: 'pipe:curl -u secret {}', weight: 0}",
+    ],
+)
+def test_messages_have_no_secrets_of_sources(write_config: Write, override: str) -> None:
+    path = write_config(data={"sources": [{"path": "https://user:secret@host/shards?token=secret"}]})
+    told = problems(path, override)
+    assert told and "secret" not in "".join(told)
+
+
+def test_what_is_shown_of_a_configuration_has_no_secrets(write_config: Write) -> None:
+    config = load_config(write_config(), ["data.sources=[{path: 'pipe:curl -u secret {}'}]"])
+    assert "secret" in config_yaml(config) and "secret" not in shown_yaml(config)
+    assert "path: pipe:curl …" in shown_yaml(config)
 
 
 def test_duplicate_keys_are_refused_with_their_lines(write_config: Write) -> None:

@@ -74,6 +74,22 @@ def _read(path: Path) -> tuple[dict[str, object], list[str]]:
     return read_yaml(path)
 
 
+SOURCES = 'data.sources=[{path: "https://user:%s@host/shards?token=%s"}]'
+
+
+def test_secrets_of_sources_are_kept_for_the_owner_and_shown_to_nobody(
+    stored: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    stored("data.sources=[{path: shards}]")
+    file = tmp_path / "run" / "config.yaml"
+    assert file.stat().st_mode & 0o077, "without secrets, others may read it"
+    changes = stored(SOURCES % ("secret", "secret"))
+    assert "secret" in file.read_text() and file.stat().st_mode & 0o777 == 0o600
+    assert changes and "secret" not in "".join(changes)
+    changes = stored(SOURCES % ("another", "another"))
+    assert "secret" not in "".join(changes) and "another" not in "".join(changes)
+
+
 def test_the_same_configuration_is_taken_again(stored: Callable[..., list[str]]) -> None:
     assert stored() == [] and stored() == []
 

@@ -54,12 +54,12 @@ def info(tmp_path: Path) -> CheckpointInfo:
 def of_run(info: CheckpointInfo, shards: Path) -> CheckpointInfo:
     """The same as training would have written it, with its data."""
     data = {"sources": [{"path": str(shards)}]}
-    facts = training_dataset(info, str(shards), 0).facts
+    facts = training_dataset(info, [str(shards)], 0).facts
     return replace(info, config=info.config | {"data": data, "seed": 0}, dataset=info.dataset | facts)
 
 
 def train(info: CheckpointInfo, shards: Path, folder: Path, settings: NoiseTraining) -> dict:
-    dataset = training_dataset(info, str(shards), 0)
+    dataset = training_dataset(info, [str(shards)], 0)
     space = space_of(info, 100)._replace(data=tuple(dataset.facts["fingerprint"]))
     return train_noise_classifier(folder, dataset, space, settings, CPU)
 
@@ -150,7 +150,27 @@ def test_the_data_must_be_that_of_the_run(info, shards, tmp_path):
     other = tmp_path / "other"
     pack(open_source("digits", count=None, seed=1), other, PackSettings(count=300))
     with pytest.raises(UserError, match=r"other data than .* was trained on"):
-        training_dataset(run, str(other))
+        training_dataset(run, [str(other)])
+
+
+def test_a_checkpoint_starts_no_command(info, shards, tmp_path):
+    run = of_run(info, shards)
+    command = f"pipe:touch {tmp_path}/OWNED; cat {shards}/{{}}"
+    write_weights_checkpoint(tmp_path / "copied", MODEL, ObjectiveConfig(), canonical_state(DiT(MODEL)), None)
+    marker = tmp_path / "copied/checkpoint.json"
+    facts = json.loads(marker.read_text())
+    facts["config"]["data"] = {"sources": [{"path": command}]}
+    facts["dataset"] |= run.dataset
+    marker.write_text(json.dumps(facts))
+    result = CliRunner().invoke(app, ["train", str(tmp_path / "copied"), "--steps", "1", "--workers", "0"])
+    assert isinstance(result.exception, UserError)
+    assert "a command, which is never started on a checkpoint's word; name the source with --data" in str(
+        result.exception
+    )
+    assert not (tmp_path / "OWNED").exists()
+    # The user's own word is another thing.
+    assert training_dataset(read_info(tmp_path / "copied"), [command], 0).facts["fingerprint"]
+    assert (tmp_path / "OWNED").exists()
 
 
 def test_space(info):
