@@ -98,24 +98,26 @@ class Ddpm(Objective):
 
     def __init__(self) -> None:
         schedule = DdpmSchedule.linear()
+        # 1 − ᾱ is 1e-4 at the first step, where a float32 ᾱ would leave three digits of it.
         self._tables = torch.stack(
             (
-                schedule.alphas_bar,
+                schedule.alphas_bar.sqrt(),
+                (1 - schedule.alphas_bar).sqrt(),
                 schedule.betas.log(),
                 schedule.posterior_log_variance_clipped,
                 schedule.posterior_mean_x0,
                 schedule.posterior_mean_xt,
             )
         )
-        """float64 `[5, 1000]`, on the device of the last batch."""
+        """float64 `[6, 1000]`, on the device of the last batch."""
 
     def _draw_timestep(self, seed: int, positions: Sequence[int]) -> Tensor:
         return (randomness.uniform(seed, "timestep", positions) * DDPM_STEPS).floor().float()
 
     def noised(self, x_BCHW: Tensor, draws: Draws) -> Tensor:
         """x_t = √ᾱ_t·x + √(1 − ᾱ_t)·ε."""
-        alpha_bar = self._at(draws.timestep_B.long()).alpha_bar
-        return alpha_bar.sqrt() * x_BCHW + (1 - alpha_bar).sqrt() * draws.noise_BCHW
+        chain = self._at(draws.timestep_B.long())
+        return chain.signal * x_BCHW + chain.noise * draws.noise_BCHW
 
     def loss_of(self, prediction_BCHW: Tensor, x_BCHW: Tensor, draws: Draws) -> Tensor:
         """MSE(ε) plus, with a learned variance, the variational bound of the step in bits/dim, `[B]`.
@@ -133,10 +135,10 @@ class Ddpm(Objective):
 
     def _bound(self, x: Tensor, noisy: Tensor, epsilon: Tensor, variance: Tensor, step: Tensor) -> Tensor:
         """L_t in bits/dim: KL of the two posteriors, or at step 0 likelihood of the 8-bit pixels (eq. 5, 6)."""
-        alpha_bar, log_beta, true_log_variance, mean_x0, mean_xt = self._at(step)
+        signal, noise, log_beta, true_log_variance, mean_x0, mean_xt = self._at(step)
         share = (variance + 1) / 2  # the network's output −1…1 runs from log β̃ to log β (eq. 15)
         log_variance = share * log_beta + (1 - share) * true_log_variance
-        predicted_x = (noisy - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
+        predicted_x = (noisy - noise * epsilon) / signal
         true_mean = mean_x0 * x + mean_xt * noisy
         mean = mean_x0 * predicted_x + mean_xt * noisy
         divergence = 0.5 * (
@@ -152,13 +154,16 @@ class Ddpm(Objective):
 
     def _at(self, step_B: Tensor) -> "_Coefficients":
         self._tables = self._tables.to(step_B.device)  # copied once: every copy to a GPU would be waited for
-        return _Coefficients(*self._tables[:, step_B].float().view(5, -1, 1, 1, 1))
+        return _Coefficients(*self._tables[:, step_B].float().view(6, -1, 1, 1, 1))
 
 
 class _Coefficients(NamedTuple):
     """The chain's coefficients at each sample's step, float32 `[B, 1, 1, 1]` each."""
 
-    alpha_bar: Tensor
+    signal: Tensor
+    """√ᾱ."""
+    noise: Tensor
+    """√(1 − ᾱ)."""
     log_beta: Tensor
     log_posterior_variance: Tensor
     mean_x0: Tensor

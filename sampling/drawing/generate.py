@@ -18,7 +18,7 @@ from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.chains.images import ChainImages, StateFile, draw_chain_images, find_posterior
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
-from ditmoe.sampling.integrators.samplers import integrate, starting_sigma
+from ditmoe.sampling.integrators.samplers import integrate, start_of
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.levels import NoisePosterior
@@ -207,11 +207,11 @@ def draw(
     """Draw one batch from pure noise with a resolved configuration.
 
     Args:
-        initial_BCHW: standard normal; times σ (`starting_sigma`) it is what the images start from.
+        initial_BCHW: standard normal; times a deviation (`start_of`) it is what the images start from.
     """
-    sigma = starting_sigma(denoiser, config)
-    sigma_B = torch.full((len(label_B),), sigma, dtype=torch.float64, device=initial_BCHW.device)
-    return integrate(denoiser, initial_BCHW * sigma, sigma_B, label_B, noise, config)
+    start = start_of(denoiser, config)
+    sigma_B = torch.full((len(label_B),), start.sigma, dtype=torch.float64, device=initial_BCHW.device)
+    return integrate(denoiser, initial_BCHW * start.deviation, sigma_B, label_B, noise, config)
 
 
 def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int], what: str = "image") -> None:

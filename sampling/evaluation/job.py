@@ -13,7 +13,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
 from ditmoe.sampling.metrics.real import RealImages
-from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName
 
 LabelSampling = Literal["random", "balanced"]
@@ -67,6 +67,7 @@ class Evaluation:
             "which": self.which,
             "step": self.step,
             "sampler": self.sampler.plain(),
+            "sampler_rules": SAMPLER_RULES,
             "count": self.count,
             "labels": self.labels,
             "num_classes": self.num_classes,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def integrate(
 
     Args:
         x_BCHW: noisy images in the variance-exploding view, float32.
-        sigma_B: their noise levels, float64, > 0; see `starting_sigma`.
+        sigma_B: their noise levels, float64, > 0; see `start_of`.
         label_B: classes, int64.
         noise: fresh noise by number, for the samplers that add some.
     """
@@ -103,10 +103,18 @@ def tweedie(denoiser: Denoiser, drawn: Drawn, sigma_B: Tensor, label_B: Tensor) 
     return Drawn(x_BCHW, drawn.nfe + spent, None if drawn.nfe_B is None else drawn.nfe_B + spent)
 
 
-def starting_sigma(denoiser: Denoiser, config: SamplerConfig) -> float:
-    """σ of the noise that a resolved configuration starts from."""
-    from_prior = config.schedule == "own" and SAMPLERS[config.integrator].from_prior
-    return denoiser.sigma_prior if from_prior else denoiser.sigma_max
+class Start(NamedTuple):
+    """Where an integrator starts: at the level `sigma`, with noise of this deviation and nothing else."""
+
+    sigma: float
+    deviation: float
+
+
+def start_of(denoiser: Denoiser, config: SamplerConfig) -> Start:
+    """Where a resolved configuration starts."""
+    if config.schedule == "own" and SAMPLERS[config.integrator].from_prior:
+        return Start(denoiser.sigma_prior, denoiser.prior_deviation)
+    return Start(denoiser.sigma_max, denoiser.sigma_max)
 
 
 def planned_nfe(config: SamplerConfig) -> float | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.schedule import DdpmSchedule
+from ditmoe.model.schedule import DdpmSchedule, evenly_spaced
 from ditmoe.sampling.settings.config import SamplerConfig
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -49,7 +49,9 @@ class Denoiser(ABC):
     sigma_max: float
     """Largest σ at which D is to be trusted, where grids in σ start."""
     sigma_prior: float
-    """σ of pure noise, where the objective's own grid starts; x = σ·ε there."""
+    """σ of pure noise, where the objective's own schedule starts."""
+    prior_deviation: float
+    """Deviation of x in pure noise at `sigma_prior`, which the network is shown as standard normal."""
 
     def __init__(self) -> None:
         self.nfe = 0
@@ -127,6 +129,7 @@ class FlowDenoiser(NetworkDenoiser):
     sigma_min = FLOW_SIGMA_MIN
     sigma_max = FLOW_SIGMA_MAX
     sigma_prior = FLOW_SIGMA_PRIOR
+    prior_deviation = FLOW_SIGMA_PRIOR  # to the last bit of float32, 1 + σ is σ
 
     def denoise(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Denoised:
         """D = z − t·v. There is no learned variance: the channels for it are not trained."""
@@ -161,15 +164,23 @@ class DdpmDenoiser(NetworkDenoiser):
         self._timesteps = torch.arange(len(alphas_bar), dtype=torch.float64)
         self.sigma_min = float(self._log_sigmas[0].exp())
         self.sigma_max = self.sigma_prior = float(self._log_sigmas[-1].exp())
+        # The published sampler starts at x_T = ε, and x is x_T/√ᾱ_T.
+        self.prior_deviation = float(alphas_bar[-1].rsqrt())
 
     def timestep_of(self, sigma_B: Tensor) -> Tensor:
         """σ → t in 0…999, float64, any shape: linear in log σ between levels, clipped to the outer ones."""
+        self._place(sigma_B.device)
         t = _interpolate(sigma_B.double().log(), self._log_sigmas, self._timesteps)
         return torch.where((t - t.round()).abs() < 1e-4, t.round(), t)  # rounding of σ, also of a float32 one
 
     def sigma_of(self, timestep: Tensor) -> Tensor:
         """t → σ, float64, any shape: the inverse of `timestep_of`."""
+        self._place(timestep.device)
         return _interpolate(timestep.double(), self._timesteps, self._log_sigmas).exp()
+
+    def _place(self, device: torch.device) -> None:
+        """Put the tables there, once: a copy to a GPU at every evaluation would be waited for."""
+        self._log_sigmas, self._timesteps = self._log_sigmas.to(device), self._timesteps.to(device)
 
     def denoise(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Denoised:
         """D = x − σ·ε, and the learned variance's share v = (output + 1)/2 (arXiv 2102.09672, eq. 15)."""
@@ -185,14 +196,14 @@ class DdpmDenoiser(NetworkDenoiser):
     def own_schedule(self, sigma_B: Tensor, steps: int) -> Tensor:
         """Timesteps in equal steps from the t of σ down to 0, each rounded to a level, then σ = 0.
 
-        From `sigma_max` with up to 1000 steps these are the levels of the respaced schedule. Where the start lies
-        so low that several steps would fall on one level, they are not rounded.
+        From `sigma_max` with 2 to 1000 steps these are the levels of the respaced schedule; a single step goes
+        from σ to 0, where the published choice would show pure noise to the network as timestep 0. Where the
+        start lies so low that several steps would fall on one level, they are not rounded.
         """
         sigma_B = sigma_B.double()
-        last_B1 = self.timestep_of(sigma_B)[:, None]
-        stride_B1 = last_B1 / max(steps - 1, 1)
-        t_BN = stride_B1 * torch.arange(steps - 1, -1, -1, dtype=torch.float64, device=sigma_B.device)
-        t_BN = torch.where(last_B1 >= steps - 1, t_BN.round(), t_BN)
+        last_B = self.timestep_of(sigma_B)
+        t_BN = evenly_spaced(last_B, steps).flip(1)
+        t_BN = torch.where(last_B[:, None] >= steps - 1, t_BN.round(), t_BN)
         levels_BN = torch.minimum(self.sigma_of(t_BN), sigma_B[:, None])
         return torch.cat((sigma_B[:, None], levels_BN[:, 1:], torch.zeros_like(sigma_B)[:, None]), dim=1)
 
@@ -240,7 +251,6 @@ def check_guidance(model: ModelConfig, sampler: SamplerConfig) -> None:
 
 def _interpolate(at: Tensor, x_N: Tensor, y_N: Tensor) -> Tensor:
     """The piecewise linear function through (x, y), x rising, at any points; constant beyond its ends."""
-    x_N, y_N = x_N.to(at.device), y_N.to(at.device)
     upper = torch.searchsorted(x_N, at.contiguous()).clamp(1, len(x_N) - 1)
     low, high = x_N[upper - 1], x_N[upper]
     return torch.lerp(y_N[upper - 1], y_N[upper], ((at - low) / (high - low)).clamp(0, 1))

@@ -1,7 +1,7 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Self, cast
+from typing import Any, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -10,6 +10,9 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
+
+SAMPLER_RULES: Final = 2
+"""Raised when samplers draw other images from the same settings: what was begun before is not continued."""
 
 
 def default_schedule(sampler: IntegratorName) -> ScheduleName:

@@ -30,7 +30,7 @@ from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.quality import ScoreSettings, plain_settings
 from ditmoe.sampling.metrics.real import RealImages
 from ditmoe.sampling.network.load import Weights, find_checkpoint, find_decoder, home_of
-from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 
 LARGEST_CHUNK: Final = 256
 """Images that are drawn and kept as one: whole batches, up to about so many."""
@@ -168,6 +168,7 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
             "weights": options.weights,
         },
         "sampler": sampler.plain(),
+        "sampler_rules": SAMPLER_RULES,
         "count": options.count,
         "classes": list(options.classes if options.classes is not None else range(len(names))),
         "batch": batch,

@@ -1,6 +1,7 @@
 """The objectives: perfect predictions cost nothing, the bound bounds, and draws belong to positions."""
 
 import math
+from itertools import accumulate, repeat
 
 import pytest
 import torch
@@ -63,6 +64,53 @@ def test_ddpm_bound_at_step_0_is_the_likelihood_of_a_pixel() -> None:
     deviation = DdpmSchedule.linear().posterior_log_variance_clipped[0].mul(0.5).exp().item()
     inside = math.erf(1 / 255 / deviation / math.sqrt(2))
     assert bits == pytest.approx(-math.log2(inside), rel=1e-3)
+
+
+def in_float64(x: Tensor, draws: Draws, epsilon: Tensor, share: Tensor, step: int) -> tuple[Tensor, float]:
+    """x_t, and KL(q ‖ p) plus the mean squared error of ε, from the definitions, in float64 throughout."""
+    betas = [1e-4 + (2e-2 - 1e-4) * i / 999 for i in range(1000)]
+    before = math.prod(1 - beta for beta in betas[:step])
+    beta, after = betas[step], before * (1 - betas[step])
+    x, noise, epsilon, share = x.double(), draws.noise_BCHW.double(), epsilon.double(), share.double()
+    noisy = math.sqrt(after) * x + math.sqrt(1 - after) * noise
+    true_variance = beta * (1 - before) / (1 - after)
+    log_variance = share * math.log(beta) + (1 - share) * math.log(true_variance)
+    predicted = (noisy - math.sqrt(1 - after) * epsilon) / math.sqrt(after)
+    apart = (
+        math.sqrt(before) * beta / (1 - after) * (predicted - x)
+    )  # of the means: that of x_t is the same in both
+    nats = 0.5 * (log_variance - math.log(true_variance) - 1)
+    nats = nats + 0.5 * (true_variance + apart.square()) * (-log_variance).exp()
+    return noisy, (nats.mean() / math.log(2) + (epsilon - noise).square().mean()).item()
+
+
+@pytest.mark.parametrize("step", [1, 2, 10, 100, 999])
+def test_ddpm_loses_no_digits_at_the_first_steps(step: int) -> None:
+    """1 − ᾱ is 2e-4 at step 1: of a float32 ᾱ, three digits of it are left, and the loss is off by 4e-5."""
+    generator = torch.Generator().manual_seed(step)
+    x_BCHW = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
+    draws = Draws(
+        torch.randn(x_BCHW.shape, generator=generator), torch.tensor([float(step)]), torch.tensor([False])
+    )
+    epsilon = draws.noise_BCHW + 0.5 * torch.randn(x_BCHW.shape, generator=generator)
+    share = torch.rand(x_BCHW.shape, generator=generator)
+    noisy, expected = in_float64(x_BCHW, draws, epsilon, share, step)
+    objective = Ddpm()
+    torch.testing.assert_close(objective.noised(x_BCHW, draws).double(), noisy, rtol=2e-7, atol=2e-7)
+    loss = objective.loss_of(torch.cat((epsilon, 2 * share - 1), dim=1), x_BCHW, draws).item()
+    assert loss == pytest.approx(expected, rel=3e-6)
+
+
+def published_timesteps(count: int) -> list[int]:
+    """The published choice of `count` of 1000 timesteps: positions that a stride is added to, rounded each."""
+    stride = 999 / (count - 1) if count > 1 else 1
+    return [round(position) for position in accumulate(repeat(stride, count - 1), initial=0.0)]
+
+
+def test_respacing_is_the_published_one_at_every_count() -> None:
+    schedule = DdpmSchedule.linear()
+    for count in range(1, 1001):
+        assert schedule.respaced(count).timesteps.tolist() == published_timesteps(count), count
 
 
 def test_schedule() -> None:

@@ -80,7 +80,8 @@ class MixtureDenoiser(Denoiser):
         """`variance_share`: what a network with learned range would put out, the same everywhere."""
         super().__init__()
         self.mixture = mixture
-        self.sigma_min, self.sigma_max, self.sigma_prior = sigma_min, sigma_max, sigma_max
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.sigma_prior = self.prior_deviation = sigma_max
         self.variance_share = variance_share
 
     def denoise(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Denoised:

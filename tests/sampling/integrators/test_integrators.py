@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ditmoe.model.schedule import DdpmSchedule
+from ditmoe.sampling.drawing.generate import draw
 from ditmoe.sampling.integrators.ddpm import ancestral, ddim
-from ditmoe.sampling.integrators.flow import Drawn, euler, heun, karras_schedule, own_schedule
+from ditmoe.sampling.integrators.flow import Drawn, NoiseSource, euler, heun, karras_schedule, own_schedule
 from ditmoe.sampling.integrators.multistep import dpm_solver
 from ditmoe.sampling.network.denoiser import DdpmDenoiser, FlowDenoiser
+from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import IntegratorName
 from tests.sampling.mixture import GaussianMixture, MixtureDenoiser, StreamNoise
 
 ONE_GAUSSIAN = GaussianMixture.of([[0.7]], [0.5], [1])
@@ -156,6 +159,10 @@ def predictor(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
     return torch.cat((0.5 * x + 0.3 * wave, torch.cos(3 * wave)), dim=1)
 
 
+def own_steps(name: IntegratorName, steps: int) -> SamplerConfig:
+    return SamplerConfig(sampler=name, steps=steps, schedule="own")
+
+
 def test_euler_is_the_published_flow_sampler():
     noise = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     label = torch.tensor([0, 1, 2])
@@ -163,9 +170,7 @@ def test_euler_is_the_published_flow_sampler():
     for i in range(10, 0, -1):
         t = torch.full((3,), i / 10)
         z = z - 0.1 * predictor(z, t, label)[:, :2]
-    denoiser = FlowDenoiser(predictor, 3)
-    sigma = torch.full((3,), denoiser.sigma_prior, dtype=torch.float64)
-    drawn = euler(denoiser, noise * denoiser.sigma_prior, sigma, label, 10).x_BCHW
+    drawn = draw(FlowDenoiser(predictor, 3), label, noise, lambda step: noise, own_steps("euler", 10)).x_BCHW
     torch.testing.assert_close(drawn, z, rtol=1e-5, atol=1e-5)
 
 
@@ -184,11 +189,7 @@ def test_ancestral_is_the_published_ddpm_sampler(steps):
         x = schedule.posterior_mean_x0[i] * x0 + schedule.posterior_mean_xt[i] * x
         if i > 0:
             x = x + (0.5 * log_variance).exp() * noise(steps - 1 - i)
-    denoiser = DdpmDenoiser(predictor, 3)
-    sigma = torch.full((3,), denoiser.sigma_prior, dtype=torch.float64)
-    # The published sampler starts at x_t = ε, which is √(1 + σ²)·ε here; σ·ε differs by 2e-5 of it.
-    start_x = initial * math.sqrt(1 + denoiser.sigma_prior**2)
-    drawn = ancestral(denoiser, start_x, sigma, label, steps, noise).x_BCHW
+    drawn = draw(DdpmDenoiser(predictor, 3), label, initial, noise, own_steps("ddpm", steps)).x_BCHW
     torch.testing.assert_close(drawn, x, rtol=1e-6, atol=1e-6)
 
 
@@ -202,8 +203,7 @@ def test_ddim_is_the_published_one():
         alpha_bar, previous = schedule.alphas_bar[i], schedule.alphas_bar_previous[i]
         x0 = (x - (1 - alpha_bar).sqrt() * epsilon) / alpha_bar.sqrt()
         x = previous.sqrt() * x0 + (1 - previous).sqrt() * epsilon
-    denoiser = DdpmDenoiser(predictor, 3)
-    sigma = torch.full((3,), denoiser.sigma_prior, dtype=torch.float64)
-    start_x = initial * math.sqrt(1 + denoiser.sigma_prior**2)
-    drawn = euler(denoiser, start_x, sigma, label, steps).x_BCHW
-    torch.testing.assert_close(drawn, x, rtol=1e-6, atol=1e-6)
+    noise: NoiseSource = lambda step: pytest.fail("noise was asked for")  # noqa: E731
+    for name in ("ddim", "euler"):
+        drawn = draw(DdpmDenoiser(predictor, 3), label, initial, noise, own_steps(name, steps)).x_BCHW
+        torch.testing.assert_close(drawn, x, rtol=1e-6, atol=1e-6)

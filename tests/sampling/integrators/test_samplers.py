@@ -11,7 +11,7 @@ from torch import Tensor
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
-from ditmoe.sampling.integrators.samplers import SAMPLERS, integrate, planned_nfe, starting_sigma
+from ditmoe.sampling.integrators.samplers import SAMPLERS, integrate, planned_nfe, start_of
 from ditmoe.sampling.settings.config import SamplerConfig, sampler_from_options
 from ditmoe.sampling.settings.names import IntegratorName, SamplerName
 from tests.sampling.mixture import GaussianMixture, MixtureDenoiser, StreamNoise
@@ -154,12 +154,12 @@ def test_names_schedules_and_where_they_start():
     kar1, heun = (SamplerConfig(sampler=name, steps=9).resolved(FLOW) for name in ("kar1", "heun"))
     assert kar1 == heun  # one sampler under two names: the same images, in the same folder
     denoiser = MixtureDenoiser(FOUR_MODES)
-    denoiser.sigma_prior = 1e6
+    denoiser.sigma_prior, denoiser.prior_deviation = 1e6, 2e6
     own = {name for name, config in CONFIGS.items() if config.schedule == "own"}
     assert own == {"ddpm", "ddim", "ddim η=½", "euler", "dpm-solver++ on the own schedule"}
     for name, config in CONFIGS.items():
-        assert starting_sigma(denoiser, config) == (1e6 if name in own else 80.0)
-    assert starting_sigma(denoiser, SamplerConfig(sampler="kar2", schedule="own")) == 80.0
+        assert start_of(denoiser, config) == ((1e6, 2e6) if name in own else (80.0, 80.0))
+    assert start_of(denoiser, SamplerConfig(sampler="kar2", schedule="own")) == (80.0, 80.0)
 
 
 def test_settings_that_do_not_fit():

@@ -98,20 +98,60 @@ def test_ddpm_nearest_timestep():
     assert seen == pytest.approx([10.3, 10.7, 10.0, 11.0], abs=1e-5)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 10, 50, 250, 251, 999, 1000])
-def test_ddpm_grid_is_the_respaced_schedule(steps):
-    denoiser = DdpmDenoiser(lambda x, t, label: x, 10)
-    grid = denoiser.own_schedule(torch.tensor([denoiser.sigma_prior], dtype=torch.float64), steps)[0]
-    timesteps = denoiser.timestep_of(grid[:-1])
-    assert torch.equal(timesteps, DdpmSchedule.linear().respaced(steps).timesteps.flip(0).double())
-    assert grid[-1] == 0
+def test_ddpm_levels_are_the_respaced_schedule_at_every_count():
+    denoiser, schedule = DdpmDenoiser(lambda x, t, label: x, 10), DdpmSchedule.linear()
+    start = torch.tensor([denoiser.sigma_prior], dtype=torch.float64)
+    for steps in range(2, 1001):
+        levels = denoiser.own_schedule(start, steps)[0]
+        timesteps = denoiser.timestep_of(levels[:-1])
+        assert torch.equal(timesteps, schedule.respaced(steps).timesteps.flip(0).double()), steps
+        assert levels[-1] == 0
+    assert denoiser.own_schedule(start, 1)[0].tolist() == [denoiser.sigma_prior, 0]
 
 
-def test_ddpm_grid_from_a_low_sigma_does_not_rise():
+def test_ddpm_levels_from_a_low_sigma_do_not_rise():
     denoiser = DdpmDenoiser(lambda x, t, label: x, 10)
     sigma = torch.tensor([157.0, 0.3, 0.02, 0.003], dtype=torch.float64)
-    grid = denoiser.own_schedule(sigma, 40)
-    assert torch.equal(grid[:, 0], sigma) and (grid.diff(dim=1) <= 0).all() and (grid[:, :-1] > 0).all()
+    levels = denoiser.own_schedule(sigma, 40)
+    assert torch.equal(levels[:, 0], sigma) and (levels.diff(dim=1) <= 0).all() and (levels[:, :-1] > 0).all()
+
+
+def test_pure_noise_is_shown_to_the_network_as_it_is():
+    """As x_T = ε of the published sampler: σ_T·ε is smaller by 2e-5, and would be on every image."""
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    for make in (DdpmDenoiser, FlowDenoiser):
+        denoiser = make(network, 10)
+        sigma = torch.full((2,), denoiser.sigma_prior, dtype=torch.float64)
+        denoiser(noise * denoiser.prior_deviation, sigma, torch.tensor([0, 1]))
+        torch.testing.assert_close(seen[-1], noise, rtol=2e-8, atol=0)
+
+
+class CountedCopies(torch.overrides.TorchFunctionMode):
+    """Counts what goes to another device."""
+
+    copies = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is Tensor.to and isinstance(args[0], Tensor) and result.device != args[0].device:
+            self.copies += 1
+        return result
+
+
+def test_ddpm_tables_go_to_a_device_once():
+    denoiser = DdpmDenoiser(lambda x, t, label: x, 10)
+    x, sigma = (torch.zeros(shape, device="meta") for shape in ((2, *SHAPE), (2,)))
+    with CountedCopies() as counted:
+        for _ in range(5):
+            denoiser(x, sigma, torch.zeros(2, dtype=torch.int64, device="meta"))
+            denoiser.sigma_of(sigma)
+    assert counted.copies == 2
 
 
 def guided(kind: str, scale: float, channels: int | None):
