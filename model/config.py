@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from ditmoe.model.presets import parse_preset
-from ditmoe.model.settings import Settings
+from ditmoe.model.settings import MOST_IMAGES, Settings
 
 
 class ModelConfig(Settings):
@@ -13,25 +13,25 @@ class ModelConfig(Settings):
 
     preset: str | None = None
     """A name such as DiT-S/2-8E2A (see `ditmoe models`); null: every field of the shape is given."""
-    depth: int = Field(default=0, ge=1)
+    depth: int = Field(default=0, ge=1, le=1000)
     """Number of blocks L; from the preset when left out."""
-    hidden: int = Field(default=0, ge=4, multiple_of=4)
+    hidden: int = Field(default=0, ge=4, le=2**20, multiple_of=4)
     """Width D of the token stream (a multiple of 4 for the 2-D sin-cos position embedding)."""
-    heads: int = Field(default=0, ge=1)
+    heads: int = Field(default=0, ge=1, le=2**20)
     """Attention heads; divides `hidden`."""
-    patch: int = Field(default=0, ge=1)
+    patch: int = Field(default=0, ge=1, le=1024)
     """Side of a patch, in pixels or latent cells; divides `image_size`."""
-    experts: int = Field(default=0, ge=0)
+    experts: int = Field(default=0, ge=0, le=2**16)
     """Routed experts N of each block; 0: a dense network with a GELU MLP of width 4D."""
-    experts_per_token: int = Field(default=0, ge=0)
+    experts_per_token: int = Field(default=0, ge=0, le=2**16)
     """Routed experts K that each token goes to."""
-    shared_experts: int = Field(default=2, ge=0)
+    shared_experts: int = Field(default=2, ge=0, le=1024)
     """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D."""
-    image_size: int | None = Field(default=None, ge=1)
+    image_size: int | None = Field(default=None, ge=1, le=2**14)
     """Side of the network's input in pixels or latent cells; null: from the data's index."""
-    channels: int | None = Field(default=None, ge=1)
+    channels: int | None = Field(default=None, ge=1, le=1024)
     """Channels of the network's input; null: from the data's index."""
-    num_classes: int | None = Field(default=None, ge=1)
+    num_classes: int | None = Field(default=None, ge=1, le=2**24)
     """Classes, without the null class; null: from the data's index."""
     attention: Literal["plain", "qk_norm"] = "plain"
     """`qk_norm`: per-head LayerNorm with affine on queries and keys, as the published XL and G weights have."""
@@ -41,7 +41,7 @@ class ModelConfig(Settings):
     """Share of training labels replaced by the null class, for classifier-free guidance."""
     balance_weight: float = Field(default=0.005, ge=0)
     """α of the balance loss (paper: 0.005; published code: 0.01)."""
-    balance_group: int = Field(default=1, ge=1)
+    balance_group: int = Field(default=1, ge=1, le=MOST_IMAGES)
     """Consecutive samples of the global order over which the balance loss takes its two means.
 
     1 is each sample by itself. Any divisor of `train.micro_batch`, or the whole global micro-step

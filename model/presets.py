@@ -42,7 +42,9 @@ PUBLISHED = (
 )
 """The networks of the paper's table."""
 
-_NAME = re.compile(r"DiT-(?P<size>S|B|L|XL|G)/(?P<patch>\d+)(?:-(?P<experts>\d+)[eE](?P<active>\d+)[aA])?")
+_NAME = re.compile(
+    r"DiT-(?P<size>S|B|L|XL|G)/(?P<patch>[0-9])(?:-(?P<experts>[0-9]{1,6})[eE](?P<active>[0-9]{1,6})[aA])?"
+)
 
 
 def parse_preset(name: str) -> Preset:
@@ -54,7 +56,7 @@ def parse_preset(name: str) -> Preset:
     match = _NAME.fullmatch(name)
     form = f"DiT-SIZE/PATCH or DiT-SIZE/PATCH-NeKa with SIZE of {', '.join(SIZES)} and PATCH of 2, 4, 8"
     if match is None or int(match["patch"]) not in PATCHES:
-        raise ValueError(f"{name!r} is not a preset; expected {form}, such as DiT-S/2-8E2A or DiT-XL/2")
+        raise ValueError(f"{name[:60]!r} is not a preset; expected {form}, such as DiT-S/2-8E2A or DiT-XL/2")
     depth, hidden, heads = SIZES[match["size"]]
     experts, active = int(match["experts"] or 0), int(match["active"] or 0)
     if match["experts"] is not None and not 1 <= active <= experts:

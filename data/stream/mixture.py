@@ -21,6 +21,9 @@ from ditmoe.model.errors import UserError
 LONGEST_WINDOW: Final = 10_000
 """Positions after which the pattern must repeat; bounds the tables here."""
 
+LONGEST_REPEAT: Final = 2**25
+"""Positions after which pattern and lanes must begin anew together; bounds the tables of every source."""
+
 Numbers = NDArray[np.int64]
 
 
@@ -35,7 +38,8 @@ def quotas(weights: Sequence[float], window: int | None) -> tuple[int, ...]:
         UserError: no window of at most LONGEST_WINDOW, or not this one, holds the weights exactly.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
-    shares = [weight / sum(exact) for weight in exact]
+    total = sum(exact)
+    shares = [weight / total for weight in exact]
     smallest = lcm(*(share.denominator for share in shares))
     if smallest > LONGEST_WINDOW:
         raise UserError(
@@ -71,6 +75,9 @@ class Mixture:
     Args:
         quota: samples of each source in a window (`quotas`).
         lanes: lanes of the order.
+
+    Raises:
+        UserError: pattern and lanes make tables that are too long.
     """
 
     def __init__(self, quota: Sequence[int], lanes: int) -> None:
@@ -78,6 +85,13 @@ class Mixture:
         self.quotas = tuple(quota)
         self.window = sum(quota)
         self.lanes = lanes
+        # Pattern and lanes begin anew together after so many positions, and the tables below are as long.
+        if (repeats := lcm(self.window, lanes)) > LONGEST_REPEAT:
+            raise UserError(
+                f"data.lanes = {lanes:,} with the mixture of data.sources, which repeats after {self.window:,}"
+                f" samples: both begin anew together after {repeats:,}; expected at most {LONGEST_REPEAT:,}, with"
+                " data.lanes a power of two, or simpler weights"
+            )
         self._pattern = _spread(quota)
         self._seen = np.zeros((len(quota), self.window + 1), dtype=np.int64)
         """How often a source came among the first places of the pattern."""

@@ -6,6 +6,7 @@ invalid. `processes` is their number where it is known, otherwise None.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -206,8 +207,19 @@ def check_best(checkpoint: CheckpointConfig, train: TrainConfig) -> list[str]:
 
 
 def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
-    """The free section decides nothing that a key of ours decides."""
-    return governed_keys(deepspeed)
+    """The free section decides nothing that a key of ours decides, and is made of plain values."""
+    return governed_keys(deepspeed) + _not_plain(deepspeed, "deepspeed")
+
+
+def _not_plain(values: Mapping[str, Any], prefix: str) -> list[str]:
+    """Numbers of a free section that are none, for which no field can speak."""
+    problems = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            problems += _not_plain(value, f"{prefix}.{key}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{prefix}.{key} = {value}: expected a finite number")
+    return problems
 
 
 CHECKS: tuple[Check, ...] = (
@@ -281,7 +293,8 @@ def _sections_of(check: Check) -> tuple[str, ...]:
 
 
 def _data_ranks(parallel: ParallelConfig, processes: int | None) -> int | None:
-    """Data ranks, where they are known."""
+    """Data ranks, where they are known: not where `check_grid` refuses them."""
     if processes is None:
         return parallel.data
-    return processes // (parallel.pipe * parallel.tensor)
+    ranks, rest = divmod(processes, parallel.pipe * parallel.tensor)
+    return None if rest else ranks

@@ -29,10 +29,10 @@ def item_section(annotation: Any) -> type[BaseModel] | None:
     return section_of(_item_type(annotation, 0))
 
 
-def value_section(annotation: Any) -> type[BaseModel] | None:
-    """The model of the values, if the annotation is a dict of sections under free names."""
-    arguments = get_args(annotation)
-    return section_of(arguments[1]) if get_origin(annotation) is dict else None
+def list_position(key: str | int) -> int | None:
+    """The place in a list that a part of a dotted key stands for; None where it stands for none."""
+    text = str(key)
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else None
 
 
 def walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -55,15 +55,15 @@ def annotation_at(model: type[BaseModel], path: Sequence[str | int]) -> Any:
     """
     annotation: Any = model
     for depth, key in enumerate(path):
-        section = section_of(annotation)
+        section, annotation = section_of(annotation), _without_null(annotation)
         if section is not None and key in section.model_fields:
             annotation = section.model_fields[str(key)].annotation
-        elif section is None and value_section(annotation) is not None:
-            annotation = value_section(annotation)
         elif section is None and _is_free(annotation):
-            return Any
-        elif section is None and str(key).isdigit() and _item_type(annotation, int(key)) is not None:
-            annotation = _item_type(annotation, int(key))
+            annotation = (get_args(annotation) or (str, Any))[1]
+            if annotation is Any:
+                return Any
+        elif section is None and (item := _item_type(annotation, list_position(key))) is not None:
+            annotation = item
         else:
             raise KeyError(depth)
     return annotation
@@ -122,14 +122,28 @@ def _words(annotation: Any) -> str:
     return "a section of free keys" if _is_free(annotation) else "another value"
 
 
-def _item_type(annotation: Any, position: int) -> Any:
-    """Type of a list's item, or None where the annotation is no list or the list is shorter."""
+def is_list(annotation: Any) -> bool:
+    """Whether an annotation is a list, or null."""
+    return get_origin(_without_null(annotation)) in (tuple, list)
+
+
+def _item_type(annotation: Any, position: int | None) -> Any:
+    """Type of a list's item, or None where there is no list, a shorter one, or no position."""
+    if position is None:
+        return None
     arguments = get_args(annotation)
     if get_origin(annotation) is list or (get_origin(annotation) is tuple and arguments[-1] is Ellipsis):
         return arguments[0]
     if get_origin(annotation) is tuple and position < len(arguments):
         return arguments[position]
     return None
+
+
+def _without_null(annotation: Any) -> Any:
+    """What an annotation is where it is not null."""
+    arguments = [each for each in get_args(annotation) if each is not type(None)]
+    union = get_origin(annotation) in (Union, types.UnionType)
+    return arguments[0] if union and len(arguments) == 1 else annotation
 
 
 def _is_free(annotation: Any) -> bool:

@@ -8,8 +8,8 @@ import yaml
 from pydantic import BaseModel
 
 from ditmoe.data.places.redaction import shown_place, without_secrets
-from ditmoe.launcher.configuration.fields import annotation_at, section_of, walk
-from ditmoe.launcher.configuration.yaml_reader import parse_yaml
+from ditmoe.launcher.configuration.fields import annotation_at, is_list, list_position, section_of, walk
+from ditmoe.launcher.configuration.yaml_reader import DEEPEST, parse_yaml, reason_of, shortened
 
 
 def apply_overrides(
@@ -20,9 +20,8 @@ def apply_overrides(
     problems = []
     for override in overrides:
         key, equals, text = override.partition("=")
-        override = f"{key}{equals}{shown_place(text)}"
-        path = key.split(".")
-        if not equals or not all(path):
+        override, path = shortened(f"{key}{equals}{shown_place(text)}"), key.split(".")
+        if not equals or not all(path) or len(path) > DEEPEST:
             problems.append(f"{override!r} is not an override; expected KEY=VALUE, such as optim.lr=2e-4")
             continue
         try:
@@ -32,42 +31,45 @@ def apply_overrides(
             continue
         try:
             value, duplicates = parse_yaml(text)
-        except (yaml.YAMLError, ValueError):
-            problems.append(f"{override}: the value is not YAML; expected a scalar or [a, list]")
+        except yaml.YAMLError as error:
+            reason = reason_of(error)
+            problems.append(f"{override}: the value is not YAML: {reason}; expected a scalar or [a, list]")
             continue
         problems += [f"{override}: {duplicate}" for duplicate in duplicates]
-        problem = _set(values, path, value)
+        problem = _set(model, values, path, value)
         if problem is not None:
             problems.append(f"{override}: {problem}")
     return values, problems
 
 
-def _set(values: dict[Any, Any], path: list[str], value: Any) -> str | None:
+def _set(model: type[BaseModel], values: dict[Any, Any], path: list[str], value: Any) -> str | None:
     """Set one value in place; a message where the file holds something that has no such place."""
     place: Any = values
     for depth, key in enumerate(path):
         last = depth == len(path) - 1
         if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
+            position = list_position(key)
+            if position is None or position >= len(place):
                 return (
                     f"{'.'.join(path[:depth])} in the file has the length {len(place)}; expected a position below"
                 )
             if last:
-                place[int(key)] = value
+                place[position] = value
             else:
-                place = place[int(key)]
+                place = place[position]
         elif isinstance(place, dict):
             if last:
                 place[key] = value
             else:
-                if place.get(key) is None and path[depth + 1].isdigit():
+                if place.get(key) is None and is_list(annotation_at(model, path[: depth + 1])):
                     return f"the file has no {'.'.join(path[: depth + 1])}; expected its whole list"
                 # An empty section of a YAML file reads as null.
                 if place.get(key) is None:
                     place[key] = {}
                 place = place[key]
         else:
-            return f"{'.'.join(path[:depth])} = {without_secrets(place)!r} in the file; expected a section of keys"
+            found = shortened(repr(without_secrets(place)))
+            return f"{'.'.join(path[:depth])} = {found} in the file; expected a section of keys"
     return None
 
 
@@ -81,7 +83,7 @@ def suggestion(model: type[BaseModel], path: list[str], known: int) -> str:
     siblings = list(section.model_fields)
     nearest = difflib.get_close_matches(path[known], siblings, n=1, cutoff=0.6)
     if nearest:
-        return f"did you mean {'.'.join([*parent, nearest[0], *path[known + 1 :]])}?"
+        return f"did you mean {shortened('.'.join([*parent, nearest[0], *path[known + 1 :]]))}?"
     keys = [key for key, _ in walk(model)]
     same_leaf = [key for key in keys if key.rpartition(".")[2] == path[-1]]
     if same_leaf:
@@ -90,6 +92,6 @@ def suggestion(model: type[BaseModel], path: list[str], known: int) -> str:
     if not close:
         leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
         close = [leaves[leaf] for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8)]
-    if close:
+    if close and close[0] != ".".join(parent):
         return f"did you mean {close[0]}?"
     return f"expected one of {', '.join(prefix + name for name in siblings)}"

@@ -14,7 +14,7 @@ from ditmoe.launcher.configuration.validation import validate_sections
 from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.settings import Settings
+from ditmoe.model.settings import LARGEST_SEED, Settings
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 from ditmoe.sampling.settings.config import PreviewConfig
 
@@ -46,7 +46,7 @@ class RunConfig(Settings):
     """The grid of images drawn while training."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged into the generated DeepSpeed settings; what a key above decides is refused here."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the weights, the order of the samples, and each sample's noise, timestep, drop and flip."""
 
     def plain(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ditmoe.model.settings import Settings
+from ditmoe.model.settings import MOST_IMAGES, MOST_STEPS, Settings
 
 
 class RunSection(Settings):
@@ -20,30 +20,30 @@ class RunSection(Settings):
 class LaunchConfig(Settings):
     """The processes that `ditmoe train` starts on this machine."""
 
-    processes: int | None = Field(default=None, ge=1)
+    processes: int | None = Field(default=None, ge=1, le=2**20)
     """Processes; null: one per GPU, or one where there is none. Under torchrun or srun theirs count."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU, otherwise the CPU."""
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
     """Threads of each process; null: OMP_NUM_THREADS where it is set, otherwise cores / processes."""
 
 
 class TrainConfig(Settings):
     """Length, batch and rhythm of training."""
 
-    steps: int = Field(default=400_000, ge=1)
+    steps: int = Field(default=400_000, ge=1, le=MOST_STEPS)
     """Optimiser steps after which the run is complete."""
-    batch: int = Field(default=256, ge=1)
+    batch: int = Field(default=256, ge=1, le=MOST_IMAGES)
     """Images of one optimiser step, over all ranks and micro-steps."""
-    micro_batch: int | None = Field(default=None, ge=1)
+    micro_batch: int | None = Field(default=None, ge=1, le=MOST_IMAGES)
     """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number type of the computation; the optimiser and the EMA are fp32 always."""
-    log_every: int = Field(default=100, ge=1)
+    log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Steps between two records of stats.jsonl, log.txt and TensorBoard."""
     log_samples: bool = False
     """Write the keys of each step's samples to samples.jsonl, in the global order: what the run has read."""
-    checkpoint_every: int = Field(default=5_000, ge=1)
+    checkpoint_every: int = Field(default=5_000, ge=1, le=MOST_STEPS)
     """Steps between two checkpoints; the last step and a stop by signal write one too."""
     peak_tflops: float | None = Field(default=None, gt=0)
     """Peak TFLOP/s of one device in this precision, for the MFU; null: of known GPUs, otherwise no MFU."""

@@ -4,7 +4,7 @@ Each section is validated by itself, so that what is wrong in one hides nothing 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -13,16 +13,21 @@ from pydantic_core import ErrorDetails
 from ditmoe.data.places.redaction import without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, expected_at, section_of
 from ditmoe.launcher.configuration.overrides import suggestion
+from ditmoe.launcher.configuration.yaml_reader import shortened
+
+MOST_LINES: Final = 50
+"""Problems of one section that are told one by one."""
 
 
 def validate_sections(model: type[BaseModel], values: Mapping[Any, Any]) -> tuple[dict[str, Any], list[str]]:
     """Validate a configuration: its valid sections by name, and a line for each problem of the others."""
     sections: dict[str, Any] = {}
+    unknown = [key for key in values if key not in model.model_fields]
     problems = [
-        f"{key} = {shown(values[key])}: no such key; {suggestion(model, [str(key)], 0)}"
-        for key in values
-        if key not in model.model_fields
+        f"{shortened(str(key))} = {shown(values[key])}: no such key; {suggestion(model, [str(key)], 0)}"
+        for key in unknown[:MOST_LINES]
     ]
+    problems += [f"… and {len(unknown) - MOST_LINES:,} more unknown keys"] if len(unknown) > MOST_LINES else []
     for name, field in model.model_fields.items():
         # A section that is empty in the file reads as null: all of its defaults.
         value = values.get(name)
@@ -53,19 +58,33 @@ def _annotated(field: FieldInfo) -> Any:
 
 def _lines(model: type[BaseModel], section: str, errors: Sequence[ErrorDetails]) -> list[str]:
     """A line for each of pydantic's errors of one section."""
-    paths = [(section, *error["loc"]) for error in errors]
+    first = errors[:MOST_LINES]
+    paths = [(section, *error["loc"]) for error in first]
     lines = []
-    for path, error in zip(paths, errors, strict=True):
+    for path, error in zip(paths, first, strict=True):
         # A list whose items failed is reported as too short as well: its items say more.
         if error["type"] == "too_short" and any(other[: len(path)] == path != other for other in paths):
             continue
-        lines.append(_line(model, path, error))
-    return lines
+        lines.append(_line(model, _known(model, path, error), error))
+    lines = list(dict.fromkeys(lines))  # of a value with several types, each type fails
+    more = len(errors) - len(first)
+    return [*lines, f"… and {more:,} more problems of {section}"] if more else lines
+
+
+def _known(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetails) -> tuple[str | int, ...]:
+    """The path without pydantic's own words at its end, such as the type of a union that failed."""
+    if error["type"] in ("extra_forbidden", "missing"):
+        return path
+    try:
+        annotation_at(model, path)
+    except KeyError as unknown:
+        return path[: max(1, unknown.args[0])]
+    return path
 
 
 def _line(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetails) -> str:
     """One of pydantic's errors in our words: key, value found, what was expected."""
-    key, keys = ".".join(map(str, path)), [str(part) for part in path]
+    key, keys = shortened(".".join(map(str, path))), [str(part) for part in path]
     if error["type"] == "extra_forbidden":
         return f"{key} = {shown(error['input'])}: no such key; {suggestion(model, keys, len(keys) - 1)}"
     if error["type"] == "missing":
@@ -74,11 +93,8 @@ def _line(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetai
         message = str(error.get("ctx", {}).get("error", error["msg"]))
         if section_of(annotation_at(model, path)) is not None:
             return f"{key}: {message}"
-        return (
-            f"{key}: {message}"
-            if repr(error["input"]) in message
-            else f"{key} = {without_secrets(error['input'])!r}: {message}"
-        )
+        told = shown(error["input"]) in message
+        return f"{key}: {message}" if told else f"{key} = {shown(error['input'])}: {message}"
     return f"{key} = {shown(error['input'])}: expected {expected_at(model, path)}"
 
 
@@ -106,4 +122,4 @@ def shown(value: Any) -> str:
         text = str(value).lower()
     else:
         text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shortened(text)

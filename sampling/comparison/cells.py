@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
-from ditmoe.model.settings import Settings
+from ditmoe.model.settings import LARGEST_SEED, Settings
 from ditmoe.sampling.evaluation.job import LabelSampling
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.settings.chains import DlgConfig
@@ -98,13 +98,13 @@ class ChainVariant(DlgConfig):
 class ComparisonConfig(Settings):
     """What is compared: every sampler, alone and with every variant of chains, at every NFE."""
 
-    count: int = Field(default=5000, ge=1)
+    count: int = Field(default=5000, ge=1, le=10**9)
     """Images of each evaluation."""
     labels: LabelSampling = "balanced"
     """Classes in turn, or drawn at random."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Of all images."""
-    nfe: tuple[int, ...] = ()
+    nfe: tuple[Annotated[int, Field(le=10**6)], ...] = ()
     """Evaluations per image to aim at, each at least 1: a sampler takes the most steps that cost no more."""
     tolerances: tuple[float, ...] = ()
     """What rk45 takes in place of `nfe`, each between 0 and 1."""
@@ -114,9 +114,9 @@ class ComparisonConfig(Settings):
     """Each sampler alone."""
     chains: dict[str, ChainVariant] = Field(default_factory=dict)
     """Variants of chains by name."""
-    cfg_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cfg_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance; 1: none."""
-    cfg_channels: int | None = Field(default=None, ge=1)
+    cfg_channels: int | None = Field(default=None, ge=1, le=1024)
     """Channels that guidance acts on; null: all."""
     schedule: ScheduleName | None = None
     """Noise levels; null: each sampler's own choice."""

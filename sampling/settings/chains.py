@@ -33,7 +33,7 @@ class DlgConfig(Settings):
     preset: ChainPreset = Field(default="published", exclude=True)
     """What the settings that are not given are: `published`, or `velocity`, the best that was found on images of
     32×32 (docs/dmcmc.md)."""
-    step_size: float = Field(default=0.05, gt=0, allow_inf_nan=False)
+    step_size: float = Field(default=0.05, gt=0)
     """η. With `constant` in units of σ²; with the other rules a share of σ², for `exponential` at most 1."""
     step_rule: StepRule = "constant"
     """`constant`: x + ½η·s + √η·z (published). `proportional`: the same with η·σ² for η. `exponential`:
@@ -43,34 +43,34 @@ class DlgConfig(Settings):
     """Of `underdamped`: share of its velocity that a chain keeps from one step to the next."""
     class_scales: tuple[float, ...] | None = None
     """A factor of η for each class; null: 1 for all."""
-    skip: int = Field(default=20, ge=1)
+    skip: int = Field(default=20, ge=1, le=10**9)
     """Langevin–Gibbs steps from one sample to the next (n_skip)."""
-    thin: int = Field(default=1, ge=1)
+    thin: int = Field(default=1, ge=1, le=10**9)
     """Of so many stretches of `skip` steps the last one gives a sample."""
     level_rule: LevelRule = "argmax"
     """How σ is chosen for an image: `argmax` (published) takes the likeliest; `sample` draws it (exact)."""
-    sigma_min: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    sigma_min: float | None = Field(default=None, gt=0)
     """Smallest σ that a chain may take; null: that of the classifier."""
-    sigma_max: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    sigma_max: float | None = Field(default=None, gt=0)
     """Largest σ that a chain may take; null: that of the classifier."""
     select: Literal["smallest", "last"] = "smallest"
     """Which state of a stretch is denoised: that of smallest σ (published), or the last (exact)."""
-    samples_per_chain: int = Field(default=50, ge=1)
+    samples_per_chain: int = Field(default=50, ge=1, le=10**9)
     """Samples S of a chain: image i is sample i mod S of chain i div S. Fewer are less alike; the cost of the
     start is divided by them."""
     initial: IntegratorName = "kar2"
     """The integrator that draws, from pure noise, what a chain starts from."""
-    initial_steps: int = Field(default=19, ge=1)
+    initial_steps: int = Field(default=19, ge=1, le=10**9)
     """Its steps; 19 are the paper's N = 20 levels."""
-    initial_noise: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    initial_noise: float = Field(default=0.5, ge=0)
     """Deviation of the noise that is added to it."""
-    burn_in_step_size: float = Field(default=0.5, gt=0, allow_inf_nan=False)
+    burn_in_step_size: float = Field(default=0.5, gt=0)
     """η of the first burn-in, whose rule is `constant`."""
-    burn_in_first: int = Field(default=10, ge=0)
+    burn_in_first: int = Field(default=10, ge=0, le=10**9)
     """Steps of it."""
-    burn_in: int = Field(default=10, ge=0)
+    burn_in: int = Field(default=10, ge=0, le=10**9)
     """Steps with the chain's own rule and η before the first stretch."""
-    restart_every: int | None = Field(default=None, ge=1)
+    restart_every: int | None = Field(default=None, ge=1, le=10**9)
     """Samples after which a chain starts anew from pure noise; null: never."""
 
     @model_validator(mode="before")

@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.settings import Settings
+from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, Settings
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
 
@@ -28,7 +28,7 @@ class SamplerConfig(Settings):
     churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
     runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
     chains, which want the run's noise-level classifier."""
-    steps: int = Field(default=250, ge=1)
+    steps: int = Field(default=250, ge=1, le=10**6)
     """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
     schedule: ScheduleName | None = None
     """Noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM: the
@@ -36,17 +36,17 @@ class SamplerConfig(Settings):
     Null: `own` for ddpm, ddim and euler, `karras` for the others. Not for rk45."""
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
-    churn: float = Field(default=80.0, ge=0, allow_inf_nan=False)
+    churn: float = Field(default=80.0, ge=0)
     """S_churn of kar2: at a step σ first grows, with fresh noise, by the factor 1 + churn/steps, at most √2."""
     churn_min: float = Field(default=0.05, ge=0)
     """S_tmin of kar2: the smallest σ that grows."""
     churn_max: float = Field(default=1.0, ge=0)
     """S_tmax of kar2: the largest σ that grows."""
-    churn_noise: float = Field(default=1.007, ge=0, allow_inf_nan=False)
+    churn_noise: float = Field(default=1.007, ge=0)
     """S_noise of kar2: deviation of its fresh noise."""
     tolerance: float = Field(default=1e-5, gt=0, lt=1)
     """Error of a step of rk45, relative to 1 + |x|, as the root of the mean square over the image."""
-    corrector_steps: int = Field(default=0, ge=0)
+    corrector_steps: int = Field(default=0, ge=0, le=10**6)
     """Langevin steps of reverse-diffusion and euler-maruyama at each level between the first and 0; 0: none."""
     corrector_snr: float = Field(default=0.16, gt=0, lt=1)
     """Signal-to-noise ratio of a Langevin step; its length goes with the square. A larger one corrects more, and
@@ -54,9 +54,9 @@ class SamplerConfig(Settings):
     tweedie: bool = False
     """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
     evaluation more. The step to σ = 0 that each integrator ends with is of this kind already."""
-    cfg_scale: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cfg_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance; 1: none."""
-    cfg_channels: int | None = Field(default=None, ge=1)
+    cfg_channels: int | None = Field(default=None, ge=1, le=1024)
     """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
     """The timestep that a DDPM network gets at a σ between two of its 1000 levels: in between as log σ is, or
@@ -65,7 +65,7 @@ class SamplerConfig(Settings):
     """How chains move; with a sampler of chains only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's weights and arithmetic; the image between its evaluations is fp32 either way."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Image i is a function of (seed, i) alone; of chains, chain i div S is one of (seed, its number)."""
 
     @property
@@ -163,9 +163,9 @@ def _chain_settings(given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 class PreviewConfig(Settings):
     """The grid of fixed seeds and classes that training draws from the EMA."""
 
-    every: int | None = Field(default=None, ge=1)
+    every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between two grids; null: none."""
-    images: int = Field(default=16, ge=1)
+    images: int = Field(default=16, ge=1, le=10_000)
     """Images of a grid; their classes go round all classes."""
     sampler: SamplerConfig = SamplerConfig(steps=50)
     """How they are drawn."""

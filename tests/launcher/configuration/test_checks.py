@@ -47,6 +47,10 @@ def index(shards: Path) -> DatasetIndex:
             ["launch.processes=3", "parallel.expert=1", "parallel.tensor=3"],
             ["parallel.tensor = 3", "model.heads = 2", "one of 1, 2"],
         ),
+        (
+            ["parallel.pipe=2", "launch.processes=1"],
+            ["launch.processes = 1", "parallel.pipe × parallel.tensor = 2 × 1"],
+        ),
         (["train.batch=20"], ["train.batch = 20", "4 × 2 = 8"]),
         (["train.batch=15", "train.micro_batch=null"], ["train.batch = 15", "parallel.data = 2"]),
         (["train.precision=bf16", "parallel.zero=0"], ["train.precision = bf16", "parallel.zero = 0"]),
@@ -149,3 +153,20 @@ def test_known_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(UserError, match="WORLD_SIZE = nothing"):
         known_processes(None, "auto")
+
+
+@pytest.mark.parametrize(("axis", "ranks"), [("pipe", 2), ("pipe", 1000), ("tensor", 2)])
+@pytest.mark.parametrize("processes", [1, 5])
+def test_more_stages_and_tensor_ranks_than_processes(
+    write_config: Write, index: DatasetIndex, axis: str, ranks: int, processes: int
+) -> None:
+    """The grid's own message comes: nothing is divided by the data ranks that there are none of."""
+    path = write_config(launch={"device": "cpu"})
+    overrides = [f"parallel.{axis}={ranks}", "parallel.expert=1", "model.depth=1000"]
+    config = load_config(path, [*overrides, "launch.processes=null", "launch.device=auto"])
+    for found in (
+        lambda: load_config(path, [*overrides, f"launch.processes={processes}"]),
+        lambda: resolve(config, index, processes),
+    ):
+        with pytest.raises(UserError, match=f"launch.processes = {processes} must be a multiple of parallel.pipe"):
+            found()

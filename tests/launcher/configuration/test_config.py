@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ditmoe.launcher.configuration.fields import expected, walk
 from ditmoe.launcher.configuration.resolve import config_yaml, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.configuration.yaml_reader import parse_yaml
@@ -36,8 +37,8 @@ def test_five_wrong_keys_give_five_messages(write_config: Write) -> None:
     )
     assert problems(path) == [
         "objectiv = {'kind': 'ddpm'}: no such key; did you mean objective?",
-        "train.steps = 'many': expected an integer >= 1",
-        "train.micro_batch = 0: expected an integer >= 1, or null",
+        "train.steps = 'many': expected an integer >= 1 and <= 100000000000",
+        "train.micro_batch = 0: expected an integer >= 1 and <= 16777216, or null",
         "train.precission = 'fp32': no such key; did you mean train.precision?",
         "optim.lr = -0.0001: expected a number > 0",
     ]
@@ -63,7 +64,7 @@ def test_no_message_hides_another(write_config: Write) -> None:
 @pytest.mark.parametrize(
     ("section", "line"),
     [
-        ({"train": {"batch": True}}, "train.batch = true: expected an integer >= 1"),
+        ({"train": {"batch": True}}, "train.batch = true: expected an integer >= 1 and <= 16777216"),
         ({"parallel": {"zero": 7}}, "parallel.zero = 7: expected one of 0, 1, 2, 3"),
         ({"train": {"precision": "fp16"}}, "train.precision = 'fp16': expected fp32 or bf16"),
         ({"optim": {"betas": [0.9]}}, "optim.betas.1 is missing; expected a number"),
@@ -77,8 +78,8 @@ def test_no_message_hides_another(write_config: Write) -> None:
         ({"model": {"depth": 2, "hidden": 30, "heads": 2, "patch": 2}}, None),
         ({"model": 3}, "model = 3: expected a section of keys"),
         ({"ema": {"warmup": "maybe"}}, "ema.warmup = 'maybe': expected true or false"),
-        ({"seed": -1}, "seed = -1: expected an integer >= 0"),
-        ({"seed": True}, "seed = true: expected an integer >= 0"),
+        ({"seed": -1}, "seed = -1: expected an integer >= 0 and <= 9223372036854775807"),
+        ({"seed": True}, "seed = true: expected an integer >= 0 and <= 9223372036854775807"),
         ({"deepspeed": 3}, "deepspeed = 3: expected a section of free keys"),
         ({"launch": {"device": "gpu"}}, "launch.device = 'gpu': expected one of auto, cpu, cuda"),
         (
@@ -89,8 +90,110 @@ def test_no_message_hides_another(write_config: Write) -> None:
     ],
 )
 def test_values(write_config: Write, section: dict[str, object], line: str | None) -> None:
-    line = line or "model.hidden = 30: expected an integer >= 4 and that is a multiple of 4"
+    line = line or "model.hidden = 30: expected an integer >= 4 and <= 1048576 and that is a multiple of 4"
     assert problems(write_config(**section)) == [line]
+
+
+HOSTILE = {
+    "deep flow lists": "seed: " + "[" * 5000 + "]" * 5000,
+    "deep flow mappings": "seed: " + "{a: " * 3000 + "1" + "}" * 3000,
+    "deep block": "\n".join("  " * depth + "a:" for depth in range(2000)),
+    "depth by aliases": "a0: &a0 [x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}]\n" for n in range(500)),
+    "refers to itself": "deepspeed: &a {x: *a}",
+    "is a list of itself": "seed: &a [*a]",
+    "merges itself": "deepspeed: &a {<<: *a}",
+    "a key of itself": "? &a [*a]\n: 1",
+    "many aliases": "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+    + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 9)}]\n" for n in range(9)),
+    "long": "a: " + "x" * (2**20 + 1),
+    "tag": "seed: !!bool x",
+    "tag of a time": "seed: !!timestamp x",
+    "tag of Python": "seed: !!python/name:os.system",
+    "escape": 'a: "\\UFFFFFFFF"',
+    "half a pair": 'a: "\\ud800"',
+    "zero": 'a: "\\0"',
+    "control character": "a: \x07",
+    "list as a key": "? [1, 2]\n: 3",
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_text_is_one_message(write_config: Write, text: str) -> None:
+    """In a file of its own, in a section, and as an override; none of it is built before it is refused."""
+    path = write_config()
+    (path.parent / "bad.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError, match=r"not YAML|cannot be read"):
+        load_config(path.parent / "bad.yaml", [])
+    value = text.partition(": ")[2]
+    if "\n" not in text:
+        (line,) = problems(path, f"deepspeed.x={value}")
+        assert line.startswith("deepspeed.x=") and "the value is not YAML" in line and len(line) < 250
+
+
+def test_aliases_within_limits_are_what_they_stand_for() -> None:
+    assert parse_yaml("a: &x {b: 1}\nc: {<<: *x, d: [*x]}")[0] == {"a": {"b": 1}, "c": {"b": 1, "d": [{"b": 1}]}}
+
+
+def test_keys_are_the_text_that_stands_there(write_config: Write) -> None:
+    assert parse_yaml("{3: 4, null: 1, 1e3: x, true: 2}")[0] == {"3": 4, "null": 1, "1e3": "x", "true": 2}
+    path = write_config(data={"sources": [{"path": "shards", "classes": {3: None, "4": 5, "cat": "dog"}}]})
+    assert load_config(path, []).data.sources[0].classes == {"3": None, "4": 5, "cat": "dog"}
+    assert problems(write_config(optim={3: 4}), "data.sources.0.classes.3=1.5") == [
+        "data.sources.0.classes.3 = 1.5: expected a string or an integer, or null",
+        "optim.3 = 4: no such key; expected one of optim.lr, optim.warmup_steps, optim.decay_steps, optim.betas,"
+        " optim.eps, optim.weight_decay, optim.clip",
+    ]
+
+
+def test_every_number_is_finite_and_bounded(write_config: Write) -> None:
+    """Whatever is added: no field takes an infinity, and no integer is beyond what arrays and files can count."""
+    path, numbers = write_config(), 0
+    for key, field in walk(RunConfig):
+        words = expected(field)
+        if words.startswith("a number"):
+            numbers += 1
+            for value in (".inf", "-.inf", ".nan", "1e400"):
+                assert problems(path, f"{key}={value}")[0].startswith(f"{key} = "), key
+        elif words.startswith("an integer"):
+            numbers += 1
+            for value in (f"{2**63}", "-1", "9" * 5000, "0x" + "f" * 5000):
+                assert any(line.startswith(f"{key} = ") for line in problems(path, f"{key}={value}")), (key, value)
+    assert numbers > 40
+
+
+def test_a_free_section_holds_plain_values(write_config: Write) -> None:
+    assert problems(write_config(), "deepspeed.zero_optimization={a: {b: .inf}}") == [
+        "deepspeed.zero_optimization.a.b = inf: expected a finite number"
+    ]
+
+
+@pytest.mark.parametrize("text", ["''", "' '", "a" * 256, "a/" * 1500])
+@pytest.mark.parametrize("key", ["run.dir", "data.cache", "data.sources.0.index", "data.sources.0.path"])
+def test_paths(write_config: Write, key: str, text: str) -> None:
+    (line,) = problems(write_config(), f"{key}={text}")
+    assert line.startswith(f"{key} = ") and "expected a" in line and len(line) < 250
+
+
+def test_many_problems_are_counted(write_config: Write) -> None:
+    path = write_config(optim={f"x{n}": 1 for n in range(5000)}, **{f"y{n}": 1 for n in range(200)})
+    lines = problems(path)
+    assert "… and 4,950 more problems of optim" in lines and "… and 150 more unknown keys" in lines
+    assert len(lines) == 102
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.sources.²=1",
+        f"data.sources.{'9' * 5000}.path=x",
+        "deepspeed" + ".a" * 5000 + "=1",
+        "x" * 10**6 + "=1",
+    ],
+)
+def test_odd_overrides(write_config: Write, override: str) -> None:
+    (line,) = problems(write_config(), override)
+    assert len(line) < 300
 
 
 def test_unknown_preset_names_the_form(write_config: Write) -> None:
@@ -119,9 +222,10 @@ def test_wrong_overrides(write_config: Write) -> None:
         "'train' is not an override; expected KEY=VALUE, such as optim.lr=2e-4",
         "a.b=1: no such key; expected one of run, launch, model, objective, data, parallel, train, optim, ema,"
         " checkpoint, preview, deepspeed, seed",
-        "seed=[: the value is not YAML; expected a scalar or [a, list]",
+        "seed=[: the value is not YAML: expected the node content, but found '<stream end>'; expected a scalar"
+        " or [a, list]",
         "seed.x=1: no such key; seed has no keys below it",
-        "train.steps = 'x': expected an integer >= 1",
+        "train.steps = 'x': expected an integer >= 1 and <= 100000000000",
     ]
     assert problems(path, "data.sources.1.path=x", "optim.betas.1=0.5") == [
         "data.sources.1.path=x: data.sources in the file has the length 1; expected a position below",
