@@ -30,6 +30,7 @@ from ditmoe.data.shards.decode import (
 from ditmoe.data.shards.images import ImageArray
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
 from ditmoe.data.shards.latents import MIRRORED, PLAIN, encode_latent
+from ditmoe.data.shards.names import is_plain_key
 from ditmoe.data.shards.writer import ReadySample, write_shard
 from ditmoe.data.storage.files import replacing
 from ditmoe.data.storage.sharing import make_missing
@@ -145,6 +146,7 @@ class _Work:
         """The members of each sample, in the shard's order; `labels` takes their labels."""
         first = sum(self._index.samples_per_shard[:number])
         usable = self._encoding.members[number].tolist()
+        keys_stay = all(map(is_plain_key, shard.keys))  # else numbers in their place: keys of others may be paths
         batches = [usable[start : start + self._batch] for start in range(0, len(usable), self._batch)]
         for read in _one_ahead(lambda members: self._read(shard, members), batches):
             views = self._views(read, first)
@@ -162,7 +164,8 @@ class _Work:
                 metadata = read.metadata[row]
                 if metadata is not None:
                     members[METADATA_EXTENSION] = metadata
-                yield ReadySample(shard.keys[member], members)
+                key = shard.keys[member]
+                yield ReadySample(key if keys_stay else f"{first + member:08d}", members)
             labels += read.labels
             self._on_progress(self._finished_images + len(labels))
 

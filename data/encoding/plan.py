@@ -15,7 +15,7 @@ from ditmoe.data.shards.latents import LatentFormat
 from ditmoe.data.shards.sample_table import SampleColumns, digest_of_members, read_table, usable_members
 from ditmoe.model.errors import UserError
 
-FORM_VERSION: Final = 1
+FORM_VERSION: Final = 2
 """Raised whenever equal settings give other bytes."""
 
 Dtype = Literal["float32", "float16", "bfloat16"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,11 @@ from ditmoe.data.making.preview import COLUMNS, PREVIEW_FILE, ROWS, write_previe
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import BadSample, image_extension
 from ditmoe.data.shards.index import DatasetIndex, ShardEntry, check_files, load_index, write_index
+from ditmoe.data.shards.names import is_plain_key
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
 from ditmoe.data.shards.writer import ReadySample, ShardLimits, claim_folder, write_shards
 from ditmoe.data.storage.progress import track
 from ditmoe.model.errors import UserError
-
-_PLAIN_KEY: Final = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-"""Keys that are taken over; no other program can take them for a path that leads elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +184,7 @@ class _Copy:
             shard.close()
             for sample in self._numbers[number].tolist():
                 key = shard.keys[sample - int(self._starts[number])]
-                if key in seen or not _PLAIN_KEY.fullmatch(key):
+                if key in seen or not is_plain_key(key):
                     return False
                 seen.add(key)
         return True

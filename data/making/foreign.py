@@ -17,6 +17,7 @@ import numpy as np
 from ditmoe.data.making.class_names import MAX_CLASSES, as_number
 from ditmoe.data.making.foreign_shards import ShardFacts, SurveyRules, find_label_rule, parse_key, survey_shard
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index, write_index
+from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table
 from ditmoe.data.shards.tar_scan import scan
 from ditmoe.data.shards.writer import MARKER_FILE
@@ -128,8 +129,7 @@ def list_tars(folder: Path) -> tuple[list[str], list[str]]:
     except OSError as error:
         raise UserError(f"{folder}: could not be read: {error.strerror or error}") from error
     for path in entries:
-        plain = path.suffix == ".tar" and not path.name.startswith(".") and path.name.isprintable()
-        if plain and path.is_file():
+        if is_plain_file_name(path.name, ".tar") and path.is_file():
             tars.append(path.name)
         elif path.name not in (INDEX_FILE, TABLE_FILE):
             others.append(path.name + ("/" if path.is_dir() else ""))
@@ -143,7 +143,10 @@ def remarks(folder: Path) -> list[str]:
         return []
     shown = ", ".join(ascii(name)[1:-1] for name in others[:REMARKS_SHOWN])
     more = f" and {len(others) - REMARKS_SHOWN:,} more" if len(others) > REMARKS_SHOWN else ""
-    return [f"ignored, not a plain *.tar: {shown}{more}"]
+    return [
+        f"ignored, no tar with a plain name (letters, digits and {OTHERS_ALLOWED}, a letter or digit first): "
+        f"{shown}{more}"
+    ]
 
 
 def _check_places(folder: Path, out: Path, overwrite: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.storage.files import replacing
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
@@ -222,9 +223,12 @@ def write_index(folder: Path, index: DatasetIndex) -> None:
 
 
 def _plain_name(file: str, suffix: str) -> str:
-    """The name itself, when it is no path. ValueError otherwise."""
-    if not file.endswith(suffix) or file.startswith(".") or Path(file).name != file or not file.isprintable():
-        raise ValueError(f"must be the plain name of a {suffix} file, not {file!r}")
+    """The name itself, when any place may be asked for it. ValueError otherwise."""
+    if not is_plain_file_name(file, suffix):
+        raise ValueError(
+            f"must be the plain name of a {suffix} file (letters, digits and {OTHERS_ALLOWED}, a letter or digit "
+            f"first), not {file!a}"
+        )
     return file
 
 

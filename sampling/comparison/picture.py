@@ -60,7 +60,7 @@ def write_picture(path: Path, title: str, rows: Sequence[Row]) -> None:
     handles = [Line2D([], [], color=colour, marker=mark, label=name) for name, (colour, mark) in styles.items()]
     if floors:
         handles.append(Line2D([], [], color="0.5", linestyle="--", label="floor: two halves of the real images"))
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 2 * across), frameon=False)
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=130)

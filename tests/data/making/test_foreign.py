@@ -33,6 +33,8 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.real import RealImages
 from tests.data.making.foreign_tars import Named, imagenet, img2dataset, picture, write_tar
 
+PREFIX = "ignored, no tar with a plain name (letters, digits and ._+=@,%-, a letter or digit first): "
+
 
 def read_all(folder: Path, index_folder: Path | None = None) -> list[tuple[tuple[int, ...], int]]:
     """Shape and label of every sample, decoded as the index says."""
@@ -89,7 +91,7 @@ def test_img2dataset_with_a_label_and_a_score_inside_the_json(tmp_path: Path) ->
     assert table is not None and table.score_N is not None
     np.testing.assert_array_equal(table.score_N, np.array([4, 4.1, np.nan, 4.3, 5, 5.1, np.nan, 5.3], np.float32))
     assert not verify(folder, workers=1).problems
-    assert remarks(folder) == ["ignored, not a plain *.tar: 00000_stats.json, 00001_stats.json"]
+    assert remarks(folder) == [PREFIX + "00000_stats.json, 00001_stats.json"]
 
 
 def test_text_labels_and_names_from_a_file(tmp_path: Path) -> None:
@@ -398,7 +400,7 @@ def test_the_command(tmp_path: Path) -> None:
     (folder / "sub").mkdir()
     done = runner.invoke(app, ["index", str(folder), "--image-size", "8", "--skip-unreadable", "--name", "x"])
     assert done.exit_code == 0, done.output
-    assert "ignored, not a plain *.tar: .hidden.tar, sub/" in done.output
+    assert PREFIX + ".hidden.tar, sub/" in done.output
     assert "2 shards and 5 samples left out" in done.output
     assert "indexed 11 images to be read as 8×8×3 in 5 classes: 4 shards" in done.output
     assert load_index(folder).name == "x"
@@ -445,3 +447,18 @@ def test_training_scoring_and_encoding_pass_over_what_is_left_out(tmp_path: Path
     latents = encode(encoding, torch.device("cpu"))
     assert latents.total == 11 and len(latents.shards) == 4
     assert labels_in(tmp_path / "latents") == expected and not verify(tmp_path / "latents").problems
+
+
+def test_keys_that_are_paths_elsewhere_are_not_taken_over(tmp_path: Path, vae_folder: Path) -> None:
+    keys = ("../../escape", "/etc/cron.d/x", "plain")
+    write_tar(tmp_path / "in/0.tar", [(key, {"png": picture("PNG", (8, 8)), "cls": b"0"}) for key in keys])
+    write_tar(tmp_path / "in/1.tar", [("n01/0001", {"png": picture("PNG", (8, 8)), "cls": b"0"})])
+    indexed(tmp_path / "in", image_size=8)
+    encoding = prepare_encoding(tmp_path / "in", tmp_path / "latents", read_facts(vae_folder), EncodeSettings())
+    assert encoding.folder.begin(False)
+    index = encode(encoding, torch.device("cpu"))
+    found = []
+    for entry in index.shards:
+        with tarfile.open(tmp_path / "latents" / entry.file) as tar:
+            found.append(list(dict.fromkeys(name.split(".")[0] for name in tar.getnames())))
+    assert found == [["00000000", "00000001", "00000002"], ["n01/0001"]]

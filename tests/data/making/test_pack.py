@@ -254,12 +254,50 @@ def test_index_errors(digits: Path, change: dict[str, object], message: str) -> 
         load_index(digits)
 
 
-@pytest.mark.parametrize("file", ["../x.tar", "/etc/x.tar", "a/b.tar", "x.zip"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *(
+            "../x.tar",
+            "/etc/x.tar",
+            "a/b.tar",
+            "x.zip",
+            ".tar",
+            "..tar",
+            ".x.tar",
+            "a..b.tar",
+            "-x.tar",
+            "host:x.tar",
+        ),
+        *(f"a{letter}b.tar" for letter in " ;&|<>()$`\\\"'*?[]#~!{}^\n\t\r\0\x1b\u00a0\u202e\u200b\u2028:"),
+        "x;touch OWNED;cat digits-00000.tar;.tar",
+        "a" * 300 + ".tar",
+    ],
+)
 def test_a_shard_in_the_index_is_a_plain_name(digits: Path, file: str) -> None:
     values = json.loads((digits / "index.json").read_text())
     values["shards"][0]["file"] = file
     (digits / "index.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"plain name of a \.tar file"):
+        load_index(digits)
+
+
+@pytest.mark.parametrize(
+    "file", ["digits-00000.tar", "_a.tar", "0.tar", "a+b=c@d,e%20f.g.tar", "Größe-数据.tar", "Gro\u0308sse.tar"]
+)
+def test_names_of_others_that_are_plain(digits: Path, file: str) -> None:
+    values = json.loads((digits / "index.json").read_text())
+    values["shards"][0]["file"] = file
+    (digits / "index.json").write_text(json.dumps(values))
+    assert load_index(digits).shards[0].file == file
+
+
+@pytest.mark.parametrize("file", ["../samples.npz", "$(touch OWNED).npz", "-o.npz", "samples.tar"])
+def test_a_table_in_the_index_is_a_plain_name(digits: Path, file: str) -> None:
+    values = json.loads((digits / "index.json").read_text())
+    values["samples"]["file"] = file
+    (digits / "index.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"plain name of a \.npz file"):
         load_index(digits)
 
 

@@ -26,7 +26,8 @@ from ditmoe.model.errors import UserError
 
 DATA = bytes(range(256)) * 2000
 NAME = "it's a $(name)-00000.tar"
-ENTRY = ShardEntry(file=NAME, samples=1, bytes=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
+# No index may hold such a name; a place copes with it all the same.
+ENTRY = ShardEntry.model_construct(file=NAME, samples=1, bytes=len(DATA), sha256=hashlib.sha256(DATA).hexdigest())
 
 
 def place_at(path: str, retries: int = 2, timeout: float = 20) -> tuple[Place, list[float]]:
@@ -226,12 +227,12 @@ def reader(folder: Path) -> Iterator[subprocess.Popen[str]]:
     (folder / "cache").mkdir()
     (folder / "whole").write_bytes(DATA)
     program = f"""
-        import sys, time
+        import json, sys, time
         from pathlib import Path
         from ditmoe.data.places.fetcher import ShardFetcher
         from ditmoe.data.shards.index import ShardEntry
         from ditmoe.data.places.place import open_place
-        entry = ShardEntry.model_validate_json({ENTRY.model_dump_json()!r})
+        entry = ShardEntry.model_construct(**json.loads({ENTRY.model_dump_json()!r}))
         other = entry.model_copy(update={{"file": "b.tar"}})
         command = "pipe:head -c 300000 whole; test {{}} = b.tar && sleep 62.75; tail -c +300001 whole"
         place = open_place(command, retries=0, timeout=60, cache=Path("cache"))
