@@ -13,6 +13,10 @@ Axis = Literal["pipe", "data", "tensor"]
 AXES: Final[tuple[Axis, ...]] = get_args(Axis)
 """In the order of `Layout.coordinates`, the one that counts slowest first."""
 
+Group = Literal["pipe", "data", "tensor", "expert", "expert copies"]
+"""What joins ranks in collectives: an axis, one copy of all the experts, or the copies of the same experts."""
+GROUPS: Final[tuple[Group, ...]] = get_args(Group)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -77,19 +81,46 @@ class Layout:
             if all(self.coordinates(other)[place] == own[place] for place in fixed)
         ]
 
+    def size(self, group: Group) -> int:
+        """Ranks in each group of a kind."""
+        sizes: dict[Group, int] = {
+            "pipe": self.pipe,
+            "data": self.data,
+            "tensor": self.tensor,
+            "expert": self.expert,
+            "expert copies": self.expert_copies,
+        }
+        return sizes[group]
+
+    def stride(self, group: Group) -> int:
+        """Distance between neighbours in each group of a kind, in ranks."""
+        strides: dict[Group, int] = {
+            "pipe": self.data * self.tensor,
+            "data": self.tensor,
+            "tensor": 1,
+            "expert": self.tensor,
+            "expert copies": self.expert * self.tensor,
+        }
+        return strides[group]
+
+    def members(self, rank: int, group: Group) -> range:
+        """The ranks of the group of a kind that a rank is in, itself included."""
+        assert 0 <= rank < self.processes
+        size, stride = self.size(group), self.stride(group)
+        first = rank - rank // stride % size * stride
+        return range(first, first + size * stride, stride)
+
     def expert_rank(self, rank: int) -> int:
         """Place of a rank on the expert axis: which part of the experts it holds."""
         return self.data_rank(rank) % self.expert
 
     def expert_ranks(self, rank: int) -> list[int]:
         """The ranks that share out one copy of the experts with this one."""
-        first = rank - self.expert_rank(rank) * self.tensor
-        return list(range(first, first + self.expert * self.tensor, self.tensor))
+        return list(self.members(rank, "expert"))
 
     def expert_copy_ranks(self, rank: int) -> list[int]:
         """The ranks that hold the same experts as this one."""
-        first = rank - (self.data_rank(rank) - self.expert_rank(rank)) * self.tensor
-        return list(range(first, first + self.data * self.tensor, self.expert * self.tensor))
+        return list(self.members(rank, "expert copies"))
 
     def expert_slice(self, rank: int, experts: int) -> range:
         """Global ids of the experts that a rank holds, of `experts` in each block."""

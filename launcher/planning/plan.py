@@ -14,6 +14,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.parallel.config import ParallelConfig
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.estimate import Machine, Plan
+from ditmoe.parallel.planner.links import spreads
 from ditmoe.parallel.planner.memory import Workload
 from ditmoe.parallel.planner.search import candidates, search
 from ditmoe.parallel.planner.zero import ZeroSettings
@@ -145,8 +146,8 @@ def _why_expert(plan: Plan, machine: Machine) -> str:
     layout = plan.layout
     if layout.expert == 1:
         return "expert 1: every rank holds all experts, so no token travels"
-    reach = layout.expert * layout.tensor
-    where = "within a machine" if reach <= machine.gpu.gpus_per_node else "also between machines"
+    crossed = any(spread.machines > 1 for spread in spreads(layout, "expert", machine.gpu.gpus_per_node))
+    where = "also between machines" if crossed else "within a machine"
     return f"expert {layout.expert}: experts are dealt out, which saves their memory; tokens travel {where}"
 
 

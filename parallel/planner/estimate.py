@@ -2,8 +2,8 @@
 
 Compute runs at `efficiency` of the GPU's peak, beside it the element-wise work at its memory's bandwidth; or at
 the pace at which the host starts kernels, where that is slower.
-Collectives reach NETWORK_SHARE of the links, and are not overlapped with compute; of ZeRO 3's, half the compute's
-time is. Stages run 1F1B at the pace of the slowest.
+Collectives take what `ditmoe.parallel.planner.links` says, each over the ranks of its own group, and are not
+overlapped with compute; of ZeRO 3's, half the compute's time is. Stages run 1F1B at the pace of the slowest.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
 from ditmoe.parallel.planner.anatomy import anatomy
 from ditmoe.parallel.planner.gpus import Gpu
-from ditmoe.parallel.planner.memory import RankMemory, Workload, in_flight, rank_memory
+from ditmoe.parallel.planner.links import COLLECTIVE_SECONDS, link_seconds
+from ditmoe.parallel.planner.memory import RankMemory, Workload, rank_memory
 from ditmoe.parallel.planner.traffic import (
     Traffic,
     control_traffic,
@@ -24,7 +25,7 @@ from ditmoe.parallel.planner.traffic import (
     pipe_traffic,
     step_traffic,
     tensor_traffic,
-    zero_traffic,
+    zero_traffic_by_group,
 )
 from ditmoe.parallel.planner.zero import shards
 from ditmoe.parallel.stages import stage_blocks
@@ -38,14 +39,10 @@ KERNELS_PER_BLOCK: Final = 150
 KERNEL_SECONDS: Final = 5e-6
 ZERO_3_SECONDS: Final = 1e-4
 """Host time of fetching and releasing one tensor for one pass with ZeRO 3, in Python hooks."""
-NETWORK_SHARE: Final = 0.75
-"""Share of the links' bandwidth that collectives reach."""
 ZERO_3_OVERLAP: Final = 0.5
 """Share of the compute's time in which ZeRO 3 can gather and reduce."""
 HOST_BANDWIDTH: Final = 10e9
 """Bytes per second that one rank's part of an optimiser step moves in host memory."""
-COLLECTIVE_SECONDS: Final = 3e-5
-"""Start of one collective."""
 
 
 @dataclass(frozen=True)
@@ -59,27 +56,6 @@ class Machine:
     def fits(self, memory: RankMemory) -> bool:
         """Whether a rank's memory is there: 92% of it, for the CUDA context, NCCL and fragmentation."""
         return memory.peak <= 0.92 * self.gpu.memory_gib * 2**30
-
-    def seconds(self, sent: float, ranks: int, stride: int) -> float:
-        """Time of a ring that sends so many bytes from each of its ranks.
-
-        Args:
-            sent: by each rank.
-            ranks: of the group.
-            stride: distance of the group's neighbours in the order of ranks.
-        """
-        per_node = max(1, min(ranks, self.gpu.gpus_per_node // stride))
-        if ranks <= per_node:
-            return sent / (NETWORK_SHARE * self.gpu.bandwidth * 1e9)
-        # Between machines the group's GPUs of one machine share the ring's crossing.
-        return sent / (NETWORK_SHARE * min(self.gpu.bandwidth, per_node * self.gpu.node_bandwidth) * 1e9)
-
-    def exchange_seconds(self, payload: float, ranks: int, stride: int) -> float:
-        """Time of an all-to-all: what stays on the machine and what leaves it, side by side."""
-        per_node = max(1, min(ranks, self.gpu.gpus_per_node // stride))
-        inside = payload * (per_node - 1) / ranks / (self.gpu.bandwidth * 1e9)
-        outside = payload * (ranks - per_node) / ranks / (self.gpu.node_bandwidth * 1e9)
-        return max(inside, outside) / NETWORK_SHARE
 
 
 @dataclass(frozen=True)
@@ -126,14 +102,11 @@ def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machi
     """Memory, traffic and time of a layout of a complete configuration."""
     stages = stage_blocks(config, layout.pipe)
     macs = macs_of_parts(config)
-    memories = {
-        number: rank_memory(config, layout, blocks, number, workload)
-        for number, blocks in _distinct(config, layout, stages)
-    }
+    distinct = _distinct(config, stages)
+    memories = {number: rank_memory(config, layout, blocks, number, workload) for number, blocks in distinct}
     fullest = max(memories, key=lambda number: memories[number].peak)
-    busiest = max((step_traffic(config, layout, blocks, workload) for blocks in stages), key=_total)
-    slowest = max(stages, key=lambda blocks: _stage_macs(macs, config, blocks))
-    seconds = _seconds(config, layout, slowest, macs, memories[fullest], workload, machine)
+    busiest = max((step_traffic(config, layout, blocks, workload) for _, blocks in distinct), key=_total)
+    seconds = _seconds(config, layout, [blocks for _, blocks in distinct], memories[fullest], workload, machine)
     step = sum(seconds.values())
     flops = 2 * TRAINING_PASSES * _stage_macs(macs, config, range(config.depth)) * layout.batch
     peak = machine.gpu.tflops(workload.precision) * 1e12 * layout.processes
@@ -150,15 +123,11 @@ def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machi
     )
 
 
-def _distinct(config: ModelConfig, layout: Layout, stages: tuple[range, ...]) -> list[tuple[int, range]]:
-    """The stages that can need most: of those with equal tensors and micro-batches in flight, the first."""
-    seen: dict[tuple[int, bool, bool, int], tuple[int, range]] = {}
-    for number, blocks in enumerate(stages):
-        ends = (blocks[0] == 0, blocks[-1] == config.depth - 1)
-        seen.setdefault((len(blocks), *ends, in_flight(layout, number)), (number, blocks))
+def _distinct(config: ModelConfig, stages: tuple[range, ...]) -> list[tuple[int, range]]:
+    """The stages that can need most, or send most: of those with equal tensors the first, with most in flight."""
     most: dict[tuple[int, bool, bool], tuple[int, range]] = {}
-    for (length, first, last, _), found in seen.items():
-        most.setdefault((length, first, last), found)  # earlier stages have more in flight
+    for number, blocks in enumerate(stages):
+        most.setdefault((len(blocks), blocks[0] == 0, blocks[-1] == config.depth - 1), (number, blocks))
     return list(most.values())
 
 
@@ -174,14 +143,14 @@ def _total(traffic: Traffic) -> int:
 def _seconds(
     config: ModelConfig,
     layout: Layout,
-    blocks: range,
-    macs: PartMacs,
+    stages: list[range],
     memory: RankMemory,
     workload: Workload,
     machine: Machine,
 ) -> dict[str, float]:
-    """One step's time by part, at the pace of the slowest stage."""
-    gpu, micro_steps = machine.gpu, layout.accumulation
+    """One step's time by part, each at the pace of the stage that it takes longest on."""
+    gpu, micro_steps, macs = machine.gpu, layout.accumulation, macs_of_parts(config)
+    blocks = max(stages, key=lambda found: _stage_macs(macs, config, found))
     passes = TRAINING_PASSES + workload.recompute
     flops = 2 * passes * _stage_macs(macs, config, blocks) * layout.micro_batch / layout.tensor
     # The fullest expert rank computes its share of the routed experts while the others wait.
@@ -195,17 +164,17 @@ def _seconds(
     compute = max(on_gpu, on_host)
 
     expert = expert_traffic(config, layout, blocks, workload)["all-to-all"] / micro_steps
-    calls = len(blocks) * (3 * (1 + workload.recompute) + 2) if layout.expert > 1 else 0
-    exchange = machine.exchange_seconds(expert, layout.expert, layout.tensor) + calls * COLLECTIVE_SECONDS
+    exchange = link_seconds("all-to-all", expert, layout, "expert", gpu)
+    exchange += len(blocks) * (3 * (1 + workload.recompute) + 2) * COLLECTIVE_SECONDS if layout.expert > 1 else 0
     tensor = tensor_traffic(config, layout, blocks, workload)["all-reduce"] / micro_steps
-    ring = machine.seconds(2 * tensor * (layout.tensor - 1) / layout.tensor, layout.tensor, 1)
+    ring = link_seconds("all-reduce", tensor, layout, "tensor", gpu)
     ring += len(blocks) * 2 * (2 + workload.recompute) * COLLECTIVE_SECONDS if layout.tensor > 1 else 0
-    crossing = pipe_traffic(config, layout, blocks, workload)["point-to-point"] / micro_steps
-    hop = machine.seconds(crossing, layout.pipe, layout.data * layout.tensor)
+    sent = max(pipe_traffic(config, layout, found, workload)["point-to-point"] for found in stages)
+    hop = link_seconds("point-to-point", sent / micro_steps, layout, "pipe", gpu)
     hop += 4 * COLLECTIVE_SECONDS if layout.pipe > 1 else 0
 
     turns = micro_steps + layout.pipe - 1
-    averaging = _averaging_seconds(config, layout, blocks, workload, machine)
+    averaging = max(_averaging_seconds(config, layout, found, workload, machine) for found in stages)
     if layout.zero == 3:
         averaging = max(0.0, averaging - ZERO_3_OVERLAP * micro_steps * compute)
     stepping = (memory.optimizer * 2 + memory.ema * 2 + memory.gradients * 2) / (gpu.memory_bandwidth * 1e9)
@@ -233,11 +202,9 @@ def _routed_share(config: ModelConfig, macs: PartMacs) -> float:
 def _averaging_seconds(
     config: ModelConfig, layout: Layout, blocks: range, workload: Workload, machine: Machine
 ) -> float:
-    """Gradients averaged and weights gathered over data ranks, plus the sums that each step needs."""
+    """Gradients averaged, weights gathered, each over the ranks that hold the same; and the sums of each step."""
     total = 2 * COLLECTIVE_SECONDS * bool(control_traffic(config, layout, blocks, workload))
-    traffic = zero_traffic(config, layout, blocks, workload)
-    share = (layout.data - 1) / layout.data
-    for kind, payload in traffic.items():
-        sent = payload * share * (2 if kind == "all-reduce" else 1)
-        total += machine.seconds(sent, layout.data, layout.tensor) + COLLECTIVE_SECONDS
+    for group, traffic in zero_traffic_by_group(config, layout, blocks, workload).items():
+        for kind, payload in traffic.items():
+            total += link_seconds(kind, payload, layout, group, machine.gpu) + COLLECTIVE_SECONDS
     return total

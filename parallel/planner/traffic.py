@@ -8,7 +8,7 @@ and is compared with what real processes send in tests/parallel/planner/test_pla
 from collections import Counter
 
 from ditmoe.model.config import ModelConfig
-from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.layout import Group, Layout
 from ditmoe.parallel.planner.anatomy import anatomy
 from ditmoe.parallel.planner.memory import Workload
 from ditmoe.parallel.planner.zero import Shard, shards
@@ -69,25 +69,47 @@ def pipe_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: W
 def zero_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
     """Gradients averaged, and weights gathered, over the ranks that hold the same."""
     traffic: Traffic = Counter()
-    size, micro_steps = workload.number_bytes, layout.accumulation
-    parts = [p for p in shards(anatomy(config).stage(blocks), layout, workload.zero) if p.replicas > 1]
-    for part in parts:
-        if layout.zero < 3:
-            # DeepSpeed sums whole buckets also where a rank keeps a part of them; ZeRO 2 after each micro-step.
-            traffic["all-reduce"] += size * part.held * (micro_steps if layout.zero == 2 else 1)
-            traffic["all-gather"] += size * part.padded if layout.zero else 0
-        else:
-            traffic["reduce-scatter"] += size * part.padded * micro_steps
-            traffic["all-gather"] += size * part.persistent
-    if layout.zero == 3:
-        traffic["all-gather"] += size * micro_steps * _gathered_weights(parts, workload)
+    for of_group in zero_traffic_by_group(config, layout, blocks, workload).values():
+        traffic.update(of_group)
     return traffic
 
 
-def _gathered_weights(parts: list[Shard], workload: Workload) -> int:
-    """ZeRO 3: elements gathered in one micro-step: forward and backward, but for those kept in between."""
-    shared = sum(part.padded - part.persistent for part in parts)
-    return 2 * shared - min(shared, workload.zero.reuse_distance // 2)
+def zero_traffic_by_group(
+    config: ModelConfig, layout: Layout, blocks: range, workload: Workload
+) -> dict[Group, Traffic]:
+    """The traffic of ZeRO, apart for each kind of group that it crosses: experts have replicas of their own."""
+    size, micro_steps = workload.number_bytes, layout.accumulation
+    parts = [p for p in shards(anatomy(config).stage(blocks), layout, workload.zero) if p.replicas > 1]
+    gathered = _gathered_weights(parts, workload)
+    found: dict[Group, Traffic] = {}
+    for part, gathered_elements in zip(parts, gathered, strict=True):
+        traffic = found[part.group] = Counter()
+        if layout.zero < 3:
+            # DeepSpeed sums whole buckets also where a rank keeps a part of them; ZeRO 2 after each micro-step.
+            traffic["all-reduce"] = size * part.held * (micro_steps if layout.zero == 2 else 1)
+            traffic["all-gather"] = size * part.padded if layout.zero else 0
+        else:
+            traffic["reduce-scatter"] = size * part.padded * micro_steps
+            traffic["all-gather"] = size * (part.persistent + micro_steps * gathered_elements)
+    return found
+
+
+def _gathered_weights(parts: list[Shard], workload: Workload) -> list[int]:
+    """ZeRO 3: elements of each part that are gathered in one micro-step.
+
+    They are gathered for the forward and again for the backward pass, but for those kept in between: the last ones
+    of the forward pass, in which each part has its share.
+    """
+    sharded = [part.padded - part.persistent for part in parts]
+    total = sum(sharded)
+    kept = min(total, workload.zero.reuse_distance // 2)
+    found, before = [], 0
+    for elements in sharded:
+        # Rounded so that the parts' shares add up to all that is kept.
+        share = kept * (before + elements) // max(1, total) - kept * before // max(1, total)
+        found.append(2 * elements - share)
+        before += elements
+    return found
 
 
 def control_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Final
 
-from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.layout import Group, Layout
 from ditmoe.parallel.planner.anatomy import Weight
 
 _ALIGNMENT: Final = 2
@@ -47,8 +47,10 @@ DEFAULTS: Final = ZeroSettings()
 class Shard:
     """Elements of a stage's tensors that have the same replicas."""
 
+    group: Group
+    """The ranks that ZeRO shards them over: all data ranks, or those with copies of the same experts."""
     replicas: int
-    """Ranks that ZeRO shards them over."""
+    """Ranks of that group."""
     held: int
     """Elements before sharding."""
     padded: int
@@ -71,14 +73,15 @@ def shards(weights: Iterable[Weight], layout: Layout, settings: ZeroSettings) ->
     found: dict[bool, list[int]] = {}
     for weight in weights:
         found.setdefault(weight.routed and layout.expert > 1, []).append(weight.held(layout))
+    groups: dict[bool, Group] = {False: "data", True: "expert copies"}
     return [
-        _shard(tuple(numels), layout.expert_copies if apart else layout.data, layout.zero, settings)
+        _shard(tuple(numels), groups[apart], layout.size(groups[apart]), layout.zero, settings)
         for apart, numels in found.items()
     ]
 
 
 @lru_cache(maxsize=4096)
-def _shard(numels: tuple[int, ...], replicas: int, zero: int, settings: ZeroSettings) -> Shard:
+def _shard(numels: tuple[int, ...], group: Group, replicas: int, zero: int, settings: ZeroSettings) -> Shard:
     held, persistent = sum(numels), 0
     if zero == 0:
         padded = held
@@ -89,7 +92,7 @@ def _shard(numels: tuple[int, ...], replicas: int, zero: int, settings: ZeroSett
         if replicas > 1:
             persistent = sum(_round_up(n, replicas) for n in numels if n <= settings.persistence_threshold)
     touched = _most_touched(numels, padded // replicas) if zero == 2 else 0
-    return Shard(replicas, held, padded, persistent, max(numels), touched)
+    return Shard(group, replicas, held, padded, persistent, max(numels), touched)
 
 
 def _most_touched(numels: tuple[int, ...], partition: int) -> int:

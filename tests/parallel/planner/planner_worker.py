@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from batches import micro_batches
-from between_cases import end_groups
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import Tensor
 
@@ -35,6 +33,8 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.expert_layer import PlannedExpertLayer, Routing
 from ditmoe.parallel.planner.ledger import Ledger
 from ditmoe.parallel.stages import stage_blocks
+from tests.parallel.batches import micro_batches
+from tests.parallel.between_cases import end_groups
 
 CPU = torch.device("cpu")
 STEPS = 3
