@@ -1,7 +1,6 @@
 """The end of an encode: the table of samples, the contact sheet, and the index."""
 
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ditmoe.data.encoding.plan import Encoding
 from ditmoe.data.encoding.vae import Vae
-from ditmoe.data.making.preview import COLUMNS, ROWS, draw_contact_sheet, write_png
+from ditmoe.data.making.preview import COLUMNS, PREVIEW_FILE, ROWS, draw_contact_sheet, write_png
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.images import ImageArray, to_uint8
@@ -17,8 +16,6 @@ from ditmoe.data.shards.index import DatasetIndex, write_index
 from ditmoe.data.shards.latents import decode_latent, latent_extension
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.model.errors import UserError
-
-PREVIEW_FILE: Final = "preview.png"
 
 
 def finish(encoding: Encoding, vae: Vae) -> None:

@@ -2,16 +2,18 @@
 
 Several processes, on several machines, share it without a coordinator:
 
-    OUT/encoding.json          the settings; written first, and kept beside the index
+    OUT/packing.json           what is written here (`making/ownership.py`); there first
+    OUT/encoding.json          the settings; kept beside the index
     OUT/encoding/lock          held shared by each process that encodes, and alone by one that clears the folder
     OUT/encoding/locks/        a lock of each shard that somebody encodes
     OUT/encoding/NAME.tar.json what the index will say of a shard, its labels, and the settings it was made with
     OUT/NAME.tar               takes its name when it is whole and the file above is written: then it is done
-    OUT/index.json             written last, by one process; the last one to leave removes OUT/encoding
+    OUT/index.json             written last, by one process; the last to leave removes the record and OUT/encoding
 """
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -22,16 +24,27 @@ from typing import Any, Final
 
 from pydantic import Field, ValidationError
 
-from ditmoe.data.shards.index import INDEX_FILE, ShardEntry, load_index
-from ditmoe.data.storage.files import PARTIAL_SUFFIX, make_folder, read_settings, replacing
+from ditmoe.data.making.ownership import (
+    CLEARING,
+    FINISHED,
+    PLAN_FILE,
+    RECORD_FILE,
+    SETTINGS_FILE,
+    STATE_FOLDER,
+    Record,
+    clear,
+    holds_dataset,
+    read_record,
+    refuse_holding,
+    refuse_others,
+    write_record,
+)
+from ditmoe.data.shards.index import INDEX_FILE, ShardEntry
+from ditmoe.data.storage.files import is_partial, make_folder, read_settings, remove_abandoned, replacing
 from ditmoe.data.storage.sharing import WAIT_SECONDS, try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 
-SETTINGS_FILE: Final = "encoding.json"
-STATE_FOLDER: Final = "encoding"
-CLEARING: Final[dict[str, Any]] = {"clearing": True}
-"""Stands in place of the settings while the folder is being emptied."""
 _BEGIN_SECONDS: Final = 60.0
 """How long one that begins waits for another that is beginning."""
 
@@ -53,6 +66,10 @@ class EncodeFolder:
     path: Path
     settings: dict[str, Any]
     """Everything that the latents depend on, as plain data."""
+    shards: tuple[str, ...]
+    """Names of the tars."""
+    sources: tuple[Path, ...] = ()
+    """Files and folders that are read."""
 
     @property
     def fingerprint(self) -> str:
@@ -81,14 +98,15 @@ class EncodeFolder:
         Raises:
             UserError: the folder holds something else, or others are encoding into it with other settings.
         """
-        make_folder(self.path)
+        refuse_holding(self.path, self.sources)
         deadline = time.monotonic() + _BEGIN_SECONDS
         while True:
             stored = self._stored()
             if stored == self.settings and not (self.finished and overwrite):
-                self._tidy()  # the last one to leave may have been killed before it could
+                self._resume()
                 return not self.finished
             self._refuse(stored, overwrite)
+            make_folder(self.path)
             with try_lock(self.path / STATE_FOLDER / "lock") as alone:
                 if alone:
                     # Looked at again under the lock: another process may have begun since.
@@ -152,40 +170,47 @@ class EncodeFolder:
         """The settings that the folder was begun with; None: it never was."""
         return read_settings(self.path / SETTINGS_FILE)
 
+    @property
+    def _record(self) -> Record:
+        """What an encode writes."""
+        return Record(files=(*FINISHED, SETTINGS_FILE, f"{STATE_FOLDER}/", *self.shards))
+
+    def _resume(self) -> None:
+        """Take up an encode with the same settings, at whatever point it was left."""
+        if self.finished:
+            self._tidy()  # the last one to leave may have been killed before it could
+        else:
+            remove_abandoned(self.path)
+            if read_record(self.path) is None:  # of a version that kept none
+                write_record(self.path, self._record)
+
     def _tidy(self) -> None:
         """Remove what a finished encode no longer needs, unless others are still at it."""
-        state = self.path / STATE_FOLDER
-        if not self.finished or not state.exists():
+        record = read_record(self.path)
+        if not self.finished or record is None:
             return
+        state = self.path / STATE_FOLDER
         with try_lock(state / "lock") as alone:
             if alone and self.finished:
                 try:
-                    shutil.rmtree(state)
+                    for name in os.listdir(self.path):
+                        if is_partial(name):
+                            (self.path / name).unlink(missing_ok=True)
+                    if record.names(f"{STATE_FOLDER}/"):
+                        shutil.rmtree(state)
+                    (self.path / RECORD_FILE).unlink(missing_ok=True)
                 except OSError as error:
-                    raise UserError(f"{state}: could not be removed: {error.strerror or error}") from error
+                    raise UserError(f"{self.path}: could not be tidied: {error.strerror or error}") from error
 
     def _refuse(self, stored: dict[str, Any] | None, overwrite: bool) -> None:
         """UserError where what is there shall stay, or is not ours."""
-        if stored == CLEARING:
-            return
-        if self.finished:
-            if not overwrite:
-                other = f" ({self._difference(stored)})" if stored is not None else ""
-                raise UserError(f"{self.path}: already holds a packed dataset{other}; --overwrite replaces it")
-            try:
-                load_index(self.path)
-            except UserError as error:
-                raise UserError(
-                    f"{error}; --overwrite replaces datasets of ours only: choose another folder"
-                ) from error
-        elif stored is None:
-            strangers = sorted(path.name for path in self.path.glob("*.tar"))
-            if strangers:
-                raise UserError(
-                    f"{self.path}: holds tars that `ditmoe data encode` did not write, such as {strangers[0]}; "
-                    "choose another folder"
-                )
-        elif not overwrite:
+        if stored != CLEARING and not overwrite and holds_dataset(self.path):
+            other = f" ({self._difference(stored)})" if stored is not None else ""
+            raise UserError(f"{self.path}: already holds a packed dataset{other}; --overwrite replaces it")
+        refuse_others(self.path)
+        if (self.path / PLAN_FILE).exists() and not self.finished and not overwrite:
+            raise UserError(f"{self.path}: holds a synthesis that is not finished; --overwrite replaces it")
+        if stored is not None and stored != CLEARING and not overwrite:
             raise UserError(
                 f"{self.path}: an encode with other settings was begun here ({self._difference(stored)}); "
                 "--overwrite begins anew"
@@ -200,17 +225,14 @@ class EncodeFolder:
     def _clear(self) -> None:
         """Empty the folder of what is ours, and write the settings down."""
         # Who is killed in the midst leaves nothing that could be taken for begun or finished.
+        if (self.path / SETTINGS_FILE).exists():
+            self._write_settings(CLEARING)
+        clear(self.path, self._record, keep=(SETTINGS_FILE, f"{STATE_FOLDER}/"))
         self._write_settings(CLEARING)
-        state = self.path / STATE_FOLDER
         try:
-            (self.path / INDEX_FILE).unlink(missing_ok=True)
-            for folder, patterns in (
-                (self.path, ("*.tar", "samples.npz", f"*{PARTIAL_SUFFIX}")),
-                (state, ("*.json", f"*{PARTIAL_SUFFIX}")),
-            ):
-                for pattern in patterns:
-                    for path in folder.glob(pattern):
-                        path.unlink()
+            for path in (self.path / STATE_FOLDER).iterdir():
+                if path.suffix == ".json" or is_partial(path.name):
+                    path.unlink()
         except OSError as error:
             raise UserError(f"{self.path}: could not be cleared: {error.strerror or error}") from error
         self._write_settings(self.settings)

@@ -123,4 +123,6 @@ def prepare_encoding(source: Path, out: Path, vae: VaeFacts, settings: EncodeSet
         "seed": settings.seed if settings.flips == "drawn" else None,
         "format": settings.format,
     }
-    return Encoding(source, index, samples, vae, settings, EncodeFolder(out, wanted))
+    shards = tuple(entry.file for entry in index.shards)
+    read = (source, vae.path, *(source / shard for shard in shards))  # shards may be links
+    return Encoding(source, index, samples, vae, settings, EncodeFolder(out, wanted, shards, read))

@@ -13,13 +13,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.making.preview import COLUMNS, PREVIEW_FILE, ROWS, write_preview
+from ditmoe.data.making.ownership import claimed
+from ditmoe.data.making.preview import COLUMNS, ROWS, write_preview
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import BadSample, image_extension
 from ditmoe.data.shards.index import DatasetIndex, ShardEntry, check_files, load_index, write_index
 from ditmoe.data.shards.names import is_plain_key
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
-from ditmoe.data.shards.writer import ReadySample, ShardLimits, claim_folder, write_shards
+from ditmoe.data.shards.writer import ReadySample, ShardLimits, write_shards
 from ditmoe.data.storage.progress import track
 from ditmoe.model.errors import UserError
 
@@ -114,16 +115,15 @@ def filter_shards(folder: Path, out: Path, settings: FilterSettings) -> FilterRe
     kept = SampleColumns(samples.label_N[chosen], samples.score_N[chosen])
     copy = _Copy(folder, index, chosen, kept.label_N)
     name = settings.name or f"{index.name}-filtered"
-    with claim_folder(out, settings.overwrite):
-        file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
+    file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
+    sources = [folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
+    with claimed(out, file_name, settings.overwrite, sources):
         entries = write_shards(out, file_name, copy.samples(), settings.limits)
         new = index.model_copy(
             update={"name": name, "samples": write_table(out, kept), "shards": tuple(entries), "left_out": ()}
         )
         if index.latents is None:
             write_preview(out, new, copy.first_of_class)
-        else:
-            (out / PREVIEW_FILE).unlink(missing_ok=True)  # of a dataset that this one replaces
         write_index(out, new)
     return FilterResult(new, figures)
 

@@ -5,6 +5,7 @@ is looked through once (`foreign_shards.py`); then it is decided whether labels 
 and a table of samples are written. The table has −1 for samples that cannot be used.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,11 +17,11 @@ import numpy as np
 
 from ditmoe.data.making.class_names import MAX_CLASSES, as_number
 from ditmoe.data.making.foreign_shards import ShardFacts, SurveyRules, find_label_rule, parse_key, survey_shard
+from ditmoe.data.making.ownership import LOCK_FILE, look_through
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index, write_index
 from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table
 from ditmoe.data.shards.tar_scan import scan
-from ditmoe.data.shards.writer import MARKER_FILE
 from ditmoe.data.storage.files import make_folder
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
@@ -151,20 +152,25 @@ def remarks(folder: Path) -> list[str]:
 
 def _check_places(folder: Path, out: Path, overwrite: bool) -> None:
     """UserError when a pack is under way in the folder, or the index would take another's place."""
-    if (folder / MARKER_FILE).exists():
+    if (folder / LOCK_FILE).exists():
         raise UserError(f"{folder}: is being packed, or the packing did not finish; repeat the pack")
     if out.suffix == ".json" or (out.exists() and not out.is_dir()):
         raise UserError(f"--out is {out}, expected a folder for {INDEX_FILE} and {TABLE_FILE}")
     if out.is_dir() and out.resolve() != folder.resolve() and list_tars(out)[0]:
         raise UserError(f"--out is {out}: holds tars of its own; choose another folder")
-    if not (out / INDEX_FILE).exists():
-        return
-    if not overwrite:
-        raise UserError(f"{out}: already holds an {INDEX_FILE}; --overwrite replaces it")
-    try:
-        load_index(out)
-    except UserError as error:
-        raise UserError(f"{error}; --overwrite replaces an index of ours only") from error
+    if (out / INDEX_FILE).exists():
+        if not overwrite:
+            raise UserError(f"{out}: already holds an {INDEX_FILE}; --overwrite replaces it")
+        try:
+            load_index(out)
+        except UserError as error:
+            raise UserError(f"{error}; --overwrite replaces an index of ours only") from error
+    # Before an index is there, or with one that does not know it, the table is somebody else's.
+    if os.path.lexists(out / TABLE_FILE) and TABLE_FILE not in look_through(out).ours:
+        raise UserError(
+            f"{out / TABLE_FILE}: is in the way, and no index.json names it with its checksum: move it elsewhere, "
+            "or choose another folder for the index with --out"
+        )
 
 
 def _first_good(folder: Path, files: Sequence[str]) -> Path:

@@ -11,12 +11,14 @@ from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 
+from ditmoe.data.making.ownership import claimed, refuse_holding
 from ditmoe.data.making.preview import COLUMNS, ROWS, write_preview
 from ditmoe.data.making.sources.base import Source
+from ditmoe.data.making.sources.opening import BUILT_IN
 from ditmoe.data.shards.images import BadImage, ImageArray, prepare, to_pillow
 from ditmoe.data.shards.index import DatasetIndex, write_index
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
-from ditmoe.data.shards.writer import PackedSample, ShardLimits, claim_folder, write_shards
+from ditmoe.data.shards.writer import PackedSample, ShardLimits, write_shards
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
@@ -89,7 +91,7 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
         raise UserError(f"--count is {settings.count}: there is nothing to pack")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", source.name).strip("-")[:60] or "dataset"
     packing = _Packing(source, settings, order)
-    with claim_folder(out, settings.overwrite):
+    with claimed(out, name, settings.overwrite):
         entries = write_shards(out, name, packing.samples(), settings.limits)
         if not entries:
             raise UserError(f"{out}: none of the {len(order):,} images could be used; {packing.skipped[0]}")
@@ -112,11 +114,16 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
     return PackResult(index, preview, packing.skipped)
 
 
-def refuse_overlap(source: str, out: Path) -> None:
-    """UserError when shards would be written into the image folder that they are made from."""
+def refuse_overlap(source: str, out: Path, *lists: Path | None) -> None:
+    """UserError when shards would be written into the image folder that they are made from, or around a source.
+
+    `lists`: further files that are read.
+    """
     folder = Path(source)
     if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{out}: lies in the source {source}; choose a folder outside it")
+    read = [*([] if source in BUILT_IN else [folder]), *(each for each in lists if each is not None)]
+    refuse_holding(out, read)
 
 
 class _Packing:

@@ -19,6 +19,7 @@ CELL: Final = 64
 """Side of an image on the sheet in pixels; larger and smaller ones are scaled to it."""
 GAP: Final = 4
 TEXT: Final = 12
+BACKGROUND: Final = (24, 24, 27)
 
 
 def draw_contact_sheet(class_names: tuple[str, ...], images: dict[int, list[ImageArray]]) -> Image.Image:
@@ -30,7 +31,7 @@ def draw_contact_sheet(class_names: tuple[str, ...], images: dict[int, list[Imag
     font = ImageFont.load_default(size=TEXT)
     label_width = min(max(int(font.getlength(name)) for name in names) + 2 * GAP, 3 * CELL)
     pitch = CELL + GAP
-    sheet = Image.new("RGB", (label_width + COLUMNS * pitch + GAP, len(names) * pitch + GAP), (24, 24, 27))
+    sheet = Image.new("RGB", (label_width + COLUMNS * pitch + GAP, _height(len(names))), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     for label, name in enumerate(names):
         top = GAP + label * pitch
@@ -42,6 +43,22 @@ def draw_contact_sheet(class_names: tuple[str, ...], images: dict[int, list[Imag
             kernel = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
             sheet.paste(picture.resize((CELL, CELL), kernel), (label_width + column * pitch, top))
     return sheet
+
+
+def _height(rows: int) -> int:
+    return rows * (CELL + GAP) + GAP
+
+
+def is_contact_sheet(path: Path, class_names: Sequence[str]) -> bool:
+    """Whether a file is the contact sheet of a dataset with these classes, by its size and margin."""
+    try:
+        with Image.open(path, formats=("PNG",)) as sheet:
+            if sheet.mode != "RGB" or sheet.height != _height(min(ROWS, len(class_names))):
+                return False
+            margin = sheet.crop((0, 0, sheet.width, GAP))
+            return margin.getcolors(1) == [(GAP * sheet.width, BACKGROUND)]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def write_preview(folder: Path, index: DatasetIndex, images: Mapping[int, Sequence[tuple[str, bytes]]]) -> Path:

@@ -1,43 +1,40 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what writers that were killed leave of them."""
 
+import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Final
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
 
-PARTIAL_SUFFIX = ".partial"
+__all__ = ["is_partial", "make_folder", "read_settings", "remove_abandoned", "replacing"]
+
+ABANDONED_SECONDS: Final = 600.0
+"""How long nothing must have been written to a temporary file that nobody has locked."""
 
 
-@contextmanager
-def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
-    """Open `path` for writing under a temporary name; it takes its place only when the block ends well.
+def is_partial(name: str) -> bool:
+    """Whether `replacing` gives such names to files that it has not finished; nobody else does."""
+    return re.fullmatch(rf"{re.escape(PARTIAL_PREFIX)}[0-9a-f]{{32}}{re.escape(PARTIAL_SUFFIX)}", name) is not None
 
-    Args:
-        path: the file.
-        private: nobody but the owner may read it.
 
-    UserError when the file system refuses (full, read-only, no permission).
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files in `folder` of writers that were killed.
+
+    Those that somebody has locked stay, and so do new ones: locks do not reach across every file system.
     """
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    try:
-        try:
-            with open(partial, "wb") as file:
-                if private:
-                    os.fchmod(file.fileno(), 0o600)
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-            sync_folder(path.parent)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if is_partial(entry.name):
+                with suppress(OSError), open(entry.path, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_SECONDS:
+                        os.unlink(entry.path)
 
 
 def make_folder(folder: Path) -> None:
@@ -46,15 +43,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: could not be made: {error.strerror or error}") from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

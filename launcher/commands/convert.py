@@ -168,12 +168,10 @@ def _complete(config: "ModelConfig", dataset: dict[str, Any]) -> "ModelConfig":
 
 def _write_checkpoint(path: Path, published: "PublishedWeights") -> None:
     """Write a checkpoint of ours. With one set of weights, that set is both what is trained and its average."""
-    import shutil
-
     from torch.distributed.checkpoint.api import CheckpointException
 
     from ditmoe.model.errors import UserError
-    from ditmoe.parallel.checkpoint.folder import PARTIAL, write_weights_checkpoint
+    from ditmoe.parallel.checkpoint.folder import write_weights_checkpoint
 
     objective = _required_objective(published)
     for state in (published.ema, published.weights):
@@ -183,9 +181,8 @@ def _write_checkpoint(path: Path, published: "PublishedWeights") -> None:
     try:
         write_weights_checkpoint(path, published.config, objective, weights, published.ema, published.class_names)
     except (OSError, CheckpointException) as error:
-        shutil.rmtree(path.with_name(path.name + PARTIAL), ignore_errors=True)
         text = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: cannot be written ({text})") from error
+        raise UserError(f"{path}: could not be written ({text})") from error
 
 
 def _required_objective(published: "PublishedWeights") -> "ObjectiveConfig":

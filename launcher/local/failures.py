@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from ditmoe.model.files import replacing
+
 FAILURE_VARIABLE: Final = "DITMOE_FAILURE_FILE"
 """Environment variable of a started process: the file it writes its failure to."""
 
@@ -37,9 +39,8 @@ def record_failure(message: str, code: int) -> bool:
     if path is None:
         return False
     failure = Failure(message, code, time.monotonic())
-    partial = Path(f"{path}.partial")
-    partial.write_text(json.dumps(asdict(failure)), encoding="utf-8")
-    partial.replace(path)
+    with replacing(Path(path)) as file:
+        file.write(json.dumps(asdict(failure)).encode())
     if os.environ.get("RANK") != "0":
         print(message, file=sys.stderr)
     return True

@@ -8,11 +8,10 @@ import argparse
 import json
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.files import replacing
 
 PT_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -71,7 +71,7 @@ def read_pt(path: Path) -> tuple[dict[str, Any], str | None]:
 def write_pt(path: Path, content: Mapping[str, Any], description: str | None = None) -> None:
     """Write a dictionary of tensors (or of such dictionaries) for `torch.load`, atomically."""
     whole = dict(content) if description is None else {**content, _DESCRIPTION_KEY: description}
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with _writing(path) as file:
         torch.save(whole, file)
 
 
@@ -141,6 +141,9 @@ def write_safetensors_in_pieces(
         path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{SAFETENSORS}")
         for number in range(1, len(shards) + 1)
     ]
+    for file in files:
+        if os.path.lexists(file):
+            raise UserError(f"{file}: exists already; remove it, or choose another name than {path.name}")
     for file, names in zip(files, shards, strict=True):
         _write_safetensors_file(file, fetch(names), {"format": "pt"})
     index = {
@@ -148,8 +151,8 @@ def write_safetensors_in_pieces(
         "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
     }
     index_file = path.with_name(path.stem + INDEX_SUFFIX)
-    with _replacing(index_file) as temporary:
-        temporary.write_text(json.dumps(index, indent=1))
+    with _writing(index_file) as stream:
+        stream.write(json.dumps(index, indent=1).encode())
     return [*files, index_file]
 
 
@@ -200,8 +203,8 @@ def _read_safetensors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _write_safetensors_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with _replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    with _writing(path) as file:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name, metadata)
 
 
 def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
@@ -218,27 +221,14 @@ def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place once what was written to it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+def _writing(path: Path) -> Iterator[BinaryIO]:
+    """Open `path`, in a folder that is made for it, as `replacing` does; UserError too where a library refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _sync(temporary, os.O_RDWR)
-        temporary.replace(path)
-        _sync(path.parent, os.O_RDONLY)
+        with replacing(path) as file:
+            yield file
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written ({_brief(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        raise UserError(f"{path}: could not be written ({_brief(error)})") from error
 
 
 def _magic(path: Path) -> bytes:

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ditmoe.data.storage.files import sync_folder
 from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.files import sync_folder, temporary_beside
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
 
 FORMAT = 2
@@ -199,8 +199,10 @@ def file_facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest}
 
 
-def write_marker(path: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the marker into a partial checkpoint and give the folder its final name."""
+def write_marker(
+    path: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], final: Path | None = None
+) -> None:
+    """Write the marker into a partial checkpoint and give it its final name: its own without `.partial`."""
     content = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     marker = path / MARKER
     with marker.open("w") as stream:
@@ -210,7 +212,7 @@ def write_marker(path: Path, facts: Mapping[str, Any], files: Mapping[str, Mappi
         os.fsync(stream.fileno())
     for folder in (*(child for child in path.iterdir() if child.is_dir()), path):
         sync_folder(folder)
-    os.replace(path, path.with_name(path.name.removesuffix(PARTIAL)))
+    os.replace(path, final or path.with_name(path.name.removesuffix(PARTIAL)))
     sync_folder(path.parent)
 
 
@@ -283,12 +285,31 @@ def write_weights_checkpoint(
 ) -> None:
     """Write canonical weights (and EMA) as a checkpoint that sampling can use, without a process group.
 
+    It is written under a name that nothing else has; when that fails, nothing is left.
+
     Raises:
         UserError: the folder exists already.
     """
-    if path.exists():
+    if os.path.lexists(path):
         raise UserError(f"{path}: exists already; expected a new folder")
-    partial = start_partial(path)
+    partial = temporary_beside(path)
+    partial.mkdir(parents=True)
+    try:
+        _write_weights(partial, path, model, objective, weights, ema, class_names)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_weights(
+    partial: Path,
+    path: Path,
+    model: ModelConfig,
+    objective: ObjectiveConfig,
+    weights: Mapping[str, Tensor],
+    ema: Mapping[str, Tensor] | None,
+    class_names: Sequence[str] | None,
+) -> None:
     parts = {WEIGHTS: weights, EMA: weights if ema is None else ema}
     files: dict[str, dict[str, Any]] = {}
     for part, tensors in parts.items():
@@ -311,4 +332,4 @@ def write_weights_checkpoint(
         },
         "shapes": {name: list(tensor.shape) for name, tensor in weights.items() if name != "pos_embed"},
     }
-    write_marker(partial, facts, files)
+    write_marker(partial, facts, files, path)

@@ -1,10 +1,11 @@
 """Images of a network as a dataset: shards with provenance, labels and quality scores, by any number of processes.
 
-    OUT/synthesis.json      what the images depend on; written first
+    OUT/packing.json        what is written here (`data/making/ownership.py`); there first
+        synthesis.json      what the images depend on
         work/chunks/*.npz   images as they were drawn, until their shards are there
         work/done/*.json    checksum and scores of each shard that is there
         NAME-00000.tar …    shards, each written once, under its name when it is whole
-        samples.npz, preview.png, index.json    written last; `work` is removed then
+        samples.npz, preview.png, index.json    written last; `work` and the record are removed then
 
 Image i is a function of (seed, i), its class is the i-th of the chosen ones in turn, and shard s holds the images
 s·size …, so neither the number of processes nor where they were killed is in the bytes.
@@ -20,14 +21,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.data.making.ownership import (
+    LOCK_FILE,
+    PLAN_FILE,
+    WORK_FOLDER,
+    clear,
+    read_record,
+    release,
+    write_record,
+)
 from ditmoe.data.making.pack import encode
-from ditmoe.data.making.preview import COLUMNS, PREVIEW_FILE, ROWS, write_preview
+from ditmoe.data.making.preview import COLUMNS, ROWS, write_preview
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.images import BadImage
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, ShardEntry, load_index, write_index
-from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table
-from ditmoe.data.shards.writer import MARKER_FILE, PLAN_FILE, WORK_FOLDER, PackedSample, write_shard
-from ditmoe.data.storage.files import make_folder, replacing
+from ditmoe.data.shards.sample_table import SampleColumns, write_table
+from ditmoe.data.shards.writer import PackedSample, write_shard
+from ditmoe.data.storage.files import is_partial, make_folder, replacing
 from ditmoe.data.storage.sharing import Progress, make_missing, try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.chains.images import StateFile
@@ -49,8 +59,8 @@ def finished(synthesis: Synthesis) -> DatasetIndex | None:
     if read_plan(out) != synthesis.plan or not (out / INDEX_FILE).exists():
         return None
     index = load_index(out)
-    if (out / MARKER_FILE).exists():  # the last process was killed at the very end, or is just there
-        with try_lock(out / MARKER_FILE) as held:
+    if (out / LOCK_FILE).exists():  # the last process was killed at the very end, or is just there
+        with try_lock(out / LOCK_FILE) as held:
             if held:
                 _tidy(out)
     return index
@@ -100,7 +110,7 @@ def synthesize(
     say: Callable[[str], None] = log if workers.first else lambda line: None
     show = progress if workers.first else lambda title, total: lambda done: None
     make_folder(synthesis.out)
-    lock = try_lock(synthesis.out / MARKER_FILE)
+    lock = try_lock(synthesis.out / LOCK_FILE)
     held = lock.__enter__() if workers.first else True
     try:
         workers.on_first(lambda: _begin(synthesis, held))
@@ -121,14 +131,10 @@ def _begin(synthesis: Synthesis, held: bool) -> None:
         raise UserError(f"{out}: another process is writing to it; wait for it, or stop it")
     check_out(synthesis)  # another process may have ended since
     if read_plan(out) == synthesis.plan:
+        if read_record(out) is None:  # of a version that kept none
+            write_record(out, synthesis.record)
         return
-    try:
-        (out / INDEX_FILE).unlink(missing_ok=True)  # first: from here on there is no dataset here
-        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-        for path in (*out.glob("*.tar"), out / TABLE_FILE, out / PREVIEW_FILE):
-            path.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: could not be cleared: {error.strerror or error}") from error
+    clear(out, synthesis.record)
     with replacing(out / PLAN_FILE) as file:
         file.write(json.dumps(synthesis.plan, indent=1).encode() + b"\n")
 
@@ -301,6 +307,11 @@ def _first_images(
 
 
 def _tidy(out: Path) -> None:
-    """Remove what was needed to resume."""
-    shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
-    (out / MARKER_FILE).unlink(missing_ok=True)
+    """Remove what was needed to resume, and what killed processes left."""
+    record = read_record(out)
+    for path in out.iterdir():
+        if is_partial(path.name):
+            path.unlink()
+    if record is not None and record.names(f"{WORK_FOLDER}/"):
+        shutil.rmtree(out / WORK_FOLDER, ignore_errors=True)
+    release(out)

@@ -16,9 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.encoding.vae import VaeFacts
+from ditmoe.data.making.ownership import (
+    FINISHED,
+    PLAN_FILE,
+    SETTINGS_FILE,
+    WORK_FOLDER,
+    Record,
+    refuse_finished,
+    refuse_holding,
+    refuse_others,
+)
 from ditmoe.data.making.pack import ImageFormat
-from ditmoe.data.shards.index import INDEX_FILE, load_index
-from ditmoe.data.shards.writer import MARKER_FILE, PLAN_FILE, WORK_FOLDER
+from ditmoe.data.shards.index import INDEX_FILE
 from ditmoe.data.storage.files import read_settings
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
@@ -124,10 +133,19 @@ class Synthesis:
         """How images are drawn, resolved."""
         return SamplerConfig.model_validate(self.plan["sampler"])
 
+    @property
+    def stem(self) -> str:
+        """What the names of shards begin with."""
+        return re.sub(r"[^A-Za-z0-9_-]+", "-", self.plan["name"]).strip("-")[:60] or "synthetic"
+
+    @property
+    def record(self) -> Record:
+        """What is written to the folder."""
+        return Record(files=(*FINISHED, PLAN_FILE, f"{WORK_FOLDER}/"), stem=self.stem)
+
     def shard_path(self, shard: int) -> Path:
         """The file of a shard."""
-        name = re.sub(r"[^A-Za-z0-9_-]+", "-", self.plan["name"]).strip("-")[:60] or "synthetic"
-        return self.out / f"{name}-{shard:05d}.tar"
+        return self.out / f"{self.stem}-{shard:05d}.tar"
 
     def record_path(self, shard: int) -> Path:
         """Says that a shard is there: its checksum and scores."""
@@ -231,28 +249,26 @@ def _reference(
 def check_out(synthesis: Synthesis) -> None:
     """UserError when the folder holds anything but a part of this dataset, and shall stay."""
     out, overwrite = synthesis.out, synthesis.options.overwrite
+    read = [synthesis.checkpoint, *([] if synthesis.real is None else [synthesis.real.folder])]
+    refuse_holding(out, [*read, *([] if synthesis.vae is None else [synthesis.vae])])
     stored = read_plan(out)
     if stored == synthesis.plan:
         return
-    if stored is not None:
-        if not overwrite:
-            changed = "; ".join(
-                f"{key} is {json.dumps(synthesis.plan.get(key))}, and was {json.dumps(stored.get(key))}"
-                for key in {**synthesis.plan, **stored}
-                if synthesis.plan.get(key) != stored.get(key)
-            )
-            raise UserError(
-                f"{out}: holds a synthesis with other settings: {changed}; repeat the command as it was, choose "
-                "another folder, or --overwrite"
-            )
-    elif (out / INDEX_FILE).exists():
-        if not overwrite:
-            raise UserError(f"{out}: already holds a dataset; --overwrite replaces it")
-        load_index(out)  # only one of ours is replaced
-    elif overwrite and (out / MARKER_FILE).exists():
-        return  # what a pack of ours left, or a clearing that was cut short
-    elif out.is_dir() and any(out.glob("*.tar")):
-        raise UserError(f"{out}: holds tars, and no {PLAN_FILE}; choose another folder")
+    if stored is None:
+        refuse_finished(out, overwrite)
+    refuse_others(out)
+    if stored is not None and not overwrite:
+        changed = "; ".join(
+            f"{key} is {json.dumps(synthesis.plan.get(key))}, and was {json.dumps(stored.get(key))}"
+            for key in {**synthesis.plan, **stored}
+            if synthesis.plan.get(key) != stored.get(key)
+        )
+        raise UserError(
+            f"{out}: holds a synthesis with other settings: {changed}; repeat the command as it was, choose "
+            "another folder, or --overwrite"
+        )
+    if (out / SETTINGS_FILE).exists() and not (out / INDEX_FILE).exists() and not overwrite:
+        raise UserError(f"{out}: holds an encode that is not finished; --overwrite replaces it")
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:

@@ -1,9 +1,13 @@
 """Opens a source by what the user calls it."""
 
 from pathlib import Path
+from typing import Final
 
 from ditmoe.data.making.sources.base import Source
 from ditmoe.model.errors import UserError
+
+BUILT_IN: Final = ("digits", "shapes")
+"""Sources that are no files."""
 
 
 def open_source(

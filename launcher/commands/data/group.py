@@ -95,7 +95,7 @@ def pack(
         raise UserError(f"--channels is {channels}, expected 1 (grey) or 3 (RGB)")
     if name is not None and not (name.strip() and name.isprintable()):
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
-    refuse_overlap(source, out)
+    refuse_overlap(source, out, labels, class_names)
     opened = open_source(
         source,
         count=count,

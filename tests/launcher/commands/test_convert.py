@@ -147,9 +147,21 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ditmoe.parallel.checkpoint.folder.save_pieces", full)
-    with pytest.raises(UserError, match=r"cannot be written .*No space left"):
+    with pytest.raises(UserError, match=r"could not be written.*No space left"):
         convert(tmp_path / "source.pt", tmp_path / "checkpoint")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source.pt"]
+
+
+def test_what_lies_beside_the_destination_stays(tmp_path: Path, published: PublishedWeights) -> None:
+    (tmp_path / "ours.partial").mkdir()
+    (tmp_path / "ours.partial" / "mine").touch()
+    (tmp_path / "w-00002-of-00002.safetensors").write_text("mine")
+    convert(tmp_path / "source.pt", tmp_path / "ours")
+    total = sum(tensor.numel() for tensor in published.state("ema").values()) * 4
+    with pytest.raises(UserError, match=r"w-00002-of-00002\.safetensors: exists already"):
+        convert(tmp_path / "source.pt", tmp_path / "w.safetensors", shard_size=total * 0.7 / 2**30)
+    assert (tmp_path / "ours.partial" / "mine").exists()
+    assert (tmp_path / "w-00002-of-00002.safetensors").read_text() == "mine"
 
 
 def test_from_the_command_line(tmp_path: Path, published: PublishedWeights) -> None:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from ditmoe.data.making.ownership import write_record
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.making.verify import verify
@@ -256,6 +258,7 @@ def test_work_that_is_left_at_the_end_is_removed(shared: Path, tmp_path: Path) -
     assert read_table(tmp_path / "out", load_index(tmp_path / "out")).score_N is None  # type: ignore[union-attr]
     (tmp_path / "out" / "work" / "done").mkdir(parents=True)
     (tmp_path / "out" / "packing.lock").touch()
+    write_record(tmp_path / "out", synthesis.record)
     assert finished(synthesis) is not None
     assert contents(tmp_path / "out") == before
 
@@ -317,17 +320,17 @@ def test_what_does_not_fit_is_told_before_anything_is_drawn(shared: Path, tmp_pa
         ({"score": none}, "with --score none there is nothing to score by it"),
         ({"score": ScoreSettings("features", "classifier", tmp_path)}, "expected only with --features inception"),
         ({"score": ScoreSettings("features", "inception")}, "--features inception: no file given"),
-        ({"out": tmp_path / "shapes"}, "already holds a dataset; --overwrite replaces it"),
+        ({"out": tmp_path / "shapes"}, "already holds a packed dataset; --overwrite replaces it"),
     ):
         with pytest.raises(UserError, match=message):
             prepare_synthesis(replace(options_for(shared, out), **changes))  # type: ignore[arg-type]
     assert not out.exists()
     out.mkdir()
     (out / "other.tar").touch()
-    with pytest.raises(UserError, match=r"holds tars, and no synthesis\.json"):
+    with pytest.raises(UserError, match=r"holds other\.tar, which `ditmoe` did not write"):
         prepare_synthesis(options_for(shared, out, overwrite=True))
     (out / "index.json").write_text("{}")
-    with pytest.raises(UserError, match="is not an index of shards"):
+    with pytest.raises(UserError, match=r"holds index\.json and 1 more, which"):
         prepare_synthesis(options_for(shared, out, overwrite=True))
 
 
@@ -349,23 +352,40 @@ def test_another_synthesis_in_the_folder_stays_unless_it_is_to_be_replaced(share
         prepare_synthesis(options_for(shared, out, count=20))
 
 
-def test_a_pack_does_not_take_the_place_of_an_unfinished_synthesis(shared: Path, tmp_path: Path) -> None:
+def dies_at(call: int) -> Callable[..., None]:
+    """Stands in for `Path.unlink`, and is interrupted at a call of it."""
+    calls, unlink = count(1), Path.unlink
+
+    def stand_in(path: Path, missing_ok: bool = False) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    return stand_in
+
+
+def test_a_pack_does_not_take_the_place_of_an_unfinished_synthesis(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     synthesis = made(shared, out)
-    (out / "index.json").rename(tmp_path / "index.json")
+    (out / "index.json").unlink()
+    write_record(out, synthesis.record)
     digits = open_source("digits", seed=0)
     with pytest.raises(UserError, match="holds a synthesis that is not finished; --overwrite replaces it"):
         pack(digits, out, PackSettings(count=10))
     pack(digits, out, PackSettings(count=10, overwrite=True))
     assert finished(synthesis) is None and load_index(out).total == 10 and not verify(out).problems
-    with pytest.raises(UserError, match="already holds a dataset"):
+    with pytest.raises(UserError, match="already holds a packed dataset"):
         prepare_synthesis(options_for(shared, out))
     made(shared, out, overwrite=True)
     assert load_index(out).total == 45 and not verify(out).problems
     # A replacement that was cut short while it cleared the folder.
-    (out / "index.json").unlink()
-    (out / "synthesis.json").unlink()
-    (out / "packing.lock").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dies_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            pack(digits, out, PackSettings(count=10, overwrite=True))
+    assert not (out / "index.json").exists() and list(out.glob("*.tar"))
     made(shared, out, overwrite=True)
     assert load_index(out).total == 45 and not verify(out).problems
 

@@ -1,0 +1,61 @@
+"""Files that are either whole or not there."""
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from ditmoe.model.errors import UserError
+
+PARTIAL_PREFIX: Final = ".ditmoe-"
+PARTIAL_SUFFIX: Final = ".partial"
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the folder of `path` that nothing has, and nobody else takes."""
+    return path.with_name(f"{PARTIAL_PREFIX}{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+
+
+@contextmanager
+def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+    """Open `path` for writing under a temporary name; it takes its place only when the block ends well.
+
+    The temporary file is new, in the same folder, under a name that nobody else has; it is locked meanwhile.
+
+    Args:
+        path: the file.
+        private: nobody but the owner may read it.
+
+    Raises:
+        UserError: the file system refuses (full, read-only, no permission).
+    """
+    try:
+        partial = temporary_beside(path)
+        try:
+            with open(partial, "xb") as file:
+                if private:
+                    os.fchmod(file.fileno(), 0o600)
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+            sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
