@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from ditmoe.data.storage.sharing import Progress
+from ditmoe.data.storage.parts import Progress
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import Classifier, load_classifier
@@ -47,7 +47,6 @@ class Measures:
                 job.real,
                 network,
                 job.cache,
-                job.batch,
                 rank=workers.rank,
                 ranks=workers.ranks,
                 on_progress=progress("parts of the real images", job.real.parts),

@@ -59,7 +59,7 @@ def write_results(
             "images": real.count,
             "fingerprint": real.fingerprint,
         },
-        **score(descriptions, store.chunks, statistics),
+        **score(descriptions, statistics),
     }
     result["warnings"] += warnings
     if isinstance(network, Classifier):

@@ -154,9 +154,8 @@ def _run(
         log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
 
     network, recogniser = measures.networks(job, workers, log)
-    descriptions = ChunkDescriptions(store, network.fingerprint)
+    descriptions = ChunkDescriptions(store, network.fingerprint, describe_with(network))
     descriptions.make(
-        describe_with(network, job.batch),
         rank=workers.rank,
         ranks=workers.ranks,
         on_progress=progress("chunks described", store.chunks),
@@ -164,10 +163,10 @@ def _run(
     judged = None
     if recogniser is not None:
         judge = recogniser
-        judged = ChunkDescriptions(store, recogniser.fingerprint)
-        judged.make(
-            lambda image_NHWC: {"predicted": judge.predict(image_NHWC)}, rank=workers.rank, ranks=workers.ranks
+        judged = ChunkDescriptions(
+            store, recogniser.fingerprint, lambda image_NHWC: {"predicted": judge.predict(image_NHWC)}
         )
+        judged.make(rank=workers.rank, ranks=workers.ranks)
     statistics = measures.real_statistics(job, network, workers, progress)
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()

@@ -5,17 +5,21 @@ The recogniser (`residual`) tells what share of drawn images it takes for the cl
 another architecture, another seed and another split than the feature network, so that neither marks its own work.
 Its accuracy on real images that it was not trained on is reported beside.
 
+A classifier is trained once for all who use a cache, so nothing that whoever trains it happens to have is in it:
+a CPU trains in one thread, a GPU with deterministic kernels, and the two are kept apart.
+
 Shapes: N images, F features, K classes.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, BinaryIO, Final, Literal
 
 import numpy as np
 import torch
@@ -26,11 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditmoe.data.shards.images import to_network_range
-from ditmoe.data.storage.files import replacing
-from ditmoe.data.storage.sharing import make_missing
-from ditmoe.model.errors import UserError
+from ditmoe.data.storage.parts import DamagedPart, Parts, run_parts
 from ditmoe.model.randomness import generator, permutation
-from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor
+from ditmoe.model.threads import one_thread
+from ditmoe.sampling.metrics.features import AT_ONCE, Features, fingerprint_of, images_to_tensor, in_batches
 from ditmoe.sampling.metrics.real import RealImages
 
 MAX_IMAGES: Final = 50_000
@@ -40,7 +43,7 @@ MAX_SIZE: Final = 64
 HELD_OUT: Final = 0.2
 """Share of the images that is left out of training and gives the held-out accuracy."""
 _BATCH: Final = 64
-_EVALUATION_BATCH: Final = 512
+_HELD_OUT_BATCH: Final = 512
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ class ClassifierSettings:
     most_images: int = 1_500_000
     """… but no more images seen than this."""
     learning_rate: float = 2e-3
-    version: int = 1
+    threads: Literal[1] = 1
+    """Of a CPU while it trains: sums round otherwise on another number."""
+    version: int = 2
     """Raised whenever this file changes what is trained."""
 
 
@@ -67,6 +72,30 @@ RECOGNISER: Final = ClassifierSettings("residual", seed=2, dimension=96)
 def _halvings(size: int) -> int:
     """Halvings that bring `size` to about 4 cells a side."""
     return max(1, round(math.log2(max(size, 8) / 4)))
+
+
+class _Cells(nn.Module):
+    """Means over `cells` × `cells` windows of an image, as adaptive average pooling takes them, by products.
+
+    The pooling of torch adds up its gradients in any order on a GPU.
+    """
+
+    def __init__(self, cells: int) -> None:
+        super().__init__()
+        self._cells = cells
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        """[N, C, H, W] → [N, C, cells, cells]."""
+        rows, columns = (self._windows(side).to(x_NCHW) for side in x_NCHW.shape[2:])
+        return rows @ x_NCHW @ columns.T
+
+    def _windows(self, side: int) -> Tensor:
+        """The weight of each of `side` places in each window, `[cells, side]`."""
+        windows = torch.zeros(self._cells, side)
+        for cell in range(self._cells):
+            first, end = cell * side // self._cells, -(-(cell + 1) * side // self._cells)
+            windows[cell, first:end] = 1 / (end - first)
+        return windows
 
 
 class PlainClassifier(nn.Module):
@@ -86,7 +115,7 @@ class PlainClassifier(nn.Module):
             if i < len(widths) - 1:
                 layers.append(nn.MaxPool2d(2, ceil_mode=True))
             channels = width
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
+        self.body = nn.Sequential(*layers, _Cells(2), nn.Flatten())
         self.hidden = nn.Linear(4 * channels, dimension)
         self.head = nn.Linear(dimension, classes)
 
@@ -122,7 +151,7 @@ class ResidualClassifier(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), _Residual(widths[0])]
         for before, width in pairwise(widths):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _Residual(width)]
-        self.body = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), nn.AdaptiveAvgPool2d(4))
+        self.body = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), _Cells(4))
         self.hidden = nn.Linear(16 * widths[-1], dimension)
         self.dropout = nn.Dropout(0.2)
         self.head = nn.Linear(dimension, classes)
@@ -153,23 +182,20 @@ class Classifier:
         features, _ = self._network(self._prepare(image_NHWC))
         return {"features": features.cpu().numpy()}
 
-    @torch.inference_mode()
     def predict(self, image_NHWC: NDArray[np.uint8]) -> NDArray[np.int64]:
         """The likeliest class of each image, int64 [N]."""
-        parts = [image_NHWC[i : i + _EVALUATION_BATCH] for i in range(0, len(image_NHWC), _EVALUATION_BATCH)]
-        labels: NDArray[np.int64] = np.concatenate(
-            [self._network(self._prepare(part))[1].argmax(1).cpu().numpy() for part in parts]
-        )
-        return labels
+        label_N: NDArray[np.int64] = in_batches(self._scores, image_NHWC)["scores"].argmax(1)
+        return label_N
 
-    @torch.inference_mode()
     def probabilities(self, image_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The probability of each class for each image, float32 [N, K]."""
-        parts = [image_NHWC[i : i + _EVALUATION_BATCH] for i in range(0, len(image_NHWC), _EVALUATION_BATCH)]
-        probability_NK: NDArray[np.float32] = np.concatenate(
-            [self._network(self._prepare(part))[1].float().softmax(1).cpu().numpy() for part in parts]
-        )
+        probability_NK: NDArray[np.float32] = in_batches(self._scores, image_NHWC)["probabilities"]
         return probability_NK
+
+    @torch.inference_mode()
+    def _scores(self, image_NHWC: NDArray[np.uint8]) -> Features:
+        scores_NK = self._network(self._prepare(image_NHWC))[1].float()
+        return {"scores": scores_NK.cpu().numpy(), "probabilities": scores_NK.softmax(1).cpu().numpy()}
 
     def recognise(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> float:
         """Share of the images that are taken for the class of their label."""
@@ -195,21 +221,27 @@ def load_classifier(
 ) -> Classifier:
     """The classifier of these settings for these images: from `cache`, or trained now and kept there.
 
-    Raises:
-        UserError: the cached file is damaged.
+    A cached file that is damaged is trained anew. UserError when a shard or a sample of the real images is
+    damaged.
     """
-    identity = json.dumps([real.fingerprint, asdict(settings)], sort_keys=True)
+    identity = json.dumps([real.fingerprint, asdict(settings), device.type], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    path = cache / f"classifier-{settings.architecture}-{key}.safetensors"
+    name = f"classifier-{settings.architecture}-{key}.safetensors"
 
-    def make(_: int) -> None:
-        network, facts = train_classifier(settings, real, device, log)
+    def write(trained: tuple[nn.Module, dict[str, Any]], file: BinaryIO) -> None:
+        network, facts = trained
         state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-        with replacing(path) as file:
-            file.write(save(state, metadata={"facts": json.dumps(facts)}))
+        file.write(save(state, metadata={"facts": json.dumps(facts)}))
 
-    make_missing([path], make)
-    return _load(path, real, settings, device)
+    parts: Parts[tuple[nn.Module, dict[str, Any]], Classifier, Classifier] = Parts(
+        cache,
+        [name],
+        lambda _: train_classifier(settings, real, device, log),
+        write,
+        lambda _: _load(cache / name, real, settings, device),
+        lambda found: next(iter(found)),
+    )
+    return run_parts(parts)
 
 
 def _build(settings: ClassifierSettings, real: RealImages) -> nn.Module:
@@ -224,9 +256,11 @@ def _load(path: Path, real: RealImages, settings: ClassifierSettings, device: to
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["facts"])
             network.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: unreadable classifier ({error}); delete the file, it is trained again") from None
-    return Classifier(network, facts, device)
+        if fingerprint_of(network.state_dict()) != facts["fingerprint"]:
+            raise ValueError("the checksum of its weights is another")
+        return Classifier(network, facts, device)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
+        raise DamagedPart(path, error) from error
 
 
 def train_classifier(
@@ -250,7 +284,7 @@ def train_classifier(
         f"({steps:,} steps, kept for later)"
     )
 
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with _same_everywhere(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         network = _build(settings, real).to(device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.02)
@@ -275,6 +309,8 @@ def train_classifier(
         accuracy = _accuracy(network.eval(), image_NCHW[:held], label_N[:held], device)
     facts = {
         "settings": asdict(settings),
+        "device": device.type,
+        "fingerprint": fingerprint_of(network.state_dict()),
         "data": real.fingerprint,
         "trained_on": len(train_y),
         "held_out_images": held,
@@ -285,6 +321,16 @@ def train_classifier(
     return network, facts
 
 
+@contextmanager
+def _same_everywhere() -> Iterator[None]:
+    """One thread on a CPU; on a GPU convolutions that add in a fixed order, in full float32."""
+    with (
+        one_thread(),
+        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+    ):
+        yield
+
+
 def _read_training_images(settings: ClassifierSettings, real: RealImages) -> tuple[Tensor, Tensor]:
     """Up to MAX_IMAGES real images in random order, uint8 [N, C, H, W], and labels [N]; the first are held out."""
     chosen = permutation(settings.seed, "classifier/split", 0, real.count)[:MAX_IMAGES]
@@ -293,7 +339,7 @@ def _read_training_images(settings: ClassifierSettings, real: RealImages) -> tup
     size = min(real.index.image_size, MAX_SIZE)
     image_NCHW = torch.empty(len(chosen), real.index.channels, size, size, dtype=torch.uint8)
     label_N = torch.empty(len(chosen), dtype=torch.int64)
-    for batch in real.read_all(_EVALUATION_BATCH):
+    for batch in real.read_all(AT_ONCE):
         wanted = row_of[batch.number_N] >= 0
         if wanted.any():
             rows = torch.from_numpy(row_of[batch.number_N[wanted]])
@@ -315,8 +361,8 @@ def _shift(x_NCHW: Tensor, seed: int, step: int) -> Tensor:
 @torch.inference_mode()
 def _accuracy(network: nn.Module, image_NCHW: Tensor, label_N: Tensor, device: torch.device) -> float:
     right = 0
-    for start in range(0, len(label_N), _EVALUATION_BATCH):
-        x = to_network_range(image_NCHW[start : start + _EVALUATION_BATCH].to(device))
+    for start in range(0, len(label_N), _HELD_OUT_BATCH):
+        x = to_network_range(image_NCHW[start : start + _HELD_OUT_BATCH].to(device))
         predicted = network(x)[1].argmax(1).cpu()
-        right += int((predicted == label_N[start : start + _EVALUATION_BATCH]).sum())
+        right += int((predicted == label_N[start : start + _HELD_OUT_BATCH]).sum())
     return right / len(label_N)

@@ -4,17 +4,16 @@ Shapes: N images, F features, K classes.
 """
 
 import hashlib
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.storage.files import make_folder, replacing
-from ditmoe.data.storage.sharing import Progress, make_missing
+from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
+from ditmoe.data.storage.parts import Parts, Progress, run_parts
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import (
@@ -24,12 +23,14 @@ from ditmoe.sampling.metrics.classifier import (
     ClassifierSettings,
     load_classifier,
 )
-from ditmoe.sampling.metrics.features import FeatureNetwork, in_batches
+from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.real import RealImages
 from ditmoe.sampling.settings.names import FeatureName
 
 ScoreName = Literal["classifier", "features", "none"]
+_VERSION: Final = 2
+"""Raised whenever this file changes what is kept of real images."""
 
 
 class Scorer(Protocol):
@@ -80,10 +81,8 @@ class ClassifierScore:
 class FeatureScore:
     """Minus the distance to the mean of the intended class's real images, so 0 at most."""
 
-    def __init__(
-        self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: RealImages, batch: int
-    ) -> None:
-        self._network, self._mean_KF, self._batch = network, mean_KF, batch
+    def __init__(self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: RealImages) -> None:
+        self._network, self._mean_KF = network, mean_KF
         self.description: Mapping[str, Any] = {
             "score": "features",
             "features": network.name,
@@ -93,7 +92,7 @@ class FeatureScore:
 
     def __call__(self, image_NHWC: NDArray[np.uint8], label_N: NDArray[np.int64]) -> NDArray[np.float32]:
         """As `Scorer`."""
-        features_NF = in_batches(self._network, image_NHWC, self._batch)["features"].astype(np.float64)
+        features_NF = describe(self._network, image_NHWC)["features"].astype(np.float64)
         distance_N = np.linalg.norm(features_NF - self._mean_KF[label_N], axis=1)
         score_N: NDArray[np.float32] = -distance_N.astype(np.float32)
         return score_N
@@ -104,7 +103,6 @@ def make_scorer(
     real: RealImages,
     labels: Sequence[int],
     cache: Path,
-    batch: int,
     workers: Workers,
     log: Callable[[str], None] = lambda line: None,
     on_progress: Progress = lambda done: None,
@@ -114,7 +112,6 @@ def make_scorer(
     Args:
         labels: the classes that are to be scored.
         cache: folder of trained classifiers and of the means, shared by runs.
-        batch: images through the network at once.
         log: takes lines to show.
         on_progress: told the parts of the real images that are done.
 
@@ -128,54 +125,50 @@ def make_scorer(
         network = load_inception(settings.features_path, workers.device)
     else:
         network = load_classifier(settings.feature_classifier, real, cache, workers.device, log)
-    mean_KF = class_means(network, real, cache, batch, workers, on_progress)
+    mean_KF = class_means(network, real, cache, workers, on_progress)
     empty = [label for label in sorted(set(labels)) if np.isnan(mean_KF[label]).any()]
     if empty:
         raise UserError(
             f"{real.folder}: has no image of class {empty[0]} ({real.index.class_names[empty[0]]}), "
             "from whose mean distances are measured; leave it out with --classes, or give another --reference"
         )
-    return FeatureScore(network, mean_KF, real, batch)
+    return FeatureScore(network, mean_KF, real)
 
 
 def class_means(
     network: FeatureNetwork,
     real: RealImages,
     cache: Path,
-    batch: int,
     workers: Workers,
     on_progress: Progress = lambda done: None,
 ) -> NDArray[np.float64]:
     """Mean features of each class's real images, `[K, F]`, by all processes together; NaN for a class without any.
 
-    The sums are kept in `cache`. UserError when a shard, a sample or a kept file is damaged.
+    The sums are kept in `cache`. UserError when a shard or a sample is damaged.
     """
-    folder = cache / f"class-sums-{real.fingerprint}-{network.fingerprint}"
-    paths = [folder / f"part-{part:02d}.npz" for part in range(real.parts)]
+    folder = cache / f"class-sums-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
+    names = [f"part-{part:02d}.npz" for part in range(real.parts)]
     classes = real.index.num_classes
 
-    def make(part: int) -> None:
+    def make(part: int) -> Arrays:
         sum_KF = np.zeros((classes, network.dimension))
         count_K = np.zeros(classes, np.int64)
-        for images in real.read(part, batch):
-            features_NF = network.features(images.image_NHWC)["features"].astype(np.float64)
-            np.add.at(sum_KF, images.label_N, features_NF)
-            np.add.at(count_K, images.label_N, 1)
-        make_folder(folder)
-        with replacing(paths[part]) as file:
-            np.savez(file, sum=sum_KF, count=count_K)
+        images = ((batch.image_NHWC, batch.label_N) for batch in real.read(part, AT_ONCE))
+        for image_NHWC, label_N in in_blocks(images, AT_ONCE):
+            np.add.at(sum_KF, label_N, describe(network, image_NHWC)["features"].astype(np.float64))
+            np.add.at(count_K, label_N, 1)
+        return {"sum": sum_KF, "count": count_K}
 
-    make_missing(paths, make, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
-    sum_KF, count_K = np.zeros((classes, network.dimension)), np.zeros(classes, np.int64)
-    for path in paths:
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                sum_KF, count_K = sum_KF + stored["sum"], count_K + stored["count"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: could not be read ({error}); delete the file, it is made anew") from None
-    with np.errstate(invalid="ignore"):
-        mean_KF: NDArray[np.float64] = sum_KF / count_K[:, None]
-    return mean_KF
+    def mean(found: Iterable[Arrays]) -> NDArray[np.float64]:
+        sum_KF, count_K = np.zeros((classes, network.dimension)), np.zeros(classes, np.int64)
+        for part in found:  # in their order: a sum in another one rounds otherwise
+            sum_KF, count_K = sum_KF + part["sum"], count_K + part["count"]
+        with np.errstate(invalid="ignore"):
+            mean_KF: NDArray[np.float64] = sum_KF / count_K[:, None]
+        return mean_KF
+
+    parts = Parts(folder, names, make, write_arrays, lambda part: read_arrays(folder / names[part]), mean)
+    return run_parts(parts, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
 
 
 def plain_settings(settings: ScoreSettings, real: RealImages | None) -> dict[str, Any]:

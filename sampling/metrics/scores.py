@@ -1,29 +1,35 @@
 """Scores of drawn images against real ones in one feature network, computed in parts that any process may take.
 
 What is computed of the real images is kept in a cache folder, keyed by the data and the network; what is computed
-of the drawn ones stays beside their chunks until the scores are written.
+of the drawn ones stays beside their chunks until the scores are written. Neither the number of processes or
+threads, nor the size of batches and chunks, is in a figure.
 
 Shapes: N images, F features.
 """
 
 import shutil
-import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.storage.files import make_folder, replacing
-from ditmoe.data.storage.sharing import Progress, make_missing
-from ditmoe.model.errors import UserError
+from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
+from ditmoe.data.storage.parts import Parts, Progress, make_parts, run_parts
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.jobs.chunks import ChunkStore
-from ditmoe.sampling.metrics.features import FeatureNetwork, in_batches
+from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.real import RealImages
-from ditmoe.sampling.metrics.statistics import Moments, frechet_distance, inception_score, precision_recall
+from ditmoe.sampling.metrics.statistics import (
+    Manifold,
+    Moments,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
 NEIGHBOUR_IMAGES: Final = 10_000
 """Real and drawn images whose nearest neighbours are looked for, at most: the cost is quadratic."""
@@ -31,8 +37,8 @@ NEIGHBOURS: Final = 3
 """k of improved precision and recall."""
 _HALVES: Final = ("half_a", "half_b", "rest")
 _KINDS: Final = ("features", "spatial")
-
-Arrays = dict[str, NDArray[Any]]
+_VERSION: Final = 2
+"""Raised whenever this file changes what is kept of real images."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,16 @@ class RealStatistics:
         half_a, half_b, rest = (self.moments[kind][name] for name in _HALVES)
         return half_a.merge(half_b).merge(rest)
 
+    @cached_property
+    def manifold(self) -> Manifold:
+        """That of `features_NF`, which must be more than NEIGHBOURS; computed once."""
+        return Manifold.of(self.features_NF, NEIGHBOURS)
+
 
 def real_statistics(
     real: RealImages,
     network: FeatureNetwork,
     cache: Path,
-    batch: int,
     *,
     rank: int = 0,
     ranks: int = 1,
@@ -63,37 +73,37 @@ def real_statistics(
     """Statistics of every real image, by all processes together; from the cache where they were computed before.
 
     Raises:
-        UserError: a shard, a sample or a cached file is damaged.
+        UserError: a shard or a sample is damaged.
     """
-    folder = cache / f"real-{real.fingerprint}-{network.fingerprint}"
+    return run_parts(_parts_of_real(real, network, cache), rank=rank, ranks=ranks, on_progress=on_progress)
+
+
+def _parts_of_real(
+    real: RealImages, network: FeatureNetwork, cache: Path
+) -> Parts[Arrays, Arrays, RealStatistics]:
+    folder = cache / f"real-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
+    names = [f"part-{part:02d}.npz" for part in range(real.parts)]
     place = np.empty(real.count, dtype=np.int64)
     place[permutation(0, "evaluate/halves", 0, real.count)] = np.arange(real.count)
-    paths = [folder / f"part-{part:02d}.npz" for part in range(real.parts)]
-
-    def make(part: int) -> None:
-        make_folder(folder)
-        with replacing(paths[part]) as file:
-            np.savez(file, **_part_statistics(real, part, network, batch, place))  # type: ignore[arg-type]
-
-    make_missing(paths, make, rank=rank, ranks=ranks, on_progress=on_progress)
-    parts = [_load_arrays(path) for path in paths]
-    moments: dict[str, dict[str, Moments]] = {}
-    for kind in _KINDS:
-        if f"{kind}/{_HALVES[0]}/mean" in parts[0]:
-            moments[kind] = {half: _merged(parts, f"{kind}/{half}") for half in _HALVES}
-    return RealStatistics(moments, np.concatenate([part["neighbours"] for part in parts]))
+    return Parts(
+        folder,
+        names,
+        lambda part: _part_statistics(real, part, network, place),
+        write_arrays,
+        lambda part: read_arrays(folder / names[part]),
+        _merged_statistics,
+    )
 
 
-def _part_statistics(
-    real: RealImages, part: int, network: FeatureNetwork, batch: int, place: NDArray[np.int64]
-) -> Arrays:
+def _part_statistics(real: RealImages, part: int, network: FeatureNetwork, place: NDArray[np.int64]) -> Arrays:
     """Moments of a part's images by half, and the features of those among the first in the random order."""
     half = real.count // 2
     moments: dict[str, Moments] = {}
     neighbours = [np.empty((0, network.dimension), dtype=np.float32)]
-    for images in real.read(part, batch):
-        described = network.features(images.image_NHWC)
-        place_N = place[images.number_N]
+    images = ((batch.image_NHWC, batch.number_N) for batch in real.read(part, AT_ONCE))
+    for image_NHWC, number_N in in_blocks(images, AT_ONCE):
+        described = describe(network, image_NHWC)
+        place_N = place[number_N]
         half_N = np.minimum(place_N // max(half, 1), 2)
         for kind in _KINDS:
             if kind not in described:
@@ -110,67 +120,65 @@ def _part_statistics(
     return arrays
 
 
-def _merged(parts: list[Arrays], key: str) -> Moments:
-    total = Moments.empty(len(parts[0][f"{key}/mean"]))
+def _merged_statistics(parts: Iterable[Arrays]) -> RealStatistics:
+    """Merged in the order of the parts."""
+    moments: dict[str, dict[str, Moments]] = {}
+    neighbours: list[NDArray[np.floating]] = []
     for part in parts:
-        total = total.merge(Moments(int(part[f"{key}/count"]), part[f"{key}/mean"], part[f"{key}/scatter"]))
-    return total
-
-
-def _load_arrays(path: Path) -> Arrays:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: unreadable ({error}); delete the file, it is made anew") from None
+        neighbours.append(part["neighbours"])
+        for kind in _KINDS:
+            for half in _HALVES:
+                key = f"{kind}/{half}"
+                if f"{key}/mean" not in part:
+                    continue
+                found = Moments(int(part[f"{key}/count"]), part[f"{key}/mean"], part[f"{key}/scatter"])
+                halves = moments.setdefault(kind, {})
+                halves[half] = halves[half].merge(found) if half in halves else found
+    return RealStatistics(moments, np.concatenate(neighbours))
 
 
 class ChunkDescriptions:
     """What a network says of each chunk of drawn images: one file per chunk, kept until `remove`."""
 
-    def __init__(self, store: ChunkStore, fingerprint: str) -> None:
-        self._store = store
-        self._folder = store.folder.parent / "features" / fingerprint
-
-    def _path(self, chunk: int) -> Path:
-        return self._folder / f"{chunk:05d}.npz"
-
-    def make(
-        self,
-        describe: Callable[[NDArray[np.uint8]], Arrays],
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        on_progress: Progress = lambda done: None,
+    def __init__(
+        self, store: ChunkStore, fingerprint: str, describe_images: Callable[[NDArray[np.uint8]], Arrays]
     ) -> None:
+        folder = store.folder.parent / "features" / fingerprint
+        names = [store.path(chunk).name for chunk in range(store.chunks)]
+        self._parts: Parts[Arrays, Arrays, None] = Parts(
+            folder,
+            names,
+            lambda chunk: describe_images(store.read(chunk).image_NHWC),
+            write_arrays,
+            lambda chunk: read_arrays(folder / names[chunk]),
+            lambda found: None,
+        )
+
+    def make(self, *, rank: int = 0, ranks: int = 1, on_progress: Progress = lambda done: None) -> None:
         """Describe every chunk, side by side with the other processes."""
-
-        def make(chunk: int) -> None:
-            arrays = describe(self._store.read(chunk).image_NHWC)
-            make_folder(self._folder)
-            with replacing(self._path(chunk)) as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-
-        paths = [self._path(chunk) for chunk in range(self._store.chunks)]
-        make_missing(paths, make, rank=rank, ranks=ranks, on_progress=on_progress)
+        make_parts(self._parts, rank=rank, ranks=ranks, on_progress=on_progress)
 
     def read(self, chunk: int) -> Arrays:
         """What was said of one chunk."""
-        return _load_arrays(self._path(chunk))
+        return self._parts.load(chunk)
+
+    def read_all(self) -> Iterator[Arrays]:
+        """What was said of each chunk, in their order."""
+        return map(self.read, range(len(self._parts.names)))
 
     def remove(self) -> None:
         """Delete the files: they are large, and made again from the chunks."""
-        shutil.rmtree(self._folder)
-        if not any(self._folder.parent.iterdir()):
-            self._folder.parent.rmdir()
+        shutil.rmtree(self._parts.folder)
+        if not any(self._parts.folder.parent.iterdir()):
+            self._parts.folder.parent.rmdir()
 
 
-def describe_with(network: FeatureNetwork, batch: int) -> Callable[[NDArray[np.uint8]], Arrays]:
+def describe_with(network: FeatureNetwork) -> Callable[[NDArray[np.uint8]], Arrays]:
     """A chunk's images → everything the network gives."""
-    return lambda image_NHWC: dict(in_batches(network, image_NHWC, batch))
+    return lambda image_NHWC: dict(describe(network, image_NHWC))
 
 
-def score(descriptions: ChunkDescriptions, chunks: int, real: RealStatistics) -> dict[str, Any]:
+def score(descriptions: ChunkDescriptions, real: RealStatistics) -> dict[str, Any]:
     """Every figure that this network's features give, with what it was computed from.
 
     Returns:
@@ -178,21 +186,19 @@ def score(descriptions: ChunkDescriptions, chunks: int, real: RealStatistics) ->
         `precision`, `recall`; with an Inception network also `inception_score`, and `sfid` where it has the
         spatial features; null where a figure cannot be computed, and `warnings` that say why.
     """
-    moments: dict[str, Moments] = {}
     neighbours: list[NDArray[np.floating]] = []
     probabilities: list[NDArray[np.floating]] = []
     kept = 0
-    for chunk in range(chunks):
-        described = descriptions.read(chunk)
-        for kind in real.moments:
-            found = Moments.of(described[kind])
-            moments[kind] = moments[kind].merge(found) if kind in moments else found
+    for described in descriptions.read_all():
         if kept < NEIGHBOUR_IMAGES:
             neighbours.append(described["features"][: NEIGHBOUR_IMAGES - kept])
             kept += len(neighbours[-1])
         if "probabilities" in described:
             probabilities.append(described["probabilities"])
-
+    moments = {
+        kind: Moments.of_stream((each[kind] for each in descriptions.read_all()), halves["half_a"].dimension)
+        for kind, halves in real.moments.items()
+    }
     drawn, whole = moments["features"], real.whole("features")
     warnings: list[str] = []
     result: dict[str, Any] = {"drawn_images": drawn.count, "real_images": whole.count}
@@ -203,7 +209,7 @@ def score(descriptions: ChunkDescriptions, chunks: int, real: RealStatistics) ->
     result |= {"precision": None, "recall": None, "neighbours": NEIGHBOURS}
     result |= {"neighbour_images_drawn": kept, "neighbour_images_real": len(real.features_NF)}
     if min(kept, len(real.features_NF)) > NEIGHBOURS:
-        pair = precision_recall(real.features_NF, np.concatenate(neighbours), NEIGHBOURS)
+        pair = precision_recall(real.manifold, np.concatenate(neighbours))
         result |= {"precision": pair[0], "recall": pair[1]}
     else:
         warnings.append(f"precision and recall need more than {NEIGHBOURS} real and drawn images")

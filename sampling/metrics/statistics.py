@@ -1,14 +1,20 @@
 """Mergeable feature statistics and the figures computed from them, in float64.
 
 Shapes: N, M images; F features. Statistics of parts of a set merge to the statistics of the whole, so that parts
-may be computed by any process, in any order, and kept.
+may be computed by any process and kept. They are merged in the order of the parts, and products are computed in
+one thread: in another order the last digits are others.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from ditmoe.model.threads import one_thread
+from ditmoe.sampling.metrics.features import in_blocks
 
 Float64 = NDArray[np.float64]
 
@@ -17,6 +23,8 @@ INCEPTION_SCORE_SPLIT = 5000
 
 _BLOCK = 1024
 """Rows of a block of pairwise distances."""
+_MOMENTS_BLOCK = 512
+"""Rows whose moments are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,17 @@ class Moments:
             return cls.empty(x_NF.shape[1])
         mean_F = x_NF.mean(axis=0)
         deviation_NF = x_NF - mean_F
-        return cls(len(x_NF), mean_F, deviation_NF.T @ deviation_NF)
+        return cls(len(x_NF), mean_F, _product(deviation_NF.T, deviation_NF))
 
-    def merge(self, other: "Moments") -> "Moments":
+    @classmethod
+    def of_stream(cls, parts: Iterable[NDArray[np.floating]], dimension: int) -> Self:
+        """The moments of all rows of some arrays, the same however the rows are shared out among arrays."""
+        total = cls.empty(dimension)
+        for (block_NF,) in in_blocks(((part_NF,) for part_NF in parts), _MOMENTS_BLOCK):
+            total = total.merge(cls.of(block_NF))
+        return total
+
+    def merge(self, other: "Moments") -> Self:
         """The moments of both sets together.
 
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
@@ -54,7 +70,7 @@ class Moments:
         shift_F = other.mean_F - self.mean_F
         mean_F = self.mean_F + shift_F * (other.count / count)
         between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
-        return Moments(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
+        return type(self)(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
 
     @property
     def dimension(self) -> int:
@@ -101,7 +117,7 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
     root_a, cut_a = _root(a.covariance_FF)
     root_b, cut_b = _root(b.covariance_FF)
     trace_a, trace_b = float(np.trace(a.covariance_FF)), float(np.trace(b.covariance_FF))
-    singular = np.linalg.svd(root_a @ root_b.T, compute_uv=False) if len(root_a) and len(root_b) else np.zeros(1)
+    singular = _singular_values(_product(root_a, root_b.T)) if len(root_a) and len(root_b) else np.zeros(1)
     mean_term = float(np.sum((a.mean_F - b.mean_F) ** 2))
     value = mean_term + trace_a + trace_b - 2 * float(singular.sum())
     epsilon = float(np.finfo(np.float64).eps)
@@ -112,33 +128,59 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
 
 def _root(covariance_FF: Float64) -> tuple[Float64, float]:
     """R of shape [rank, F] with RᵀR = Σ, and the sum of the absolute eigenvalues that were set to zero."""
-    eigenvalues, vectors = np.linalg.eigh((covariance_FF + covariance_FF.T) / 2)
+    with one_thread():
+        found = torch.linalg.eigh(torch.from_numpy((covariance_FF + covariance_FF.T) / 2))
+    eigenvalues, vectors = found.eigenvalues.numpy(), found.eigenvectors.numpy()
     threshold = len(eigenvalues) * np.finfo(np.float64).eps * max(float(np.abs(eigenvalues).max()), 0.0)
     kept = eigenvalues > threshold
     root: Float64 = np.sqrt(eigenvalues[kept])[:, None] * vectors[:, kept].T
     return root, float(np.abs(eigenvalues[~kept]).sum())
 
 
-def precision_recall(
-    real_NF: NDArray[np.floating], fake_MF: NDArray[np.floating], k: int = 3
-) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2).
+@dataclass(frozen=True)
+class Manifold:
+    """What improved precision and recall take to be the support of a set (Kynkäänniemi et al. 2019, eq. 1)."""
 
-    The manifold of a set is the union of the balls around its points that reach to their k-th nearest neighbour in
-    the set. Precision is the share of `fake_MF` in the manifold of `real_NF`, recall the share of `real_NF` in the
-    manifold of `fake_MF`.
+    centre_F: Float64
+    """Subtracted from all features before products are taken, so that little cancels."""
+    points_NF: Float64
+    """Less the centre."""
+    radii_N: Float64
+    """Squared distance of each point to its k-th nearest other point: how far the ball around it reaches."""
+    k: int
+
+    @classmethod
+    def of(cls, features_NF: NDArray[np.floating], k: int, centre_F: Float64 | None = None) -> Self:
+        """The manifold of the rows, more than k.
+
+        Args:
+            features_NF: the set.
+            k: which neighbour decides.
+            centre_F: None: the mean of the set.
+        """
+        if len(features_NF) <= k:
+            raise ValueError(f"{len(features_NF)} images; more than k = {k} are needed")
+        x_NF = np.asarray(features_NF, dtype=np.float64)
+        centre_F = x_NF.mean(axis=0) if centre_F is None else centre_F
+        return cls(centre_F, x_NF - centre_F, _radii(x_NF - centre_F, k), k)
+
+    def share_of(self, points_MF: Float64) -> float:
+        """The share of points, less the centre, that lie inside."""
+        return _share_inside(points_MF, self.points_NF, self.radii_N)
+
+
+def precision_recall(real: Manifold, fake_MF: NDArray[np.floating]) -> tuple[float, float]:
+    """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 2).
+
+    Precision is the share of `fake_MF` in the manifold of the real images, recall the share of the real images in
+    the manifold of `fake_MF`, of the same k.
     """
-    if min(len(real_NF), len(fake_MF)) <= k:
-        raise ValueError(
-            f"{len(real_NF)} real and {len(fake_MF)} drawn images; more than k = {k} of each are needed"
-        )
-    centre_F = np.asarray(real_NF, dtype=np.float64).mean(axis=0)
-    real, fake = np.asarray(real_NF, np.float64) - centre_F, np.asarray(fake_MF, np.float64) - centre_F
-    return _share_inside(fake, real, _radii(real, k)), _share_inside(real, fake, _radii(fake, k))
+    fake = Manifold.of(fake_MF, real.k, real.centre_F)
+    return real.share_of(fake.points_NF), fake.share_of(real.points_NF)
 
 
 def _squared_distances(x_NF: Float64, y_MF: Float64) -> Float64:
-    squared: Float64 = (x_NF**2).sum(1)[:, None] + (y_MF**2).sum(1)[None, :] - 2 * (x_NF @ y_MF.T)
+    squared: Float64 = (x_NF**2).sum(1)[:, None] + (y_MF**2).sum(1)[None, :] - 2 * _product(x_NF, y_MF.T)
     return np.maximum(squared, 0)
 
 
@@ -159,6 +201,18 @@ def _share_inside(points_NF: Float64, centres_MF: Float64, radii_M: Float64) -> 
         squared = _squared_distances(points_NF[start : start + _BLOCK], centres_MF)
         inside += int((squared <= radii_M).any(axis=1).sum())
     return inside / len(points_NF)
+
+
+def _product(a_NF: Float64, b_FM: Float64) -> Float64:
+    with one_thread():
+        product_NM: Float64 = (torch.from_numpy(a_NF) @ torch.from_numpy(b_FM)).numpy()
+    return product_NM
+
+
+def _singular_values(a_NM: Float64) -> Float64:
+    with one_thread():
+        values: Float64 = torch.linalg.svdvals(torch.from_numpy(a_NM)).numpy()
+    return values
 
 
 def inception_score(

@@ -155,7 +155,6 @@ def _make(
             synthesis.real,
             synthesis.plan["classes"],
             options.cache,
-            synthesis.plan["batch"],
             workers,
             log,
             show,

@@ -1,5 +1,6 @@
 """The classifiers that an evaluation trains: good on real digits, kept, and independent of each other."""
 
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +12,25 @@ from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import (
     FEATURE_CLASSIFIER,
     HELD_OUT,
     RECOGNISER,
     Classifier,
+    ClassifierSettings,
     PlainClassifier,
     ResidualClassifier,
+    _Cells,
     load_classifier,
 )
+from ditmoe.sampling.metrics.features import describe
+from ditmoe.sampling.metrics.quality import class_means
 from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.scores import real_statistics
 
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +73,70 @@ def test_recogniser_is_good_on_held_out_digits_and_kept(digits: RealImages, tmp_
     again = load_classifier(RECOGNISER, digits, tmp_path, CPU, lines.append)
     assert len(lines) == 2 and again.fingerprint == recogniser.fingerprint
     assert again.held_out_accuracy == recogniser.held_out_accuracy
+
+
+def test_a_damaged_classifier_is_trained_anew(digits: RealImages, tmp_path: Path) -> None:
+    settings = replace(FEATURE_CLASSIFIER, passes=0.2)
+    whole = load_classifier(settings, digits, tmp_path, CPU).fingerprint
     stored = next(tmp_path.glob("*.safetensors"))
-    stored.write_bytes(stored.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"safetensors: unreadable classifier.*trained again"):
-        load_classifier(RECOGNISER, digits, tmp_path, CPU)
+    content = stored.read_bytes()
+    flipped = bytearray(content)
+    flipped[-100] ^= 1  # a weight, which nothing else would notice
+    for damaged in (content[:1000], b"", bytes(flipped)):
+        stored.write_bytes(damaged)
+        assert load_classifier(settings, digits, tmp_path, CPU).fingerprint == whole
+        assert stored.read_bytes() == content
+
+
+@pytest.mark.parametrize("settings", [FEATURE_CLASSIFIER, RECOGNISER])
+def test_what_is_kept_does_not_tell_who_made_it(
+    digits: RealImages, tmp_path: Path, settings: ClassifierSettings
+) -> None:
+    """Neither the threads that the process has, nor how many share the work, nor the size of the batches."""
+    settings = replace(settings, passes=0.5)
+    before = torch.get_num_threads()
+    kept: list[dict[str, bytes]] = []
+    try:
+        for threads, ranks in ((1, 1), (2, 1), (3, 2)):
+            torch.set_num_threads(threads)
+            cache = tmp_path / f"{threads}-{ranks}"
+            network = load_classifier(settings, digits, cache, CPU)
+            workers = [
+                FORK.Process(
+                    target=real_statistics, args=(digits, network, cache), kwargs=dict(rank=rank, ranks=ranks)
+                )
+                for rank in range(ranks)
+            ]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join(60)
+                assert worker.exitcode == 0
+            class_means(network, digits, cache, Workers())
+            assert torch.get_num_threads() == threads
+            files = [path for path in cache.rglob("*") if path.is_file()]
+            kept.append({str(path.relative_to(cache)): path.read_bytes() for path in files})
+    finally:
+        torch.set_num_threads(before)
+    assert len(kept[0]) == 1 + 2 * digits.parts
+    assert kept[0].keys() == kept[1].keys() == kept[2].keys()
+    for name in kept[0]:
+        assert kept[0][name] == kept[1][name] == kept[2][name], name
+
+
+def test_features_do_not_depend_on_the_images_beside(digits: RealImages, tmp_path: Path) -> None:
+    network = load_classifier(replace(FEATURE_CLASSIFIER, passes=0.1), digits, tmp_path, CPU)
+    image_NHWC = next(digits.read_all(200)).image_NHWC
+    whole_NF = describe(network, image_NHWC)["features"]
+    for size in (1, 7, 64, 100):
+        parts = [describe(network, image_NHWC[i : i + size])["features"] for i in range(0, 200, size)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole_NF)
+
+
+@pytest.mark.parametrize(("size", "cells"), [(8, 2), (5, 2), (1, 2), (7, 4), (2, 4), (16, 4)])
+def test_cells_are_adaptive_average_pooling(size: int, cells: int) -> None:
+    x = torch.randn(3, 5, size, size + 1)
+    torch.testing.assert_close(_Cells(cells)(x), torch.nn.functional.adaptive_avg_pool2d(x, cells))
 
 
 def test_training_is_a_function_of_its_settings(digits: RealImages, tmp_path: Path) -> None:

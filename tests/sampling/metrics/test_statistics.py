@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg
 
-from ditmoe.sampling.metrics.statistics import Moments, frechet_distance, inception_score, precision_recall
+from ditmoe.sampling.metrics.statistics import (
+    Manifold,
+    Moments,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
 
 def random_features(count: int, dimension: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
@@ -102,7 +108,7 @@ def test_precision_and_recall_by_hand() -> None:
     # Five points on a line at 0..4 (k = 1: radius 1 each); drawn ones at 0.5, 10, 10.5.
     real = np.arange(5.0)[:, None]
     fake = np.array([[0.5], [10.0], [10.5]])
-    precision, recall = precision_recall(real, fake, k=1)
+    precision, recall = precision_recall(Manifold.of(real, 1), fake)
     assert precision == pytest.approx(1 / 3)
     # Radii of the drawn ones: 9.5, 0.5, 0.5; the first ball reaches all real points.
     assert recall == pytest.approx(1.0)
@@ -110,11 +116,12 @@ def test_precision_and_recall_by_hand() -> None:
 
 def test_precision_and_recall_tell_quality_from_variety() -> None:
     real = random_features(1500, 4, 6)
-    assert min(precision_recall(real, random_features(1500, 4, 6) + 1e-9)) == pytest.approx(1.0)
+    manifold = Manifold.of(real, 3)
+    assert min(precision_recall(manifold, random_features(1500, 4, 6) + 1e-9)) == pytest.approx(1.0)
     narrow = real.mean(0) + 0.01 * random_features(300, 4, 7)
-    precision, recall = precision_recall(real, narrow)
+    precision, recall = precision_recall(manifold, narrow)
     assert precision > 0.95 and recall < 0.05
-    assert precision_recall(real, real + 1000) == (0.0, 0.0)
+    assert precision_recall(manifold, real + 1000) == (0.0, 0.0)
 
 
 def test_inception_score_bounds() -> None:

@@ -1,0 +1,41 @@
+"""Named arrays in one file (npz), whose checksums tell when it is damaged. Nothing is unpickled."""
+
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.data.storage.parts import DamagedPart
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def write_arrays(arrays: Mapping[str, NDArray[Any]], file: BinaryIO) -> None:
+    """Write the arrays to an open file."""
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_arrays(path: Path) -> Arrays:
+    """Read all arrays. DamagedPart when the file is not there, or is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if not isinstance(stored, np.lib.npyio.NpzFile):
+                raise ValueError("one array without a name")
+            return {key: stored[key] for key in stored.files}
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        OverflowError,
+        MemoryError,
+        SyntaxError,
+        RuntimeError,  # of zipfile: encrypted, or packed in a way that it does not know
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise DamagedPart(path, error) from error

@@ -1,0 +1,309 @@
+"""Claims: which process is at what, told through files alone, on one machine or several, with or without locks.
+
+A claim on a name is a file `NAME.<number>` that says who holds it: machine, process, when that started, and a
+random token. It is created whole and at once (a hard link, which exactly one process gets), and its holder touches
+it at every beat. A claim is over
+
+- when its holder has removed it,
+- at once, when its holder ran on this machine and does not run any more,
+- otherwise when so many beats were missed, by the clock of the file server alone.
+
+Whoever takes over a claim creates the next number, which again exactly one process gets, and names the token of
+the claim that it takes over. So a claim that looked over cannot be taken twice, and a holder that only looked
+dead can tell that it has lost its claim.
+"""
+
+import errno
+import json
+import os
+import re
+import socket
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from ditmoe.data.storage.files import make_folder
+from ditmoe.model.errors import UserError
+
+BEAT_SECONDS: Final = 15.0
+"""Between two signs of life of a holder."""
+MISSED_BEATS: Final = 8
+"""So many beats without a sign, and the holder is taken for dead; file systems may show a time a minute late."""
+_CLAIM: Final = re.compile(r"(?P<name>.+)\.(?P<number>[0-9]{1,9})")
+_LONGEST_BEAT: Final = 3600.0
+_NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+class Listing(NamedTuple):
+    """What is in a folder of claims."""
+
+    claims: dict[str, list[int]]
+    """Name → numbers of the claims on it."""
+    others: frozenset[str]
+    """Names of all other files."""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A claim as it was read."""
+
+    token: str
+    after: str
+    """Token of the claim that it took over; empty: none."""
+    machine: str
+    host: str
+    pid: int
+    started: int | None
+    beat: float
+    touched: float
+    """Time of the last sign of life, by the file server's clock."""
+
+
+class Claim:
+    """A claim that this process holds, until `release` or until it is taken for dead."""
+
+    def __init__(self, folder: Path, name: str, number: int, token: str) -> None:
+        self.name = name
+        self.token = token
+        self._path = folder / f"{name}.{number}"
+        self._next = folder / f"{name}.{number + 1}"
+        self._pid = os.getpid()
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name=f"claim {name}", daemon=True)
+        self._thread.start()
+
+    def held(self) -> bool:
+        """Whether it is still this process's: nobody took it for dead, and nobody removed the file."""
+        own, following = _read(self._path), _read(self._next)
+        lost = following is not None and following.after == self.token
+        return own is not None and own.token == self.token and not lost
+
+    def release(self) -> None:
+        """Let others have it. Does nothing in a process that was forked from the holder."""
+        if os.getpid() != self._pid:
+            return
+        self._released.set()
+        own = _read(self._path)
+        if own is not None and own.token == self.token:
+            with suppress(OSError):  # then it is over when this process is
+                self._path.unlink()
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            with suppress(OSError):  # the server may be away; `held` tells whether the claim is still there
+                os.utime(self._path)
+
+
+class Claims:
+    """The claims in one folder. Names are file names; the folder is made when it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def listing(self) -> Listing:
+        """Look once. UserError when the folder cannot be read."""
+        claims: dict[str, list[int]] = {}
+        others: set[str] = set()
+        for file in list_folder(self.folder):
+            match = _CLAIM.fullmatch(file)
+            if match is None:
+                others.add(file)
+            else:
+                claims.setdefault(match["name"], []).append(int(match["number"]))
+        return Listing(claims, frozenset(others))
+
+    @contextmanager
+    def taken(self, name: str, seen: Listing | None = None) -> Iterator[Claim | None]:
+        """Hold the claim on `name` for the body; None where a process that lives holds it.
+
+        Args:
+            name: of what is claimed.
+            seen: what a look at the folder a moment ago showed; None: look now.
+
+        UserError when the file system refuses.
+        """
+        claim = self._take(name, seen or self.listing())
+        try:
+            yield claim
+        finally:
+            if claim is not None:
+                claim.release()
+
+    def _take(self, name: str, listing: Listing) -> Claim | None:
+        make_folder(self.folder)
+        numbers = listing.claims.get(name, [])
+        number, judged = 0, ""
+        if numbers:
+            last = _read(self.folder / f"{name}.{max(numbers)}")
+            if last is None or self._lives(last):
+                return None
+            number, judged = max(numbers) + 1, last.token
+        token = uuid.uuid4().hex
+        path = self.folder / f"{name}.{number}"
+        if not self._create(path, token, judged):
+            return None
+        # What was judged may be long over: then others have come and gone, or hold another number.
+        numbers = self.listing().claims.get(name, [])
+        before = [_read(self.folder / f"{name}.{each}") for each in numbers if each < number]
+        if max(numbers, default=-1) != number or any(seen and seen.token != judged for seen in before):
+            path.unlink(missing_ok=True)
+            return None
+        for each in numbers:
+            if each < number:
+                (self.folder / f"{name}.{each}").unlink(missing_ok=True)
+        return Claim(self.folder, name, number, token)
+
+    def holder(self, name: str) -> str | None:
+        """Who holds the claim on `name`, for people to read; None: nobody that lives."""
+        numbers = self.listing().claims.get(name)
+        seen = _read(self.folder / f"{name}.{max(numbers)}") if numbers else None
+        return f"process {seen.pid} on {seen.host}" if seen is not None and self._lives(seen) else None
+
+    def seconds_since(self, path: Path) -> float | None:
+        """How long ago a file in the folder was written, by the file server's clock; None: it is not there."""
+        with suppress(FileNotFoundError):
+            return self._now() - path.stat().st_mtime
+        return None
+
+    def _create(self, path: Path, token: str, after: str) -> bool:
+        """Create a claim, whole and at once; False where another process has created it before."""
+        here = _here()
+        content = json.dumps(
+            {
+                "token": token,
+                "after": after,
+                "machine": here.machine,
+                "host": here.host,
+                "pid": os.getpid(),
+                "started": _started(os.getpid()),
+                "beat": BEAT_SECONDS,
+            }
+        ).encode()
+        draft = self.folder / f".{token}"
+        try:
+            try:
+                draft.write_bytes(content)
+                os.link(draft, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                # Without hard links somebody may see it before its content is there, and lets it be until it is
+                # old.
+                try:
+                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                except FileExistsError:
+                    return False
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(content)
+            finally:
+                draft.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+        return True
+
+    def _lives(self, seen: _Seen) -> bool:
+        if seen.machine == _here().machine and seen.pid > 0:
+            return _runs(seen.pid, seen.started)
+        return self._now() - seen.touched <= MISSED_BEATS * seen.beat
+
+    def _now(self) -> float:
+        """The time by the clock of the file server, which need not be this machine's."""
+        draft = self.folder / f".{uuid.uuid4().hex}"
+        try:
+            draft.touch()
+            return draft.stat().st_mtime
+        except OSError as error:
+            raise UserError(f"{draft}: could not be written: {error.strerror or error}") from error
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in a folder, by one pass over it; none where it is not there. UserError when it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder}: could not be read: {error.strerror or error}") from error
+
+
+class _Machine(NamedTuple):
+    """Where numbers of processes mean the same."""
+
+    machine: str
+    host: str
+
+
+def _here() -> _Machine:
+    """This machine since it was booted, and this container in it."""
+    host = socket.gethostname()
+    facts = [host]
+    with suppress(OSError):  # only Linux has them
+        facts = [
+            host,
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
+    # Without them a process is not looked for: the beats of its claims decide.
+    return _Machine(" ".join(facts) if len(facts) == 3 else f"{host} {uuid.uuid4().hex}", host)
+
+
+def _started(pid: int) -> int | None:
+    """When a process started, in ticks since the machine was booted; None: it has ended, or nobody says."""
+    try:
+        # The name, in brackets, may have spaces and brackets in it.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _runs(pid: int, started: int | None) -> bool:
+    """Whether the process of that number is there, and is the one that started then."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    if not Path(f"/proc/{pid}").exists():  # hidden from this user
+        return True
+    return _started(pid) == started
+
+
+def _read(path: Path) -> _Seen | None:
+    """A claim; None: it is not there. What cannot be made out is somebody's whose beats decide."""
+    try:
+        # Opened, not only looked at: network file systems then ask the server for its time.
+        with path.open("rb") as file:
+            content, touched = file.read(4096), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # removed on another machine
+            return None
+        raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
+    try:
+        values = json.loads(content)
+        started = values["started"]
+        return _Seen(
+            str(values["token"]),
+            str(values["after"]),
+            str(values["machine"]),
+            str(values["host"]),
+            int(values["pid"]),
+            None if started is None else int(started),
+            min(max(float(values["beat"]), 0.0), _LONGEST_BEAT),
+            touched,
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _Seen("", "", "", "an unknown machine", 0, None, BEAT_SECONDS, touched)

@@ -1,0 +1,284 @@
+"""Work in parts: what is to be made, apart from who makes it.
+
+`Parts` says what the work is: a file for each part, how one is made, written and read again, and what follows from
+all of them. A part is a function of its number, is written under a name that nobody has and takes its own name
+once, when it is whole. So any process may make any part at any time (`Parts.make_one`), and a part that is made
+twice is a waste and no fault.
+
+`make_parts` is one way to have them all made: processes that share a folder, on one machine or several, take parts
+by claims (`claims.py`). None is made by two that live, what a killed process was making is made by another, and a
+process counts what is there by looking at the folder as a whole, now and then.
+"""
+
+import errno
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, Generic, TypeVar
+
+from ditmoe.data.storage.claims import Claims, Listing, list_folder
+from ditmoe.data.storage.files import make_folder
+from ditmoe.model.errors import UserError
+
+Made = TypeVar("Made")
+Found = TypeVar("Found")
+Result = TypeVar("Result")
+
+Progress = Callable[[int], None]
+"""Called with the number of parts that are there."""
+
+WAIT_SECONDS: Final = 0.2
+"""Between two looks at the folder."""
+FAILURE_SECONDS: Final = 10.0
+"""How long a process that hears of another's failure waits for whoever started both to end it, before it ends
+itself
+with the same message."""
+CLAIMS_FOLDER: Final = "claims"
+DRAFT_SUFFIX: Final = ".draft"
+FAILURE_SUFFIX: Final = ".failed"
+
+
+class DamagedPart(UserError):
+    """The file of a part is not there or cannot be read; it can be made anew."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        super().__init__(f"{path}: unreadable ({reason}); delete the file, it is made anew")
+
+
+@dataclass(frozen=True)
+class Parts(Generic[Made, Found, Result]):
+    """What is to be made, and what follows from it."""
+
+    folder: Path
+    """Where the files are, made when it is needed."""
+    names: Sequence[str]
+    """Of the file of each part."""
+    make: Callable[[int], Made]
+    """Makes a part from its number, always the same. UserError ends all who are at this work."""
+    write: Callable[[Made, BinaryIO], None]
+    """Writes to an open file what was made."""
+    read: Callable[[int], Found]
+    """Reads a part. DamagedPart when it is not whole: then it is made anew."""
+    finish: Callable[[Iterable[Found]], Result]
+    """What follows from all parts, which come in their order, each read when it is asked for."""
+    claims_folder: Path | None = None
+    """Where those at work say what they are at, and keep their drafts; None: in `folder`."""
+
+    @property
+    def claims(self) -> Claims:
+        """The claims on parts, by the names of their files."""
+        return Claims(self.claims_folder or self.folder / CLAIMS_FOLDER)
+
+    def path(self, part: int) -> Path:
+        """The file of a part."""
+        return self.folder / self.names[part]
+
+    def make_one(self, part: int, still_wanted: Callable[[], bool] = lambda: True, *, anew: bool = False) -> bool:
+        """Make a part and give the file its name.
+
+        Args:
+            still_wanted: asked when the file is whole; it is thrown away where not.
+            anew: take the place of a file that is there.
+
+        Returns:
+            Whether it is this one that has the name.
+
+        Raises:
+            UserError: it cannot be made, or the file system refuses.
+        """
+        made = self.make(part)
+        path, drafts = self.path(part), self.claims.folder
+        make_folder(self.folder)
+        make_folder(drafts)
+        with _writable(path):
+            draft = drafts / f"{self.names[part]}.{uuid.uuid4().hex}{DRAFT_SUFFIX}"
+            try:
+                with open(draft, "xb") as file:
+                    self.write(made, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                return still_wanted() and _place(draft, path, anew)
+            finally:
+                draft.unlink(missing_ok=True)
+
+    def load(self, part: int) -> Found:
+        """Read a part; where it is damaged, make it anew. UserError when that fails."""
+        try:
+            return self.read(part)
+        except DamagedPart as error:
+            print(f"{error}: this is done now", file=sys.stderr, flush=True)
+        while True:
+            with self.claims.taken(self.names[part]) as claim:
+                if claim is not None:
+                    with suppress(DamagedPart):  # another process may have been faster
+                        return self.read(part)
+                    self.make_one(part, claim.held, anew=True)
+                    return self.read(part)
+            time.sleep(WAIT_SECONDS)
+
+    def result(self) -> Result:
+        """What follows from the parts, of which all are there."""
+        return self.finish(self.load(part) for part in range(len(self.names)))
+
+
+def make_parts(
+    parts: Parts[Made, Found, Result],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    only: Sequence[int] | None = None,
+    on_progress: Progress = lambda done: None,
+) -> int:
+    """Make the parts that are not there, side by side with other processes, until all are.
+
+    Each process begins at a place of its own and takes any part that nobody is at, so a slow one holds up no
+    other.
+
+    Args:
+        rank: this process among `ranks`; any number of further processes may help.
+        only: these parts; None: all.
+        on_progress: told how many of them are there, at the start and whenever this process knows more.
+
+    Returns:
+        The number of parts that this process made.
+
+    Raises:
+        UserError: a part cannot be made, here or by another process; or the file system refuses.
+    """
+    wanted = range(len(parts.names)) if only is None else only
+    claims, began, made = parts.claims, time.monotonic(), 0
+    while True:
+        there = set(list_folder(parts.folder))
+        missing = [part for part in wanted if parts.names[part] not in there]
+        on_progress(len(wanted) - len(missing))
+        listing = claims.listing()
+        if not missing:
+            _clean(parts, wanted, listing)
+            return made
+        _end_with_others(parts, missing, listing, began)
+        start = len(missing) * rank // ranks
+        order = missing[start:] + missing[:start]
+        # What is claimed is looked into when nothing else is left: its holder may be dead.
+        free = [part for part in order if parts.names[part] not in listing.claims]
+        made_now = 0
+        look_again = time.monotonic() + WAIT_SECONDS
+        for part in free or order:
+            with claims.taken(parts.names[part], listing) as claim:
+                if claim is not None and not parts.path(part).exists():
+                    _remove_drafts(parts, [part], listing)
+                    with _failure_told(parts, part):
+                        made_now += parts.make_one(part, claim.held)
+                    on_progress(len(wanted) - len(missing) + made_now)
+            # Not before: one that is slow to look would never come to the end of what others hold.
+            if made_now and time.monotonic() >= look_again:
+                break
+        made += made_now
+        if not made_now:
+            time.sleep(WAIT_SECONDS)
+
+
+def run_parts(
+    parts: Parts[Made, Found, Result],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    on_progress: Progress = lambda done: None,
+) -> Result:
+    """Make what is missing as `make_parts`; every process gets what follows from all parts."""
+    make_parts(parts, rank=rank, ranks=ranks, on_progress=on_progress)
+    return parts.result()
+
+
+def _place(draft: Path, path: Path, anew: bool) -> bool:
+    """Give a finished file its name; False where another has it, which stays."""
+    if anew:
+        os.replace(draft, path)
+    else:
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            return False
+        except FileNotFoundError:
+            if draft.exists():
+                raise
+            return False  # this process was taken for dead, and another cleaned up
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # A file system without hard links: what might be replaced here has the same bytes.
+            os.replace(draft, path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # so that a loss of power leaves it its name
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _failure_told(parts: Parts[Made, Found, Result], part: int) -> Iterator[None]:
+    """Let the other processes know when a part cannot be made, and that it could where it could not before."""
+    note = parts.claims.folder / f"{parts.names[part]}{FAILURE_SUFFIX}"
+    try:
+        yield
+    except UserError as error:
+        with suppress(OSError):  # what is wrong may be the disk; this process tells of it in any case
+            draft = note.with_name(f".{uuid.uuid4().hex}")
+            draft.write_text(json.dumps(str(error)), encoding="utf-8")
+            os.replace(draft, note)
+        raise
+    with suppress(OSError):
+        note.unlink(missing_ok=True)
+
+
+def _end_with_others(
+    parts: Parts[Made, Found, Result], missing: Sequence[int], listing: Listing, began: float
+) -> None:
+    """UserError when another process could not make one of the parts since this one began."""
+    claims = parts.claims
+    for part in missing:
+        name = f"{parts.names[part]}{FAILURE_SUFFIX}"
+        if name not in listing.others:
+            continue
+        age = claims.seconds_since(claims.folder / name)
+        if age is None or age > time.monotonic() - began:
+            continue  # of an earlier start, and tried again now
+        time.sleep(FAILURE_SECONDS)
+        try:
+            message = json.loads((claims.folder / name).read_bytes())
+        except (OSError, ValueError):
+            continue
+        raise UserError(str(message))
+
+
+def _remove_drafts(parts: Parts[Made, Found, Result], of: Sequence[int], listing: Listing) -> None:
+    """Remove what processes that are gone left of these parts."""
+    names = {parts.names[part] for part in of}
+    for file in listing.others:
+        # NAME.<32 hexadecimal digits>.draft
+        if file.endswith(DRAFT_SUFFIX) and file.removesuffix(DRAFT_SUFFIX).rpartition(".")[0] in names:
+            with suppress(OSError):
+                (parts.claims.folder / file).unlink()
+
+
+def _clean(parts: Parts[Made, Found, Result], of: Sequence[int], listing: Listing) -> None:
+    """Remove what processes that were killed left of finished parts."""
+    _remove_drafts(parts, of, listing)
+    for part in of:
+        if parts.names[part] in listing.claims:
+            with parts.claims.taken(parts.names[part], listing):
+                pass  # takes it over where its holder is dead, and lets go of it
