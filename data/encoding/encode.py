@@ -18,15 +18,7 @@ from ditmoe.data.encoding.folder import ShardMark
 from ditmoe.data.encoding.plan import EncodeSettings, Encoding
 from ditmoe.data.encoding.vae import Vae, load_vae
 from ditmoe.data.places.reader import Shard
-from ditmoe.data.shards.decode import (
-    LABEL_EXTENSION,
-    METADATA_EXTENSION,
-    BadSample,
-    decode_image,
-    decode_label,
-    decode_metadata,
-    image_extension,
-)
+from ditmoe.data.shards.decode import LABEL_EXTENSION, METADATA_EXTENSION, BadSample
 from ditmoe.data.shards.images import ImageArray
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
 from ditmoe.data.shards.latents import MIRRORED, PLAIN, encode_latent
@@ -194,12 +186,10 @@ class _Work:
         metadata: list[bytes | None] = []
         for member in members:
             try:
-                extension = image_extension(shard.extensions(member))
-                images.append(decode_image(extension, shard.read(member, extension) or b"", self._index))
-                labels.append(decode_label(shard.read(member, self._index.label.extension), self._index))
-                metadata.append(shard.read(member, METADATA_EXTENSION))
-                if metadata[-1] is not None:
-                    decode_metadata(metadata[-1])
+                sample = shard.sample(member)
+                images.append(sample.image(self._index))
+                labels.append(sample.label(self._index))
+                metadata.append(sample.metadata())
             except BadSample as error:
                 raise UserError(f"{shard.where(member)}: {error}") from error
         return _Read(members, torch.from_numpy(np.stack(images)), labels, metadata)

@@ -13,7 +13,6 @@ from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.images import ImageArray, to_uint8
 from ditmoe.data.shards.index import DatasetIndex, write_index
-from ditmoe.data.shards.latents import decode_latent, latent_extension
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.model.errors import UserError
 
@@ -75,8 +74,7 @@ def _scaled_mean(shard: Shard, member: int, index: DatasetIndex) -> Tensor:
     """The mean of one latent as a network sees it, `[C, H, W]`."""
     assert index.latents is not None
     try:
-        extension = latent_extension(shard.extensions(member), index, mirrored=False)
-        mean_CHW, _ = decode_latent(extension, shard.read(member, extension) or b"", index)
+        mean_CHW, _ = shard.sample(member).latent(index)
     except BadSample as error:
         raise UserError(f"{shard.where(member)}: {error}") from error
     return (torch.from_numpy(mean_CHW) - index.latents.shift) * index.latents.scale

@@ -12,17 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.shards.decode import (
-    METADATA_EXTENSION,
-    BadSample,
-    decode_image,
-    decode_label,
-    decode_metadata,
-    image_extension,
-)
+from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, ShardEntry, load_index
-from ditmoe.data.shards.latents import decode_latent, latent_extension
 from ditmoe.data.shards.members import Contents
+from ditmoe.data.shards.sample import RawSample
 from ditmoe.data.shards.sample_table import TABLE_FILE, read_table
 from ditmoe.data.shards.tar_scan import scan
 from ditmoe.data.storage.progress import track
@@ -144,7 +137,7 @@ def _verify_samples(
                 members[extension] = file.read(extent.size)
             report.problems.extend(f"{path}, sample {key}: {problem}" for problem in _problems(members, index))
             with suppress(BadSample):  # already among the problems
-                label = decode_label(members.get(index.label.extension), index)
+                label = RawSample.of(members).label(index)
                 report.labels[label] += 1
                 if label_N is not None and label != label_N[number]:
                     report.problems.append(
@@ -155,26 +148,14 @@ def _verify_samples(
 def _problems(members: dict[str, bytes], index: DatasetIndex) -> list[str]:
     """All that is wrong with one sample."""
 
-    def image() -> None:
-        extension = image_extension(members)
-        decode_image(extension, members[extension], index)
-
-    def latent(mirrored: bool) -> None:
-        extension = latent_extension(members, index, mirrored)
-        decode_latent(extension, members[extension], index)
-
-    def label() -> None:
-        decode_label(members.get(index.label.extension), index)
-
-    def metadata() -> None:
-        if METADATA_EXTENSION in members:
-            decode_metadata(members[METADATA_EXTENSION])
-
-    views: list[Callable[[], None]] = [image]
+    sample = RawSample.of(members)
+    views: list[Callable[[], object]] = [partial(sample.image, index)]
     if index.latents is not None:
-        views = [partial(latent, mirrored) for mirrored in (False, True)[: 1 + (index.latents.flips == "both")]]
+        both = (False, True)[: 1 + (index.latents.flips == "both")]
+        views = [partial(sample.latent, index, mirrored) for mirrored in both]
     problems = []
-    for check in (*views, label, metadata):
+    checks: list[Callable[[], object]] = [*views, partial(sample.label, index), sample.metadata]
+    for check in checks:
         try:
             check()
         except BadSample as error:

@@ -4,6 +4,7 @@ A shard is an open descriptor, wherever it came from (`place.py`); names in it a
 """
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ from ditmoe.data.places.fetcher import ShardFetcher
 from ditmoe.data.places.place import Place, open_file
 from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.index import DatasetIndex, ShardEntry
+from ditmoe.data.shards.sample import RawSample
 from ditmoe.data.shards.tar_scan import scan
 
 FETCHED_AHEAD: Final = 4
@@ -54,6 +56,10 @@ class Shard:
     def extensions(self, member: int) -> list[str]:
         """Extensions of a sample's members."""
         return list(self._members.extensions(member))
+
+    def sample(self, member: int) -> RawSample:
+        """A sample, to be decoded."""
+        return RawSample(self._members.extensions(member), partial(self.read, member))
 
     def read(self, member: int, extension: str) -> bytes | None:
         """The bytes of a sample's member; null when it has none. BadSample when the file ends early."""

@@ -1,19 +1,18 @@
 """The data of a run: its sources opened, their samples chosen, and the order that they come in."""
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from ditmoe.data.places.place import LocalPlace, Place, open_place
-from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, check_files, load_index, parse_index
-from ditmoe.data.shards.sample_table import SampleColumns, digest_of_members, parse_table
+from ditmoe.data.places.place import Place
+from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.stream.config import DataConfig, SourceConfig
 from ditmoe.data.stream.mixture import Mixture, Numbers, quotas
 from ditmoe.data.stream.order import Address, SourceOrder
-from ditmoe.data.stream.selection import Selection, map_classes, select
+from ditmoe.data.stream.selection import Selection
+from ditmoe.data.stream.source import OpenSource, fingerprint_of, open_source, reading_digest
 from ditmoe.model.errors import UserError
 
 
@@ -23,11 +22,24 @@ class StreamSource:
 
     name: str
     """Unique among the run's sources; for reports."""
-    config: SourceConfig
-    place: Place
-    index: DatasetIndex
+    opened: OpenSource
     selection: Selection
     order: SourceOrder
+
+    @property
+    def config(self) -> SourceConfig:
+        """Its section of the configuration."""
+        return self.opened.config
+
+    @property
+    def place(self) -> Place:
+        """Where its shards lie."""
+        return self.opened.place
+
+    @property
+    def index(self) -> DatasetIndex:
+        """What is in them."""
+        return self.opened.index
 
     @property
     def total(self) -> int:
@@ -82,8 +94,8 @@ class Dataset:
         problems = [
             problem
             for source in self.sources
-            if source.config.on_error == "stop" and isinstance(source.place, LocalPlace)
-            for problem in check_files(source.place.folder, source.index)
+            if source.config.on_error == "stop"
+            for problem in source.opened.check_files()
         ]
         if problems:
             raise UserError("\n".join(problems))
@@ -110,7 +122,7 @@ class Dataset:
 
 def open_index(config: SourceConfig) -> DatasetIndex:
     """A source's index. UserError when there is none, or it is damaged."""
-    return _open_index(config, _place_of(config, None))
+    return open_source(config).index
 
 
 def open_dataset(config: DataConfig, seed: int) -> Dataset:
@@ -120,47 +132,16 @@ def open_dataset(config: DataConfig, seed: int) -> Dataset:
     """
     quota = quotas([source.weight for source in config.sources], config.window)
     mixture = Mixture(quota, config.lanes)
-    places = [_place_of(source, config.cache) for source in config.sources]
-    indices = [_open_index(source, place) for source, place in zip(config.sources, places, strict=True)]
-    _check_alike(config, indices)
-    names = _unique([index.name for index in indices])
+    opened = [open_source(source, config.cache) for source in config.sources]
+    _check_alike(config, [source.index for source in opened])
+    names = _unique([source.index.name for source in opened])
+    run_names = opened[0].index.class_names
     sources = []
-    for number, (source, place, index) in enumerate(zip(config.sources, places, indices, strict=True)):
-        label_of = map_classes(index, source, indices[0].class_names, f"data.sources.{number}")
-        table = _open_table(source, place, index)
-        selection = select(index, table, source, label_of, seed=seed, number=number)
+    for number, source in enumerate(opened):
+        selection = source.select(run_names, seed=seed, number=number)
         order = SourceOrder(selection.counts, mixture, number, seed, config.shuffle)
-        sources.append(StreamSource(names[number], source, place, index, selection, order))
+        sources.append(StreamSource(names[number], source, selection, order))
     return Dataset(config, seed, tuple(sources), mixture, _facts(config, sources, mixture))
-
-
-def _place_of(config: SourceConfig, cache: Path | None) -> Place:
-    return open_place(config.path, retries=config.retries, timeout=config.timeout, cache=cache)
-
-
-def _open_index(config: SourceConfig, place: Place) -> DatasetIndex:
-    if config.index is not None:
-        return parse_index(_read(config.index), str(config.index))
-    if isinstance(place, LocalPlace):
-        return load_index(place.folder)
-    return parse_index(place.read(INDEX_FILE), place.where(INDEX_FILE))
-
-
-def _open_table(config: SourceConfig, place: Place, index: DatasetIndex) -> SampleColumns | None:
-    """The table of samples, which lies beside the index."""
-    if index.samples is None:
-        return None
-    if config.index is None:
-        return parse_table(place.read(index.samples.file), index, place.where(index.samples.file))
-    path = config.index.parent / index.samples.file
-    return parse_table(_read(path), index, str(path))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
 
 
 def _check_alike(config: DataConfig, indices: list[DatasetIndex]) -> None:
@@ -202,6 +183,42 @@ def _unique(names: list[str]) -> list[str]:
     return [f"{name} {number}" if names.count(name) > 1 else name for number, name in enumerate(names)]
 
 
+FACTS: Final = {
+    "name": "name",
+    "image_size": "image size",
+    "channels": "number of channels",
+    "num_classes": "number of classes",
+    "class_names": "list of classes",
+    "latents": "encoding of latents",
+    "lanes": "data.lanes",
+    "shuffle": "data.shuffle",
+    "mixture": "mixture of sources",
+    "fingerprint": "choice of samples",
+    "shards": "shards",
+    "reading": "reading of them (size, channels, crop or label rule of the index)",
+}
+"""Fact about a run's data → what it is called in messages."""
+_LATER_FACTS: Final = ("shards", "reading")
+"""Those that checkpoints of earlier versions do not have."""
+
+
+def changed_facts(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What makes other samples, or another order, of a run's data than a checkpoint was trained on, in words.
+
+    Where the shards and the VAE of latents lie makes no difference.
+    """
+    return [
+        words
+        for key, words in FACTS.items()
+        if (key in before or key not in _LATER_FACTS) and _fact(before, key) != _fact(now, key)
+    ]
+
+
+def _fact(facts: Mapping[str, Any], key: str) -> Any:
+    value = facts.get(key)
+    return {name: each for name, each in value.items() if name != "vae"} if key == "latents" and value else value
+
+
 def _facts(config: DataConfig, sources: list[StreamSource], mixture: Mixture) -> dict[str, Any]:
     """What a checkpoint keeps: with another order, its position would stand for other samples."""
     return {
@@ -209,13 +226,7 @@ def _facts(config: DataConfig, sources: list[StreamSource], mixture: Mixture) ->
         "lanes": config.lanes,
         "shuffle": config.shuffle,
         "mixture": list(mixture.quotas),
-        "fingerprint": [_fingerprint(source.index, source.selection) for source in sources],
+        "fingerprint": [fingerprint_of(source.index, source.selection) for source in sources],
+        "shards": [source.index.fingerprint for source in sources],
+        "reading": [reading_digest(source.index) for source in sources],
     }
-
-
-def _fingerprint(index: DatasetIndex, selection: Selection) -> str:
-    """Hex digest of a source's shards, of what is used of them, and of its classes."""
-    whole = (np.arange(samples) for samples in index.samples_per_shard)
-    members = (each if used is None else used for each, used in zip(whole, selection.members, strict=True))
-    labels = selection.label_of.astype("<i8").tobytes().hex()
-    return hashlib.sha256(f"{index.fingerprint} {digest_of_members(members)} {labels}".encode()).hexdigest()

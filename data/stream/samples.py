@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 
 from ditmoe.data.places.faults import ShardFault
 from ditmoe.data.places.reader import Shard, ShardPool
-from ditmoe.data.shards.decode import BadSample, decode_image, decode_label, image_extension
-from ditmoe.data.shards.index import DatasetIndex
-from ditmoe.data.shards.latents import decode_latent, draw_latents, latent_extension
+from ditmoe.data.shards.decode import BadSample
+from ditmoe.data.shards.latents import draw_latents
 from ditmoe.data.stream.dataset import Dataset, Located
 from ditmoe.data.stream.mixture import Numbers
 from ditmoe.data.stream.order import Address
-from ditmoe.data.stream.selection import LEFT_OUT
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import uniform
 
@@ -111,10 +109,14 @@ class SampleReader:
         """One sample. BadSample when it cannot be used."""
         index, selection = self._dataset.sources[source].index, self._dataset.sources[source].selection
         member = self._member(source, address)
-        arrays = (_read_image if index.latents is None else _read_latent)(shard, member, index, mirrored)
-        label = int(selection.label_of[decode_label(shard.read(member, index.label.extension), index)])
-        if label == LEFT_OUT:
-            raise BadSample("its label is another than the table of samples says")
+        sample = shard.sample(member)
+        arrays: tuple[NDArray[np.uint8]] | tuple[NDArray[np.float32], NDArray[np.float32]]
+        if index.latents is None:
+            image_HWC = sample.image(index)
+            arrays = ((image_HWC[:, ::-1] if mirrored else image_HWC).transpose(2, 0, 1),)
+        else:
+            arrays = sample.latent(index, mirrored)
+        label = selection.run_label(sample.label(index))
         key = f"{shard.file}/{shard.keys[member]}"
         several = len(self._dataset.sources) > 1
         return _Decoded(arrays, label, f"{self._dataset.sources[source].name}/{key}" if several else key)
@@ -129,16 +131,3 @@ class SampleReader:
             return [False] * len(positions)
         mirrored: list[bool] = (uniform(self._dataset.seed, "data/flip", positions.tolist()) < 0.5).tolist()
         return mirrored
-
-
-def _read_image(shard: Shard, member: int, index: DatasetIndex, mirrored: bool) -> tuple[NDArray[np.uint8]]:
-    extension = image_extension(shard.extensions(member))
-    image_HWC = decode_image(extension, shard.read(member, extension) or b"", index)
-    return ((image_HWC[:, ::-1] if mirrored else image_HWC).transpose(2, 0, 1),)
-
-
-def _read_latent(
-    shard: Shard, member: int, index: DatasetIndex, mirrored: bool
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    extension = latent_extension(shard.extensions(member), index, mirrored)
-    return decode_latent(extension, shard.read(member, extension) or b"", index)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.shards.sample_table import SampleColumns
 from ditmoe.data.stream.config import SourceConfig
@@ -25,6 +26,13 @@ class Selection(NamedTuple):
     """Of each shard of the index the numbers of its used samples, rising; null: all of them."""
     counts: tuple[int, ...]
     """Of each shard how many these are."""
+
+    def run_label(self, label: int) -> int:
+        """The label in the run of a sample that is used. BadSample when its class is left out."""
+        found = int(self.label_of[label])
+        if found == LEFT_OUT:
+            raise BadSample("its label is another than the table of samples says")
+        return found
 
 
 def map_classes(

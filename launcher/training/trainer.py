@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ditmoe.data.encoding.vae import find_vae
-from ditmoe.data.stream.dataset import open_dataset
+from ditmoe.data.stream.dataset import changed_facts, open_dataset
 from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
@@ -103,19 +103,11 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _identity(facts: dict[str, Any]) -> dict[str, Any]:
-    """What the samples are, and their order; not where the VAE of latents lies."""
-    latents = {key: value for key, value in facts.get("latents", {}).items() if key != "vae"}
-    return {**facts, "latents": latents}
-
-
-def _other_data(info: CheckpointInfo, facts: dict[str, Any]) -> UserError:
+def _other_data(info: CheckpointInfo, changed: list[str]) -> UserError:
     """The message of a run whose position in the sample order would now stand for other samples."""
-    before, now = _identity(info.dataset), _identity(facts)
-    differing = ", ".join(key for key in now if before.get(key) != now[key])
     return UserError(
         f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
-        f" (another {differing}); expected the same shards and settings, or another run.dir"
+        f" (another {', '.join(changed)}); expected the same, indexed alike, or another run.dir"
     )
 
 
@@ -161,8 +153,8 @@ class Trainer:
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
-        if info is not None and _identity(info.dataset) != _identity(self.dataset.facts):
-            raise _other_data(info, self.dataset.facts)
+        if info is not None and (changed := changed_facts(info.dataset, self.dataset.facts)):
+            raise _other_data(info, changed)
         self.resumed = None if info is None else info.path
         self.images = 0 if info is None else info.images
         sums = {} if info is None else dict(info.sums)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.places.reader import Shard
-from ditmoe.data.shards.decode import BadSample, decode_image, decode_label, image_extension
+from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.index import DatasetIndex, check_files, load_index
 from ditmoe.data.shards.sample_table import digest_of_members, read_table, usable_members
 from ditmoe.model.errors import UserError
@@ -92,8 +92,7 @@ class RealImages:
 
     def _decode(self, shard: Shard, member: int) -> tuple[NDArray[np.uint8], int]:
         try:
-            extension = image_extension(shard.extensions(member))
-            image_HWC = decode_image(extension, shard.read(member, extension) or b"", self.index)
-            return image_HWC, decode_label(shard.read(member, self.index.label.extension), self.index)
+            sample = shard.sample(member)
+            return sample.image(self.index), sample.label(self.index)
         except BadSample as error:
             raise UserError(f"{shard.where(member)}: {error}") from error

@@ -26,7 +26,7 @@ from ditmoe.data.shards.images import network_input
 from ditmoe.data.storage.files import make_folder, replacing
 from ditmoe.data.storage.sharing import try_lock
 from ditmoe.data.stream.config import DataConfig, SourceConfig
-from ditmoe.data.stream.dataset import Dataset, open_dataset
+from ditmoe.data.stream.dataset import Dataset, changed_facts, open_dataset
 from ditmoe.data.stream.remembered import remembered_data
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model import randomness
@@ -87,11 +87,10 @@ def training_dataset(info: CheckpointInfo, named: Sequence[str] = (), workers: i
     else:
         raise UserError(f"{info.path}: does not say what it was trained on; name the source with --data")
     dataset = open_dataset(config, int(info.config.get("seed") or 0))
-    expected = info.dataset.get("fingerprint")
-    if expected is not None and dataset.facts["fingerprint"] != expected:
+    if "fingerprint" in info.dataset and (changed := changed_facts(info.dataset, dataset.facts)):
         raise UserError(
-            f"{dataset.sources[0].config.shown}: other data than {info.path} was trained on; "
-            "expected the same shards and choice of samples"
+            f"{dataset.sources[0].config.shown}: other data than {info.path} was trained on (another "
+            f"{', '.join(changed)}); expected the same shards, indexed alike, and choice of samples"
         )
     return dataset
 

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ditmoe.data.making.foreign import ForeignSettings, index_foreign
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.shapes import Shapes
 from ditmoe.data.shards.index import DatasetIndex, ShardEntry, load_index, write_index
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.data.stream.config import DataConfig, SourceConfig
-from ditmoe.data.stream.dataset import Dataset, open_dataset
+from ditmoe.data.stream.dataset import Dataset, changed_facts, open_dataset
 from ditmoe.data.stream.selection import LEFT_OUT, Selection, map_classes, select
 from ditmoe.data.stream.stream import Batch, dealing_of, open_stream
 from ditmoe.model.errors import UserError
+from tests.data.making.foreign_tars import picture, write_tar
 
 NAMES = ("cat", "dog", "eel")
 
@@ -229,3 +231,38 @@ def test_an_index_may_lie_elsewhere(two: Callable[..., Dataset], tmp_path: Path)
     assert [
         batch.keys for batch in batches(two(synthetic={"index": str(elsewhere / "index.json")}), 6, 4)
     ] == expected
+
+
+def test_the_same_tars_indexed_otherwise_are_other_data(tmp_path: Path) -> None:
+    """A label under another key of the same json, another size, or classes in another order."""
+    values = (
+        json.dumps({"a": 0, "b": 1, "animal": "dog"}).encode(),
+        json.dumps({"a": 1, "b": 0, "animal": "cat"}).encode(),
+    )
+    write_tar(
+        tmp_path / "in/0.tar",
+        [(f"{n}", {"png": picture("PNG", (16, 16)), "json": values[n % 2]}) for n in range(8)],
+    )
+
+    def facts(**settings: Any) -> dict[str, Any]:
+        settings = {"label": "json:a", "image_size": 16, "overwrite": True, **settings}
+        index_foreign(tmp_path / "in", ForeignSettings(**settings))
+        return open_dataset(DataConfig(sources=(SourceConfig(path=str(tmp_path / "in")),)), 0).facts
+
+    first = facts()
+    assert changed_facts(first, facts()) == []
+    reading = "reading of them (size, channels, crop or label rule of the index)"
+    relabelled = facts(label="json:b")
+    assert relabelled["fingerprint"] == first["fingerprint"] and changed_facts(first, relabelled) == [reading]
+    assert changed_facts(first, facts(image_size=8)) == ["image size", reading]
+    named = facts(label="json:animal", class_names=("dog", "cat"))
+    assert changed_facts(named, facts(label="json:animal", class_names=("cat", "dog"))) == [
+        "list of classes",
+        reading,
+    ]
+    # What earlier versions did not write down is not held against their checkpoints.
+    assert (
+        changed_facts({key: value for key, value in first.items() if key not in ("reading", "shards")}, first)
+        == []
+    )
+    assert changed_facts({key: value for key, value in first.items() if key != "lanes"}, first) == ["data.lanes"]
