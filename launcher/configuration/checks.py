@@ -6,7 +6,6 @@ invalid. `processes` is their number where it is known, otherwise None.
 """
 
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -17,7 +16,7 @@ from ditmoe.launcher.configuration.sections import LaunchConfig, TrainConfig
 from ditmoe.launcher.processes import known_processes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
-from ditmoe.parallel.engine.deepspeed_settings import governed_keys
+from ditmoe.parallel.engine.deepspeed_keys import key_problems
 from ditmoe.sampling.settings.config import PreviewConfig
 
 Check = Callable[..., list[str]]
@@ -206,20 +205,9 @@ def check_best(checkpoint: CheckpointConfig, train: TrainConfig) -> list[str]:
     return []
 
 
-def check_deepspeed(deepspeed: dict[str, Any]) -> list[str]:
-    """The free section decides nothing that a key of ours decides, and is made of plain values."""
-    return governed_keys(deepspeed) + _not_plain(deepspeed, "deepspeed")
-
-
-def _not_plain(values: Mapping[str, Any], prefix: str) -> list[str]:
-    """Numbers of a free section that are none, for which no field can speak."""
-    problems = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            problems += _not_plain(value, f"{prefix}.{key}")
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{prefix}.{key} = {value}: expected a finite number")
-    return problems
+def check_deepspeed(deepspeed: dict[str, Any], parallel: ParallelConfig) -> list[str]:
+    """The free section has keys that leave the loss curve as it is, and no others."""
+    return key_problems(deepspeed, parallel.zero, parallel.expert)
 
 
 CHECKS: tuple[Check, ...] = (

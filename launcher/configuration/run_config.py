@@ -45,7 +45,8 @@ class RunConfig(Settings):
     preview: PreviewConfig = PreviewConfig()
     """The grid of images drawn while training."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Merged into the generated DeepSpeed settings; what a key above decides is refused here."""
+    """DeepSpeed's own settings, merged into the generated ones: those that docs/training.md lists, which leave the
+    loss curve as it is."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the weights, the order of the samples, and each sample's noise, timestep, drop and flip."""
 

@@ -2,12 +2,15 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ditmoe.model.errors import UserError
 from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.deepspeed_settings import deepspeed_settings
@@ -68,15 +71,38 @@ def start_deepspeed(
         )
 
     settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
-    engine, *_ = deepspeed.initialize(
-        model=passes.module,
-        optimizer=make_optimizer,
-        model_parameters=list(network.parameters()),
-        config=settings,
-        mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
-        dist_init_required=False,
-    )
+    with blaming_settings(extra):
+        engine, *_ = deepspeed.initialize(
+            model=passes.module,
+            optimizer=make_optimizer,
+            model_parameters=list(network.parameters()),
+            config=settings,
+            mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
+            dist_init_required=False,
+        )
     return engine
+
+
+@contextmanager
+def blaming_settings(extra: dict[str, Any]) -> Iterator[None]:
+    """Where DeepSpeed rejects settings, and a user has added some, say so; note them on every other failure.
+
+    A failure that is not about settings (memory, a device, a fault of a program) stays what it is.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        yield
+    except (DeepSpeedConfigError, ValidationError) as error:
+        if not extra:
+            raise
+        raise UserError(
+            f"deepspeed = {extra}: DeepSpeed rejects these settings ({type(error).__name__}: {error})"
+        ) from error
+    except Exception as error:
+        if extra:
+            error.add_note(f"The configuration adds to DeepSpeed's settings: deepspeed = {extra}")
+        raise
 
 
 def attach_balance(module: nn.Module, balances: Sequence[BalanceLoss]) -> None:

@@ -4,43 +4,13 @@ Whatever the configuration decides is written out, defaults included: DeepSpeed'
 at 1.0 where nothing is said) must not change a run.
 """
 
+from importlib.metadata import version
 from typing import Any
 
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.engine.deepspeed_keys import key_problems
 from ditmoe.parallel.layout import Layout
-
-GOVERNED = {
-    "train_batch_size": "train.batch",
-    "train_micro_batch_size_per_gpu": "train.micro_batch",
-    "gradient_accumulation_steps": "train.batch and train.micro_batch",
-    "gradient_clipping": "optim.clip",
-    "optimizer": "optim",
-    "scheduler": "optim.warmup_steps and optim.decay_steps",
-    "bf16": "train.precision",
-    "bfloat16": "train.precision",  # an old name of bf16
-    "fp16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "expert_parallel": "parallel.expert",
-    "pipeline": "parallel.pipe",
-    "tensor_parallel": "parallel.tensor",
-    "activation_checkpointing": "parallel.activation_checkpointing",
-    "zero_optimization.stage": "parallel.zero",
-    "zero_optimization.offload_optimizer": "parallel.offload",
-    "zero_force_ds_cpu_optimizer": "parallel.offload",
-}
-"""DeepSpeed's key → the key of ours that decides it."""
-
-
-def governed_keys(extra: dict[str, Any]) -> list[str]:
-    """Problems of a `deepspeed` section: the keys in it that a key of ours decides, one message each."""
-    zero = extra.get("zero_optimization", {})
-    present = [key for key in extra if key in GOVERNED]
-    if not isinstance(zero, dict):
-        return [f"deepspeed.zero_optimization = {zero!r} must be a mapping of DeepSpeed's keys"]
-    present += [f"zero_optimization.{key}" for key in zero if f"zero_optimization.{key}" in GOVERNED]
-    return [f"deepspeed.{key} is decided by {GOVERNED[key]}; set that instead" for key in present]
 
 
 def deepspeed_settings(
@@ -49,9 +19,9 @@ def deepspeed_settings(
     """Generate DeepSpeed's settings and merge the `deepspeed` section into them.
 
     Raises:
-        UserError: the section contradicts a key of ours.
+        UserError: the section has keys that may not be set.
     """
-    problems = governed_keys(extra)
+    problems = key_problems(extra, layout.zero, layout.expert)
     if problems:
         raise UserError("\n".join(problems))
     settings: dict[str, Any] = {
@@ -77,6 +47,15 @@ def deepspeed_settings(
     if layout.expert > 1:
         settings["expert_parallel"] = _expert_parallel(layout.expert, model)
     return _merged(settings, extra)
+
+
+def suspect_of(extra: dict[str, Any]) -> str:
+    """What to look at where DeepSpeed does not do what this engine expects of it, for a message."""
+    if extra:
+        return f"deepspeed = {extra} is what was added to its settings: leave out what is not needed"
+    return (
+        f"DeepSpeed {version('deepspeed')} with torch {version('torch')}; expected the versions of constraints.txt"
+    )
 
 
 def _expert_parallel(ranks: int, model: ModelConfig) -> dict[str, Any]:
@@ -105,6 +84,8 @@ def _expert_parallel(ranks: int, model: ModelConfig) -> dict[str, Any]:
 def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        if isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value or {})  # an empty section reads as null
+        elif value is not None:
+            merged[key] = value
     return merged

@@ -37,11 +37,20 @@ class Fragment:
     """fp32 `[length]`, a view of the weight that the optimiser steps."""
     moments: dict[str, Tensor]
     """Adam's `exp_avg` and `exp_avg_sq`, fp32 `[length]` views."""
+    stepped: Tensor
+    """The tensor that AdamW steps, of which `weight` is a view: a flat buffer, or the parameter (ZeRO 0)."""
     replica: int = 0
     """This rank's number among the ranks that hold the same run (ZeRO 0, and tensor ranks)."""
     replicas: int = 1
     placement: Placement | None = None
     """What this rank's tensor, within which `start` counts, is of the canonical one; None: all of it."""
+
+    def gradient(self) -> Tensor | None:
+        """The gradient that AdamW is about to step with, `[length]`; None where there is none at the moment."""
+        if self.stepped.grad is None:
+            return None
+        offset = self.weight.storage_offset() - self.stepped.storage_offset()
+        return self.stepped.grad.reshape(-1).narrow(0, offset, self.weight.numel())
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,13 @@ class _Run:
     """A run of one tensor of the module tree, before it is cut into canonical parameters."""
 
     start: int
-    weight: Tensor
+    stepped: Tensor
+    """The tensor that AdamW steps."""
+    offset: int
+    """Where the run begins in it."""
+    length: int
     moments: dict[str, Tensor]
+    """Adam's moments of all of `stepped`, flat."""
     replica: int = 0
     replicas: int = 1
 
@@ -68,7 +82,7 @@ def find_fragments(engine: Any, network: nn.Module, layout: Layout) -> list[Frag
     fragments: list[Fragment] = []
     for name, parameter in network.named_parameters():
         run = find_run(engine, parameter)
-        if run is not None and run.weight.numel():
+        if run is not None and run.length:
             shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
             if shard is None:
                 run = _among_tensor_ranks(run, layout)
@@ -108,23 +122,25 @@ def _cut(name: str, shape: tuple[int, ...], expert_rank: int, run: _Run) -> Iter
     """Cut a run of a tensor into its canonical parameters: one, or one per expert it touches."""
     experts = split_experts(name, expert_rank * shape[0], shape[0])
     if experts is None:
-        yield Fragment(name, shape, run.start, run.weight, run.moments, run.replica, run.replicas)
+        yield _fragment(name, shape, run, run.start, 0, run.length)
         return
     size = torch.Size(shape[1:]).numel()
-    end = run.start + run.weight.numel()
+    end = run.start + run.length
     for number, expert in enumerate(experts):
         first, last = max(run.start, number * size), min(end, (number + 1) * size)
         if first < last:
-            cut = slice(first - run.start, last - run.start)
-            yield Fragment(
-                expert,
-                tuple(shape[1:]),
-                first - number * size,
-                run.weight[cut],
-                {key: moment[cut] for key, moment in run.moments.items()},
-                run.replica,
-                run.replicas,
-            )
+            yield _fragment(expert, tuple(shape[1:]), run, first - number * size, first - run.start, last - first)
+
+
+def _fragment(name: str, shape: tuple[int, ...], run: _Run, start: int, skipped: int, length: int) -> Fragment:
+    """The fragment of so many elements that begins after the first `skipped` of a run."""
+
+    def view(flat: Tensor) -> Tensor:
+        return flat.narrow(0, run.offset + skipped, length)
+
+    moments = {key: view(moment) for key, moment in run.moments.items()}
+    weight = view(run.stepped.detach().view(-1))
+    return Fragment(name, shape, start, weight, moments, run.stepped, run.replica, run.replicas)
 
 
 def _create_moments(adam: torch.optim.Optimizer, optimizer: Any, zero: int) -> None:
@@ -153,13 +169,8 @@ def _whole_run(engine: Any, parameter: Tensor) -> _Run:
     """ZeRO 0: every rank of the parameter's group holds all of it."""
     group = _replica_group(engine, parameter)
     state = engine.basic_optimizer.state[parameter]
-    return _Run(
-        0,
-        parameter.detach().view(-1),
-        {key: state[key].view(-1) for key in MOMENTS},
-        dist.get_rank(group),
-        dist.get_world_size(group),
-    )
+    moments = {key: state[key].view(-1) for key in MOMENTS}
+    return _Run(0, parameter, 0, parameter.numel(), moments, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _replica_group(engine: Any, parameter: Tensor) -> Any:
@@ -169,36 +180,47 @@ def _replica_group(engine: Any, parameter: Tensor) -> Any:
 
 
 def _run_of_zero_1_2(engine: Any, parameter: Tensor) -> _Run | None:
-    """ZeRO 1 and 2: `_hp_mapping` says where the parameter and this rank's flat partition overlap."""
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return None
-    flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
-    address = mapping.hp_fragment_address
-    state = engine.basic_optimizer.state[flat]
-    return _Run(
-        mapping.lp_fragment_address.start,
-        flat.detach().narrow(0, address.start, address.numel),
-        {key: state[key].narrow(0, address.start, address.numel) for key in MOMENTS},
+    """ZeRO 1 and 2: the overlap of the parameter and this rank's partition, both views of one flat buffer.
+
+    Where the parameter lies in the buffer is read off its own address: DeepSpeed lays parameters out in another
+    order than that of its lists (`round_robin_gradients`), and its `_hp_mapping` does not know of that.
+    """
+    optimizer = engine.optimizer
+    group = next(
+        number for number, flat in enumerate(optimizer.bit16_groups_flat) if _lies_within(parameter, flat)
     )
+    size = optimizer.partition_size[group]
+    partition = dist.get_rank(optimizer.real_dp_process_group[group]) * size
+    address = parameter.storage_offset() - optimizer.bit16_groups_flat[group].storage_offset()
+    first, last = max(address, partition), min(address + parameter.numel(), partition + size)
+    if last <= first:
+        return None
+    return _run_of_flat(
+        engine, optimizer.single_partition_of_fp32_groups[group], first - address, first - partition, last - first
+    )
+
+
+def _lies_within(tensor: Tensor, flat: Tensor) -> bool:
+    """Whether a tensor is a view of a flat buffer."""
+    return tensor.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
 
 
 def _run_of_zero_3(engine: Any, parameter: Any) -> _Run | None:
     """ZeRO 3: every parameter is cut evenly over its group, the last piece padded."""
     optimizer = engine.optimizer
     subgroup, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    flat = optimizer.fp32_partitioned_groups_flat[subgroup]
     piece = parameter.partition_numel()
     start = optimizer._get_param_partition_rank(parameter) * piece
     length = min(piece, parameter.ds_numel - start)
     if length <= 0:
         return None
+    return _run_of_flat(engine, optimizer.fp32_partitioned_groups_flat[subgroup], start, offset, length)
+
+
+def _run_of_flat(engine: Any, flat: Tensor, start: int, offset: int, length: int) -> _Run:
+    """A run that lies in a flat buffer which AdamW steps as one tensor."""
     state = engine.basic_optimizer.state[flat]
-    return _Run(
-        start,
-        flat.detach().narrow(0, offset, length),
-        {key: state[key].narrow(0, offset, length) for key in MOMENTS},
-    )
+    return _Run(start, flat, offset, length, {key: state[key] for key in MOMENTS})
 
 
 @torch.no_grad()

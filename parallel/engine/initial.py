@@ -25,15 +25,15 @@ def fill(network: nn.Module, layout: Layout, initial: Initial) -> None:
     expert_rank = layout.expert_rank(dist.get_rank())
     for name, parameter in network.named_parameters():
         shard = shard_of(parameter)
-        for canonical, held in _canonical_parts(published_name(name), parameter, expert_rank):
+        for canonical, held in canonical_parts(published_name(name), parameter, expert_rank):
             if shard is None:
                 held.copy_(initial(canonical, tuple(held.shape)))
             else:
                 held.copy_(shard.take(initial(canonical, shard.whole_shape(tuple(held.shape)))))
 
 
-def _canonical_parts(name: str, parameter: Tensor, expert_rank: int) -> Iterator[tuple[str, Tensor]]:
-    """A parameter, or each of its experts, by canonical name."""
+def canonical_parts(name: str, parameter: Tensor, expert_rank: int) -> Iterator[tuple[str, Tensor]]:
+    """A parameter as this rank holds it, or each of its experts, by canonical name."""
     experts = split_experts(name, expert_rank * parameter.shape[0], parameter.shape[0])
     if experts is None:
         yield name, parameter

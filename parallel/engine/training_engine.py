@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from ditmoe.model.config import EmaConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.ema import ema_decay, update_ema
-from ditmoe.model.errors import UserError
 from ditmoe.model.objective import Objective
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.deepspeed_engine import attach_balance, share_out, start_deepspeed
+from ditmoe.parallel.engine.deepspeed_settings import suspect_of
 from ditmoe.parallel.engine.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
+from ditmoe.parallel.engine.gradient_check import CHECKED_STEPS, GradientCheck
 from ditmoe.parallel.engine.initial import Initial
 from ditmoe.parallel.engine.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.engine.pipeline import PipelinePasses
 from ditmoe.parallel.engine.step_totals import StepTotals
+from ditmoe.parallel.engine.weight_check import check_weights
 from ditmoe.parallel.groups import check_groups, groups_of_engine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.tensor.shards import shard_of
@@ -85,15 +87,14 @@ class TrainingEngine:
         self._optim = optim
         self._ema_config = ema
         grid = share_out(network, layout) if layout.tensor > 1 else None
-        with _blaming(extra):
-            self._passes: Passes = (
-                PipelinePasses(network, objective, layout)
-                if layout.pipe > 1
-                else WholeNetworkPasses(network, objective)
-            )
-            self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, initial, grid)
-            self._passes.engine = self._engine
-            self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
+        self._passes: Passes = (
+            PipelinePasses(network, objective, layout)
+            if layout.pipe > 1
+            else WholeNetworkPasses(network, objective)
+        )
+        self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, initial, grid)
+        self._passes.engine = self._engine
+        self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))
         if layout.expert > 1:
             attach_balance(network, list(self._passes.layers.values()))
@@ -101,9 +102,12 @@ class TrainingEngine:
         self._weights = [fragment.weight for fragment in self.fragments]
         self.ema = [weight.clone() for weight in self._weights]
         """fp32 average of each fragment's weight."""
+        self._suspect = suspect_of(extra)
+        check_weights(self._engine, network, layout, self.fragments, self.ema, self._suspect)
         self._own_grad_norm = 0.0
         if layout.zero == 0:
             self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
+        self._steps_to_check = CHECKED_STEPS
 
     def _set_up_balance(self) -> None:
         """Scale the injected gradient like the loss, and take the balance means over the configured set."""
@@ -128,9 +132,11 @@ class TrainingEngine:
 
         Raises:
             NonFiniteLossError: on every rank, before the weights are touched.
+            GradientMismatchError: on every rank, in the first steps: the weights are no longer those of the run.
         """
         config = self._network.config
         totals = StepTotals(config.depth if config.experts else 0, config.experts, self.device)
+        check = self._start_check()
         self._passes.forward_backward(micro_batches, totals)
         seen = totals.over_ranks(stop_requested)
         if not math.isfinite(seen.loss):
@@ -138,6 +144,8 @@ class TrainingEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._passes.step()
+        if check is not None:
+            check.finish(self._grad_norm(), self._optim.clip)
         self.step += 1
         update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
         return StepResult(
@@ -148,6 +156,12 @@ class TrainingEngine:
             grad_norm=self._grad_norm(),
             requests=seen.requests,
         )
+
+    def _start_check(self) -> GradientCheck | None:
+        if not self._steps_to_check:
+            return None
+        self._steps_to_check -= 1
+        return GradientCheck(self._engine, self._network, self.layout, self.fragments, self._suspect)
 
     def _grad_norm(self) -> float:
         return self._own_grad_norm if self.layout.zero == 0 else float(self._engine.get_global_grad_norm())
@@ -199,17 +213,3 @@ class TrainingEngine:
         for weight, value in zip(self._weights, values, strict=True):
             weight.copy_(value)
         refresh_weights(self._engine, self.layout.zero)
-
-
-@contextmanager
-def _blaming(extra: dict[str, Any]) -> Iterator[None]:
-    """Where DeepSpeed fails to start with settings that a user has added, say so."""
-    try:
-        yield
-    except Exception as error:
-        if not extra:
-            raise
-        raise UserError(
-            f"deepspeed = {extra}: DeepSpeed does not start with these ({type(error).__name__}: {error}); "
-            "expected settings that it and this engine take, or none"
-        ) from error

@@ -9,9 +9,14 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,12 +26,15 @@ from between_cases import end_groups
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
+from ditmoe.parallel.engine import deepspeed_engine, fragments, training_engine
+from ditmoe.parallel.engine.fragments import Fragment
 from ditmoe.parallel.engine.initial import Initial
 from ditmoe.parallel.engine.training_engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
@@ -51,6 +59,8 @@ DEFAULTS: dict[str, Any] = {
     "starved": False,
     "awake": True,
     "offload": False,
+    "deepspeed": {},
+    "fault": None,
     "save": None,
     "save_at": None,
     "load": None,
@@ -98,7 +108,7 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         OptimConfig(lr=1.0, clip=case["clip"]),  # each step names its own
         EmaConfig(),
         case["precision"],
-        {},
+        case["deepspeed"],
         device,
         initial_of(case),
     )
@@ -128,15 +138,79 @@ def awake_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Train a case; what is compared between layouts."""
-    engine = make_engine(case, device)
+    """Train a case; what is compared between layouts, or the message of an engine that refuses."""
+    try:
+        with FAULTS[case["fault"]]():
+            engine = make_engine(case, device)
+    except UserError as error:
+        return {"error": str(error)}
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
-    with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
-        result = train(engine, saver, case, device)
+    try:
+        with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
+            result = train(engine, saver, case, device)
+    except UserError as error:
+        result = {"error": str(error)}
     engine.close()
     return result
+
+
+@contextmanager
+def exchanged_names() -> Iterator[None]:
+    """On rank 0: find two biases of one shape, which both start as zeros, under each other's names."""
+
+    def find(*arguments: Any) -> list[Fragment]:
+        found = fragments.find_fragments(*arguments)
+        if dist.get_rank() == 0:
+            numbers = [at for at, each in enumerate(found) if each.name.endswith("proj.bias")]
+            first, second = next(
+                (a, b)
+                for a, b in combinations(numbers, 2)
+                if found[a].weight.equal(found[b].weight) and found[a].shape == found[b].shape
+            )
+            names = found[first].name, found[second].name
+            found[first] = replace(found[first], name=names[1])
+            found[second] = replace(found[second], name=names[0])
+        return found
+
+    with patch.object(training_engine, "find_fragments", find):
+        yield
+
+
+@contextmanager
+def doubled_gradient() -> Iterator[None]:
+    """Let AdamW step with twice the gradient of one parameter."""
+
+    def start(*arguments: Any) -> Any:
+        engine = deepspeed_engine.start_deepspeed(*arguments)
+
+        def double(*_: Any) -> None:
+            for found in engine.found:
+                gradient = found.gradient()
+                if found.name == "blocks.1.attn.proj.weight" and gradient is not None:
+                    gradient *= 2
+
+        engine.basic_optimizer.register_step_pre_hook(double)
+        return engine
+
+    def find(engine: Any, *arguments: Any) -> list[Fragment]:
+        engine.found = fragments.find_fragments(engine, *arguments)
+        return engine.found  # type: ignore[no-any-return]
+
+    with (
+        patch.object(training_engine, "start_deepspeed", start),
+        patch.object(training_engine, "find_fragments", find),
+    ):
+        yield
+
+
+FAULTS: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
+    None: nullcontext,
+    "exchanged names": exchanged_names,
+    "doubled gradient": doubled_gradient,
+}
+"""What a case may do to an engine while it is made."""
 
 
 class LateSaver(CheckpointSaver):

@@ -81,6 +81,44 @@ def index(shards: Path) -> DatasetIndex:
         ),
         (["deepspeed.gradient_clipping=1"], ["deepspeed.gradient_clipping", "optim.clip"]),
         (["deepspeed.optimizer={type: SGD}"], ["deepspeed.optimizer", "optim"]),
+        (["deepspeed.zero_optimization.cpu_offload=true"], ["cpu_offload", "parallel.offload"]),
+        (["deepspeed.zero_optimization=3"], ["zero_optimization = 3 must be a mapping"]),
+        (
+            ["deepspeed.zero_optimization={reduce_bucket_sise: 5}"],
+            [
+                "reduce_bucket_sise = 5 may not be set",
+                "did you mean deepspeed.zero_optimization.reduce_bucket_size?",
+            ],
+        ),
+        (
+            ["deepspeed.reduce_bucket_size=5"],
+            ["deepspeed.reduce_bucket_size", "did you mean deepspeed.zero_optimization.reduce_bucket_size?"],
+        ),
+        (
+            ["deepspeed.zero_optimization.max_live_parameters=5", "parallel.zero=3"],
+            ["may not be set", "did you mean deepspeed.zero_optimization.stage3_max_live_parameters?"],
+        ),
+        (
+            ["deepspeed.gradient_allreduce_op=sum"],
+            ["gradient_allreduce_op = 'sum' may not be set", "docs/training.md"],
+        ),
+        (
+            ["deepspeed.zero_optimization.allgather_bucket_size=5"],
+            ["allgather_bucket_size = 5", "an even number >= 2"],
+        ),
+        (
+            ["deepspeed.zero_optimization.reduce_bucket_size=true"],
+            ["reduce_bucket_size = True", "an integer >= 1"],
+        ),
+        (["deepspeed.communication_data_type=bf16"], ["communication_data_type = 'bf16'", "expected fp32"]),
+        (
+            ["deepspeed.zero_optimization.contiguous_gradients=false"],
+            ["contiguous_gradients", "parallel.expert = 2", "parallel.zero = 1", "expected parallel.zero = 3"],
+        ),
+        (
+            ["deepspeed.zero_optimization.sub_group_size=1000000"],
+            ["sub_group_size", "parallel.zero = 1", "expected parallel.zero = 3"],
+        ),
     ],
 )
 def test_each_check(write_config: Write, overrides: list[str], found: list[str]) -> None:
@@ -90,6 +128,15 @@ def test_each_check(write_config: Write, overrides: list[str], found: list[str])
     assert heading.endswith(": 1 problem")
     for part in found:
         assert part in line
+
+
+def test_what_of_deepspeed_may_be_set(write_config: Write) -> None:
+    """An empty section reads as null; a key that goes with the stage passes as it is."""
+    for value in ("null", "{zero_optimization: null}", "{zero_optimization: {overlap_comm: true}}"):
+        assert load_config(write_config(), [f"deepspeed={'{}' if value == 'null' else value}"])
+    assert load_config(
+        write_config(), ["deepspeed.zero_optimization.contiguous_gradients=false", "parallel.expert=1"]
+    )
 
 
 def test_checks_without_known_processes(write_config: Write) -> None:

@@ -107,7 +107,7 @@ def sharded(tensor_ranks: int, cuts: int, fill: bool, ranks: Sequence[int]) -> A
                 values = [run + 100 * part if fill else torch.zeros_like(run) for part in range(4)]
                 moments = dict(zip(MOMENTS, values[2:], strict=True))
                 fragments.append(
-                    Fragment(name, shape, first, values[0], moments, rank % replicas, replicas, placement)
+                    Fragment(name, shape, first, values[0], moments, run, rank % replicas, replicas, placement)
                 )
                 averages.append(values[1])
     layout = Layout(pipe=1, data=1, expert=1, tensor=1, zero=1, micro_batch=1, accumulation=1)
