@@ -497,14 +497,6 @@ def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], layo
     ]
 
 
-@pytest.mark.timeout(60)
-def test_settings_that_deepspeed_does_not_start_with(make_config: Callable[..., Path]) -> None:
-    result = train(make_config(processes=1), "deepspeed.zero_optimization.reduce_bucket_size=-1")
-    assert result.returncode == 2
-    assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "reduce_bucket_size" in result.stderr and "DeepSpeed does not start with these" in result.stderr
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a few MB."""

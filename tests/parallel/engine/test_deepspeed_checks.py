@@ -80,11 +80,14 @@ def test_numbers_tell_places_apart() -> None:
 
 def test_projections_are_linear() -> None:
     first, second = torch.linspace(-1, 1, 1000), torch.linspace(0, 2, 1000) ** 2
-    total = project("a", 0, first + second)
-    assert project("a", 0, first) + project("a", 0, second) == pytest.approx(total, rel=1e-5)
-    parts = project("a", 0, first[:400]) + project("a", 400, first[400:])
-    assert parts == pytest.approx(project("a", 0, first), rel=1e-5)
-    assert project("a", 0, first[:400]) + project("a", 401, first[400:]) != pytest.approx(parts, rel=1e-3)
+
+    def projected(start: int, values: torch.Tensor) -> float:
+        return float(project("a", start, values))
+
+    total = projected(0, first + second)
+    assert projected(0, first) + projected(0, second) == pytest.approx(total, rel=1e-5)
+    assert projected(0, first[:400]) + projected(400, first[400:]) == pytest.approx(projected(0, first), rel=1e-5)
+    assert projected(0, first[:400]) + projected(401, first[400:]) != pytest.approx(projected(0, first), rel=1e-3)
 
 
 def test_only_errors_about_settings_are_blamed_on_them() -> None:
