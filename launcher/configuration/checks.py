@@ -185,6 +185,15 @@ def check_schedule(optim: OptimConfig, train: TrainConfig) -> list[str]:
     return []
 
 
+def check_skip_steps(train: TrainConfig) -> list[str]:
+    """The steps to skip are of the run."""
+    return [
+        f"train.skip_steps.{at} = {step}: expected a step from 1 to train.steps = {train.steps}"
+        for at, step in enumerate(train.skip_steps)
+        if not 1 <= step <= train.steps
+    ]
+
+
 def check_optimiser(optim: OptimConfig) -> list[str]:
     """AdamW's decays are shares."""
     return [
@@ -222,6 +231,7 @@ CHECKS: tuple[Check, ...] = (
     check_objective,
     check_preview,
     check_schedule,
+    check_skip_steps,
     check_optimiser,
     check_best,
     check_deepspeed,

@@ -22,10 +22,19 @@ A run is a YAML file, and dotted keys that are set after it on the command line:
     ditmoe train configs/demo.yaml train.steps=2000 optim.betas='[0.9, 0.95]'
 
 Values are YAML (`1e-4` is a number, `yes` is a word, and a key that is given twice is an error). `ditmoe train
-CONFIG --dry-run` prints the whole configuration of a run as it would be used. When a run is resumed, the keys that
-decide its loss curve must be as they were. These may change, with all keys below them:
+CONFIG --dry-run` prints the whole configuration of a run as it would be used.
 
-{may_change}
+When a run is resumed, most keys must be as they were. Any of these may change, with all keys below them, and the
+loss curve stays what it is:
+
+{free}
+
+These may change too, and change the loss curve from there on:
+
+{from_then_on}
+
+Every change is told in `log.txt` and kept in `history.jsonl`. As long as a run has no checkpoint, nothing was
+trained that a change could break: then any key may change.
 
 This page is written by `python -m ditmoe.launcher.configuration.reference` from the fields' own docstrings.
 """
@@ -33,9 +42,10 @@ This page is written by `python -m ditmoe.launcher.configuration.reference` from
 
 def render() -> str:
     """The page, as Markdown."""
-    from ditmoe.launcher.configuration.resume import MAY_CHANGE
+    from ditmoe.launcher.configuration.resume import FREE, FROM_THEN_ON
 
-    parts = [_HEAD.format(may_change="\n".join(f"- `{key}`" for key in MAY_CHANGE))]
+    free, from_then_on = ("\n".join(f"- `{key}`" for key in keys) for keys in (FREE, FROM_THEN_ON))
+    parts = [_HEAD.format(free=free, from_then_on=from_then_on)]
     plain = []
     for name, field in RunConfig.model_fields.items():
         section = section_of(field.annotation)

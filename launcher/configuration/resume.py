@@ -1,9 +1,9 @@
 """What of a configuration may change when a run is resumed."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
-MAY_CHANGE: Final = (
+FREE: Final = (
     "run",
     "launch",
     "parallel",
@@ -21,23 +21,40 @@ MAY_CHANGE: Final = (
     "train.log_samples",
     "train.peak_tflops",
 )
-"""Keys, with all below them, that may change when a run is resumed. All others decide its loss curve."""
+"""Keys, with all below them, that may change when a run is resumed, and do not change its loss curve."""
+
+FROM_THEN_ON: Final = (
+    "optim",
+    "ema",
+    "model.label_dropout",
+    "model.balance_weight",
+    "train.skip_steps",
+)
+"""Keys, with all below them, that may change when a run is resumed, and change its loss curve from there on."""
 
 _missing: Final = object()
 
 
-def changed_keys(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both values; None where there is none."""
+class Change(NamedTuple):
+    """A key that differs from what the run was last started with."""
+
+    key: str
+    """Dotted."""
+    before: Any
+    """None where there was none."""
+    now: Any
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[Change]:
+    """The keys whose values differ."""
     for name in [*before, *(name for name in now if name not in before)]:
         old, new = before.get(name, _missing), now.get(name, _missing)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from changed_keys(old, new, f"{prefix}{name}.")
         elif old != new:
-            yield f"{prefix}{name}", None if old is _missing else old, None if new is _missing else new
+            yield Change(f"{prefix}{name}", None if old is _missing else old, None if new is _missing else new)
 
 
 def may_change(key: str) -> bool:
     """Whether a key, dotted, may differ from what the run was started with."""
-    return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
+    return any(key == free or key.startswith(f"{free}.") for free in (*FREE, *FROM_THEN_ON))

@@ -39,6 +39,9 @@ class TrainConfig(Settings):
     """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number type of the computation; the optimiser and the EMA are fp32 always."""
+    skip_steps: tuple[int, ...] = ()
+    """Steps (from 1) that pass without an update: their samples are consumed and their number counts, and weights,
+    moments and EMA stay as they are. For a step that is not finite whenever it is repeated."""
     log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
     """Steps between two records of stats.jsonl, log.txt and TensorBoard."""
     log_samples: bool = False

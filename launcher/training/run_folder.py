@@ -5,22 +5,23 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
-from ditmoe.data.places.redaction import has_secrets
+from ditmoe.data.places.redaction import has_secrets, without_secrets
 from ditmoe.data.storage.files import replacing
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.resolve import config_yaml
-from ditmoe.launcher.configuration.resume import changed_keys, may_change
+from ditmoe.launcher.configuration.resume import Change, changed_keys, may_change
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import checkpoints
 
 
 class RunFolder:
@@ -32,6 +33,8 @@ class RunFolder:
         """The resolved configuration."""
         self.log = path / "log.txt"
         """What the run said, with times."""
+        self.history = path / "history.jsonl"
+        """One object per change of a key at a resume, and per step that was skipped."""
         self.stats = path / "stats.jsonl"
         """One object per logged step."""
         self.sample_keys = path / "samples.jsonl"
@@ -85,21 +88,30 @@ class RunFolder:
             with self.lock():
                 self.compare_config(config)
 
-    def store_config(self, config: RunConfig) -> list[str]:
-        """Compare the resolved configuration as `compare_config` does, and write it.
+    def store_config(self, config: RunConfig, changes: Sequence[Change] = (), step: int = 0) -> None:
+        """Write the resolved configuration, and what changed in it since the last start to the run's history.
 
-        Where a source has a password or a command, nobody but the file's owner may read it.
+        Where a source has a password or a command, nobody but the file's owner may read the configuration.
+
+        Args:
+            step: that the run goes on after.
         """
-        changes = self.compare_config(config)
+        for change in changes:
+            self.keep_in_history(step, **without_secrets(change._asdict()))
         with replacing(self.config, private=has_secrets(config.plain())) as file:
             file.write(config_yaml(config).encode())
-        return changes
 
-    def compare_config(self, config: RunConfig) -> list[str]:
+    def keep_in_history(self, step: int, **facts: Any) -> None:
+        """Append to the run's history, which only grows: what was done to the run, and at which step."""
+        entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, **facts}
+        with open(self.history, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def compare_config(self, config: RunConfig) -> list[Change]:
         """Compare the resolved configuration with the one that the run was last started with.
 
         Returns:
-            A line for each key that changed and may change.
+            Each key that changed and may change; any may while the run has no checkpoint.
 
         Raises:
             UserError: a key changed that decides the run's loss curve: all such keys, a line each; or the
@@ -108,13 +120,14 @@ class RunFolder:
         changes = []
         if self.config.exists():
             problems = []
-            for key, before, now in changed_keys(self._stored_config().plain(), config.plain()):
-                if may_change(key):
-                    changes.append(f"{key}: {shown(before)} before, {shown(now)} now")
+            trained = bool(checkpoints(self.path))
+            for change in changed_keys(self._stored_config().plain(), config.plain()):
+                if may_change(change.key) or not trained:
+                    changes.append(change)
                 else:
                     problems.append(
-                        f"{key} = {shown(now)}, but the run was started with {shown(before)};"
-                        " expected the same, or another run.dir"
+                        f"{change.key} = {shown(change.now)}, but the run was started with"
+                        f" {shown(change.before)}; expected the same, or another run.dir"
                     )
             if problems:
                 raise UserError(problem_list(f"{self.path} cannot be resumed", problems))

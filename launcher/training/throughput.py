@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import torch
@@ -37,6 +37,8 @@ class Sums:
     loss: float = 0.0
     balance_loss: float = 0.0
     grad_norm: float = 0.0
+    skipped_steps: list[int] = field(default_factory=list)
+    """Steps without an update, which do not count above."""
 
     def add(self, result: StepResult) -> None:
         """Count a step."""
@@ -45,9 +47,10 @@ class Sums:
         self.balance_loss += result.balance_loss
         self.grad_norm += result.grad_norm
 
-    def means(self) -> dict[str, float]:
-        """Mean of each over the steps."""
-        return {key: value / self.steps for key, value in self.plain().items() if key != "steps"}
+    def means(self) -> dict[str, float | None]:
+        """Mean of each over the steps; None where all were skipped."""
+        sums = {"loss": self.loss, "balance_loss": self.balance_loss, "grad_norm": self.grad_norm}
+        return {key: value / self.steps if self.steps else None for key, value in sums.items()}
 
     def plain(self) -> dict[str, Any]:
         """As plain data."""

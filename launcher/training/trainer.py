@@ -19,7 +19,9 @@ from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
 from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml
+from ditmoe.launcher.configuration.resume import Change
 from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.best import BestCheckpoints
 from ditmoe.launcher.training.feed import Feed, StepBatch
@@ -56,10 +58,12 @@ def run_training(config: RunConfig) -> int:
     processes.join(device)
     with ExitStack() as stack:
         folder = RunFolder(config.run.dir)
-        changes: list[str] = []
+        changes: list[Change] = []
         if dist.get_rank() == 0:
             stack.enter_context(folder.lock())
-            changes = folder.store_config(config)
+            changes = folder.compare_config(config)
+            if not folder.config.exists():
+                folder.store_config(config)
             remove_partials(folder.path)
         dist.barrier()
         stop = stack.enter_context(StopSignal())
@@ -165,14 +169,18 @@ class Trainer:
         self.clock = Clock()
         self.report: Reporter | None = None
 
-    def open_reports(self, stack: ExitStack, changes: list[str]) -> None:
-        """Rank 0: open the reports and say how the run starts."""
+    def open_reports(self, stack: ExitStack, changes: list[Change]) -> None:
+        """Rank 0: open the reports, say how the run starts, and keep what changed in its history."""
         config = self.config
         self.report = stack.enter_context(Reporter(self.folder, config.train.steps, self.engine.step))
         for problem in self.skipped:
             self.report.log(f"skipped a damaged checkpoint: {problem}")
-        for change in changes:
-            self.report.log(f"changed since the run was started: {change}")
+        for key, before, now in changes:
+            self.report.log(f"changed since the run was started: {key}: {shown(before)} before, {shown(now)} now")
+        self.folder.store_config(config, changes, self.engine.step)
+        past = [step for step in config.train.skip_steps if step <= self.engine.step]
+        if past:
+            self.report.log(f"train.skip_steps: {past} are done already; the run goes on after {self.engine.step}")
         if self.resumed is not None:
             self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
         else:
@@ -193,7 +201,7 @@ class Trainer:
         stopped = False
         with feed, self.saver:
             while self.engine.step < steps and not stopped:
-                stopped = self._step(feed).requests > 0
+                stopped = self._step(feed) > 0
                 step, every = self.engine.step, self.config.train.checkpoint_every
                 if stopped or step == steps or step % every == 0:
                     saved = self._save()
@@ -212,23 +220,23 @@ class Trainer:
         else:
             self._say(f"the run is complete: step {steps}; saved {saved}")
 
-    def _step(self, feed: Feed) -> StepResult:
-        """One optimiser step, counted and reported."""
+    def _step(self, feed: Feed) -> int:
+        """One step, counted and reported; how many ranks ask to stop after it."""
         start = time.perf_counter()
         batch = feed.next_step()
         self.unreported += batch.skips
         wait = time.perf_counter() - start
         step, steps = self.engine.step + 1, self.config.train.steps
         rate = learning_rate(self.config.optim, step, steps)
-        try:
-            # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
-            result = self.engine.train_step(batch.micro_batches, rate, self.stop.requested or self.saver.failed)
-        except NonFiniteLossError as error:
-            raise self._not_finite(f"the loss is {error.loss}", step, batch.keys) from None
-        if not np.isfinite(result.grad_norm):
-            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batch.keys)
+        # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
+        stop = self.stop.requested or self.saver.failed
+        result = None
+        if step in self.config.train.skip_steps:
+            requests = self._skip_step(step, stop)
+        else:
+            result = self._update(batch, rate, stop)
+            requests = result.requests
         self.images += self.layout.batch
-        self.sums.add(result)
         self.clock.add(time.perf_counter() - start, wait)
         if self.config.train.log_samples:
             self._log_samples(batch, step)
@@ -236,10 +244,30 @@ class Trainer:
             self._record(result, rate)
         if self.report is not None:
             self.report.advance()
+        return requests
+
+    def _update(self, batch: StepBatch, rate: float, stop: bool) -> StepResult:
+        """One optimiser step."""
+        step = self.engine.step + 1
+        try:
+            result = self.engine.train_step(batch.micro_batches, rate, stop)
+        except NonFiniteLossError as error:
+            raise self._not_finite(f"the loss is {error.loss}", step, batch.keys) from None
+        if not np.isfinite(result.grad_norm):
+            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batch.keys)
+        self.sums.add(result)
         return result
 
-    def _record(self, result: StepResult, rate: float) -> None:
-        """Report the means since the last record, and the experts' load in the last step."""
+    def _skip_step(self, step: int, stop: bool) -> int:
+        """A step whose samples are consumed and not trained on."""
+        self.sums.skipped_steps.append(step)
+        if self.report is not None:
+            self.report.log(f"step {step}: skipped, without an update, as train.skip_steps says")
+            self.folder.keep_in_history(step, skipped=True)
+        return self.engine.skip_step(stop)
+
+    def _record(self, result: StepResult | None, rate: float) -> None:
+        """Report the means since the last record, and the experts' load in the last step, if it was an update."""
         memory = torch.tensor(peak_memory_gib(self.device), device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         self._count_skips()
@@ -257,7 +285,9 @@ class Trainer:
         if peak is not None:
             flops = TRAINING_PASSES * flops_per_image(self.config.model) * rates["images_per_second"]
             values["mfu"] = flops / (peak * 1e12 * self.layout.processes)
-        if self.config.model.experts:
+        if self.sums.skipped_steps:
+            values["skipped_steps"] = self.sums.skipped_steps
+        if self.config.model.experts and result is not None:
             values["expert_load"] = [[round(share, 5) for share in row] for row in result.load_LN.tolist()]
         values["sources"] = {
             name: {**progress[name]._asdict(), "skipped": self.ledger.total(name)} for name in progress
@@ -344,11 +374,12 @@ class Trainer:
         if dist.get_rank() == 0:
             file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")
         newest = newest_checkpoint(self.folder.path)
-        shown = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
+        names = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
         return UserError(
             f"step {step}: {what}; nothing of this step was saved. "
             f"The last good checkpoint is {newest or 'none yet'}. "
-            f"Samples of the batch: {shown} (all {len(keys)} in {file})"
+            f"Samples of the batch: {names} (all {len(keys)} in {file}). If this comes again, go on without this"
+            f" step (train.skip_steps = {[*self.config.train.skip_steps, step]}), or with another optim"
         )
 
     def _say(self, message: str) -> None:

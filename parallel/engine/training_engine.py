@@ -157,6 +157,18 @@ class TrainingEngine:
             requests=seen.requests,
         )
 
+    def skip_step(self, stop_requested: bool) -> int:
+        """Let a step pass without an update: weights, moments and EMA stay as they are; a collective call.
+
+        Returns:
+            Ranks that asked to stop.
+        """
+        requests = torch.tensor(float(stop_requested), device=self.device)
+        dist.all_reduce(requests)
+        self.step += 1
+        set_optimizer_step(self._engine, self.step)  # as a resume from here does
+        return int(requests)
+
     def _start_check(self) -> GradientCheck | None:
         if not self._steps_to_check:
             return None

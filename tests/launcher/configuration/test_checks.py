@@ -73,6 +73,7 @@ def index(shards: Path) -> DatasetIndex:
             ["checkpoint.keep_best=1", "train.log_every=10", "train.checkpoint_every=5"],
             ["train.log_every = 10", "train.checkpoint_every = 5", "checkpoint.keep_best = 1"],
         ),
+        (["train.skip_steps=[3, 0]"], ["train.skip_steps.1 = 0", "from 1 to train.steps = 20"]),
         (["deepspeed.train_batch_size=4"], ["deepspeed.train_batch_size", "train.batch"]),
         (["deepspeed.zero_optimization.stage=2"], ["zero_optimization.stage", "parallel.zero"]),
         (

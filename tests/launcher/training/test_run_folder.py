@@ -1,5 +1,6 @@
 """A run's folder: one writer at a time, and a configuration that does not change under a run."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -11,6 +12,7 @@ import pytest
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import MARKER
 
 Write = Callable[..., Path]
 
@@ -55,15 +57,18 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 @pytest.fixture
 def stored(write_config: Write, tmp_path: Path) -> Callable[..., list[str]]:
-    """Stores the configuration with overrides in the same folder, and returns what changed."""
+    """Stores the configuration with overrides in the same folder, which has a checkpoint; what changed."""
 
     def store(*overrides: str) -> list[str]:
-        (tmp_path / "run").mkdir(exist_ok=True)
-        config = load_config(write_config(), list(overrides))
-        changes = RunFolder(tmp_path / "run").store_config(config)
+        checkpoint = tmp_path / "run" / "checkpoints" / "step-00000007"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / MARKER).touch()
+        config, folder = load_config(write_config(), list(overrides)), RunFolder(tmp_path / "run")
+        changes = folder.compare_config(config)
+        folder.store_config(config, changes, step=7)
         values, _ = _read(tmp_path / "run" / "config.yaml")
         assert RunConfig.model_validate(values) == config
-        return changes
+        return [f"{key}: {before} before, {now} now" for key, before, now in changes]
 
     return store
 
@@ -83,11 +88,11 @@ def test_secrets_of_sources_are_kept_for_the_owner_and_shown_to_nobody(
     stored("data.sources=[{path: shards}]")
     file = tmp_path / "run" / "config.yaml"
     assert file.stat().st_mode & 0o077, "without secrets, others may read it"
-    changes = stored(SOURCES % ("secret", "secret"))
+    stored(SOURCES % ("secret", "secret"))
     assert "secret" in file.read_text() and file.stat().st_mode & 0o777 == 0o600
-    assert changes and "secret" not in "".join(changes)
-    changes = stored(SOURCES % ("another", "another"))
-    assert "secret" not in "".join(changes) and "another" not in "".join(changes)
+    stored(SOURCES % ("another", "another"))
+    history = (tmp_path / "run" / "history.jsonl").read_text()
+    assert history.count("data.sources") == 2 and "secret" not in history and "another" not in history
 
 
 def test_the_same_configuration_is_taken_again(stored: Callable[..., list[str]]) -> None:
@@ -106,20 +111,53 @@ def test_harmless_changes_are_taken_and_told(stored: Callable[..., list[str]]) -
     assert stored("train.steps=40", "parallel.zero=2", "checkpoint.keep_last=5", "data.workers=0") == []
 
 
+def test_changes_of_the_curve_that_may_be_are_kept_in_the_history(
+    stored: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    stored()
+    overrides = ["optim.lr=0.5", "optim.clip=1", "model.label_dropout=0.2", "train.skip_steps=[9]", "ema.decay=0"]
+    assert len(stored(*overrides)) == len(overrides)
+    assert stored(*overrides) == []
+    stored()
+    entries = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [(entry["key"], entry["before"], entry["now"]) for entry in entries] == [
+        ("model.label_dropout", 0.1, 0.2),
+        ("train.skip_steps", [], [9]),
+        ("optim.lr", 1e-4, 0.5),
+        ("optim.clip", None, 1.0),
+        ("ema.decay", 0.9999, 0.0),
+        ("model.label_dropout", 0.2, 0.1),
+        ("train.skip_steps", [9], []),
+        ("optim.lr", 0.5, 1e-4),
+        ("optim.clip", 1.0, None),
+        ("ema.decay", 0.0, 0.9999),
+    ]
+    assert {entry["step"] for entry in entries} == {7} and all(entry["time"] for entry in entries)
+
+
+def test_anything_may_change_while_nothing_was_trained(write_config: Write, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.store_config(load_config(write_config(), []))
+    (folder.checkpoints / "step-00000003.partial").mkdir(parents=True)
+    changes = folder.compare_config(load_config(write_config(), ["seed=1", "model.depth=3", "optim.lr=1"]))
+    assert [change.key for change in changes] == ["model.depth", "optim.lr", "seed"]
+
+
 def test_changes_of_the_curve_are_refused_together(
     stored: Callable[..., list[str]], tmp_path: Path, write_config: Write
 ) -> None:
     stored()
     before = (tmp_path / "run" / "config.yaml").read_text()
-    overrides = ["seed=1", "train.batch=32", "optim.betas=[0.9, 0.95]", "model.depth=3", "train.steps=9"]
+    overrides = ["seed=1", "train.batch=32", "objective.kind=ddpm", "model.depth=3", "train.steps=9"]
     with pytest.raises(UserError) as caught:
         stored(*overrides)
     assert str(caught.value).splitlines() == [
         f"{tmp_path / 'run'} cannot be resumed: 4 problems",
         "  model.depth = 3, but the run was started with 2; expected the same, or another run.dir",
-        "  train.batch = 32, but the run was started with 16; expected the same, or another run.dir",
-        "  optim.betas = [0.9, 0.95], but the run was started with [0.9, 0.999];"
+        "  objective.kind = 'ddpm', but the run was started with 'rectified_flow';"
         " expected the same, or another run.dir",
+        "  train.batch = 32, but the run was started with 16; expected the same, or another run.dir",
         "  seed = 1, but the run was started with 0; expected the same, or another run.dir",
     ]
     assert (tmp_path / "run" / "config.yaml").read_text() == before
@@ -132,6 +170,8 @@ def test_a_check_writes_nothing_and_finds_both(write_config: Write, tmp_path: Pa
     assert not folder.path.exists()
     folder.path.mkdir()
     folder.store_config(config)
+    (folder.checkpoints / "step-00000001").mkdir(parents=True)
+    (folder.checkpoints / "step-00000001" / MARKER).touch()
     folder.check(config)
     with pytest.raises(UserError, match="seed = 1, but the run was started with 0"):
         folder.check(other)
@@ -142,4 +182,4 @@ def test_a_check_writes_nothing_and_finds_both(write_config: Write, tmp_path: Pa
 def test_a_damaged_stored_configuration(write_config: Write, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("model: 3\n")
     with pytest.raises(UserError, match=r"config\.yaml: not the configuration of a run"):
-        RunFolder(tmp_path).store_config(load_config(write_config(), []))
+        RunFolder(tmp_path).compare_config(load_config(write_config(), []))

@@ -22,7 +22,7 @@ from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.training.trainer import _device, learning_rate
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info
+from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
 from tests.forked import DITMOE, run_forked
 
@@ -468,16 +468,63 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: Callable[..., Path
     config = make_config(processes=1)
     run = config.with_suffix("")
     assert train(config, "train.steps=3").returncode == 0
-    shutil.copy(run / "config.yaml", run / "kept.yaml")
-    (run / "config.yaml").unlink()  # another learning rate would be refused
     result = train(config, "optim.lr=1e25")
     assert result.returncode == 2
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr
     assert "the loss is " in result.stderr or "norm is" in result.stderr
     assert "The last good checkpoint is" in result.stderr and "step-00000003" in result.stderr
     assert "digits-" in result.stderr and ".tar/" in result.stderr
-    keys = json.loads(next(run.glob("not-finite-step-*.json")).read_text())["samples"]
-    assert len(keys) == 16 and len(set(keys)) == 16
+    problem = json.loads(next(run.glob("not-finite-step-*.json")).read_text())
+    assert len(problem["samples"]) == 16 and len(set(problem["samples"])) == 16
+    assert f"train.skip_steps = [{problem['step']}]" in result.stderr
+    # It goes on with another learning rate, without the steps that failed.
+    result = train(config, f"train.skip_steps=[2, 4, {problem['step']}]", "train.steps=7")
+    assert result.returncode == 0, result.stderr
+    assert "changed since the run was started: optim.lr: 1e+25 before" in result.stdout
+    assert "train.skip_steps: [2] are done already" in result.stdout
+    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    rates = [(entry["step"], entry["now"]) for entry in history if entry.get("key") == "optim.lr"]
+    assert rates == [(3, 1e25), (3, load_config(config, []).optim.lr)]
+
+
+@pytest.mark.timeout(200)
+def test_a_skipped_step_consumes_its_samples_and_changes_nothing(make_config: Callable[..., Path]) -> None:
+    """On a resume it is the same run; and the weights, moments and EMA before and after it are the same."""
+    skipping = (
+        "train.skip_steps=[4, 5]",
+        "train.checkpoint_every=1",
+        "checkpoint.keep_last=9",
+        "train.log_every=2",
+    )
+    once, twice = make_config("once"), make_config("twice")
+    result = train(once, *skipping, "train.steps=8", "train.log_samples=true")
+    assert result.returncode == 0, result.stderr
+    assert "step 4: skipped, without an update, as train.skip_steps says" in result.stdout
+    run = once.with_suffix("")
+    for part in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        third, fifth, sixth = (
+            read_weights(run / "checkpoints" / f"step-{step:08d}", part)  # type: ignore[arg-type]
+            for step in (3, 5, 6)
+        )
+        assert all(tensor.equal(fifth[name]) for name, tensor in third.items())
+        assert not all(tensor.equal(sixth[name]) for name, tensor in third.items())
+    records = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+    assert [(each["step"], each["images"], each.get("skipped_steps")) for each in records] == [
+        (2, 32, None),
+        (4, 64, [4]),
+        (6, 96, [5]),
+        (8, 128, None),
+    ]
+    assert all(each["loss"] is not None for each in records)
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 8
+    skips = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["skipped"]) for entry in skips] == [(4, True), (5, True)]
+    assert train(twice, *skipping, "train.steps=5").returncode == 0
+    assert train(twice, *skipping, "train.steps=8").returncode == 0
+    again = [json.loads(line) for line in (twice.with_suffix("") / "stats.jsonl").read_text().splitlines()]
+    # The last step of the first start has a record of its own.
+    compared = [key for key in COMPARED if key in records[-1]]
+    assert [again[-1][key] for key in compared] == [records[-1][key] for key in compared]
 
 
 @pytest.mark.timeout(200)
