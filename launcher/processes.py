@@ -1,16 +1,16 @@
-"""How many processes a run has, and whether this one is among them."""
-
-import os
-from typing import Literal
+"""How many processes a run has."""
 
 from ditmoe.model.errors import UserError
-
-Device = Literal["auto", "cpu", "cuda"]
+from ditmoe.parallel.ranks import Device, this_process
 
 
 def in_worker() -> bool:
-    """Whether this process is one of several, started by us, torchrun or a batch system: RANK is set."""
-    return "RANK" in os.environ
+    """Whether this process is one of several that were started, by us or by torchrun.
+
+    Raises:
+        UserError: the environment contradicts itself.
+    """
+    return this_process().started
 
 
 def known_processes(processes: int | None, device: Device) -> int | None:
@@ -19,9 +19,12 @@ def known_processes(processes: int | None, device: Device) -> int | None:
     Args:
         processes: `launch.processes`.
         device: `launch.device`.
+
+    Raises:
+        UserError: the environment contradicts itself.
     """
     if in_worker():
-        return world_size()
+        return this_process().ranks
     if processes is None and device == "cpu":
         return 1
     return processes
@@ -31,7 +34,7 @@ def process_count(processes: int | None, device: Device) -> int:
     """The number of processes of a run; counts the GPUs where the configuration leaves it out.
 
     Raises:
-        UserError: `launch.device` is cuda and this machine shows no GPU.
+        UserError: `launch.device` is cuda and this machine shows no GPU; the environment contradicts itself.
     """
     known = known_processes(processes, device)
     if known is not None and device != "cuda":
@@ -42,18 +45,3 @@ def process_count(processes: int | None, device: Device) -> int:
     if device == "cuda" and gpus == 0:
         raise UserError("launch.device = cuda: this machine shows no GPU; expected auto or cpu")
     return known or gpus or 1
-
-
-def world_size() -> int:
-    """WORLD_SIZE of a worker.
-
-    Raises:
-        UserError: RANK is set and WORLD_SIZE is not a number.
-    """
-    text = os.environ.get("WORLD_SIZE", "")
-    if not text.isdigit() or int(text) < 1:
-        raise UserError(
-            f"RANK = {os.environ.get('RANK')} is set in the environment with WORLD_SIZE = {text or 'nothing'};"
-            " expected the number of processes, or neither of them"
-        )
-    return int(text)

@@ -1,6 +1,5 @@
 """`ditmoe evaluate`: draw images from a run's network and score them against real ones."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -61,10 +60,10 @@ def command(
 ) -> None:
     """Draw images and score them: FID beside its floor, precision, recall, and the share recognised.
 
-    Repeating the command resumes it, and shows the result of a finished one. Under torchrun or srun it joins their
+    Repeating the command resumes it, and shows the result of a finished one. Under torchrun it joins their
     processes. With the file of a grid it compares samplers, each an evaluation of its own.
     """
-    from ditmoe.launcher.processes import in_worker
+    from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.evaluation.results import table
     from ditmoe.sampling.evaluation.run_job import stored_result
@@ -105,11 +104,11 @@ def command(
     job = prepare_job(options)
     metrics = stored_result(job)
     if metrics is None:
-        if not in_worker():
+        if not this_process().started:
             import torch
 
             processes = processes or torch.cuda.device_count() or 1
-        if processes is not None and processes > 1 and not in_worker():
+        if processes is not None and processes > 1 and not this_process().started:
             from ditmoe.data.storage.files import make_folder
             from ditmoe.launcher.local.launch import spawn
 
@@ -121,7 +120,7 @@ def command(
             make_folder(ranks)
             raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
         metrics = evaluate_run(job)
-    if os.environ.get("RANK", "0") == "0":
+    if this_process().first:
         for line in table(metrics, job.features):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")

@@ -1,6 +1,5 @@
 """`ditmoe evaluate RUN --grid FILE`: compare samplers, each alone and finishing chains, at several costs."""
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -50,7 +49,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
     """
     from ditmoe.data.storage.files import make_folder
     from ditmoe.launcher.configuration.grid_file import load_comparison
-    from ditmoe.launcher.processes import in_worker
+    from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.comparison.run import (
         PICTURE_FILE,
         ROWS_FILE,
@@ -62,8 +61,8 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
     if not path.is_file():
         raise UserError(f"--grid {path}: no such file; expected the YAML file of a comparison")
     comparison = prepare_comparison(options, load_comparison(path), path.stem)
-    first = os.environ.get("RANK", "0") == "0"
-    if not in_worker():
+    process = this_process()
+    if not process.started:
         import torch
 
         processes = processes or torch.cuda.device_count() or 1
@@ -76,7 +75,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
             arguments = ["evaluate", "--grid", str(path), *again, "--", str(comparison.jobs[0].checkpoint)]
             raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
     page = run_comparison(comparison)
-    if first:
+    if process.first:
         typer.echo(page)
         for name, file in (("rows", ROWS_FILE), ("table", TABLE_FILE), ("picture", PICTURE_FILE)):
             typer.echo(f"  {name:<8} {comparison.folder / file}")

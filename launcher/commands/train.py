@@ -18,7 +18,7 @@ def command(
 ) -> None:
     """Train the run of a configuration on this machine's processes; repeating the command resumes it.
 
-    Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun or srun it joins their processes.
+    Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun it joins their processes.
     """
     from ditmoe.data.stream.dataset import open_dataset
     from ditmoe.launcher.configuration.resolve import resolve

@@ -21,7 +21,7 @@ class LaunchConfig(Settings):
     """The processes that `ditmoe train` starts on this machine."""
 
     processes: int | None = Field(default=None, ge=1, le=2**20)
-    """Processes; null: one per GPU, or one where there is none. Under torchrun or srun theirs count."""
+    """Processes; null: one per GPU, or one where there is none. Under torchrun theirs count."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU, otherwise the CPU."""
     threads: int | None = Field(default=None, ge=1, le=4096)

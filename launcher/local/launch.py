@@ -19,7 +19,6 @@ from typing import Any, Final
 
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failure
 from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
-from ditmoe.launcher.processes import in_worker as in_worker
 
 PROGRAM: Final = (sys.executable, "-m", "ditmoe.launcher")
 GRACE_SECONDS: Final = 10.0

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -41,6 +40,7 @@ from ditmoe.parallel.checkpoint.saver import CheckpointSaver, write_failure
 from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.ranks import own_device
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.sampling.drawing.picture import save_picture
 
@@ -54,7 +54,7 @@ def run_training(config: RunConfig) -> int:
         UserError: the run is in use, cannot be resumed with this configuration, or met data, a loss or a disk
             that stopped it; nothing that was saved before is lost.
     """
-    device = _device(config)
+    device = own_device(config.launch.device, "launch.processes =")
     processes.join(device)
     with ExitStack() as stack:
         folder = RunFolder(config.run.dir)
@@ -85,26 +85,6 @@ SHORTEST_WAIT_LOGGED: Final = 0.1
 
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
-
-
-def _device(config: RunConfig) -> torch.device:
-    """This rank's device.
-
-    Raises:
-        UserError: this machine has fewer GPUs than processes, or several processes do not know which is theirs.
-    """
-    if config.launch.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus, number = torch.cuda.device_count(), os.environ.get("LOCAL_RANK")
-    if number is None and layout_of(config).processes > 1:
-        raise UserError("LOCAL_RANK is not set in the environment; expected each process's number on its machine")
-    local_rank = int(number or 0)
-    if local_rank >= gpus:
-        raise UserError(
-            f"process {local_rank} of this machine has no GPU: {gpus} found, and each process needs its own;"
-            f" expected launch.processes = {gpus}, or launch.device = cpu"
-        )
-    return torch.device("cuda", local_rank)
 
 
 def _other_data(info: CheckpointInfo, changed: list[str]) -> UserError:

@@ -1,6 +1,5 @@
 """The processes of one evaluation job, as accelerate sees them."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,6 +7,7 @@ from datetime import timedelta
 import torch
 
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.ranks import own_device, this_process
 
 CPU = torch.device("cpu")
 _LONGEST_WAIT = timedelta(days=2)
@@ -59,31 +59,29 @@ class Workers:
 
 
 def join_workers() -> Workers:
-    """Join the processes that the launcher, torchrun or srun started; alone when there are none.
+    """Join the processes that the launcher or torchrun started; alone when there are none.
 
     Uses gloo on the CPU and NCCL on GPUs, one process per GPU.
 
     Raises:
-        UserError: more processes than GPUs.
+        UserError: more processes than GPUs, or the others do not come.
     """
     from accelerate import PartialState
     from accelerate.utils import gather
 
-    gpus = torch.cuda.device_count()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if 0 < gpus <= local_rank:
-        raise UserError(
-            f"process {local_rank + 1} on this machine has no GPU; expected at most --processes {gpus}"
-        )
-    on_cpu = gpus == 0
-    # `cpu=True` is given, because accelerate would otherwise choose by what accelerators it believes to see.
-    state = PartialState(cpu=on_cpu, timeout=_LONGEST_WAIT)
-    ranks = int(state.num_processes)
-    device = torch.device("cpu") if on_cpu else torch.device(state.device)
+    from ditmoe.parallel.processes import meet
+
+    device = own_device("auto", "--processes")
+    process = this_process()
+    if process.started:
+        meet(device, _LONGEST_WAIT)
+    # `cpu` is given, because accelerate would otherwise choose by what accelerators it believes to see.
+    state = PartialState(cpu=device.type == "cpu")
 
     def all_well(well: bool) -> bool:
-        if ranks == 1:
+        if process.ranks == 1:
             return well
         return bool(gather(torch.tensor([int(well)], device=device)).min().item())
 
-    return Workers(int(state.process_index), ranks, device, all_well)
+    assert (state.process_index, state.num_processes) == (process.rank, process.ranks)
+    return Workers(process.rank, process.ranks, device, all_well)

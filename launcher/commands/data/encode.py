@@ -2,12 +2,9 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Literal
 
 import typer
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Dtype(StrEnum):
@@ -62,7 +59,7 @@ def command(
     """Encode images into the moments of their latents, shard for shard.
 
     Repeating the command resumes it, and so do more processes on other machines that see both folders. Under
-    torchrun or srun it joins their processes.
+    torchrun it joins their processes.
     """
     import os
 
@@ -73,19 +70,20 @@ def command(
     from ditmoe.data.encoding.vae import read_facts
     from ditmoe.data.shards.index import load_index
     from ditmoe.data.storage.progress import show_progress
-    from ditmoe.launcher.processes import in_worker, world_size
     from ditmoe.model.errors import UserError
+    from ditmoe.parallel.ranks import own_device, this_process
 
-    if overwrite and in_worker():
-        raise UserError("--overwrite under torchrun or srun: expected it left out, and OUT removed beforehand")
+    process = this_process()
+    if overwrite and process.started:
+        raise UserError("--overwrite under torchrun: expected it left out, and OUT removed beforehand")
     settings = EncodeSettings(dtype.value, flips.value, format.value, seed, batch, overwrite)
     encoding = prepare_encoding(shards, out, read_facts(vae), settings)
     name = choose_device(device)
     left = encoding.folder.begin(overwrite)
-    if not left and not in_worker():
+    if not left and not process.started:
         typer.echo(f"{out}: was encoded before; --overwrite encodes it again")
         return
-    if not in_worker():
+    if not process.started:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         usual = torch.cuda.device_count() if name == "cuda" else cores
         processes = min(processes or usual, len(encoding.index.shards))
@@ -96,13 +94,13 @@ def command(
             arguments += ["--format", format, "--seed", str(seed), "--batch", str(batch), "--device", name]
             # The first of them shows the result.
             raise typer.Exit(spawn([*arguments, "--", str(shards), str(out)], processes))
-    rank, ranks = (int(os.environ["RANK"]), world_size()) if in_worker() else (0, 1)
-    progress = show_progress("images encoded", encoding.index.total) if rank == 0 else lambda images: None
+    progress = show_progress("images encoded", encoding.index.total) if process.first else lambda images: None
     if left:
-        index = encode(encoding, own_device(name), rank=rank, ranks=ranks, on_progress=progress)
+        own = own_device(name, "--processes")
+        index = encode(encoding, own, rank=process.rank, ranks=process.ranks, on_progress=progress)
     else:  # the other processes were faster than this one's start
         index = load_index(out)
-    if rank == 0:
+    if process.first:
         typer.echo(
             f"encoded {index.total:,} images of {encoding.index.image_size}×{encoding.index.image_size}×"
             f"{encoding.index.channels} into latents of {index.image_size}×{index.image_size}×{index.channels}: "
@@ -113,7 +111,7 @@ def command(
         typer.echo(f"  preview  {out / 'preview.png'}  (decoded from the latents)")
 
 
-def choose_device(asked: str | None) -> str:
+def choose_device(asked: str | None) -> Literal["cpu", "cuda"]:
     """`cpu` or `cuda`. UserError when it is another, or not here."""
     import torch
 
@@ -123,23 +121,4 @@ def choose_device(asked: str | None) -> str:
         raise UserError(f"--device {asked}: expected cpu or cuda")
     if asked == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine shows no GPU; expected cpu")
-    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def own_device(name: str) -> "torch.device":
-    """This process's device: each on a machine has a GPU of its own. UserError where there are too few."""
-    import os
-
-    import torch
-
-    from ditmoe.model.errors import UserError
-
-    if name == "cpu":
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    gpus = torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise UserError(
-            f"process {local_rank + 1} on this machine has no GPU; expected at most --processes {gpus}"
-        )
-    return torch.device("cuda", local_rank)
+    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"

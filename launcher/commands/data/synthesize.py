@@ -1,6 +1,5 @@
 """`ditmoe data synthesize`: draw a dataset from a run's network."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -64,15 +63,15 @@ def command(
 ) -> None:
     """Draw images from a run's network into shards with provenance, labels and quality scores.
 
-    Repeating the command resumes it. Under torchrun or srun it joins their processes.
+    Repeating the command resumes it. Under torchrun it joins their processes.
     """
     import sys
 
     from ditmoe.data.storage.progress import show_progress
     from ditmoe.launcher.commands.sample import choose_classes
-    from ditmoe.launcher.processes import in_worker
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.checkpoint.folder import read_info
+    from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import default_cache
     from ditmoe.sampling.metrics.quality import ScoreSettings
     from ditmoe.sampling.network.load import find_checkpoint
@@ -103,9 +102,9 @@ def command(
     synthesis = prepare_synthesis(options)
     index = finished(synthesis)
     if index is None:
-        if not in_worker():
+        if not this_process().started:
             processes = processes or _default_processes()
-        if processes is not None and processes > 1 and not in_worker():
+        if processes is not None and processes > 1 and not this_process().started:
             from ditmoe.launcher.local.launch import spawn
 
             arguments = ["data", "synthesize", "--from", str(checkpoint), "--count", str(count)]
@@ -142,7 +141,7 @@ def command(
             )
         finally:
             workers.leave()
-    if os.environ.get("RANK", "0") == "0":
+    if this_process().first:
         typer.echo(
             f"synthesised {counted(index.total, 'image')} "
             f"of {index.image_size}×{index.image_size}×{index.channels} "

@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
-from ditmoe.launcher.training.trainer import _device, learning_rate
-from ditmoe.model.errors import UserError
+from ditmoe.launcher.training.trainer import learning_rate
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
 from tests.forked import DITMOE, run_forked
@@ -150,21 +148,6 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
 def test_learning_rate(warmup: int, decay: int, expected: list[float]) -> None:
     config = OptimConfig(lr=2.0, warmup_steps=warmup, decay_steps=decay)
     assert [learning_rate(config, step, 5) / 2 for step in range(1, 6)] == pytest.approx(expected)
-
-
-def test_a_process_without_a_gpu_of_its_own(
-    make_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_config(make_config(), ["launch.device=auto", "parallel.data=2", "train.micro_batch=8"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="LOCAL_RANK is not set"):
-        _device(config)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match=r"process 1 of this machine has no GPU: 1 found.*launch.processes = 1"):
-        _device(config)
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert _device(config) == torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")

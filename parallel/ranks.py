@@ -1,0 +1,116 @@
+"""Which of a run's processes this one is, which device is its own, and where all of them meet.
+
+The variables that torchrun sets say so: RANK and WORLD_SIZE, LOCAL_RANK on its machine, MASTER_ADDR and
+MASTER_PORT. They are read and checked here and nowhere else; torch is imported where it is needed, because
+commands ask before they need it.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from ditmoe.model.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Literal["auto", "cpu", "cuda"]
+
+_EXPECTED: Final = (
+    "expected all of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them"
+)
+
+
+@dataclass(frozen=True)
+class ThisProcess:
+    """This process among those of its run; without arguments one that is alone."""
+
+    rank: int = 0
+    ranks: int = 1
+    local_rank: int | None = None
+    """Its number on its machine; None: not known."""
+    address: str = "127.0.0.1"
+    """Where the processes of the run meet: the machine of rank 0."""
+    port: int | None = None
+    """The port there; None where there is nobody to meet."""
+    started: bool = False
+    """Whether a launcher, ours or torchrun, started it as a rank."""
+
+    @property
+    def first(self) -> bool:
+        """Whether it is rank 0, which tells and writes what is told and written once."""
+        return self.rank == 0
+
+
+def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
+    """What the environment says of this process.
+
+    Args:
+        environment: the variables; None: this process's.
+
+    Raises:
+        UserError: they contradict one another, or are no numbers: all such problems, a line each.
+    """
+    variables = os.environ if environment is None else environment
+    if "RANK" not in variables:
+        left = {name: variables[name] for name in ("WORLD_SIZE", "LOCAL_RANK") if name in variables}
+        if left not in ({}, {"WORLD_SIZE": "1"}):
+            found = " and ".join(f"{name} = {value}" for name, value in left.items())
+            raise UserError(
+                f"{found} in the environment without RANK; {_EXPECTED}, or none of them (`unset {' '.join(left)}`)"
+            )
+        return ThisProcess()
+    problems: list[str] = []
+    ranks = _number(variables, "WORLD_SIZE", 1, 2**20, problems)
+    rank = _number(variables, "RANK", 0, (ranks or 2**20) - 1, problems)
+    here = _number(variables, "LOCAL_WORLD_SIZE", 1, 2**20, problems) if "LOCAL_WORLD_SIZE" in variables else None
+    local_rank = None
+    if "LOCAL_RANK" in variables:
+        local_rank = _number(variables, "LOCAL_RANK", 0, (here or 2**20) - 1, problems)
+    port = None
+    if ranks is None or ranks > 1:
+        port = _number(variables, "MASTER_PORT", 1, 65535, problems)
+    if problems:
+        raise UserError("\n".join(problems))
+    assert rank is not None and ranks is not None
+    return ThisProcess(rank, ranks, local_rank, variables.get("MASTER_ADDR") or "127.0.0.1", port, started=True)
+
+
+def _number(variables: Mapping[str, str], name: str, least: int, most: int, problems: list[str]) -> int | None:
+    """A variable's value; None, and a line, where it is no whole number of the range."""
+    text = variables.get(name)
+    if text is None:
+        problems.append(f"RANK is set in the environment without {name}; {_EXPECTED}, or none of them")
+    elif not (text.isascii() and text.isdecimal() and len(text) < 10 and least <= int(text) <= most):
+        found = text if len(text) <= 40 else f"{text[:37]}..."
+        problems.append(f"{name} = {found!r} in the environment; expected a whole number from {least} to {most}")
+    else:
+        return int(text)
+    return None
+
+
+def own_device(choice: Device, option: str) -> "torch.device":
+    """This process's device: the CPU, or of a machine's GPUs the one with the process's number.
+
+    Args:
+        choice: `auto` is CUDA where there is a GPU.
+        option: what sets the number of processes, for the message.
+
+    Raises:
+        UserError: the machine has too few GPUs, or processes of several do not know their numbers.
+    """
+    import torch
+
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    process, gpus = this_process(), torch.cuda.device_count()
+    if process.local_rank is None and process.ranks > 1:
+        raise UserError("LOCAL_RANK is not set in the environment; expected each process's number on its machine")
+    local_rank = process.local_rank or 0
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU: {gpus} found, and each process needs its own;"
+            f" expected {option} {gpus}, or the CPU"
+        )
+    return torch.device("cuda", local_rank)
