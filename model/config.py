@@ -1,11 +1,14 @@
 """Configuration of the network (`model`), the objective (`objective`) and the EMA (`ema`)."""
 
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ditmoe.model.presets import parse_preset
 from ditmoe.model.settings import MOST_IMAGES, Settings
+
+MOST_TOKENS_PER_SIDE: Final = 256
+"""Attention over the tokens of a larger square would take more memory than a GPU has."""
 
 
 class ModelConfig(Settings):
@@ -79,6 +82,10 @@ class ModelConfig(Settings):
             )
         if self.image_size is not None and self.image_size % self.patch:
             raise ValueError(f"image_size = {self.image_size} must be a multiple of patch = {self.patch}")
+        if self.image_size is not None and self.image_size // self.patch > MOST_TOKENS_PER_SIDE:
+            raise ValueError(
+                f"image_size = {self.image_size} must be at most {MOST_TOKENS_PER_SIDE} times patch = {self.patch}"
+            )
         return self
 
     @property

@@ -19,8 +19,10 @@ from torch import Tensor
 from ditmoe.data.shards.images import to_network_range
 from ditmoe.data.shards.index import LatentFacts
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.untrusted import parse_json, read_file
 
 CONFIG_FILE: Final = "config.json"
+MOST_CONFIG_BYTES: Final = 2**20
 WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
 CLASS: Final = "AutoencoderKL"
 DECODED_IMAGES: Final = 8
@@ -132,16 +134,16 @@ def read_facts(path: Path) -> VaeFacts:
 def _read_config(path: Path) -> dict[str, Any]:
     """The configuration. UserError where it is not that of an AutoencoderKL."""
     expected = f"expected the local folder of a diffusers {CLASS} ({CONFIG_FILE} and {WEIGHTS_FILE})"
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; {expected}; nothing is downloaded")
     file = path / CONFIG_FILE
-    if not file.is_file():
-        hint = f"; {path / 'vae'} has one" if (path / "vae" / CONFIG_FILE).is_file() else ""
-        raise UserError(f"{path}: has no {CONFIG_FILE}; {expected}{hint}")
     try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: could not be read: {error}") from error
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; {expected}; nothing is downloaded")
+        if not file.is_file():
+            hint = f"; {path / 'vae'} has one" if (path / "vae" / CONFIG_FILE).is_file() else ""
+            raise UserError(f"{path}: has no {CONFIG_FILE}; {expected}{hint}")
+        config = parse_json(read_file(file, MOST_CONFIG_BYTES))
+    except (OSError, ValueError) as error:  # also of a path that a system cannot have, from a stranger's index
+        raise UserError(f"{str(file)[:500]}: could not be read: {getattr(error, 'strerror', error)}") from error
     found = config.get("_class_name") if isinstance(config, dict) else None
     if found != CLASS:
         raise UserError(f"{file}: _class_name is {found!r}; {expected}")

@@ -73,7 +73,7 @@ def _description(info: "CheckpointInfo") -> str:
         f"  images seen   {info.images:,}",
         f"  model         {kind}, {experts}; {info.objective.kind}",
         f"  parameters    {parameters} in {len(info.shapes):,} tensors",
-        f"  data          {info.dataset['name']}: {info.dataset['num_classes']} classes",
+        f"  data          {info.dataset.get('name', 'unknown')}: {model.num_classes} classes",
         f"  written by    {_layout(info)}",
         f"  fingerprint   {info.fingerprint[:16]}",
     ]

@@ -102,7 +102,8 @@ def _read(source: Path, preset: str | None, wanted: Literal["ema", "weights"] | 
     """The weights of a source of any kind."""
     from ditmoe.model.errors import UserError
     from ditmoe.model.weights.published import read_published
-    from ditmoe.parallel.checkpoint.folder import MARKER, newest_checkpoint
+    from ditmoe.parallel.checkpoint.folder import newest_checkpoint
+    from ditmoe.parallel.checkpoint.marker import MARKER
 
     if source.is_dir():
         if (source / MARKER).is_file():

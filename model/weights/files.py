@@ -8,12 +8,14 @@ import argparse
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import torch
+from pydantic import BaseModel, Field, StrictStr, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +23,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ditmoe.model.errors import UserError
 from ditmoe.model.files import replacing
+from ditmoe.model.weights.untrusted import first_problem, leads_out, parse_json, read_file, regular_file_bytes
 
 PT_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS = ".safetensors"
@@ -28,6 +31,10 @@ INDEX_SUFFIX = ".safetensors.index.json"
 SHARD_BYTES = 5 * 2**30
 """Largest safetensors file written, unless one tensor alone is larger."""
 
+MOST_INDEX_BYTES: Final = 64 * 2**20
+"""Of an index; a million tensors take no more."""
+MOST_PICKLE_BYTES: Final = 256 * 2**20
+"""Of the part of a .pt file that is no tensor."""
 _DESCRIPTION_KEY = "ditmoe"
 _ZIP_MAGIC = b"PK\x03\x04"
 _PICKLE_MAGIC = b"\x80"
@@ -47,10 +54,13 @@ def read_pt(path: Path) -> tuple[dict[str, Any], str | None]:
         UserError: no such file, not a `.pt` file, truncated, or holding anything but tensors and plain data.
     """
     magic = _magic(path)
+    size = regular_file_bytes(path)
     if not magic.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
         raise UserError(f"{path}: not a PyTorch weight file: it begins with {magic!r}{_guess(magic)}")
     is_zip = magic.startswith(_ZIP_MAGIC)
     try:
+        if is_zip:
+            _check_archive(path, size)
         if is_zip and (refused := set(get_unsafe_globals_in_checkpoint(path)) - {"argparse.Namespace"}):
             raise UserError(_refusal(path, sorted(refused)))
         with safe_globals([argparse.Namespace]):
@@ -66,6 +76,21 @@ def read_pt(path: Path) -> tuple[dict[str, Any], str | None]:
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
     description = content.pop(_DESCRIPTION_KEY, None)
     return content, description if isinstance(description, str) else None
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """UserError where an archive holds more than the file is long: what `torch.save` writes is not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise UserError(f"{path}: {member.filename[:100]!r} in it is compressed, which torch.save never does")
+        if member.filename.endswith("/data.pkl") and member.file_size > MOST_PICKLE_BYTES:
+            raise UserError(
+                f"{path}: its pickle has {member.file_size:,} bytes, expected at most {MOST_PICKLE_BYTES:,}"
+            )
+    if sum(member.file_size for member in members) > size:
+        raise UserError(f"{path}: its members are larger than the file; it is damaged")
 
 
 def write_pt(path: Path, content: Mapping[str, Any], description: str | None = None) -> None:
@@ -91,16 +116,19 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
     if not path.name.endswith(INDEX_SUFFIX):
         tensors, metadata = _read_safetensors_file(path)
         return tensors, metadata.get(_DESCRIPTION_KEY)
-    weight_map, metadata = _read_index(path)
+    weight_map, description = _read_index(path)
     state: dict[str, Tensor] = {}
     for file in dict.fromkeys(weight_map.values()):
+        # A download cache links the index and its files from one folder to another.
+        if leads_out(path.with_name(file), path.parent, path.resolve().parent):
+            raise UserError(f"{path.with_name(file)}: is a link that leads out of the folder of {path.name}")
         tensors, _ = _read_safetensors_file(path.with_name(file))
         expected = {name for name, holder in weight_map.items() if holder == file}
         if wrong := sorted(expected ^ tensors.keys()):
             where = "is missing from" if wrong[0] in expected else "is not in the index but in"
             raise UserError(f"{path}: {wrong[0]} {where} {file}")
         state.update(tensors)
-    return {name: state[name] for name in weight_map}, metadata.get(_DESCRIPTION_KEY)
+    return {name: state[name] for name in weight_map}, description
 
 
 def write_safetensors(
@@ -171,25 +199,42 @@ def _locate_safetensors(path: Path) -> Path:
     return path
 
 
-def _read_index(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The index's tensor name → file name, and its metadata."""
+class _Metadata(BaseModel):
+    description: StrictStr | None = Field(default=None, alias=_DESCRIPTION_KEY)
+
+
+class _Index(BaseModel):
+    """A safetensors index; other keys are of other programs."""
+
+    weight_map: dict[StrictStr, Any]
+    metadata: _Metadata = _Metadata()
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], str | None]:
+    """The index's tensor name → file name, and the description in its metadata."""
     try:
-        index = json.loads(path.read_text())
+        index = _Index.model_validate(parse_json(read_file(path, MOST_INDEX_BYTES)))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except ValidationError as error:
+        raise UserError(f"{path}: not a safetensors index ({first_problem(error)})") from None
+    except ValueError as error:
         raise UserError(f"{path}: cannot be read as a safetensors index ({_brief(error)})") from error
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not index.weight_map:
         raise UserError(f"{path}: no weight_map, expected tensor names and the files that hold them")
-    for name, file in weight_map.items():
-        # A name from the index must not lead anywhere else.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(SAFETENSORS):
+    for name, file in index.weight_map.items():
+        if not _is_beside(file):
             raise UserError(
-                f"{path}: {name} is said to be in {file!r}, expected a {SAFETENSORS} file beside the index"
+                f"{path}: {name[:100]} is said to be in {repr(file)[:100]}, expected a {SAFETENSORS} file beside"
+                " the index"
             )
-    metadata = index.get("metadata")
-    return weight_map, metadata if isinstance(metadata, dict) else {}
+    return index.weight_map, index.metadata.description
+
+
+def _is_beside(file: Any) -> bool:
+    """Whether a value from an index is a plain file name, which cannot lead anywhere else."""
+    plain = isinstance(file, str) and Path(file).name == file and file.isprintable() and len(file) < 256
+    return plain and file.endswith(SAFETENSORS)
 
 
 def _read_safetensors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -234,6 +279,7 @@ def _writing(path: Path) -> Iterator[BinaryIO]:
 def _magic(path: Path) -> bytes:
     """The first bytes of a file that must exist."""
     try:
+        regular_file_bytes(path)
         with path.open("rb") as file:
             return file.read(12)
     except FileNotFoundError as error:

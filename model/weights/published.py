@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from ditmoe.model.weights.files import (
     write_pt,
     write_safetensors,
 )
+from ditmoe.model.weights.untrusted import first_problem, parse_json
 
 Which = Literal["ema", "weights"]
 State = dict[str, Tensor]
@@ -201,9 +203,14 @@ def _clean(state: Mapping[Any, Any], path: Path) -> State:
     """Check that a set is names and floating-point tensors, and drop a wrapper's prefix."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(f"{path}: {name!r} holds a {type(tensor).__name__}, expected a tensor")
-        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_quantized:
-            raise UserError(f"{path}: {name} is a tensor of {tensor.dtype}, expected dense floating point")
+            raise UserError(f"{path}: {repr(name)[:100]} holds a {type(tensor).__name__}, expected a tensor")
+        dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not tensor.is_floating_point() or not dense:
+            raise UserError(f"{path}: {name[:100]} is a tensor of {tensor.dtype}, expected dense floating point")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise UserError(
+                f"{path}: {name[:100]} is {tuple(tensor.shape)}, which is more than the file holds of it"
+            )
     wrapped = all(name.startswith(_WRAPPER) for name in state)
     return {name.removeprefix(_WRAPPER) if wrapped else name: tensor.detach() for name, tensor in state.items()}
 
@@ -272,7 +279,8 @@ def _shape_of(state: State, path: Path) -> dict[str, Any]:
     gate = _first(state, ".moe.gate.weight")
     numbered = (int(match[1]) for match in map(_EXPERT.search, state) if match)
     experts = _shape(state, gate, 2, path)[0] if gate else 1 + max(numbered, default=-1)
-    if not 1 <= depth <= _MOST_BLOCKS or experts > _MOST_EXPERTS or not all((hidden, channels, patch)):
+    too_many = depth * max(1, experts) > len(state) or depth > _MOST_BLOCKS or experts > _MOST_EXPERTS
+    if depth < 1 or too_many or not all((hidden, channels, patch)):
         raise UserError(f"{path}: {depth} blocks, {experts} experts and width {hidden} are no DiT")
     outputs = _shape(state, "final_layer.linear.weight", 2, path)[0]
     known: dict[str, Any] = {
@@ -362,7 +370,7 @@ def _describe(published: PublishedWeights, which: Which | None) -> str:
 def _described_set(description: str | None) -> Which:
     """The set that a safetensors file holds; one without a description counts as the average."""
     try:
-        held = json.loads(description or "{}")
+        held = parse_json(description or "{}")
     except ValueError:
         return "ema"  # `_parse_description` refuses it
     return "weights" if isinstance(held, dict) and held.get("set") == "weights" else "ema"
@@ -373,7 +381,7 @@ def _parse_description(description: str | None, path: Path) -> PublishedWeights 
     if description is None:
         return None
     try:
-        held = json.loads(description)
+        held = parse_json(description)
         if not isinstance(held, dict) or held.get("format") != _DESCRIPTION_FORMAT:
             raise ValueError(f"expected {_DESCRIPTION_FORMAT!r}")
         names, objective = held.get("class_names"), held.get("objective")
@@ -384,5 +392,7 @@ def _parse_description(description: str | None, path: Path) -> PublishedWeights 
             objective=ObjectiveConfig(**objective) if objective else None,
             class_names=cast(list[str] | None, names),
         )
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: its description cannot be read ({str(error).splitlines()[0]})") from error
+    except ValidationError as error:
+        raise UserError(f"{path}: its description cannot be read ({first_problem(error)})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its description cannot be read ({str(error)[:200]})") from error

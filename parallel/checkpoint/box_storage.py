@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -45,7 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.boxes import Box, matrix_shape, tiling_problems, whole
-from ditmoe.parallel.checkpoint.shard_files import ShardWriter
+from ditmoe.parallel.checkpoint.shard_files import ShardReader, ShardWriter
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,9 @@ def load_pieces(folder: Path, pieces: Sequence[Piece], collective: bool = True) 
         collective: all ranks call it together, and fail together; each reads the headers of all files.
 
     Raises:
-        UserError: a piece is not in the files.
+        UserError: a piece is not in the files, or a file's header is not one that `save_pieces` writes.
     """
-    reader = HuggingFaceStorageReader(str(folder))
+    reader = ShardReader(folder)
     try:
         with nullcontext() if collective and dist.is_initialized() else _without_a_word():
             load({}, storage_reader=reader, planner=_LoadPieces(pieces, folder), no_dist=not collective)
@@ -112,9 +111,13 @@ def load_pieces(folder: Path, pieces: Sequence[Piece], collective: bool = True) 
 
 
 def stored_boxes(folder: Path) -> dict[str, list[Box]]:
-    """Parameter → its boxes in the files of a folder, read from the files' headers only."""
+    """Parameter → its boxes in the files of a folder, read from the files' headers only.
+
+    Raises:
+        UserError: a header is not one that `save_pieces` writes.
+    """
     boxes: dict[str, list[Box]] = {}
-    for key, stored in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+    for key, stored in ShardReader(folder).read_metadata().state_dict_metadata.items():
         chunks: Sequence[ChunkStorageMetadata] = getattr(stored, "chunks", ())
         boxes.setdefault(_name(key), []).extend(map(_box, chunks))
     return boxes

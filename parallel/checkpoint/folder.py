@@ -9,7 +9,6 @@ A checkpoint is written under a name that ends in `.partial` and renamed when it
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -26,14 +25,15 @@ from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.files import sync_folder, temporary_beside
+from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
+from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, marker_text, read_marker
 
-FORMAT = 2
-"""1 stored each parameter flattened, in runs."""
-MARKER = "checkpoint.json"
 PARTIAL = ".partial"
+PROBLEMS_SHOWN = 20
+"""Of a checkpoint's problems, those that a message lists."""
 WEIGHTS, EMA = "weights", "ema"
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,18})")
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,33 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
+    """The checkpoints of a run that have a marker, oldest first."""
+    return [path for path in checkpoint_entries(run_dir) if _has_marker(path)]
+
+
+def checkpoint_entries(run_dir: Path) -> list[Path]:
+    """All that has the name of a checkpoint in a run's folder, oldest first: also damaged ones, and files."""
+    try:
+        names = [path.name for path in (run_dir / "checkpoints").iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and (path / MARKER).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    except OSError as error:
+        raise UserError(f"{run_dir / 'checkpoints'}: cannot be read ({error.strerror or error})") from None
+    steps = sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
+    return [path for path in (checkpoint_path(run_dir, step) for step in steps) if path.name in names]
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint's name states; None: it has another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def _has_marker(path: Path) -> bool:
+    try:
+        return (path / MARKER).is_file()
+    except OSError:
+        return True  # it cannot be looked at: who reads it is told why
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -95,42 +116,28 @@ def read_info(path: Path) -> CheckpointInfo:
     """Read a checkpoint's marker.
 
     Raises:
-        UserError: there is none, it is unreadable, or of another format.
+        UserError: there is none, it is unreadable, of another format, or of another step than the folder's name
+            (weights that `ditmoe convert` wrote may have any name).
     """
-    marker = path / MARKER
-    try:
-        facts = json.loads(marker.read_text())
-        if facts["format"] != FORMAT:
-            raise UserError(
-                f"{marker}: format {facts['format']} found, expected {FORMAT}{_advice(facts['format'])}"
-            )
-        files = facts["files"]
-        info = CheckpointInfo(
-            path=path,
-            step=facts["step"],
-            images=facts["images"],
-            sums=facts["sums"],
-            config=facts["config"],
-            dataset=facts["dataset"],
-            layout=facts.get("layout"),
-            parts=tuple(facts["parts"]),
-            shapes={name: tuple(shape) for name, shape in facts["shapes"].items()},
-            files=files,
-            fingerprint=_fingerprint(files),
-        )
-        if not info.model.complete or not info.objective.kind:
-            raise ValueError("it does not say which model it is of")
-        return info
-    except FileNotFoundError:
-        raise UserError(f"{path}: no {MARKER} found; expected the folder of a complete checkpoint") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{marker}: not a checkpoint's marker ({type(error).__name__}: {error})") from None
-
-
-def _advice(found: Any) -> str:
-    if found == 1:
-        return "; export it with the version that wrote it, and convert that, or train anew"
-    return ""
+    marker, facts = read_marker(path)
+    named = step_of(path)
+    if named not in (None, marker.step) and marker.layout is not None:
+        raise UserError(f"{path / MARKER}: is of step {marker.step}, expected {named} as its folder's name says")
+    checked = {"model": marker.config.model, "objective": marker.config.objective}
+    files = {name: found.model_dump() for name, found in marker.files.items()}
+    return CheckpointInfo(
+        path=path,
+        step=marker.step,
+        images=marker.images,
+        sums=marker.sums,
+        config=facts["config"] | {name: section.model_dump(mode="json") for name, section in checked.items()},
+        dataset=facts["dataset"],
+        layout=facts.get("layout"),
+        parts=tuple(marker.parts),
+        shapes={name: tuple(shape) for name, shape in marker.shapes.items()},
+        files=files,
+        fingerprint=_fingerprint(files),
+    )
 
 
 def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -149,18 +156,22 @@ def read_weights(path: Path, which: Literal["ema", "weights"] = "ema") -> dict[s
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
     with reading(path):
         problems = damaged(info, [name for name in info.files if name.startswith(f"{which}/")])
+        problems = problems or incomplete(info, [which])
         if problems:
-            raise UserError("\n".join(problems))
+            raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
         tensors = {name: torch.empty(shape) for name, shape in info.shapes.items()}
         load_pieces(path / which, [whole_piece(*named) for named in tensors.items()], collective=False)
     return tensors
 
 
-def incomplete(info: CheckpointInfo) -> list[str]:
+def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list[str]:
     """What keeps a checkpoint from holding each parameter of its model, each expert of each block, exactly once.
 
     Compares the marker's shapes with those of the model that its configuration describes, and the files' headers
     with both. One message each; the files must not be damaged.
+
+    Args:
+        parts: those to look at; None: all.
     """
     expected = canonical_shapes(info.model)
     expected.pop("pos_embed")
@@ -173,23 +184,33 @@ def incomplete(info: CheckpointInfo) -> list[str]:
         for name, shape in info.shapes.items()
         if expected.get(name, shape) != shape
     ]
-    for part in info.parts:
+    for part in info.parts if parts is None else parts:
         problems += missing_elements(info.path / part, info.shapes)
     return problems
 
 
 def damaged(info: CheckpointInfo, names: Iterable[str]) -> list[str]:
     """Problems of these files of a checkpoint: missing, another size, another checksum; one message each."""
-    problems = []
-    for name in names:
-        file, expected = info.path / name, info.files[name]
-        if not file.is_file():
-            problems.append(f"{file}: missing; expected {expected['bytes']} bytes")
-        elif file.stat().st_size != expected["bytes"]:
-            problems.append(f"{file}: {file.stat().st_size} bytes found, expected {expected['bytes']}")
-        elif file_facts(file)["sha256"] != expected["sha256"]:
-            problems.append(f"{file}: its contents have changed (checksum differs from the one in {MARKER})")
-    return problems
+    return [problem for name in names if (problem := _damage(info, name)) is not None]
+
+
+def _damage(info: CheckpointInfo, name: str) -> str | None:
+    file, expected = info.path / name, info.files[name]
+    try:
+        if leads_out(file, info.path):
+            return f"{file}: is a link that leads out of the checkpoint; expected a file of it"
+        size = regular_file_bytes(file)
+        if size != expected["bytes"]:
+            return f"{file}: {size} bytes found, expected {expected['bytes']}"
+        if file_facts(file)["sha256"] != expected["sha256"]:
+            return f"{file}: its contents have changed (checksum differs from the one in {MARKER})"
+    except UserError as error:
+        return str(error)
+    except FileNotFoundError:
+        return f"{file}: missing; expected {expected['bytes']} bytes"
+    except OSError as error:
+        return f"{file}: cannot be read ({error.strerror or error})"
+    return None
 
 
 def file_facts(file: Path) -> dict[str, Any]:
@@ -206,8 +227,7 @@ def write_marker(
     content = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     marker = path / MARKER
     with marker.open("w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.write("\n")
+        stream.write(marker_text(content))
         stream.flush()
         os.fsync(stream.fileno())
     for folder in (*(child for child in path.iterdir() if child.is_dir()), path):

@@ -1,8 +1,11 @@
-"""Safetensors files written one tensor at a time, through torch.distributed.checkpoint.
+"""Safetensors files written one tensor at a time, and read, through torch.distributed.checkpoint.
 
 torch's own writer serialises all that a rank writes in memory before the first byte is on the disk, and asks for a
 second copy of the rank's share. The sizes are known beforehand, so the header can go first and each tensor follow
 it; the checksum is taken on the way. Equal tensors give equal files.
+
+torch's own reader believes what a header says. A checkpoint may come from a stranger, so its headers are checked
+first.
 """
 
 import hashlib
@@ -10,18 +13,34 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Final
 
 import torch
+from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from ditmoe.model.errors import UserError
+from ditmoe.model.weights.untrusted import first_problem, leads_out, regular_file_bytes
+
 BYTES = 4
 """Of an element: a checkpoint holds float32 only."""
+_SUFFIX: Final = ".safetensors"
+_PLACES: Final = "DCP_SHARDING_INFO"
+"""Key of a header's metadata: where each of its tensors begins in the whole, as JSON."""
 
 
 class ShardWriter(HuggingFaceStorageWriter):
@@ -66,7 +85,7 @@ def _header(items: Sequence[WriteItem]) -> bytes:
         }
         offsets[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
     assert len(entries) == len(items), "names are given once in a file"
-    metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+    metadata = {"format": "pt", "DCP_VERSION": "1.0", _PLACES: json.dumps(offsets)}
     header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8
     return len(header).to_bytes(8, "little") + header
@@ -86,3 +105,71 @@ def _write(file: Path, header: bytes, tensors: Iterator[Tensor]) -> dict[str, An
         os.fsync(stream.fileno())
         size = stream.tell()
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+class ShardReader(HuggingFaceStorageReader):
+    """Reads the files that `ShardWriter` wrote into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._folder = folder
+
+    def read_metadata(self) -> Metadata:
+        """What the headers of all files say.
+
+        Raises:
+            UserError: the folder is not there, or a header is not one that `ShardWriter` writes.
+        """
+        try:
+            files = sorted(file for file in self._folder.iterdir() if file.name.endswith(_SUFFIX))
+        except OSError as error:
+            raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from None
+        tensors: dict[str, TensorStorageMetadata] = {}
+        storage: dict[MetadataIndex, _HFStorageInfo] = {}
+        for file in files:
+            for key, chunk in _stored_chunks(file):
+                known = tensors.setdefault(key, TensorStorageMetadata(_FLOAT32, torch.Size((0, 0)), []))
+                known.chunks.append(chunk)
+                ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+                known.size = torch.Size(map(max, known.size, ends))
+                index = MetadataIndex(fqn=key, offset=chunk.offsets)
+                storage[index] = _HFStorageInfo(str(file), chunk.sizes, torch.float32)
+        return Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+_FLOAT32: Final = TensorProperties(dtype=torch.float32)
+_Offset = Annotated[StrictInt, Field(ge=0, lt=2**40)]
+
+
+class _Place(BaseModel):
+    """Where a tensor of a file begins in the whole."""
+
+    saved_offsets: Annotated[list[_Offset], Field(min_length=2, max_length=2)]
+
+
+_places: Final = TypeAdapter(dict[str, _Place])
+
+
+def _stored_chunks(file: Path) -> list[tuple[str, ChunkStorageMetadata]]:
+    """Key and place of each tensor of a file. UserError where its header is not one that `ShardWriter` writes."""
+    try:
+        if leads_out(file, file.parent):
+            raise UserError(f"{file}: is a link that leads out of its folder, expected a file")
+        regular_file_bytes(file)
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+            shapes = {key: stored.get_shape() for key, stored in slices.items()}
+            kinds = {key: stored.get_dtype() for key, stored in slices.items()}
+            places = _places.validate_json((opened.metadata() or {}).get(_PLACES, "{}"))
+    except ValidationError as error:
+        raise UserError(f"{file}: {_PLACES} of its header cannot be read ({first_problem(error)})") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as a {_SUFFIX} file ({str(error)[:200]})") from None
+    for key, shape in shapes.items():
+        if key not in places or kinds[key] != "F32" or len(shape) != 2:
+            found = f"{kinds[key]} of shape {shape}" if key in places else f"without its place in {_PLACES}"
+            raise UserError(f"{file}: {key[:100]!r} is {found}, expected F32, a matrix and its place")
+    return [
+        (key, ChunkStorageMetadata(torch.Size(places[key].saved_offsets), torch.Size(shape)))
+        for key, shape in shapes.items()
+    ]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from ditmoe.data.encoding.vae import Vae, VaeFacts, find_vae, load_vae, read_facts
@@ -17,7 +16,6 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import (
-    MARKER,
     CheckpointInfo,
     checkpoint_path,
     checkpoints,
@@ -25,6 +23,7 @@ from ditmoe.parallel.checkpoint.folder import (
     read_info,
     read_weights,
 )
+from ditmoe.parallel.checkpoint.marker import MARKER
 
 Weights = Literal["ema", "weights"]
 Precision = Literal["fp32", "bf16"]
@@ -130,8 +129,10 @@ def load_model(
         model_config, objective_config = complete_config(info.model, info), info.objective
     except (KeyError, ValueError) as error:
         raise UserError(f"{path / MARKER}: its configuration does not describe a model: {error}") from error
+    # Read first: the files bound how large a network their marker can ask for.
+    weights = read_weights(path, which)
     network = DiT(model_config)
-    load_canonical(network, read_weights(path, which), origin=f"{path} ({which})")
+    load_canonical(network, weights, origin=f"{path} ({which})")
     assert model_config.num_classes is not None
     names = info.dataset.get("class_names") or range(model_config.num_classes)
     return LoadedModel(
@@ -160,10 +161,7 @@ def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:
     if stored is None and vae is None:
         return None
     if stored is not None:
-        try:
-            facts = find_vae(LatentFacts.model_validate(stored), vae)
-        except ValidationError as error:
-            raise UserError(f"{info.path / MARKER}: dataset.latents cannot be read: {error}") from error
+        facts = find_vae(LatentFacts.model_validate(stored), vae)
     else:
         assert vae is not None
         facts = read_facts(vae)

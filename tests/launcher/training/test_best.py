@@ -9,8 +9,10 @@ import pytest
 
 from ditmoe.launcher.training.best import BestCheckpoints, evaluated, losses
 from ditmoe.launcher.training.run_folder import RunFolder
-from ditmoe.parallel.checkpoint.folder import MARKER, checkpoint_path, read_info
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
+from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.config import CheckpointConfig
+from tests.markers import change_marker
 
 MODEL = {"depth": 1, "hidden": 32, "heads": 2, "patch": 2, "image_size": 8, "channels": 1, "num_classes": 2}
 
@@ -27,8 +29,8 @@ def checkpoint(run: Path, step: int) -> Path:
         "parts": ["ema"],
         "config": {"model": MODEL, "objective": {"kind": "ddpm"}},
         "dataset": {},
-        "shapes": {},
-        "files": {"ema/shard-00001.safetensors": {"bytes": 1, "sha256": f"{step:064d}"}},
+        "shapes": {"pos_embed": [1]},
+        "files": {"ema/shard-00001.safetensors": {"bytes": 4, "sha256": f"{step:064d}"}},
     }
     (path / MARKER).write_text(json.dumps(facts))
     return path
@@ -70,8 +72,7 @@ def test_only_comparable_evaluations_count(tmp_path: Path) -> None:
     evaluation(tmp_path, paths[2], 103, fid=float("nan"))
     assert evaluated(tmp_path / "evaluations", "fid", paths) == {30: 9.0}
     # The same step, trained anew: its evaluation was of other weights.
-    marker = paths[0] / MARKER
-    marker.write_text(marker.read_text().replace("10", "11"))
+    change_marker(paths[0], lambda facts: next(iter(facts["files"].values())).update(sha256="f" * 64))
     evaluation(tmp_path, paths[1], 104, count=200, fid=3.0)
     assert evaluated(tmp_path / "evaluations", "fid", paths) == {20: 3.0}
     assert evaluated(tmp_path / "evaluations", "sfid", paths) == {}

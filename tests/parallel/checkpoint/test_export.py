@@ -1,6 +1,5 @@
 """Inspecting and exporting checkpoints: each parameter once, and never the whole model in memory."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,14 @@ from ditmoe.model.weights.files import read_safetensors
 from ditmoe.parallel.boxes import Box
 from ditmoe.parallel.checkpoint.box_storage import Piece, save_pieces
 from ditmoe.parallel.checkpoint.export import export_weights
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, incomplete, read_info, write_weights_checkpoint
+from ditmoe.parallel.checkpoint.folder import (
+    CheckpointInfo,
+    incomplete,
+    read_info,
+    read_weights,
+    write_weights_checkpoint,
+)
+from tests.markers import change_marker
 
 CONFIG = ModelConfig(
     depth=2,
@@ -104,15 +110,13 @@ def test_boxes_that_do_not_tile_are_not_saved(tmp_path: Path, boxes: list[Box], 
 
 
 def test_a_marker_of_another_model(checkpoint: Path) -> None:
-    marker = checkpoint / "checkpoint.json"
-    facts = json.loads(marker.read_text())
-    facts["config"]["model"]["experts"] = 8
-    marker.write_text(json.dumps(facts))
+    change_marker(checkpoint, lambda facts: facts["config"]["model"].update(experts=8))
     problems = incomplete(read_info(checkpoint))
     assert any("blocks.0.moe.experts.7.down_proj.weight is not in it" in problem for problem in problems)
-    facts["config"]["model"]["depth"] = "deep"
-    marker.write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="not a checkpoint's marker"):
+    with pytest.raises(UserError, match=r"experts\.7"):
+        read_weights(checkpoint)
+    change_marker(checkpoint, lambda facts: facts["config"]["model"].update(depth="deep"))
+    with pytest.raises(UserError, match=r"not a checkpoint's marker .*depth"):
         read_info(checkpoint)
 
 

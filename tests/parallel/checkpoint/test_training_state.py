@@ -18,7 +18,6 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.boxes import column_slice, matrix_shape, row_slices, whole
 from ditmoe.parallel.checkpoint.box_storage import load_pieces
 from ditmoe.parallel.checkpoint.folder import (
-    MARKER,
     PARTIAL,
     checkpoint_path,
     checkpoints,
@@ -31,6 +30,7 @@ from ditmoe.parallel.checkpoint.folder import (
     start_partial,
     superseded,
 )
+from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver, finish
 from ditmoe.parallel.checkpoint.training_state import PARTS, held_pieces
 from ditmoe.parallel.config import CheckpointConfig

@@ -15,7 +15,8 @@ from ditmoe.data.making.sources.opening import open_source
 from ditmoe.launcher.commands.evaluate import command
 from ditmoe.launcher.training.best import evaluated
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import MARKER, checkpoint_path, read_info
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
+from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.sampling.evaluation.of_run import (
     EvaluationOptions,
     _drawer,
@@ -34,6 +35,7 @@ from ditmoe.sampling.noise_level.classifier import (
     classifier_folder,
 )
 from ditmoe.sampling.settings.config import SamplerConfig
+from tests.markers import change_marker
 from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
 
@@ -154,17 +156,15 @@ def test_what_does_not_fit_is_told_before_anything_starts(run: Path, shards: Pat
 def test_classes_of_other_names_are_warned_of_and_other_channels_refused(
     run: Path, shards: Path, tmp_path: Path
 ) -> None:
-    marker = checkpoint_path(run, 0) / MARKER
-    facts = json.loads(marker.read_text())
-    facts["dataset"]["class_names"] = [*map(str, range(9)), "ten"]
-    marker.write_text(json.dumps(facts))
+    checkpoint = checkpoint_path(run, 0)
+    change_marker(checkpoint, lambda facts: facts["dataset"].update(class_names=[*map(str, range(9)), "ten"]))
     job = replace(prepare_job(options_for(run, shards)), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
     warnings = evaluate_run(job)["results"]["classifier"]["warnings"]
     assert f"class 9 is 9 in {shards} and ten in the network's training" in warnings[-2]
     assert "held-out real images only: its FID says little" in warnings[-1]  # after one pass
 
-    facts["config"]["model"] |= {"channels": 4, "num_classes": 3}
-    marker.write_text(json.dumps(facts))
+    change_marker(checkpoint, lambda facts: facts["dataset"].update(class_names=["0", "1", "2"]))
+    change_marker(checkpoint, lambda facts: facts["config"]["model"].update(channels=4, num_classes=3))
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 4), np.uint8), labels=np.arange(9) % 3)
     pack(open_source(str(tmp_path / "x.npz"), seed=0), tmp_path / "four", PackSettings(format="npy"))
     with pytest.raises(UserError, match=r"channels is 4, and only 1 \(grey\) or 3 \(RGB\)"):

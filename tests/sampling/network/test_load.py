@@ -1,6 +1,5 @@
 """Reading a model from a run or a checkpoint, and the `sample` command on it."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,10 +14,11 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
-from ditmoe.parallel.checkpoint.folder import MARKER, checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
 from ditmoe.sampling.noise_level.classifier import NoiseNetwork, classifier_folder, save_noise_classifier, space_of
 from ditmoe.sampling.settings.config import SamplerConfig
+from tests.markers import change_marker
 
 CONFIG = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=3
@@ -39,8 +39,7 @@ def run(tmp_path_factory) -> Path:
         path = checkpoint_path(folder, step)
         path.parent.mkdir(exist_ok=True)
         write_weights_checkpoint(path, CONFIG, ObjectiveConfig(), states[0], states[1], NAMES)
-        marker = path / MARKER
-        marker.write_text(json.dumps(json.loads(marker.read_text()) | {"step": step}))
+        change_marker(path, lambda facts, step=step: facts.update(step=step))
     checkpoint_path(folder, 30).mkdir()
     return folder
 
