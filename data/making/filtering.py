@@ -21,6 +21,7 @@ from ditmoe.data.shards.index import DatasetIndex, ShardEntry, check_files, load
 from ditmoe.data.shards.names import is_plain_key
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
 from ditmoe.data.shards.writer import ReadySample, ShardLimits, write_shards
+from ditmoe.data.storage.files import open_regular
 from ditmoe.data.storage.progress import track
 from ditmoe.model.errors import UserError
 
@@ -193,7 +194,7 @@ class _Copy:
         """UserError when a shard's bytes changed: the copies would get a good checksum."""
         path = self._folder / entry.file
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"{path}: could not be read: {error.strerror or error}") from error

@@ -18,6 +18,7 @@ from ditmoe.data.shards.members import Contents
 from ditmoe.data.shards.sample import RawSample
 from ditmoe.data.shards.sample_table import TABLE_FILE, read_table
 from ditmoe.data.shards.tar_scan import scan
+from ditmoe.data.storage.files import open_regular
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
@@ -119,7 +120,7 @@ def verify_shard(
 
 
 def _checksum(path: Path) -> tuple[int, str]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha256
 

@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
-from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.files import open_regular, replacing
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 
@@ -179,7 +179,8 @@ def load_index(folder: str | Path) -> DatasetIndex:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; `ditmoe data pack SOURCE {folder}` makes one")
     try:
-        text = path.read_bytes()
+        with open_regular(path) as file:
+            text = file.read()
     except FileNotFoundError:
         for plan, command in UNFINISHED.items():
             if (folder / plan).exists():

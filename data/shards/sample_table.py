@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.shards.index import DatasetIndex, SampleTable
-from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.files import open_regular, replacing
 from ditmoe.model.errors import UserError
 
 TABLE_FILE: Final = "samples.npz"
@@ -66,7 +66,8 @@ def read_table(folder: Path, index: DatasetIndex) -> SampleColumns | None:
         return None
     path = folder / index.samples.file
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.read()
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
     return parse_table(data, index, str(path))

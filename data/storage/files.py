@@ -1,9 +1,12 @@
 """Files that are either whole or not there, and what writers that were killed leave of them."""
 
+import errno
 import fcntl
+import io
 import json
 import os
 import re
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any, Final
 from ditmoe.model.errors import UserError
 from ditmoe.model.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
 
-__all__ = ["is_partial", "make_folder", "read_settings", "remove_abandoned", "replacing"]
+__all__ = ["is_partial", "make_folder", "open_regular", "read_settings", "remove_abandoned", "replacing"]
 
 ABANDONED_SECONDS: Final = 600.0
 """How long nothing must have been written to a temporary file that nobody has locked."""
@@ -35,6 +38,15 @@ def remove_abandoned(folder: Path) -> None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     if time.time() - os.fstat(file.fileno()).st_mtime > ABANDONED_SECONDS:
                         os.unlink(entry.path)
+
+
+def open_regular(path: str | Path) -> io.BufferedReader:
+    """Open a file for reading. OSError, and at once, when it is a pipe, a device, or anything else but a file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
 
 
 def make_folder(folder: Path) -> None:

@@ -1,16 +1,20 @@
 """An image folder: one sub-folder per class, whose sorted names are the classes (the ImageFolder layout)."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Final
 
 from ditmoe.data.making.sources.base import SourceImage
 from ditmoe.data.shards.images import BadImage, load_pixels, open_image, photograph_to_rgb, to_array
+from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
 
 FORMATS: Final = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 """File suffix → Pillow format. A file's true format may be any of them: photographs are often misnamed."""
 REMARKS_SHOWN: Final = 5
+NOT_OURS: Final = ("@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""Folders that systems put among others, some with small copies of the images. So do hidden ones."""
 
 
 class ImageFolder:
@@ -22,7 +26,11 @@ class ImageFolder:
         """List the files. UserError when there is no class, or a class without images."""
         self._folder = folder
         self.name = folder.resolve().name
+        self._real = os.path.realpath(folder)
         self._ignored: list[str] = []
+        self._seen: set[str] = set()
+        self._class_of: dict[str, str] = {}
+        """Folder, without links → class."""
         self.class_names = tuple(self._class_folders())
         if not self.class_names:
             raise UserError(f"{folder}: has no sub-folders; expected one per class, with the images inside")
@@ -41,8 +49,12 @@ class ImageFolder:
 
     def _class_folders(self) -> list[str]:
         names = []
-        for entry in sorted(os.scandir(self._folder), key=lambda entry: entry.name):
-            if entry.is_dir() and not entry.name.startswith("."):
+        try:
+            entries = sorted(os.scandir(self._folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise UserError(f"{self._folder}: could not be read: {error.strerror or error}") from error
+        for entry in entries:
+            if is_directory(entry.path) and self._is_of_the_source(str(self._folder), entry.name):
                 if not entry.name.isprintable():  # a name in no known encoding among them
                     raise UserError(
                         f"{self._folder}: the class folder {entry.name!a} cannot be printed; rename it"
@@ -54,20 +66,45 @@ class ImageFolder:
 
     def _images_below(self, class_name: str) -> list[str]:
         found: list[str] = []
-        seen: set[str] = set()
-        for root, folders, files in os.walk(self._folder / class_name, followlinks=True):
-            folders.sort()
+        for root, folders, files in os.walk(
+            self._folder / class_name, followlinks=True, onerror=refuse_unreadable
+        ):
+            below = os.path.relpath(root, self._folder)
             real = os.path.realpath(root)
-            if real in seen:  # a link that leads back, whose images would come again and again
+            label = self._class_of.setdefault(real, class_name)
+            if label != class_name:
+                raise UserError(
+                    f"{self._folder}: {below} and a folder of the class {label} are one folder, {real}: "
+                    "its images would have two labels"
+                )
+            if real in self._seen:  # over another link
                 folders.clear()
-                self._ignored.append(os.path.relpath(root, self._folder))
+                self._ignored.append(below)
                 continue
-            seen.add(real)
+            self._seen.add(real)
+            for name in sorted(folders):
+                if not self._is_of_the_source(root, name):
+                    folders.remove(name)
+                    self._ignored.append(os.path.join(below, name))
+            folders.sort()
             for file in sorted(files):
-                relative = os.path.relpath(os.path.join(root, file), self._folder)
+                # What is named like an image is one to be read, whatever it is: then it is missed by name.
                 is_image = Path(file).suffix.lower() in FORMATS and not file.startswith(".")
-                (found if is_image else self._ignored).append(relative)
+                if not is_image:
+                    is_directory(os.path.join(root, file))
+                (found if is_image else self._ignored).append(os.path.join(below, file))
         return found
+
+    def _is_of_the_source(self, root: str, name: str) -> bool:
+        """Whether a folder has images of the source: not a system's, nor any that come otherwise."""
+        if name.startswith(".") or name in NOT_OURS:
+            return False
+        path = os.path.join(root, name)
+        if not os.path.islink(path):
+            return True
+        target = os.path.realpath(path)
+        leads_in = os.path.commonpath([target, self._real]) in (target, self._real)
+        return not leads_in
 
     def __len__(self) -> int:
         return len(self._files)
@@ -77,7 +114,7 @@ class ImageFolder:
         file, label = self._files[number]
         path = self._folder / file
         try:
-            with open(path, "rb") as stream:
+            with open_regular(path) as stream:
                 image = load_pixels(open_image(stream, tuple(sorted(set(FORMATS.values())))))
                 return SourceImage(to_array(photograph_to_rgb(image)), label, {"source": file})
         except BadImage as error:
@@ -91,4 +128,23 @@ class ImageFolder:
             return []
         shown = ", ".join(ascii(name)[1:-1] for name in self._ignored[:REMARKS_SHOWN])
         more = f" and {len(self._ignored) - REMARKS_SHOWN:,} more" if len(self._ignored) > REMARKS_SHOWN else ""
-        return [f"left out, not {', '.join(FORMATS)} in a class folder, or there twice: {shown}{more}"]
+        return [f"left out, not {', '.join(FORMATS)} in a class folder, hidden, or there twice: {shown}{more}"]
+
+
+def is_directory(path: str) -> bool:
+    """Whether a path leads to a folder. UserError where that cannot be known, but not for a link to nothing."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def refuse_unreadable(error: OSError) -> None:
+    """What a walk does with a folder that it cannot read: its images must not be missed in silence."""
+    raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> UserError:
+    return UserError(f"{error.filename}: could not be read: {error.strerror or error}")

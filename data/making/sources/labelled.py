@@ -11,8 +11,9 @@ from typing import Any, Final, NamedTuple
 
 from ditmoe.data.making.class_names import MAX_CLASSES, as_name, as_number
 from ditmoe.data.making.sources.base import SourceImage
-from ditmoe.data.making.sources.folder import FORMATS
+from ditmoe.data.making.sources.folder import FORMATS, refuse_unreadable
 from ditmoe.data.shards.images import BadImage, load_pixels, open_image, photograph_to_rgb, to_array
+from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
 
 _PROBLEMS_SHOWN: Final = 20
@@ -76,7 +77,7 @@ class LabelledFolder:
         row = self._rows[number]
         path = self._folder / row.file
         try:
-            with open(path, "rb") as stream:
+            with open_regular(path) as stream:
                 image = load_pixels(open_image(stream, tuple(sorted(set(FORMATS.values())))))
                 image_HWC = to_array(photograph_to_rgb(image))
         except BadImage as error:
@@ -94,7 +95,7 @@ class LabelledFolder:
         """How many images the list does not name."""
         named = {row.file for row in self._rows}
         unnamed = 0
-        for root, _, files in os.walk(self._folder):
+        for root, _, files in os.walk(self._folder, onerror=refuse_unreadable):
             below = os.path.relpath(root, self._folder)
             for file in files:
                 path = file if below == "." else f"{below}/{file}"
@@ -105,7 +106,8 @@ class LabelledFolder:
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row with where it stands. UserError when the file cannot be read, or is none of the three kinds."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

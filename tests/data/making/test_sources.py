@@ -1,6 +1,11 @@
 """Each kind of source: what it holds, and what it says about wrong input."""
 
+import errno
+import os
+import shutil
+import socket
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +15,11 @@ from sklearn.datasets import load_digits
 
 from ditmoe.data.making.sources.digits import Digits
 from ditmoe.data.making.sources.folder import ImageFolder
+from ditmoe.data.making.sources.labelled import LabelledFolder
 from ditmoe.data.making.sources.npz import Npz
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.making.sources.shapes import MOST_CLASSES, Shapes
+from ditmoe.data.making.verify import verify
 from ditmoe.data.shards.images import BadImage, centre_crop, open_image, prepare, to_network_range, to_uint8
 from ditmoe.model.errors import UserError
 
@@ -223,7 +230,83 @@ def test_a_link_that_leads_back_is_followed_once(tmp_path: Path) -> None:
     (root / "ant" / "again").symlink_to(".")
     source = ImageFolder(root)
     assert len(source) == 9
-    assert source.remarks()[0].endswith("or there twice: README, ant/notes.txt, ant/again")
+    assert source.remarks()[0].endswith("or there twice: README, ant/again, ant/notes.txt")
+
+
+def test_images_of_systems_and_of_links_into_the_source_are_no_images_of_it(tmp_path: Path) -> None:
+    """Thumbnails would be learned as photographs, and a link to the parent labels one class as another."""
+    root = make_folder(tmp_path / "photos")
+    outside = make_folder(tmp_path / "elsewhere") / "ant"
+    for name in (".ipynb_checkpoints", "@eaDir", "__MACOSX", "ant/.thumbnails", "moth/@eaDir", "moth/deep/.cache"):
+        shutil.copytree(outside, root / name)
+    (root / "moth" / "up").symlink_to("..")
+    (root / "moth" / "out").symlink_to(outside)
+    (root / "zebra" / "other").symlink_to(root / "ant")
+    (root / "zoo").symlink_to(tmp_path)
+    (root / "same").symlink_to("ant")
+    source = ImageFolder(root)
+    assert source.class_names == ("ant", "moth", "zebra")
+    by_class = Counter(source.read(number).label for number in range(len(source)))
+    assert by_class == {0: 3, 1: 6, 2: 3}
+    files = {source.read(number).metadata["source"] for number in range(len(source))}
+    assert not any(part.startswith((".", "@")) for file in files for part in Path(file).parts)
+    passed_over = {".ipynb_checkpoints", "@eaDir", "ant/.thumbnails", "moth/deep/.cache", "moth/up", "same", "zoo"}
+    assert passed_over <= set(source._ignored)
+    (root / "zebra" / "out").symlink_to(outside)
+    with pytest.raises(UserError, match=r"zebra/out and a folder of the class moth are one folder, .*/ant"):
+        ImageFolder(root)
+
+
+def test_a_folder_that_cannot_be_read_ends_the_pack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path / "photos")
+    (root / "ant" / "deep").mkdir()
+    (root / "ant" / "list.csv").write_text("file,label\n0.png,1\n")
+    scandir = os.scandir
+
+    def refuses(path: str) -> object:
+        if os.path.basename(path) == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuses)
+    with pytest.raises(UserError, match=r"ant/deep: could not be read: Permission denied"):
+        ImageFolder(root)
+    with pytest.raises(UserError, match=r"ant/deep: could not be read: Permission denied"):
+        LabelledFolder(root / "ant", root / "ant" / "list.csv").remarks()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "broken link", "loop"])
+def test_what_is_named_like_an_image_and_is_none_is_missed_by_name(tmp_path: Path, kind: str) -> None:
+    root = make_folder(tmp_path / "photos")
+    path = root / "ant" / "0.png"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        folder = os.open(root / "ant", os.O_RDONLY)
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(f"/proc/self/fd/{folder}/0.png")  # paths of sockets are short
+        os.close(folder)
+    else:
+        path.symlink_to("nowhere" if kind == "broken link" else "0.png")
+    source = ImageFolder(root)
+    assert len(source) == 9
+    with pytest.raises(UserError, match=r"ant/0\.png: could not be read: "):
+        source.read(0)
+    (tmp_path / "list.csv").write_text("file,label\n0.png,1\n")
+    with pytest.raises(UserError, match=r"0\.png: could not be read: "):
+        LabelledFolder(root / "ant", tmp_path / "list.csv").read(0)
+
+
+@pytest.mark.parametrize("name", ["index.json", "samples.npz", "digits-00001.tar"])
+def test_a_pipe_in_a_dataset_does_not_hang(digits: Path, name: str) -> None:
+    (digits / name).unlink()
+    os.mkfifo(digits / name)
+    try:
+        problems = "\n".join(verify(digits).problems)
+    except UserError as error:
+        problems = str(error)
+    assert f"{name}: could not be read: " in problems and "regular file" in problems
 
 
 def test_class_names_of_an_npz_can_be_printed(tmp_path: Path) -> None:
