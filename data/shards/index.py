@@ -235,15 +235,20 @@ def _plain_name(file: str, suffix: str) -> str:
 
 def check_files(folder: Path, index: DatasetIndex) -> list[str]:
     """Shards that are missing or of another size than the index says, one line each. Reads no contents."""
-    problems = []
-    for shard in index.shards:
+    return list(file_problems(folder, index).values())
+
+
+def file_problems(folder: Path, index: DatasetIndex) -> dict[int, str]:
+    """As `check_files`, by the number of the shard."""
+    problems = {}
+    for number, shard in enumerate(index.shards):
         path = folder / shard.file
         try:
             size = path.stat().st_size
         except OSError as error:
-            problems.append(f"{path}: {error.strerror or error}, but {INDEX_FILE} lists it")
+            problems[number] = f"{path}: {error.strerror or error}, but {INDEX_FILE} lists it"
             continue
         if size != shard.bytes:
             kind = "truncated" if size < shard.bytes else "too long"
-            problems.append(f"{path}: {kind}: {size:,} bytes, and {INDEX_FILE} says {shard.bytes:,}")
+            problems[number] = f"{path}: {kind}: {size:,} bytes, and {INDEX_FILE} says {shard.bytes:,}"
     return problems

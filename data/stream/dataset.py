@@ -95,7 +95,7 @@ class Dataset:
             problem
             for source in self.sources
             if source.config.on_error == "stop"
-            for problem in source.opened.check_files()
+            for problem in source.opened.file_problems().values()
         ]
         if problems:
             raise UserError("\n".join(problems))

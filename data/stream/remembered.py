@@ -56,6 +56,8 @@ class RememberedData:
     config: DataConfig
     origin: str
     """The checkpoint, for messages."""
+    option: str = "--data"
+    """With which the user names a source."""
 
     def source(self, number: int, named: str | None = None, index: Path | None = None) -> SourceConfig:
         """One of the run's sources, to be opened.
@@ -86,8 +88,8 @@ class RememberedData:
         count = len(self.config.sources)
         if named and len(named) != count:
             raise UserError(
-                f"--data is given {len(named)} time{'s' if len(named) > 1 else ''}, and {self.origin} was trained "
-                f"on {count} source{'s' if count > 1 else ''}; expected it once for each, in order, or left out"
+                f"{self.option} is given {len(named)} time{'s' if len(named) > 1 else ''}, and {self.origin} was "
+                f"trained on {count} source{'s' if count > 1 else ''}; expected one for each, or none"
             )
         sources = tuple(self.source(number, named[number] if named else None) for number in range(count))
         return self.config.model_copy(update={"sources": sources, "cache": self.cache, **changes})
@@ -110,11 +112,11 @@ class RememberedData:
         else:
             return
         raise UserError(
-            f"{self.origin}: was trained on {shown_place(path)}: {problem}; name the source with --data"
+            f"{self.origin}: was trained on {shown_place(path)}: {problem}; name the source with {self.option}"
         )
 
 
-def remembered_data(config: Mapping[str, Any], origin: str) -> RememberedData | None:
+def remembered_data(config: Mapping[str, Any], origin: str, option: str = "--data") -> RememberedData | None:
     """The data that a checkpoint's configuration speaks of; null: it has none, as of converted weights.
 
     UserError when it cannot be read.
@@ -123,7 +125,7 @@ def remembered_data(config: Mapping[str, Any], origin: str) -> RememberedData | 
     if stored is None:
         return None
     try:
-        return RememberedData(DataConfig.model_validate(stored), origin)
+        return RememberedData(DataConfig.model_validate(stored), origin, option)
     except ValidationError as error:  # its own text quotes values, and with them passwords
         problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise UserError(f"{origin}: its section `data` cannot be read: {'; '.join(problems[:3])}") from None

@@ -14,7 +14,7 @@ from ditmoe.data.places.faults import ShardFault
 from ditmoe.data.places.fetcher import ShardFetcher
 from ditmoe.data.places.place import LocalPlace, Place, open_place
 from ditmoe.data.places.reader import Shard
-from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, check_files, load_index, parse_index
+from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, file_problems, load_index, parse_index
 from ditmoe.data.shards.sample_table import SampleColumns, digest_of_members, parse_table
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.selection import Selection, map_classes, select
@@ -28,6 +28,12 @@ class OpenSource:
     config: SourceConfig
     place: Place
     index: DatasetIndex
+
+    @property
+    def folders(self) -> list[Path]:
+        """Local folders that are read: of shards, and of an index elsewhere."""
+        shards = [self.place.folder] if isinstance(self.place, LocalPlace) else []
+        return shards + ([] if self.config.index is None else [self.config.index.parent])
 
     @cached_property
     def table(self) -> SampleColumns | None:
@@ -51,9 +57,9 @@ class OpenSource:
         label_of = map_classes(self.index, self.config, run_names, f"data.sources.{number}")
         return select(self.index, self.table, self.config, label_of, seed=seed, number=number)
 
-    def check_files(self) -> list[str]:
-        """Shards of a local place that are missing or of another size, a line each; none of a remote place."""
-        return check_files(self.place.folder, self.index) if isinstance(self.place, LocalPlace) else []
+    def file_problems(self) -> dict[int, str]:
+        """Shard of a local place → why its file is not what the index says; nothing of a remote place."""
+        return file_problems(self.place.folder, self.index) if isinstance(self.place, LocalPlace) else {}
 
     def shards(self, numbers: Sequence[int]) -> Iterator[tuple[int, Shard | ShardFault]]:
         """Some shards one after another, the next one fetched meanwhile; one that cannot be read as what is wrong.

@@ -29,6 +29,15 @@ VaeOption = Annotated[
     typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
 ]
 
+IndexOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Folder of their index.json, where it lies elsewhere."),
+]
+OnErrorOption = Annotated[
+    Literal["stop", "skip"] | None,
+    typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: as the run did]"),
+]
+
 _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "sampler": (
         Annotated[

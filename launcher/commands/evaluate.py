@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
+from ditmoe.launcher.commands.drawing import (
+    Drawing,
+    IndexOption,
+    OnErrorOption,
+    StepOption,
+    VaeOption,
+    WeightsOption,
+    draws_images,
+)
 from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 
 
@@ -32,8 +40,11 @@ def command(
     weights: WeightsOption = "ema",
     step: StepOption = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of shards with the real images. [default: the run's]")
+        str | None,
+        typer.Option(metavar="SOURCE", help="Where shards with the real images lie. [default: the run's]"),
     ] = None,
+    index: IndexOption = None,
+    on_error: OnErrorOption = None,
     features: Annotated[
         Literal["classifier", "inception"],
         typer.Option(help="Feature network: one trained here on the real images, or Inception-v3 from a file."),
@@ -79,6 +90,8 @@ def command(
         weights=weights,
         step=step,
         data=data,
+        index=index,
+        on_error=on_error,
         features=features,
         features_path=features_path,
         recogniser=recogniser,
@@ -92,6 +105,8 @@ def command(
     shared += ["--recogniser" if recogniser else "--no-recogniser"]
     for option, value in (
         ("--data", data),
+        ("--index", index),
+        ("--on-error", on_error),
         ("--features-path", features_path),
         ("--chunk", chunk),
         ("--cache", cache),

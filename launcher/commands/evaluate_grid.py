@@ -18,6 +18,8 @@ HOLDING: Final = (
     "weights",
     "step",
     "data",
+    "index",
+    "on_error",
     "features",
     "features_path",
     "recogniser",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName
 
@@ -95,7 +95,7 @@ class Job:
     evaluation: Evaluation
     folder: Path
     """`RUN/evaluations/<id>`."""
-    real: RealImages
+    real: Reference
     cache: Path
     """Folder of trained classifiers and statistics of real images, shared by runs."""
     features: FeatureName = "classifier"
@@ -127,7 +127,7 @@ class Job:
             )
         if self.real.index.num_classes != self.evaluation.num_classes:
             raise UserError(
-                f"{self.real.folder}: has {self.real.index.num_classes} classes; "
+                f"{self.real.where}: has {self.real.index.num_classes} classes; "
                 f"expected the network's {self.evaluation.num_classes}"
             )
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.progress import show_progress
-from ditmoe.data.stream.remembered import remembered_data
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
@@ -26,7 +25,7 @@ from ditmoe.sampling.evaluation.run_job import run_job, stored_result
 from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, join_workers
 from ditmoe.sampling.metrics.inception import load_inception
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_run
 from ditmoe.sampling.network.denoiser import check_guidance
 from ditmoe.sampling.network.load import (
     LoadedModel,
@@ -53,8 +52,12 @@ class EvaluationOptions:
     labels: LabelSampling = "random"
     weights: Weights = "ema"
     step: int | None = None
-    data: Path | None = None
-    """Folder of the real images; None: what the run was trained on."""
+    data: str | Path | None = None
+    """Where the real images lie, as a source's `path`; None: where the run's lay."""
+    index: Path | None = None
+    """Folder of their index; None: it is with them."""
+    on_error: OnError | None = None
+    """What to do about images that cannot be used; None: what the run did."""
     features: FeatureName = "classifier"
     features_path: Path | None = None
     recogniser: bool = True
@@ -91,7 +94,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     if options.weights not in info.parts:
         raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
     decoder = find_decoder(info, options.vae)
-    real = RealImages(options.data or training_data(info))
+    real = reference_of_run(info, options.data, options.index, options.on_error)
     num_classes = _check_fit(info, real, decoder)
     if options.features_path is not None and options.features != "inception":
         raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
@@ -250,17 +253,7 @@ def drawn_images(images: Generated) -> DrawnImages:
     return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy())
 
 
-def training_data(info: CheckpointInfo) -> Path:
-    """The folder that a run was trained on, the first if there were several. UserError when it does not say."""
-    remembered = remembered_data(info.config, str(info.path))
-    if remembered is None:
-        raise UserError(
-            f"{info.path}: does not say what it was trained on; give the folder of real images with --data"
-        )
-    return Path(remembered.source(0).path)
-
-
-def _check_fit(info: CheckpointInfo, real: RealImages, decoder: VaeFacts | None) -> int:
+def _check_fit(info: CheckpointInfo, real: Reference, decoder: VaeFacts | None) -> int:
     """The number of classes; the images that the network draws must be of the form of the real ones."""
     expected: dict[str, Any] = {
         name: info.config["model"].get(name) or info.dataset.get(name)
@@ -278,19 +271,19 @@ def _check_fit(info: CheckpointInfo, real: RealImages, decoder: VaeFacts | None)
     if problems:
         latents = decoder is None and expected["channels"] not in (1, 3)
         raise UserError(
-            f"{real.folder}: not what the network of {info.path} draws: {'; '.join(problems)}"
+            f"{real.where}: not what the network of {info.path} draws: {'; '.join(problems)}"
             + ("; if it draws latents, give their VAE with --vae" if latents else "")
         )
     return real.index.num_classes
 
 
-def _other_classes(info: CheckpointInfo, real: RealImages) -> tuple[str, ...]:
+def _other_classes(info: CheckpointInfo, real: Reference) -> tuple[str, ...]:
     """A warning where the classes of the real images have other names than those that the network learned."""
     learned = info.dataset.get("class_names") or []
     for label, (expected, found) in enumerate(zip(learned, real.index.class_names, strict=False)):
         if expected != found:
             return (
-                f"class {label} is {found} in {real.folder} and {expected} in the network's training: "
+                f"class {label} is {found} in {real.where} and {expected} in the network's training: "
                 "what is recognised, and figures by class, mean something only if the classes are the same",
             )
     return ()

@@ -17,7 +17,7 @@ from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.scores import ChunkDescriptions, RealStatistics, score
 
 METRICS_FORMAT: Final = 1
@@ -30,7 +30,7 @@ def write_results(
     evaluation: dict[str, Any],
     request: dict[str, Any],
     store: ChunkStore,
-    real: RealImages,
+    real: Reference,
     network: FeatureNetwork,
     statistics: RealStatistics,
     descriptions: ChunkDescriptions,
@@ -53,12 +53,7 @@ def write_results(
             "fingerprint": network.fingerprint,
             **network.description,
         },
-        "real": {
-            "name": real.index.name,
-            "folder": str(real.folder),
-            "images": real.count,
-            "fingerprint": real.fingerprint,
-        },
+        "real": real.facts(statistics.left_out),
         **score(descriptions, statistics),
     }
     result["warnings"] += warnings

@@ -31,10 +31,11 @@ from torch.nn import functional
 
 from ditmoe.data.shards.images import to_network_range
 from ditmoe.data.storage.parts import DamagedPart, Parts, run_parts
+from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator, permutation
 from ditmoe.model.threads import one_thread
 from ditmoe.sampling.metrics.features import AT_ONCE, Features, fingerprint_of, images_to_tensor, in_batches
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import Reference
 
 MAX_IMAGES: Final = 50_000
 """Real images that a classifier is trained on at most, drawn at random from larger sets."""
@@ -214,7 +215,7 @@ def _reduce(x_NCHW: Tensor) -> Tensor:
 
 def load_classifier(
     settings: ClassifierSettings,
-    real: RealImages,
+    real: Reference,
     cache: Path,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
@@ -244,13 +245,13 @@ def load_classifier(
     return run_parts(parts)
 
 
-def _build(settings: ClassifierSettings, real: RealImages) -> nn.Module:
+def _build(settings: ClassifierSettings, real: Reference) -> nn.Module:
     make = PlainClassifier if settings.architecture == "plain" else ResidualClassifier
     size = min(real.index.image_size, MAX_SIZE)
     return make(size, real.index.channels, real.index.num_classes, settings.dimension)
 
 
-def _load(path: Path, real: RealImages, settings: ClassifierSettings, device: torch.device) -> Classifier:
+def _load(path: Path, real: Reference, settings: ClassifierSettings, device: torch.device) -> Classifier:
     network = _build(settings, real)
     try:
         with safe_open(path, framework="pt") as stored:
@@ -265,7 +266,7 @@ def _load(path: Path, real: RealImages, settings: ClassifierSettings, device: to
 
 def train_classifier(
     settings: ClassifierSettings,
-    real: RealImages,
+    real: Reference,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -331,14 +332,14 @@ def _same_everywhere() -> Iterator[None]:
         yield
 
 
-def _read_training_images(settings: ClassifierSettings, real: RealImages) -> tuple[Tensor, Tensor]:
+def _read_training_images(settings: ClassifierSettings, real: Reference) -> tuple[Tensor, Tensor]:
     """Up to MAX_IMAGES real images in random order, uint8 [N, C, H, W], and labels [N]; the first are held out."""
     chosen = permutation(settings.seed, "classifier/split", 0, real.count)[:MAX_IMAGES]
     row_of = np.full(real.count, -1, dtype=np.int64)
     row_of[chosen] = np.arange(len(chosen))
     size = min(real.index.image_size, MAX_SIZE)
     image_NCHW = torch.empty(len(chosen), real.index.channels, size, size, dtype=torch.uint8)
-    label_N = torch.empty(len(chosen), dtype=torch.int64)
+    label_N = torch.full((len(chosen),), -1, dtype=torch.int64)
     for batch in real.read_all(AT_ONCE):
         wanted = row_of[batch.number_N] >= 0
         if wanted.any():
@@ -346,7 +347,10 @@ def _read_training_images(settings: ClassifierSettings, real: RealImages) -> tup
             images = images_to_tensor(batch.image_NHWC[wanted], torch.device("cpu"), colour=False)
             image_NCHW[rows] = _reduce(images)
             label_N[rows] = torch.from_numpy(batch.label_N[wanted])
-    return image_NCHW, label_N
+    there = label_N >= 0
+    if not there.any():
+        raise UserError(f"{real.where}: none of its images can be used")
+    return (image_NCHW, label_N) if there.all() else (image_NCHW[there], label_N[there])
 
 
 def _shift(x_NCHW: Tensor, seed: int, step: int) -> Tensor:

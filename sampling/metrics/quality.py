@@ -25,7 +25,7 @@ from ditmoe.sampling.metrics.classifier import (
 )
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.inception import load_inception
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.settings.names import FeatureName
 
 ScoreName = Literal["classifier", "features", "none"]
@@ -62,7 +62,7 @@ class ScoreSettings:
 class ClassifierScore:
     """The probability that the classifier gives to the intended class, 0 … 1."""
 
-    def __init__(self, classifier: Classifier, real: RealImages) -> None:
+    def __init__(self, classifier: Classifier, real: Reference) -> None:
         self._classifier = classifier
         self.description: Mapping[str, Any] = {
             "score": "classifier",
@@ -81,7 +81,7 @@ class ClassifierScore:
 class FeatureScore:
     """Minus the distance to the mean of the intended class's real images, so 0 at most."""
 
-    def __init__(self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: RealImages) -> None:
+    def __init__(self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: Reference) -> None:
         self._network, self._mean_KF = network, mean_KF
         self.description: Mapping[str, Any] = {
             "score": "features",
@@ -100,7 +100,7 @@ class FeatureScore:
 
 def make_scorer(
     settings: ScoreSettings,
-    real: RealImages,
+    real: Reference,
     labels: Sequence[int],
     cache: Path,
     workers: Workers,
@@ -129,7 +129,7 @@ def make_scorer(
     empty = [label for label in sorted(set(labels)) if np.isnan(mean_KF[label]).any()]
     if empty:
         raise UserError(
-            f"{real.folder}: has no image of class {empty[0]} ({real.index.class_names[empty[0]]}), "
+            f"{real.where}: has no image of class {empty[0]} ({real.index.class_names[empty[0]]}), "
             "from whose mean distances are measured; leave it out with --classes, or give another --reference"
         )
     return FeatureScore(network, mean_KF, real)
@@ -137,7 +137,7 @@ def make_scorer(
 
 def class_means(
     network: FeatureNetwork,
-    real: RealImages,
+    real: Reference,
     cache: Path,
     workers: Workers,
     on_progress: Progress = lambda done: None,
@@ -171,7 +171,7 @@ def class_means(
     return run_parts(parts, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
 
 
-def plain_settings(settings: ScoreSettings, real: RealImages | None) -> dict[str, Any]:
+def plain_settings(settings: ScoreSettings, real: Reference | None) -> dict[str, Any]:
     """The choice of a score as plain data, to tell whether two are the same."""
     if settings.kind == "none" or real is None:
         return {"kind": "none"}

@@ -10,7 +10,7 @@ Shapes: N images, F features.
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
 from ditmoe.data.storage.parts import Parts, Progress, make_parts, run_parts
+from ditmoe.data.stream.left_out import LeftOut
+from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.statistics import (
     Manifold,
     Moments,
@@ -49,6 +51,8 @@ class RealStatistics:
     """Kind of feature → `half_a`, `half_b` and `rest` (the odd image of an uneven count)."""
     features_NF: NDArray[np.floating]
     """Features of up to NEIGHBOUR_IMAGES images drawn at random."""
+    left_out: LeftOut
+    """Images that could not be used."""
 
     def whole(self, kind: str) -> Moments:
         """The moments of all real images."""
@@ -62,7 +66,7 @@ class RealStatistics:
 
 
 def real_statistics(
-    real: RealImages,
+    real: Reference,
     network: FeatureNetwork,
     cache: Path,
     *,
@@ -78,9 +82,7 @@ def real_statistics(
     return run_parts(_parts_of_real(real, network, cache), rank=rank, ranks=ranks, on_progress=on_progress)
 
 
-def _parts_of_real(
-    real: RealImages, network: FeatureNetwork, cache: Path
-) -> Parts[Arrays, Arrays, RealStatistics]:
+def _parts_of_real(real: Reference, network: FeatureNetwork, cache: Path) -> Parts[Arrays, Arrays, RealStatistics]:
     folder = cache / f"real-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
     names = [f"part-{part:02d}.npz" for part in range(real.parts)]
     place = np.empty(real.count, dtype=np.int64)
@@ -91,16 +93,17 @@ def _parts_of_real(
         lambda part: _part_statistics(real, part, network, place),
         write_arrays,
         lambda part: read_arrays(folder / names[part]),
-        _merged_statistics,
+        partial(_merged_statistics, real),
     )
 
 
-def _part_statistics(real: RealImages, part: int, network: FeatureNetwork, place: NDArray[np.int64]) -> Arrays:
+def _part_statistics(real: Reference, part: int, network: FeatureNetwork, place: NDArray[np.int64]) -> Arrays:
     """Moments of a part's images by half, and the features of those among the first in the random order."""
     half = real.count // 2
     moments: dict[str, Moments] = {}
     neighbours = [np.empty((0, network.dimension), dtype=np.float32)]
-    images = ((batch.image_NHWC, batch.number_N) for batch in real.read(part, AT_ONCE))
+    left_out = real.new_left_out()
+    images = ((batch.image_NHWC, batch.number_N) for batch in real.read(part, AT_ONCE, left_out))
     for image_NHWC, number_N in in_blocks(images, AT_ONCE):
         described = describe(network, image_NHWC)
         place_N = place[number_N]
@@ -113,19 +116,25 @@ def _part_statistics(real: RealImages, part: int, network: FeatureNetwork, place
                 key = f"{kind}/{name}"
                 moments[key] = moments[key].merge(found) if key in moments else found
         neighbours.append(described["features"][place_N < NEIGHBOUR_IMAGES].astype(np.float32))
-    arrays: Arrays = {"neighbours": np.concatenate(neighbours)}
+    arrays: Arrays = {
+        "neighbours": np.concatenate(neighbours),
+        "left_out": np.array(left_out.lines, dtype=np.str_),
+        "left_out_count": np.array(left_out.count),
+    }
     for key, value in moments.items():
         arrays |= {f"{key}/mean": value.mean_F, f"{key}/scatter": value.scatter_FF}
         arrays[f"{key}/count"] = np.array(value.count)
     return arrays
 
 
-def _merged_statistics(parts: Iterable[Arrays]) -> RealStatistics:
-    """Merged in the order of the parts."""
+def _merged_statistics(real: Reference, parts: Iterable[Arrays]) -> RealStatistics:
+    """Merged in the order of the parts. UserError when too many images cannot be used."""
+    left_out = real.new_left_out()
     moments: dict[str, dict[str, Moments]] = {}
     neighbours: list[NDArray[np.floating]] = []
     for part in parts:
         neighbours.append(part["neighbours"])
+        left_out.add_lines(int(part["left_out_count"]), part["left_out"].tolist())
         for kind in _KINDS:
             for half in _HALVES:
                 key = f"{kind}/{half}"
@@ -134,7 +143,9 @@ def _merged_statistics(parts: Iterable[Arrays]) -> RealStatistics:
                 found = Moments(int(part[f"{key}/count"]), part[f"{key}/mean"], part[f"{key}/scatter"])
                 halves = moments.setdefault(kind, {})
                 halves[half] = halves[half].merge(found) if half in halves else found
-    return RealStatistics(moments, np.concatenate(neighbours))
+    if not moments:
+        raise UserError(f"{real.where}: none of its {real.count:,} images can be used; {left_out.lines[-1]}")
+    return RealStatistics(moments, np.concatenate(neighbours), left_out)
 
 
 class ChunkDescriptions:

@@ -32,12 +32,11 @@ from ditmoe.data.storage.files import read_settings
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import classifier_fingerprint
-from ditmoe.sampling.evaluation.of_run import training_data
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.jobs.workers import CPU
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.quality import ScoreSettings, plain_settings
-from ditmoe.sampling.metrics.real import RealImages
+from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_run
 from ditmoe.sampling.network.load import Weights, find_checkpoint, find_decoder, home_of
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 
@@ -62,8 +61,12 @@ class SynthesisOptions:
     format: ImageFormat = "png"
     shard_samples: int = 1000
     score: ScoreSettings = field(default_factory=ScoreSettings)
-    reference: Path | None = None
-    """Shards with real images that scores go by; null: what the run was trained on."""
+    reference: str | Path | None = None
+    """Where the real images that scores go by lie, as a source's `path`; null: where the run's lay."""
+    index: Path | None = None
+    """Folder of their index; null: it is with them."""
+    on_error: OnError | None = None
+    """What to do about real images that cannot be used; null: what the run did."""
     cache: Path = Path()
     """Folder of trained classifiers and of means of real images."""
     vae: Path | None = None
@@ -81,7 +84,7 @@ class Synthesis:
     options: SynthesisOptions
     checkpoint: Path
     class_names: tuple[str, ...]
-    real: RealImages | None
+    real: Reference | None
     """What scores go by; null: there are none."""
     vae: Path | None
     """The VAE that decodes what the network draws; null: it draws pixels."""
@@ -214,7 +217,7 @@ def _form(info: CheckpointInfo, decoder: VaeFacts | None) -> tuple[int, int]:
 
 def _reference(
     options: SynthesisOptions, info: CheckpointInfo, expected: tuple[int, int, int]
-) -> RealImages | None:
+) -> Reference | None:
     """The real images that scores go by. UserError when they are not there, or of another kind."""
     if options.score.features_path is not None and options.score.features != "inception":
         raise UserError(f"--features-path {options.score.features_path}: expected only with --features inception")
@@ -222,25 +225,19 @@ def _reference(
         if options.reference is not None:
             raise UserError(f"--reference {options.reference}: with --score none there is nothing to score by it")
         return None
-    folder = options.reference
-    if folder is None:
-        try:
-            folder = training_data(info)
-        except UserError as error:
-            raise UserError(
-                f"{error} (here --reference, for the real images that scores go by), or give --score none"
-            ) from None
-    real = RealImages(folder)
+    try:
+        real = reference_of_run(info, options.reference, options.index, options.on_error, "--reference")
+    except UserError as error:
+        hint = "" if options.reference else "; --score none needs none"
+        raise UserError(f"{error}{hint}") from error
     found = (real.index.image_size, real.index.channels, real.index.num_classes)
     problems = [
         f"{name} is {has}, expected {wants}"
         for name, has, wants in zip(("image_size", "channels", "num_classes"), found, expected, strict=True)
         if has != wants
     ]
-    if real.index.latents is not None:
-        problems.append("it holds latents, expected images")
     if problems:
-        raise UserError(f"{folder}: not what the network of {info.path} draws: {'; '.join(problems)}")
+        raise UserError(f"{real.where}: not what the network of {info.path} draws: {'; '.join(problems)}")
     if options.score.kind == "features" and options.score.features == "inception":
         load_inception(options.score.features_path, CPU)
     return real
@@ -249,7 +246,7 @@ def _reference(
 def check_out(synthesis: Synthesis) -> None:
     """UserError when the folder holds anything but a part of this dataset, and shall stay."""
     out, overwrite = synthesis.out, synthesis.options.overwrite
-    read = [synthesis.checkpoint, *([] if synthesis.real is None else [synthesis.real.folder])]
+    read = [synthesis.checkpoint, *([] if synthesis.real is None else synthesis.real.source.folders)]
     refuse_holding(out, [*read, *([] if synthesis.vae is None else [synthesis.vae])])
     stored = read_plan(out)
     if stored == synthesis.plan:

@@ -6,10 +6,12 @@ import torch
 
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
+from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.metrics.reference import Reference, open_reference
 from ditmoe.sampling.noise_level.classifier import (
     NoiseNetwork,
     classifier_folder,
@@ -27,6 +29,11 @@ def write_digits(folder: Path) -> Path:
     """300 digits as shards."""
     pack(open_source("digits", count=None, seed=0), folder, PackSettings(count=300))
     return folder
+
+
+def images_of(folder: Path) -> Reference:
+    """All images of a folder."""
+    return open_reference(SourceConfig(path=str(folder)))
 
 
 def write_run(path: Path) -> Path:

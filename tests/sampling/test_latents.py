@@ -27,13 +27,13 @@ from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_
 from ditmoe.sampling.drawing.generate import generate, generate_float
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
-from ditmoe.sampling.metrics.real import RealImages
 from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.noise_level import training as noise_training
 from ditmoe.sampling.noise_level.classifier import load_noise_classifier, space_of
 from ditmoe.sampling.noise_level.training import NoiseTraining, train_noise_classifier, training_dataset
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.markers import change_marker
+from tests.sampling.small_run import images_of
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=4, num_classes=5
@@ -126,7 +126,7 @@ def test_a_network_of_latents_makes_a_dataset_of_images(
     index = load_index(tmp_path / "a")
     assert (index.image_size, index.channels, index.latents, index.total) == (16, 3, None, 10)
     expected = generate(load_model(run), None, list(range(10)), SamplerConfig(steps=2, seed=1), batch=10)
-    found = np.concatenate([batch.image_NHWC for batch in RealImages(tmp_path / "a").read_all(10)])
+    found = np.concatenate([batch.image_NHWC for batch in images_of(tmp_path / "a").read_all(10)])
     # Another number of threads may round otherwise.
     assert np.abs(found.astype(int) - expected.image_NHWC.numpy()).max() <= 1
     arguments = ["synthesize", "--from", str(moved), str(tmp_path / "b"), *common]

@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
+from ditmoe.launcher.commands.drawing import (
+    Drawing,
+    IndexOption,
+    OnErrorOption,
+    StepOption,
+    VaeOption,
+    WeightsOption,
+    draws_images,
+)
 from ditmoe.launcher.commands.words import counted
 
 
@@ -30,8 +38,13 @@ def command(
         ),
     ] = "classifier",
     reference: Annotated[
-        Path | None, typer.Option(help="Shards of the real images that scores go by. [default: the run's]")
+        str | None,
+        typer.Option(
+            metavar="SOURCE", help="Where shards of the real images lie that scores go by. [default: the run's]"
+        ),
     ] = None,
+    index: IndexOption = None,
+    on_error: OnErrorOption = None,
     features: Annotated[
         Literal["classifier", "inception"],
         typer.Option(help="With --score features: a network trained on the real images, or Inception-v3."),
@@ -94,14 +107,16 @@ def command(
         shard_samples=shard_samples,
         score=ScoreSettings(score, features, features_path),
         reference=reference,
+        index=index,
+        on_error=on_error,
         cache=cache or default_cache(),
         vae=vae,
         name=name,
         overwrite=overwrite,
     )
     synthesis = prepare_synthesis(options)
-    index = finished(synthesis)
-    if index is None:
+    made = finished(synthesis)
+    if made is None:
         if not this_process().started:
             processes = processes or _default_processes()
         if processes is not None and processes > 1 and not this_process().started:
@@ -115,6 +130,8 @@ def command(
             for option, value in (
                 ("--classes", classes),
                 ("--reference", reference),
+                ("--index", index),
+                ("--on-error", on_error),
                 ("--features-path", features_path),
                 ("--cache", cache),
                 ("--vae", vae),
@@ -132,7 +149,7 @@ def command(
             # Sums may round otherwise on another number of threads; the bytes shall not tell how many processes.
             torch.set_num_threads(1)
         try:
-            index = synthesize(
+            made = synthesize(
                 synthesis,
                 drawer(synthesis, workers.device),
                 workers,
@@ -143,10 +160,10 @@ def command(
             workers.leave()
     if this_process().first:
         typer.echo(
-            f"synthesised {counted(index.total, 'image')} "
-            f"of {index.image_size}×{index.image_size}×{index.channels} "
+            f"synthesised {counted(made.total, 'image')} "
+            f"of {made.image_size}×{made.image_size}×{made.channels} "
             f"in {counted(len(set(synthesis.plan['classes'])), 'class', 'classes')}: "
-            f"{counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
+            f"{counted(len(made.shards), 'shard')}, {made.total_bytes / 2**20:,.1f} MiB"
         )
         for line in _scores(out):
             typer.echo(line)

@@ -30,8 +30,8 @@ from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.metrics.real import RealImages
 from tests.data.making.foreign_tars import Named, imagenet, img2dataset, picture, write_tar
+from tests.sampling.small_run import images_of
 
 PREFIX = "ignored, no tar with a plain name (letters, digits and ._+=@,%-, a letter or digit first): "
 
@@ -437,7 +437,7 @@ def test_training_scoring_and_encoding_pass_over_what_is_left_out(tmp_path: Path
     expected = [label for label in labels_in(folder) if label >= 0]
     keys, labels = epoch_of(folder)
     assert len(set(keys)) == 11 and sorted(labels) == sorted(expected)
-    real = RealImages(folder)
+    real = images_of(folder)
     batches = list(real.read_all(4))
     assert real.count == 11 and real.fingerprint != load_index(folder).fingerprint[:16]
     assert np.concatenate([batch.label_N for batch in batches]).tolist() == expected

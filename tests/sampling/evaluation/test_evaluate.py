@@ -21,9 +21,9 @@ from ditmoe.sampling.evaluation.run_job import default_chunk, run_job, stored_re
 from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
-from ditmoe.sampling.metrics.real import RealImages
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import run_forked
+from tests.sampling.small_run import images_of
 
 NAMES = ("zero", "<b>one</b>", "../two", *map(str, range(3, 10)))
 
@@ -54,7 +54,7 @@ def make_job(folder: Path, shards: Path, cache: Path, count: int = 200, **change
     return Job(
         evaluation=evaluation,
         folder=folder / "evaluations" / evaluation.id,
-        real=RealImages(shards),
+        real=images_of(shards),
         cache=cache,
         chunk=changes.pop("chunk", 32),
         feature_classifier=replace(FEATURE_CLASSIFIER, passes=3),
@@ -67,7 +67,7 @@ class Copyist:
     """A perfect network: image i is the i-th real digit of its class. May die in the middle."""
 
     def __init__(self, shards: Path, dies_after: int | None = None, noise: int = 0) -> None:
-        batches = list(RealImages(shards).read_all(500))
+        batches = list(images_of(shards).read_all(500))
         self.images = np.concatenate([batch.image_NHWC for batch in batches])
         labels = np.concatenate([batch.label_N for batch in batches])
         self.of_class = [np.flatnonzero(labels == label) for label in range(10)]

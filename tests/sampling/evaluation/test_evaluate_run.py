@@ -30,13 +30,12 @@ from ditmoe.sampling.evaluation.run_job import stored_result
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
-from ditmoe.sampling.metrics.real import RealImages
 from ditmoe.sampling.noise_level.classifier import (
     classifier_folder,
 )
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.markers import change_marker
-from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
+from tests.sampling.small_run import images_of, write_digits, write_noise_classifier, write_run
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +193,7 @@ def test_results_name_the_real_images_that_they_are_of(run: Path, shards: Path, 
     metrics["results"]["inception"] = {"real": {"name": "others"}}
     (job.folder / "metrics.json").write_text(json.dumps(metrics))
     pack(open_source("digits", seed=0), tmp_path / "more", PackSettings(count=400, seed=1))
-    results = evaluate_run(replace(job, real=RealImages(tmp_path / "more")))["results"]
+    results = evaluate_run(replace(job, real=images_of(tmp_path / "more")))["results"]
     assert results["inception"]["real"]["name"] == "others"
     assert results["classifier"]["real"]["images"] == 400
 

@@ -38,12 +38,12 @@ from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
 from ditmoe.sampling.metrics.quality import FeatureScore, ScoreSettings, class_means, make_scorer
-from ditmoe.sampling.metrics.real import RealImages
 from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.synthesis import make as synthesize_module
 from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
 from ditmoe.sampling.synthesis.plan import Synthesis, SynthesisOptions, prepare_synthesis
+from tests.sampling.small_run import images_of
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
@@ -112,7 +112,7 @@ def test_images_are_those_of_their_numbers_with_label_score_and_provenance(share
     labels = torch.tensor([(4, 7, 2)[number % 3] for number in range(45)])
     model = load_model(shared / "run")
     expected = generate(model, labels, range(45), SamplerConfig(steps=2, seed=1), 8).image_NHWC.numpy()
-    classifier = load_classifier(QUICK, RealImages(shared / "shards"), shared / "cache", CPU)
+    classifier = load_classifier(QUICK, images_of(shared / "shards"), shared / "cache", CPU)
     probability = classifier.probabilities(expected)
     np.testing.assert_allclose(probability.sum(1), 1, rtol=1e-5)
     np.testing.assert_array_equal(probability.argmax(1), classifier.predict(expected))
@@ -266,7 +266,7 @@ def test_work_that_is_left_at_the_end_is_removed(shared: Path, tmp_path: Path) -
 def test_features_score_by_the_distance_to_the_class(shared: Path, tmp_path: Path) -> None:
     settings = ScoreSettings("features", feature_classifier=QUICK_FEATURES)
     made(shared, tmp_path / "out", score=settings)
-    real = RealImages(shared / "shards")
+    real = images_of(shared / "shards")
     network = load_classifier(QUICK_FEATURES, real, shared / "cache", CPU)
     images = [batch for batch in real.read_all(32)]
     features = np.concatenate([network.features(batch.image_NHWC)["features"] for batch in images]).astype(float)
@@ -277,7 +277,7 @@ def test_features_score_by_the_distance_to_the_class(shared: Path, tmp_path: Pat
     index = load_index(tmp_path / "out")
     table = read_table(tmp_path / "out", index)
     assert table is not None and table.score_N is not None
-    drawn = [batch.image_NHWC for batch in RealImages(tmp_path / "out").read_all(64)]
+    drawn = [batch.image_NHWC for batch in images_of(tmp_path / "out").read_all(64)]
     described = network.features(np.concatenate(drawn))["features"].astype(float)
     distance = [
         np.sqrt(((row - mean_KF[label]) ** 2).sum()) for row, label in zip(described, table.label_N, strict=True)
@@ -290,7 +290,7 @@ def test_a_class_without_real_images_has_no_mean(shared: Path, tmp_path: Path) -
     labels = np.array([0, 1, 3, 4, 5, 6, 7, 8, 9] * 2)
     np.savez(tmp_path / "x.npz", images=images, labels=labels)
     pack(open_source(str(tmp_path / "x.npz"), seed=0), tmp_path / "few", PackSettings())
-    real = RealImages(tmp_path / "few")
+    real = images_of(tmp_path / "few")
     settings = ScoreSettings("features", feature_classifier=QUICK_FEATURES)
     with pytest.raises(UserError, match=r"few: has no image of class 2 \(2\), from whose mean"):
         make_scorer(settings, real, [1, 2, 3], tmp_path / "cache", Workers())

@@ -1,0 +1,31 @@
+"""Samples that cannot be used, where whole sources are read: named, counted, and no more than its policy lets."""
+
+from ditmoe.data.stream.config import SourceConfig
+from ditmoe.model.errors import UserError
+
+
+class LeftOut:
+    """What was passed over of a source, by the policy that its training goes by (`on_error`, `skip_budget`)."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self.count = 0
+        """Samples."""
+        self.lines: list[str] = []
+        """Place and reason of each, or of a whole shard."""
+
+    def add(self, where: str, reason: str, samples: int = 1) -> None:
+        """Pass a sample over, or all of a shard. UserError where the policy is to stop, or the budget is spent."""
+        if self._config.on_error == "stop":
+            raise UserError(f"{where}: {reason}; --on-error skip leaves out what cannot be used")
+        self.add_lines(samples, [f"{where}: {reason}"])
+
+    def add_lines(self, samples: int, lines: list[str]) -> None:
+        """Count what others passed over. UserError when the budget is spent."""
+        self.count += samples
+        self.lines += lines
+        if self.count > self._config.skip_budget:
+            raise UserError(
+                f"{self._config.shown}: {self.count:,} samples cannot be used, and skip_budget is "
+                f"{self._config.skip_budget:,}; the last of them: {self.lines[-1]}"
+            )

@@ -1,0 +1,271 @@
+"""The images that others are compared with: which they are, how they are read, and where they lie.
+
+They come from the very code that training reads with: the same place, index, label rule and choice of samples, so
+that a run is compared with what it was trained on. What is computed of them is kept under their fingerprint, which
+covers all of it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.data.places.faults import ShardFault
+from ditmoe.data.shards.decode import BadSample
+from ditmoe.data.shards.index import DatasetIndex
+from ditmoe.data.stream.config import SourceConfig
+from ditmoe.data.stream.dataset import changed_facts
+from ditmoe.data.stream.left_out import LeftOut
+from ditmoe.data.stream.remembered import index_file, remembered_data
+from ditmoe.data.stream.selection import Selection
+from ditmoe.data.stream.source import OpenSource, fingerprint_of, open_source, reading_digest, used_digest
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo
+
+MAX_PARTS: Final = 16
+"""Parts that the shards are cut into; what is computed of a part is kept, so a killed job repeats one part."""
+SHOWN: Final = 20
+"""Samples that were left out and are named in results."""
+FORM: Final = 1
+"""Raised whenever equal settings give other images."""
+OnError = Literal["stop", "skip"]
+_CHOICE: Final = ("classes", "min_score", "max_samples", "max_per_class")
+"""Keys of a source that choose among its samples."""
+
+
+class ReferenceBatch(NamedTuple):
+    """Some of the images."""
+
+    image_NHWC: NDArray[np.uint8]
+    label_N: NDArray[np.int64]
+    number_N: NDArray[np.int64]
+    """Their numbers in the index's order, 0 … count − 1."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images of a source, each once, in the index's order."""
+
+    source: OpenSource
+    selection: Selection
+    """Which of them, and what their labels stand for."""
+    lost: Mapping[int, str]
+    """Shard → what is wrong with its file; such shards are left out, where the policy lets them be."""
+
+    @property
+    def index(self) -> DatasetIndex:
+        """What is known of the images."""
+        return self.source.index
+
+    @property
+    def where(self) -> str:
+        """Their place, without secrets."""
+        return self.source.config.shown
+
+    @cached_property
+    def members(self) -> tuple[NDArray[np.int64], ...]:
+        """Of each shard the numbers of the samples that are read, rising."""
+        chosen = zip(self.index.samples_per_shard, self.selection.members, strict=True)
+        return tuple(
+            np.empty(0, np.int64) if number in self.lost else np.arange(samples) if used is None else used
+            for number, (samples, used) in enumerate(chosen)
+        )
+
+    @property
+    def count(self) -> int:
+        """Images in all, with those that turn out to be unusable when they are read."""
+        return sum(map(len, self.members))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the images and labels (first 16 hex digits): bytes, table, reading and choice."""
+        covered = {
+            "form": FORM,
+            "shards": self.index.fingerprint,
+            "samples": None if self.index.samples is None else self.index.samples.sha256,
+            "reading": reading_digest(self.index),
+            "labels": self.selection.label_of.tolist(),
+            "used": used_digest(self.index, self.selection),
+            "lost": sorted(self.lost),
+        }
+        return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def parts(self) -> int:
+        """Number of parts; a part is a run of shards."""
+        return min(MAX_PARTS, len(self.index.shards))
+
+    def new_left_out(self) -> LeftOut:
+        """Takes what is passed over while images are read; empty."""
+        return LeftOut(self.source.config)
+
+    def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
+        """The images of one part, up to `batch` at a time.
+
+        Args:
+            left_out: takes those that cannot be used.
+
+        Raises:
+            UserError: a shard or sample is damaged, and the policy is to stop or the budget is spent; a remote
+                shard cannot be fetched, whatever the policy: what is kept of the images does not depend on that.
+        """
+        left_out = self.new_left_out() if left_out is None else left_out
+        starts = np.cumsum([0, *map(len, self.members)])
+        shards = len(self.index.shards)
+        numbers = range(shards * part // self.parts, shards * (part + 1) // self.parts)
+        for number, shard in self.source.shards([number for number in numbers if len(self.members[number])]):
+            members = self.members[number]
+            if isinstance(shard, ShardFault):
+                if self.source.place.remote:
+                    raise shard
+                left_out.add(shard.shard, shard.reason, len(members))
+                continue
+            for first in range(0, len(members), batch):
+                images, labels, rows = [], [], []
+                for row, member in enumerate(members[first : first + batch].tolist(), start=first):
+                    sample = shard.sample(member)
+                    try:
+                        image_HWC = sample.image(self.index)
+                        label = self.selection.run_label(sample.label(self.index))
+                    except BadSample as error:
+                        left_out.add(shard.where(member), str(error))
+                        continue
+                    images.append(image_HWC)
+                    labels.append(label)
+                    rows.append(int(starts[number]) + row)
+                if images:
+                    yield ReferenceBatch(np.stack(images), np.array(labels, np.int64), np.array(rows, np.int64))
+
+    def read_all(self, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
+        """Every image, part by part."""
+        left_out = self.new_left_out() if left_out is None else left_out
+        for part in range(self.parts):
+            yield from self.read(part, batch, left_out)
+
+    def facts(self, left_out: LeftOut) -> dict[str, Any]:
+        """What results say of the images, as plain data.
+
+        Args:
+            left_out: what was passed over when all of them were read.
+        """
+        config = self.source.config
+        lost = [f"{self.source.place.where(self.index.shards[number].file)}" for number in self.lost]
+        lines = [*self.lost.values(), *left_out.lines]
+        of_lost = sum(self.selection.counts[number] for number in self.lost)
+        return {
+            "name": self.index.name,
+            "place": self.where,
+            "index": None if config.index is None else str(config.index),
+            "images": self.count - left_out.count,
+            "of": self.index.total,
+            "choice": config.model_dump(mode="json", include=set(_CHOICE), exclude_defaults=True),
+            "fingerprint": self.fingerprint,
+            "left_out": {"samples": of_lost + left_out.count, "shards": lost, "first": lines[:SHOWN]},
+        }
+
+
+def open_reference(
+    config: SourceConfig, *, seed: int = 0, cache: Path | None = None, option: str = "--data"
+) -> Reference:
+    """The images of a source that its settings choose.
+
+    Args:
+        seed: that of the run whose source it is; decides which samples caps leave.
+        cache: folder for remote shards.
+        option: names the images, for messages.
+
+    Raises:
+        UserError: its index is missing or does not fit its settings; shards are missing, and the policy is to
+            stop; it holds latents.
+    """
+    return _reference(open_source(config, cache), seed, option)
+
+
+def reference_of_run(
+    info: CheckpointInfo,
+    named: str | Path | None = None,
+    index: Path | None = None,
+    on_error: OnError | None = None,
+    option: str = "--data",
+) -> Reference:
+    """The images that a run is compared with: those of its first source that it was trained on, or others.
+
+    Args:
+        named: where the user says that they lie; None: where the checkpoint says. The run's own shards are chosen
+            from as the run chose; of others all are taken.
+        index: folder of the index, where it is not with the shards.
+        on_error: what to do about samples that cannot be used; None: what the run did.
+        option: names the images, for messages.
+
+    Raises:
+        UserError: the run does not say what it was trained on, or its place is not opened unasked, and none is
+            named; other data is there now; or as `open_reference`.
+    """
+    remembered = remembered_data(info.config, str(info.path), option)
+    if remembered is not None:
+        config = remembered.source(0, None if named is None else str(named), index)
+        cache = remembered.cache
+    elif named is not None:
+        config, cache = SourceConfig.model_construct(path=str(named), index=index_file(index)), None
+    else:
+        raise UserError(
+            f"{info.path}: does not say what it was trained on; give the folder of real images with {option}"
+        )
+    if on_error is not None:
+        config = config.model_copy(update={"on_error": on_error})
+    source = open_source(config, cache)
+    own = named is None or _first(info, "shards") == source.index.fingerprint
+    if not own:
+        source = replace(source, config=config.model_copy(update=dict.fromkeys(_CHOICE) | {"classes": {}}))
+    reference = _reference(source, int(info.config.get("seed") or 0), option)
+    if named is None:
+        _check_unchanged(info, reference, option)
+    return reference
+
+
+def _reference(source: OpenSource, seed: int, option: str) -> Reference:
+    latents = source.index.latents
+    if latents is not None:  # decoded latents are not the images: a figure against them is another figure
+        raise UserError(
+            f"{source.config.shown}: holds latents; expected the {latents.pixels}×{latents.pixels} images that "
+            f"they were encoded from: give their folder with {option}"
+        )
+    lost = source.file_problems()
+    if lost and source.config.on_error == "stop":
+        raise UserError("\n".join(lost.values()))
+    selection = source.select(source.index.class_names, seed=seed, number=0)
+    budget = LeftOut(source.config)
+    for number, problem in lost.items():
+        budget.add_lines(selection.counts[number], [problem])
+    reference = Reference(source, selection, lost)
+    if not reference.count:
+        raise UserError(f"{source.config.shown}: none of its images can be used; {next(iter(lost.values()))}")
+    return reference
+
+
+def _check_unchanged(info: CheckpointInfo, reference: Reference, option: str) -> None:
+    """UserError when other data lies now where the run was trained from."""
+    now = {
+        "fingerprint": fingerprint_of(reference.index, reference.selection),
+        "shards": reference.index.fingerprint,
+        "reading": reading_digest(reference.index),
+    }
+    before = {key: _first(info, key) for key in now if key in info.dataset}
+    changed = changed_facts(before, {key: now[key] for key in before})
+    if changed:
+        raise UserError(
+            f"{reference.where}: is other data than {info.path} was trained on (another {', '.join(changed)}); "
+            f"name the images to compare with by {option}"
+        )
+
+
+def _first(info: CheckpointInfo, key: str) -> Any:
+    """A fact about the first of a run's sources."""
+    values = info.dataset.get(key)
+    return values[0] if isinstance(values, list) and values else None
