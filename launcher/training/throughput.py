@@ -2,6 +2,9 @@
 
 import resource
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -57,24 +60,64 @@ class Sums:
         return asdict(self)
 
 
-@dataclass
+PARTS: Final = ("compute", "data_wait", "record", "save", "preview")
+"""What a run's time goes to: the steps themselves, and what they wait for."""
+
+
 class Clock:
-    """Seconds since the last record; a resume starts it anew."""
+    """Seconds since the last record, each of them counted to exactly one part; a resume starts it anew.
 
-    steps: int = 0
-    step_seconds: float = 0.0
-    wait_seconds: float = 0.0
+    It runs all the time, on `compute` where nothing else is said. So nothing that a run waits for is left out.
+    """
 
-    def add(self, step_seconds: float, wait_seconds: float) -> None:
-        """Count a step and, within it, the wait for its data."""
-        self.steps += 1
-        self.step_seconds += step_seconds
-        self.wait_seconds += wait_seconds
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        """Start it.
 
-    def rates(self, batch: int) -> dict[str, float]:
-        """Mean seconds of a step, its wait for data, and images per second."""
-        return {
-            "step_seconds": self.step_seconds / self.steps,
-            "data_wait_seconds": self.wait_seconds / self.steps,
-            "images_per_second": batch * self.steps / self.step_seconds,
-        }
+        Args:
+            now: the time, s.
+        """
+        self._now = now
+        self._part = PARTS[0]
+        self._since = now()
+        self._start_interval()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the time within to this part, and what comes after to the part of before."""
+        before = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def step(self) -> None:
+        """Count a step."""
+        self._steps += 1
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part since the last record."""
+        self._switch(self._part)
+        return dict(self._seconds)
+
+    def take(self, batch: int) -> dict[str, float]:
+        """What has passed since the last call, and begin anew.
+
+        Returns:
+            `step_seconds`, the mean of all the time for each step; its parts by their names, which sum to it; and
+            `images_per_second` of the whole time.
+        """
+        means = {f"{name}_seconds": seconds / self._steps for name, seconds in self.parts().items()}
+        whole = sum(means.values())
+        self._start_interval()
+        return {"images_per_second": batch / whole, "step_seconds": whole, **means}
+
+    def _start_interval(self) -> None:
+        self._steps = 0
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+
+    def _switch(self, name: str) -> str:
+        """Count the time until now to the part that it ran on, and go on with another one; the part of before."""
+        now, before = self._now(), self._part
+        self._seconds[before] += now - self._since
+        self._since, self._part = now, name
+        return before

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -81,7 +80,7 @@ def run_training(config: RunConfig) -> int:
 
 
 SHORTEST_WAIT_LOGGED: Final = 0.1
-"""Seconds of waiting for the last checkpoint from which on the log says so."""
+"""Seconds of waiting for checkpoints, or for what follows the last record, from which on the log says so."""
 
 DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 """What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
@@ -179,19 +178,24 @@ class Trainer:
         feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
         self._tell_dealing(feed.dealing)
         stopped = False
+        self.clock = Clock()
         with feed, self.saver:
             while self.engine.step < steps and not stopped:
                 stopped = self._step(feed) > 0
                 step, every = self.engine.step, self.config.train.checkpoint_every
-                if stopped or step == steps or step % every == 0:
-                    saved = self._save()
-                self._tell_saved()
+                with self.clock.part("save"):
+                    if stopped or step == steps or step % every == 0:
+                        saved = self._save()
+                    self._tell_saved()
                 # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
                 if not stopped and self.config.preview.every and step % self.config.preview.every == 0:
-                    self._preview()
+                    with self.clock.part("preview"):
+                        self._preview()
             # The last one is complete, or the run fails, before anything is said of it.
-            self.saver.wait()
-            self._tell_saved()
+            with self.clock.part("save"):
+                self.saver.wait()
+                self._tell_saved()
+        self._tell_rest()
         if stopped and self.engine.step < steps:
             reason = self.stop.name or "a stop on another rank"
             self._say(
@@ -202,10 +206,9 @@ class Trainer:
 
     def _step(self, feed: Feed) -> int:
         """One step, counted and reported; how many ranks ask to stop after it."""
-        start = time.perf_counter()
-        batch = feed.next_step()
+        with self.clock.part("data_wait"):
+            batch = feed.next_step()
         self.unreported += batch.skips
-        wait = time.perf_counter() - start
         step, steps = self.engine.step + 1, self.config.train.steps
         rate = learning_rate(self.config.optim, step, steps)
         # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
@@ -217,13 +220,14 @@ class Trainer:
             result = self._update(batch, rate, stop)
             requests = result.requests
         self.images += self.layout.batch
-        self.clock.add(time.perf_counter() - start, wait)
-        if self.config.train.log_samples:
-            self._log_samples(batch, step)
-        if step % self.config.train.log_every == 0 or step == steps:
-            self._record(result, rate)
-        if self.report is not None:
-            self.report.advance()
+        self.clock.step()
+        with self.clock.part("record"):
+            if self.config.train.log_samples:
+                self._log_samples(batch, step)
+            if step % self.config.train.log_every == 0 or step == steps:
+                self._record(result, rate)
+            if self.report is not None:
+                self.report.advance()
         return requests
 
     def _update(self, batch: StepBatch, rate: float, stop: bool) -> StepResult:
@@ -252,7 +256,7 @@ class Trainer:
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         self._count_skips()
         progress = self.dataset.progress(self.images)
-        rates = self.clock.rates(self.layout.batch)
+        rates = self.clock.take(self.layout.batch)
         values: dict[str, Any] = {
             "images": self.images,
             "epoch": progress[self.dataset.sources[0].name].epoch,
@@ -274,7 +278,7 @@ class Trainer:
         }
         if self.report is not None:
             self.report.record(self.engine.step, values)
-        self.sums, self.clock = Sums(), Clock()
+        self.sums = Sums()
 
     def _save(self) -> Path:
         """Save a checkpoint; it is complete once the saver says so."""
@@ -337,6 +341,12 @@ class Trainer:
             self._say(
                 f"saved {saved.path}: copied in {saved.copy_seconds:.2f} s, written in {saved.write_seconds:.2f} s"
             )
+
+    def _tell_rest(self) -> None:
+        """Say what came after the last record, and so is in none."""
+        waited = {name: seconds for name, seconds in self.clock.parts().items() if name in ("save", "preview")}
+        if sum(waited.values()) > SHORTEST_WAIT_LOGGED:
+            self._say("after the last record: " + ", ".join(f"{name} {s:.1f} s" for name, s in waited.items()))
 
     def _preview(self) -> None:
         """Draw the grid of fixed seeds and classes from the EMA."""

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -15,10 +16,12 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
+from ditmoe.launcher.training.throughput import PARTS
 from ditmoe.launcher.training.trainer import learning_rate
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
@@ -525,6 +528,29 @@ def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], layo
     assert sorted(path.name for path in (config.with_suffix("") / "samples").iterdir()) == [
         f"preview-step-{step:08d}.png" for step in (2, 4, 6)
     ]
+
+
+@pytest.mark.timeout(60)
+def test_the_clock_covers_all_that_a_run_waits_for(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Previews, records and checkpoints are in images/s: the records' time is the time between them."""
+    previews = ("preview.every=1", "preview.images=16", "preview.sampler.steps=40")
+    done = train(make_config("drawn", processes=1), *previews, "train.checkpoint_every=1", "train.steps=6")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "drawn" / "stats.jsonl").read_text().splitlines()]
+    for record in records:
+        parts = [record[f"{part}_seconds"] for part in PARTS]
+        assert min(parts) >= 0 and sum(parts) == pytest.approx(record["step_seconds"])
+        assert record["images_per_second"] == pytest.approx(16 / record["step_seconds"])
+    written = EventAccumulator(str(tmp_path / "drawn" / "tensorboard")).Reload().Scalars("train/loss")
+    passed = written[-1].wall_time - written[0].wall_time
+    counted = [record["step_seconds"] for record in records[1:]]
+    assert sum(counted) == pytest.approx(passed, rel=0.2)
+    # What the clock left out before; each is in the record after.
+    for part in ("save", "preview"):
+        assert records[0][f"{part}_seconds"] < records[1][f"{part}_seconds"]
+    assert sum(record["preview_seconds"] for record in records[1:]) > 0.2 * passed
+    log = (tmp_path / "drawn" / "log.txt").read_text()
+    assert "Preview (s): " in log and re.search(r"after the last record: save [\d.]+ s, preview [\d.]+ s", log)
 
 
 @pytest.fixture
