@@ -17,7 +17,7 @@ import numpy as np
 
 from ditmoe.data.making.class_names import MAX_CLASSES, as_number
 from ditmoe.data.making.foreign_shards import ShardFacts, SurveyRules, find_label_rule, parse_key, survey_shard
-from ditmoe.data.making.ownership import LOCK_FILE, look_through
+from ditmoe.data.making.ownership import OLD_LOCK_FILE, look_through, read_record
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index, write_index
 from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table
@@ -152,7 +152,7 @@ def remarks(folder: Path) -> list[str]:
 
 def _check_places(folder: Path, out: Path, overwrite: bool) -> None:
     """UserError when a pack is under way in the folder, or the index would take another's place."""
-    if (folder / LOCK_FILE).exists():
+    if read_record(folder) is not None or (folder / OLD_LOCK_FILE).exists():
         raise UserError(f"{folder}: is being packed, or the packing did not finish; repeat the pack")
     if out.suffix == ".json" or (out.exists() and not out.is_dir()):
         raise UserError(f"--out is {out}, expected a folder for {INDEX_FILE} and {TABLE_FILE}")

@@ -1,7 +1,7 @@
 """Whose the files of a folder are: what writes datasets removes what it, or one of its kind, has written, alone.
 
-    OUT/packing.lock    held by the process that writes; empty
     OUT/packing.json    the record: what is written here; there first, and until the dataset is finished
+    OUT/.packing.0      the claim of the process that writes
 
 A finished dataset has no record. Its index names the shards, whose tars name `ditmoe` as their owner, and the
 table with its checksum; the contact sheet is known by its form. Anything else belongs to somebody else.
@@ -26,12 +26,15 @@ from ditmoe.data.making.preview import PREVIEW_FILE, is_contact_sheet
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
 from ditmoe.data.shards.sample_table import TABLE_FILE
 from ditmoe.data.shards.writer import OWNER
+from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import is_partial, make_folder, replacing
-from ditmoe.data.storage.sharing import try_lock
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 
-LOCK_FILE: Final = "packing.lock"
+CLAIM: Final = ".packing"
+"""Name of the claim on a folder that is written to."""
+OLD_LOCK_FILE: Final = "packing.lock"
+"""What earlier versions left there; empty."""
 RECORD_FILE: Final = "packing.json"
 PLAN_FILE: Final = "synthesis.json"
 """Lies in a folder of synthetic images: what they depend on. Without an index beside it they are not finished."""
@@ -102,7 +105,7 @@ class _Known:
             return False
         if is_partial(name):
             return True
-        if name == LOCK_FILE:
+        if name == OLD_LOCK_FILE:
             return path.stat().st_size == 0
         if name in _DESCRIPTIONS:
             return _describes(path, _DESCRIPTIONS[name])
@@ -169,12 +172,12 @@ def refuse_others(folder: Path) -> list[str]:
 
 
 def clear(folder: Path, planned: Record, keep: Collection[str] = ()) -> None:
-    """Remove what is ours from a folder, but for `keep`, and write down what comes. The caller holds its lock.
+    """Remove what is ours from a folder, but for `keep`, and write down what comes. The caller holds its claim.
 
     Raises:
         UserError: it holds something else, or the file system refuses.
     """
-    removed = [name for name in refuse_others(folder) if name not in (LOCK_FILE, RECORD_FILE, *keep)]
+    removed = [name for name in refuse_others(folder) if name not in (RECORD_FILE, *keep)]
     # Whoever is killed from here on leaves a record of all that is there, and the next one can go on.
     write_record(folder, planned.model_copy(update={"files": (*planned.files, *removed)}))
     try:
@@ -189,9 +192,11 @@ def clear(folder: Path, planned: Record, keep: Collection[str] = ()) -> None:
 
 
 def release(folder: Path) -> None:
-    """Remove the record, and the lock that the caller holds: the dataset is finished."""
+    """Remove the record: the dataset is finished."""
     (folder / RECORD_FILE).unlink(missing_ok=True)
-    (folder / LOCK_FILE).unlink(missing_ok=True)
+    lock = folder / OLD_LOCK_FILE
+    if lock.is_file() and not lock.is_symlink() and lock.stat().st_size == 0:
+        lock.unlink()
 
 
 @contextmanager
@@ -220,9 +225,10 @@ def claimed(folder: Path, stem: str, overwrite: bool, sources: Iterable[Path] = 
     check()
     try:
         make_folder(folder)
-        with try_lock(folder / LOCK_FILE) as held:
-            if not held:
-                raise UserError(f"{folder}: another process is writing to it")
+        claims = Claims(folder)
+        with claims.taken(CLAIM) as claim:
+            if claim is None:
+                raise UserError(f"{folder}: another process is writing to it{claims.who(CLAIM)}")
             check()  # another one may have ended since
             clear(folder, Record(files=FINISHED, stem=stem))
             yield

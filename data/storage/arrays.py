@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,13 +19,14 @@ def write_arrays(arrays: Mapping[str, NDArray[Any]], file: BinaryIO) -> None:
     np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def read_arrays(path: Path) -> Arrays:
-    """Read all arrays. DamagedPart when the file is not there, or is damaged."""
+def read_arrays(path: Path, only: Collection[str] | None = None) -> Arrays:
+    """Read all arrays, or only some. DamagedPart when the file is not there, or is damaged."""
     try:
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":  # numpy would advise to unpickle it
+                raise ValueError("no archive of arrays")
         with np.load(path, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("one array without a name")
-            return {key: stored[key] for key in stored.files}
+            return {key: stored[key] for key in only or stored.files}
     except (
         OSError,
         ValueError,

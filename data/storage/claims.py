@@ -90,7 +90,7 @@ class Claim:
         own = _read(self._path)
         if own is not None and own.token == self.token:
             with suppress(OSError):  # then it is over when this process is
-                self._path.unlink()
+                _remove(self._path)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
@@ -126,6 +126,7 @@ class Claims:
 
         UserError when the file system refuses.
         """
+        make_folder(self.folder)
         claim = self._take(name, seen or self.listing())
         try:
             yield claim
@@ -134,7 +135,6 @@ class Claims:
                 claim.release()
 
     def _take(self, name: str, listing: Listing) -> Claim | None:
-        make_folder(self.folder)
         numbers = listing.claims.get(name, [])
         number, judged = 0, ""
         if numbers:
@@ -144,24 +144,36 @@ class Claims:
             number, judged = max(numbers) + 1, last.token
         token = uuid.uuid4().hex
         path = self.folder / f"{name}.{number}"
-        if not self._create(path, token, judged):
-            return None
-        # What was judged may be long over: then others have come and gone, or hold another number.
-        numbers = self.listing().claims.get(name, [])
-        before = [_read(self.folder / f"{name}.{each}") for each in numbers if each < number]
-        if max(numbers, default=-1) != number or any(seen and seen.token != judged for seen in before):
-            path.unlink(missing_ok=True)
-            return None
-        for each in numbers:
-            if each < number:
-                (self.folder / f"{name}.{each}").unlink(missing_ok=True)
-        return Claim(self.folder, name, number, token)
+        try:
+            if not self._create(path, token, judged):
+                return None
+            # What was judged may be long over: then others have come and gone, or hold another number.
+            numbers = self.listing().claims.get(name, [])
+            before = {each: _read(self.folder / f"{name}.{each}") for each in numbers if each < number}
+            if max(numbers, default=-1) != number or any(
+                seen and seen.token != judged for seen in before.values()
+            ):
+                _remove(path)
+                return None
+            for each in before:
+                _remove(self.folder / f"{name}.{each}")
+            return Claim(self.folder, name, number, token)
+        except BaseException:  # a signal may come at any time
+            own = _read(path)
+            if own is not None and own.token == token:
+                _remove(path)
+            raise
 
     def holder(self, name: str) -> str | None:
         """Who holds the claim on `name`, for people to read; None: nobody that lives."""
         numbers = self.listing().claims.get(name)
         seen = _read(self.folder / f"{name}.{max(numbers)}") if numbers else None
         return f"process {seen.pid} on {seen.host}" if seen is not None and self._lives(seen) else None
+
+    def who(self, name: str) -> str:
+        """The holder in brackets, to put behind a message; empty where it has just gone."""
+        holder = self.holder(name)
+        return "" if holder is None else f" ({holder})"
 
     def seconds_since(self, path: Path) -> float | None:
         """How long ago a file in the folder was written, by the file server's clock; None: it is not there."""
@@ -202,7 +214,7 @@ class Claims:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(content)
             finally:
-                draft.unlink(missing_ok=True)
+                _remove(draft)
         except OSError as error:
             raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
         return True
@@ -222,7 +234,7 @@ class Claims:
             raise UserError(f"{draft}: could not be written: {error.strerror or error}") from error
         finally:
             with suppress(OSError):
-                draft.unlink(missing_ok=True)
+                _remove(draft)
 
 
 def list_folder(folder: Path) -> list[str]:
@@ -234,6 +246,11 @@ def list_folder(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise UserError(f"{folder}: could not be read: {error.strerror or error}") from error
+
+
+def _remove(path: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 class _Machine(NamedTuple):

@@ -153,6 +153,7 @@ def make_parts(
     """
     wanted = range(len(parts.names)) if only is None else only
     claims, began, made = parts.claims, time.monotonic(), 0
+    make_folder(parts.folder)
     while True:
         there = set(list_folder(parts.folder))
         missing = [part for part in wanted if parts.names[part] not in there]

@@ -29,6 +29,7 @@ from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_r
 from ditmoe.sampling.network.denoiser import check_guidance
 from ditmoe.sampling.network.load import (
     LoadedModel,
+    Precision,
     Weights,
     complete_config,
     find_checkpoint,
@@ -203,14 +204,19 @@ class _Model:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._model: LoadedModel | None = None
+        self._precision: Precision = "fp32"
         self._posterior: NoiseClassifier | None = None
 
     def network(self, job: Job) -> LoadedModel:
         """What the job's images are drawn with."""
-        evaluation = job.evaluation
-        if self._model is None:
+        evaluation, precision = job.evaluation, job.evaluation.sampler.precision
+        if self._model is None or self._precision != precision:
             assert job.checkpoint is not None
-            self._model = load_model(job.checkpoint, which=evaluation.which, device=self._device, vae=job.vae)
+            self._model = None  # the weights of one precision are held at a time
+            self._model = load_model(
+                job.checkpoint, which=evaluation.which, device=self._device, precision=precision, vae=job.vae
+            )
+            self._precision = precision
         assert self._model.fingerprint == evaluation.weights, (self._model.fingerprint, evaluation.weights)
         return self._model
 

@@ -18,13 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from ditmoe.data.storage.files import make_folder, replacing
-from ditmoe.data.storage.sharing import Progress, try_lock
+from ditmoe.data.storage.claims import Claims
+from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.results import write_results
 from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with
@@ -32,7 +34,6 @@ from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with
 LARGEST_DEFAULT_CHUNK: Final = 256
 METRICS_FILE: Final = "metrics.json"
 SAMPLES_FILE: Final = "samples.npz"
-_LOCK_FILE: Final = "lock"
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
@@ -76,15 +77,10 @@ def run_job(
     workers = workers or Workers()
     say: Callable[[str], None] = log if workers.first else lambda line: None
     show = progress if workers.first else lambda title, total: lambda done: None
-    make_folder(job.folder)
-    lock = try_lock(job.folder / _LOCK_FILE)
-    held = lock.__enter__() if workers.first else True
-    try:
-        workers.on_first(lambda: _begin(job, held, workers.ranks))
-        return _run(job, draw, workers, say, show, measures or Measures())
-    finally:
-        if workers.first:
-            lock.__exit__(None, None, None)
+    busy = f"{job.folder}: another process is at this evaluation"
+    claims = Claims(job.folder)
+    with alone_at(claims, "evaluation", workers, busy, lambda: _begin(job, workers.ranks)) as check:
+        return _run(job, draw, workers, say, show, measures or Measures(), check)
 
 
 def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) -> int:
@@ -99,10 +95,8 @@ def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) 
     return batches * batch
 
 
-def _begin(job: Job, held: bool, ranks: int) -> None:
-    """Refuse a folder that another job holds, or that was started in other chunks; write down the settings."""
-    if not held:
-        raise UserError(f"{job.folder}: another process is at this evaluation; wait for it, or stop it")
+def _begin(job: Job, ranks: int) -> None:
+    """Refuse a folder that was started in other chunks; write down the settings."""
     path = job.folder / "evaluation.json"
     stored = _read_json(path) if path.exists() else None
     if stored is None:
@@ -130,10 +124,13 @@ def _run(
     log: Callable[[str], None],
     progress: Callable[[str, int], Progress],
     measures: Measures,
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     evaluation = job.evaluation
     size = int(_read_json(job.folder / "evaluation.json")["chunk"])
-    store = ChunkStore(job.folder / "chunks", evaluation.count, size, evaluation.fingerprint)
+    store = ChunkStore(
+        job.folder / "chunks", evaluation.count, size, evaluation.fingerprint, draw, evaluation.labels_of
+    )
 
     # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
     # draw meanwhile.
@@ -141,8 +138,6 @@ def _run(
         measures.networks(job, workers, log)
     started, before = time.monotonic(), len(store.pending())
     store.draw_pending(
-        draw,
-        evaluation.labels_of,
         rank=workers.rank,
         ranks=workers.ranks,
         on_progress=progress("chunks drawn", store.chunks),
@@ -170,11 +165,13 @@ def _run(
     statistics = measures.real_statistics(job, network, workers, progress)
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()
-    nfe = store.nfe()
-    if nfe is None:  # whoever drew did not count
-        nfe = planned_nfe(evaluation.sampler)
-    workers.on_first(
-        lambda: write_results(
+
+    def write() -> None:
+        check()
+        nfe = store.nfe()
+        if nfe is None:  # whoever drew did not count
+            nfe = planned_nfe(evaluation.sampler)
+        write_results(
             job.folder,
             {
                 "id": evaluation.id,
@@ -200,7 +197,8 @@ def _run(
             job.warnings,
             evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
         )
-    )
+
+    workers.on_first(write)
     return _read_json(job.folder / METRICS_FILE)
 
 

@@ -1,21 +1,20 @@
-"""The images of an evaluation on disk: chunks that are drawn once and written once.
+"""The images of a job on disk: chunks that are drawn once and written once (`data/storage/parts.py`).
 
-Chunk c holds the images c·size … of the job. A chunk exists when its file has its final name; the file is written
-under another name and renamed. Whoever draws a chunk holds a lock on it (flock, which the system releases when the
-holder dies), so that processes share the chunks without a coordinator and none is drawn twice.
+Chunk c holds the images c·size … of the job.
 """
 
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.storage.files import make_folder, replacing
-from ditmoe.data.storage.sharing import Progress, make_missing
+from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
+from ditmoe.data.storage.claims import list_folder
+from ditmoe.data.storage.parts import DamagedPart, Parts, Progress, make_parts
 from ditmoe.model.errors import UserError
 
 
@@ -46,6 +45,10 @@ class Chunk:
     trace_NT: NDArray[np.float32] | None = None
 
 
+LabelsOf = Callable[[list[int]], NDArray[np.int64]]
+"""Numbers of images → their labels."""
+
+
 @dataclass(frozen=True)
 class ChunkStore:
     """The chunks of one job in a folder."""
@@ -57,6 +60,14 @@ class ChunkStore:
     """Images of a chunk; the last one may have fewer."""
     settings: str
     """Fingerprint of everything the images depend on; a chunk of other settings is refused."""
+    draw: DrawChunk | None = None
+    """Draws the images of a chunk; None: those that are there are read."""
+    labels_of: LabelsOf | None = None
+    """Goes with `draw`."""
+
+    def drawn_by(self, draw: DrawChunk, labels_of: LabelsOf) -> "ChunkStore":
+        """The same chunks, with what draws those that are missing or damaged."""
+        return replace(self, draw=draw, labels_of=labels_of)
 
     @property
     def chunks(self) -> int:
@@ -73,40 +84,93 @@ class ChunkStore:
 
     def pending(self) -> list[int]:
         """The chunks that are not there yet."""
-        return [chunk for chunk in range(self.chunks) if not self.path(chunk).exists()]
+        there = set(list_folder(self.folder))
+        return [chunk for chunk in range(self.chunks) if self.path(chunk).name not in there]
 
-    def write(self, chunk: int, drawn: DrawnImages, label_N: NDArray[np.int64]) -> None:
-        """Write one finished chunk."""
-        numbers, (image_NHWC, nfe_N, sigma_N, trace_NT) = self.numbers(chunk), drawn
+    def read(self, chunk: int) -> Chunk:
+        """Read one chunk; one that is damaged is drawn anew where the store knows how.
+
+        Raises:
+            UserError: the file is damaged and cannot be drawn, or belongs to a job with other settings.
+        """
+        return self._read(chunk) if self.draw is None else self._parts.load(chunk)
+
+    def nfe(self) -> float | None:
+        """Evaluations of the denoiser per image, on average over all chunks; None: they were not counted.
+
+        Raises:
+            UserError: as `read`.
+        """
+        total = 0
+        for chunk in range(self.chunks):
+            try:
+                stored = read_arrays(self.path(chunk), ["nfe"])
+            except DamagedPart:
+                self.read(chunk)
+                stored = read_arrays(self.path(chunk), ["nfe"])
+            if len(stored["nfe"]) != len(self.numbers(chunk)):
+                return None
+            total += int(stored["nfe"].sum())
+        return total / self.count
+
+    def draw_pending(
+        self,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        only: Sequence[int] | None = None,
+        on_progress: Progress = lambda done: None,
+    ) -> int:
+        """Draw the chunks that are not there, side by side with the other processes, until all are.
+
+        Args:
+            rank: this process among `ranks`; any number of further processes may help.
+            only: these chunks; None: all.
+            on_progress: called with the number of chunks that are there.
+
+        Returns:
+            The number of chunks that this process drew.
+
+        Raises:
+            UserError: a chunk cannot be drawn, or written.
+        """
+        assert self.draw is not None
+        return make_parts(self._parts, rank=rank, ranks=ranks, only=only, on_progress=on_progress)
+
+    @cached_property
+    def _parts(self) -> Parts[Arrays, Chunk, None]:
+        def finish(found: Iterable[Chunk]) -> None:
+            """Whoever needs the chunks reads them one by one."""
+
+        names = [self.path(chunk).name for chunk in range(self.chunks)]
+        return Parts(self.folder, names, self._make, write_arrays, self._read, finish)
+
+    def _make(self, chunk: int) -> Arrays:
+        assert self.draw is not None and self.labels_of is not None
+        numbers = self.numbers(chunk)
+        label_N = self.labels_of(numbers)
+        image_NHWC, nfe_N, sigma_N, trace_NT = self.draw(numbers, label_N)
         assert image_NHWC.dtype == np.uint8 and image_NHWC.ndim == 4, (image_NHWC.dtype, image_NHWC.shape)
         assert len(image_NHWC) == len(label_N) == len(numbers)
-        arrays: dict[str, Any] = {
+        arrays: Arrays = {
             "images": image_NHWC,
             "labels": label_N,
-            "first": np.int64(numbers[0]),
+            "first": np.array(numbers[0], dtype=np.int64),
             "settings": np.array(self.settings),
             "nfe": np.empty(0, dtype=np.int64) if nfe_N is None else nfe_N,
         }
         if sigma_N is not None and trace_NT is not None:
             arrays |= {"sigma": sigma_N, "trace": trace_NT}
-        make_folder(self.folder)
-        with replacing(self.path(chunk)) as file:
-            np.savez(file, **arrays)
+        return arrays
 
-    def read(self, chunk: int) -> Chunk:
-        """Read one chunk.
-
-        Raises:
-            UserError: the file is damaged, or belongs to a job with other settings.
-        """
+    def _read(self, chunk: int) -> Chunk:
         path, numbers = self.path(chunk), self.numbers(chunk)
+        stored = read_arrays(path)
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                images, labels = stored["images"], stored["labels"]
-                first, settings = int(stored["first"]), str(stored["settings"])
-                sigma_N, trace_NT = (stored.get(name) for name in ("sigma", "trace"))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise _unreadable(path, error) from None
+            images, labels = stored["images"], stored["labels"]
+            first, settings = int(stored["first"]), str(stored["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedPart(path, error) from error
         if (settings, first, len(images), len(labels)) != (self.settings, numbers[0], len(numbers), len(numbers)):
             raise UserError(
                 f"{path}: a chunk of {len(images)} images from number {first} with settings {settings}; "
@@ -117,55 +181,4 @@ class ChunkStore:
             raise UserError(
                 f"{path}: images are {images.dtype} of shape {images.shape}; expected uint8 [N, H, W, C]"
             )
-        return Chunk(images, labels, sigma_N, trace_NT)
-
-    def nfe(self) -> float | None:
-        """Evaluations of the denoiser per image, on average over all chunks; None: they were not counted.
-
-        Raises:
-            UserError: a file is damaged.
-        """
-        total = 0
-        for chunk in range(self.chunks):
-            try:
-                with np.load(self.path(chunk), allow_pickle=False) as stored:
-                    nfe_N = stored["nfe"]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-                raise _unreadable(self.path(chunk), error) from None
-            if len(nfe_N) != len(self.numbers(chunk)):
-                return None
-            total += int(nfe_N.sum())
-        return total / self.count
-
-    def draw_pending(
-        self,
-        draw: DrawChunk,
-        labels_of: Callable[[list[int]], NDArray[np.int64]],
-        *,
-        rank: int = 0,
-        ranks: int = 1,
-        on_progress: Progress = lambda done: None,
-    ) -> int:
-        """Draw the chunks that are not there, side by side with the other processes, until all are.
-
-        Args:
-            draw: draws the images of a chunk.
-            labels_of: the labels of the images of the given numbers.
-            rank: this process among `ranks`; any number of further processes may help.
-            on_progress: called with the number of chunks that are there.
-
-        Returns:
-            The number of chunks that this process drew.
-        """
-
-        def make(chunk: int) -> None:
-            numbers = self.numbers(chunk)
-            labels = labels_of(numbers)
-            self.write(chunk, draw(numbers, labels), labels)
-
-        paths = [self.path(chunk) for chunk in range(self.chunks)]
-        return make_missing(paths, make, rank=rank, ranks=ranks, on_progress=on_progress)
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path}: unreadable chunk ({error}); delete it, it is drawn again")
+        return Chunk(images, labels, stored.get("sigma"), stored.get("trace"))

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ditmoe.data.shards.images import network_input
+from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import make_folder, replacing
-from ditmoe.data.storage.sharing import try_lock
 from ditmoe.data.stream.config import DataConfig, SourceConfig
 from ditmoe.data.stream.dataset import Dataset, changed_facts, open_dataset
 from ditmoe.data.stream.remembered import remembered_data
@@ -123,9 +123,11 @@ def train_noise_classifier(
             f"{list(space.shape)}; expected the data that it was trained on"
         )
     make_folder(folder)
-    with try_lock(folder / "lock") as held:
-        if not held:
-            raise UserError(f"{folder}: another process trains this classifier; expected no other")
+    claims = Claims(folder)
+    with claims.taken("training") as claim:
+        if claim is None:
+            who = claims.who("training")
+            raise UserError(f"{folder}: another process trains this classifier{who}; expected no other")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             network = NoiseNetwork(space.shape[0], space.shape[1], space.levels).to(device)

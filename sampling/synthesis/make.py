@@ -3,7 +3,7 @@
     OUT/packing.json        what is written here (`data/making/ownership.py`); there first
         synthesis.json      what the images depend on
         work/chunks/*.npz   images as they were drawn, until their shards are there
-        work/done/*.json    checksum and scores of each shard that is there
+        work/done/*.json    checksum and scores of each shard that is there, or is about to be
         NAME-00000.tar …    shards, each written once, under its name when it is whole
         samples.npz, preview.png, index.json    written last; `work` and the record are removed then
 
@@ -15,14 +15,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ditmoe.data.making.ownership import (
-    LOCK_FILE,
+    CLAIM,
     PLAN_FILE,
     WORK_FOLDER,
     clear,
@@ -37,16 +37,19 @@ from ditmoe.data.shards.images import BadImage
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, ShardEntry, load_index, write_index
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.data.shards.writer import PackedSample, write_shard
+from ditmoe.data.storage.claims import Claims, list_folder
 from ditmoe.data.storage.files import is_partial, make_folder, replacing
-from ditmoe.data.storage.sharing import Progress, make_missing, try_lock
+from ditmoe.data.storage.parts import CLAIMS_FOLDER, DamagedPart, Parts, Progress, make_parts
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.chains.images import StateFile
+from ditmoe.sampling.chains.images import StateFile, find_posterior
 from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.evaluation.of_run import drawn_images
-from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
+from ditmoe.sampling.jobs.alone import alone_at
+from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.quality import Scorer, make_scorer
 from ditmoe.sampling.network.load import LoadedModel, load_model
+from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.synthesis.plan import Synthesis, check_out, read_plan
 
 SHARDS_PER_ROUND: Final = 16
@@ -59,29 +62,40 @@ def finished(synthesis: Synthesis) -> DatasetIndex | None:
     if read_plan(out) != synthesis.plan or not (out / INDEX_FILE).exists():
         return None
     index = load_index(out)
-    if (out / LOCK_FILE).exists():  # the last process was killed at the very end, or is just there
-        with try_lock(out / LOCK_FILE) as held:
-            if held:
+    if read_record(out) is not None:  # the last process was killed at the very end, or is just there
+        with Claims(out).taken(CLAIM) as claim:
+            if claim is not None:
                 _tidy(out)
     return index
 
 
 def drawer(synthesis: Synthesis, device: torch.device) -> DrawChunk:
-    """Draws chunks with the network, which is loaded with the first."""
-    loaded: list[LoadedModel] = []
+    """Draws chunks with the network, and of chains the noise-level classifier, which are loaded with the first."""
+    loaded: list[tuple[LoadedModel, NoiseClassifier | None]] = []
     options = synthesis.options
+
+    def load() -> tuple[LoadedModel, NoiseClassifier | None]:
+        sampler = synthesis.sampler
+        model = load_model(
+            synthesis.checkpoint,
+            which=options.weights,
+            device=device,
+            precision=sampler.precision,
+            vae=synthesis.vae,
+        )
+        assert model.info is not None
+        return model, find_posterior(model.info, device) if sampler.chains else None
 
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
         if not loaded:
-            loaded.append(
-                load_model(synthesis.checkpoint, which=options.weights, device=device, vae=synthesis.vae)
-            )
+            loaded.append(load())
+        model, posterior = loaded[0]
         state_file = StateFile(
             synthesis.out / WORK_FOLDER / f"chains-{numbers[0]:08d}.safetensors", synthesis.fingerprint
         )
-        labels, sampler = torch.from_numpy(label_N), synthesis.sampler
+        labels, sampler, batch = torch.from_numpy(label_N), synthesis.sampler, synthesis.plan["batch"]
         return drawn_images(
-            generate(loaded[0], labels, numbers, sampler, synthesis.plan["batch"], state_file=state_file)
+            generate(model, labels, numbers, sampler, batch, posterior=posterior, state_file=state_file)
         )
 
     return draw
@@ -109,26 +123,18 @@ def synthesize(
     workers = workers or Workers()
     say: Callable[[str], None] = log if workers.first else lambda line: None
     show = progress if workers.first else lambda title, total: lambda done: None
-    make_folder(synthesis.out)
-    lock = try_lock(synthesis.out / LOCK_FILE)
-    held = lock.__enter__() if workers.first else True
-    try:
-        workers.on_first(lambda: _begin(synthesis, held))
+    busy = f"{synthesis.out}: another process is writing to it"
+    with alone_at(Claims(synthesis.out), CLAIM, workers, busy, lambda: _begin(synthesis)) as check:
         if not (synthesis.out / INDEX_FILE).exists():
-            _make(synthesis, draw, workers, say, show)
+            _make(synthesis, draw, workers, say, show, check)
         # The index is there: the others may end before the first has tidied up.
         workers.on_first(lambda: _tidy(synthesis.out))
         return load_index(synthesis.out)
-    finally:
-        if workers.first:
-            lock.__exit__(None, None, None)
 
 
-def _begin(synthesis: Synthesis, held: bool) -> None:
-    """Refuse a folder that is held or taken; clear one that is replaced; write the plan down."""
+def _begin(synthesis: Synthesis) -> None:
+    """Refuse a folder that is taken; clear one that is replaced; write the plan down."""
     out = synthesis.out
-    if not held:
-        raise UserError(f"{out}: another process is writing to it; wait for it, or stop it")
     check_out(synthesis)  # another process may have ended since
     if read_plan(out) == synthesis.plan:
         if read_record(out) is None:  # of a version that kept none
@@ -145,6 +151,7 @@ def _make(
     workers: Workers,
     log: Callable[[str], None],
     progress: Callable[[str, int], Progress],
+    check: Callable[[], None],
 ) -> None:
     scorer = None
     if synthesis.real is not None:
@@ -161,41 +168,32 @@ def _make(
         )
         described = scorer
         workers.on_first(lambda: _same_scorer(synthesis, described))
-    store = synthesis.store
-    missing = [shard for shard in range(synthesis.shards) if not synthesis.record_path(shard).exists()]
+    store = synthesis.store.drawn_by(draw, synthesis.labels_of)
+    parts = _shards(synthesis, store, scorer)
+    there = set(list_folder(synthesis.out))
+    missing = [shard for shard in range(synthesis.shards) if parts.names[shard] not in there]
     rounds = [missing[i : i + SHARDS_PER_ROUND] for i in range(0, len(missing), SHARDS_PER_ROUND)]
     needed = [sorted({chunk for shard in some for chunk in synthesis.chunks_of(shard)}) for some in rounds]
     show_chunks = progress("chunks drawn", sum(map(len, needed)))
     drawn = 0
     for shards, chunks in zip(rounds, needed, strict=True):
 
-        def make_chunk(place: int, chunks: list[int] = chunks) -> None:
-            numbers = store.numbers(chunks[place])
-            label_N = synthesis.labels_of(numbers)
-            store.write(chunks[place], draw(numbers, label_N), label_N)
-
-        def make_shard(place: int, shards: list[int] = shards) -> None:
-            _write_shard(synthesis, shards[place], scorer)
-
         def say(done: int, before: int = drawn) -> None:
             show_chunks(before + done)
 
-        make_missing(
-            [store.path(chunk) for chunk in chunks],
-            make_chunk,
-            rank=workers.rank,
-            ranks=workers.ranks,
-            on_progress=say,
-        )
+        store.draw_pending(rank=workers.rank, ranks=workers.ranks, only=chunks, on_progress=say)
         drawn += len(chunks)
-        # No record is written while a process looks for what is missing, and no chunk removed while one reads it.
+        # No shard is written while a process looks for what is missing, and no chunk removed while one reads it.
         workers.wait()
-        make_missing(
-            [synthesis.record_path(shard) for shard in shards], make_shard, rank=workers.rank, ranks=workers.ranks
-        )
+        make_parts(parts, rank=workers.rank, ranks=workers.ranks, only=shards)
         workers.wait()
         workers.on_first(lambda chunks=chunks: _remove_chunks(synthesis, chunks))  # type: ignore[misc]
-    workers.on_first(lambda: _finish(synthesis))
+
+    def finish() -> None:
+        check()
+        parts.result()
+
+    workers.on_first(finish)
 
 
 def _same_scorer(synthesis: Synthesis, scorer: Scorer) -> None:
@@ -213,63 +211,104 @@ def _same_scorer(synthesis: Synthesis, scorer: Scorer) -> None:
         )
 
 
-def _write_shard(synthesis: Synthesis, shard: int, scorer: Scorer | None) -> None:
-    """Score and encode a shard's images from their chunks; write it, and that it is there."""
-    numbers, store = synthesis.numbers(shard), synthesis.store
-    chunks = [(chunk, store.read(chunk)) for chunk in synthesis.chunks_of(shard)]
-    first = chunks[0][0] * store.size
-    rows = slice(numbers[0] - first, numbers[-1] + 1 - first)
-    image_NHWC = np.concatenate([chunk.image_NHWC for _, chunk in chunks])[rows]
-    label_N = synthesis.labels_of(numbers)
-    score_N = None if scorer is None else scorer(image_NHWC, label_N)
-    plan = synthesis.plan
+class _Shard(NamedTuple):
+    """The images of a shard, scored."""
+
+    number: int
+    image_NHWC: NDArray[np.uint8]
+    label_N: NDArray[np.int64]
+    score_N: NDArray[np.float32] | None
+
+
+def _shards(synthesis: Synthesis, store: ChunkStore, scorer: Scorer | None) -> Parts[_Shard, dict[str, Any], None]:
+    """The shards as parts. A shard's record is written first; the shard is there when it has its name."""
+
+    def make(number: int) -> _Shard:
+        numbers = synthesis.numbers(number)
+        chunks = [store.read(chunk) for chunk in synthesis.chunks_of(number)]
+        first = synthesis.chunks_of(number)[0] * store.size
+        rows = slice(numbers[0] - first, numbers[-1] + 1 - first)
+        image_NHWC = np.concatenate([chunk.image_NHWC for chunk in chunks])[rows]
+        label_N = synthesis.labels_of(numbers)
+        return _Shard(number, image_NHWC, label_N, None if scorer is None else scorer(image_NHWC, label_N))
+
+    def write(shard: _Shard, file: BinaryIO) -> None:
+        _write_shard(synthesis, shard, None if scorer is None else dict(scorer.description), file)
+
+    names = [synthesis.shard_path(shard).name for shard in range(synthesis.shards)]
+    return Parts(
+        synthesis.out,
+        names,
+        make,
+        write,
+        lambda number: _read_record(synthesis, number),
+        lambda records: _finish(synthesis, list(records)),
+        synthesis.out / WORK_FOLDER / CLAIMS_FOLDER,
+    )
+
+
+def _write_shard(synthesis: Synthesis, shard: _Shard, scorer: dict[str, Any] | None, file: BinaryIO) -> None:
+    """Write a shard to an open file, and its record."""
+    numbers, plan = synthesis.numbers(shard.number), synthesis.plan
     provenance = {"checkpoint": plan["checkpoint"], "sampler": plan["sampler"], "batch": plan["batch"]}
     if scorer is not None:
-        provenance["scorer"] = dict(scorer.description)
+        provenance["scorer"] = scorer
 
     def sample(place: int) -> PackedSample:
+        label = int(shard.label_N[place])
         metadata = {
             "source": plan["checkpoint"]["name"],
             "number": numbers[place],
             "seed": plan["sampler"]["seed"],
-            "label": int(label_N[place]),
+            "label": label,
             "provenance": provenance,
         }
-        if score_N is not None:
-            metadata["score"] = float(score_N[place])
+        if shard.score_N is not None:
+            metadata["score"] = float(shard.score_N[place])
         try:
-            data = encode(image_NHWC[place], plan["format"])
+            data = encode(shard.image_NHWC[place], plan["format"])
         except BadImage as error:
             raise UserError(f"image {numbers[place]}: {error}") from error
-        return PackedSample(f"{numbers[place]:08d}", plan["format"], data, int(label_N[place]), metadata)
+        return PackedSample(f"{numbers[place]:08d}", plan["format"], data, label, metadata)
 
-    path = synthesis.shard_path(shard)
-    with replacing(path) as file:
-        entry = write_shard(file, path.name, map(sample, range(len(numbers))))
+    entry = write_shard(file, synthesis.shard_path(shard.number).name, map(sample, range(len(numbers))))
     record = {
         "entry": entry.model_dump(),
-        "shape": list(image_NHWC.shape[1:]),
-        "scores": None if score_N is None else [float(score) for score in score_N],
+        "shape": list(shard.image_NHWC.shape[1:]),
+        "scores": None if shard.score_N is None else [float(score) for score in shard.score_N],
     }
-    make_folder(synthesis.record_path(shard).parent)
-    with replacing(synthesis.record_path(shard)) as file:
-        file.write(json.dumps(record).encode())
+    path = synthesis.record_path(shard.number)
+    make_folder(path.parent)
+    with replacing(path) as beside:
+        beside.write(json.dumps(record).encode())
+
+
+def _read_record(synthesis: Synthesis, shard: int) -> dict[str, Any]:
+    """What was written down of a shard. DamagedPart when nothing was, or the shard is of another size."""
+    path, record_path = synthesis.shard_path(shard), synthesis.record_path(shard)
+    try:
+        record: dict[str, Any] = json.loads(record_path.read_bytes())
+        entry, size = ShardEntry.model_validate(record["entry"]), path.stat().st_size
+        if (entry.file, entry.bytes) != (path.name, size) or not {"shape", "scores"} <= record.keys():
+            raise ValueError(f"{size:,} bytes, and its record says {entry.bytes:,}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedPart(path, error) from error
+    return record
 
 
 def _remove_chunks(synthesis: Synthesis, chunks: list[int]) -> None:
     """Remove chunks whose images are all in shards."""
-    size = synthesis.options.shard_samples
+    size, there = synthesis.options.shard_samples, set(list_folder(synthesis.out))
     for chunk in chunks:
         numbers = synthesis.store.numbers(chunk)
         shards = range(numbers[0] // size, numbers[-1] // size + 1)
-        if all(synthesis.record_path(shard).exists() for shard in shards):
+        if all(synthesis.shard_path(shard).name in there for shard in shards):
             synthesis.store.path(chunk).unlink(missing_ok=True)
 
 
-def _finish(synthesis: Synthesis) -> None:
+def _finish(synthesis: Synthesis, records: list[dict[str, Any]]) -> None:
     """Write the table, the contact sheet and, last, the index."""
     out = synthesis.out
-    records = [json.loads(synthesis.record_path(shard).read_bytes()) for shard in range(synthesis.shards)]
     label_N = synthesis.labels_of(list(range(synthesis.count))).astype(np.int32)
     scores = [score for record in records for score in record["scores"] or []]
     height, width, channels = records[0]["shape"]

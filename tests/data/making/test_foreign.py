@@ -20,6 +20,7 @@ from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
 from ditmoe.data.encoding.vae import read_facts
 from ditmoe.data.making.class_names import read_class_names
 from ditmoe.data.making.foreign import ForeignResult, ForeignSettings, index_foreign, remarks
+from ditmoe.data.making.ownership import Record, write_record
 from ditmoe.data.making.verify import verify
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import decode_image, decode_label, image_extension
@@ -278,6 +279,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], object], dict[str, object], str]] = {
         "not a readable PNG image.*; with --image-size images may be in another format",
     ),
     "unfinished pack": (lambda f: (put(f, GOOD) / "packing.lock").touch(), {}, "is being packed"),
+    "unfinished pack of now": (lambda f: write_record(put(f, GOOD), Record()), {}, "is being packed"),
     "an index": (lambda f: (put(f, GOOD) / "index.json").touch(), {}, "already holds an index.json"),
     "not our index": (
         lambda f: (put(f, GOOD) / "index.json").touch(),

@@ -1,6 +1,5 @@
 """Packing: round trips, equal bytes, and what is left when it does not finish."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from ditmoe.data.making.ownership import CLAIM
 from ditmoe.data.making.pack import PackSettings, pack, refuse_overlap
 from ditmoe.data.making.sources.base import SourceImage
 from ditmoe.data.making.sources.digits import Digits
@@ -23,6 +23,7 @@ from ditmoe.data.making.verify import verify
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.index import load_index
 from ditmoe.data.shards.writer import ShardLimits
+from ditmoe.data.storage.claims import Claims
 from ditmoe.data.stream.config import DataConfig
 from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.samples import SampleReader
@@ -198,10 +199,13 @@ def test_an_unfinished_pack_has_no_index_and_can_be_repeated(tmp_path: Path) -> 
 
 
 def test_two_processes_do_not_pack_one_folder(tmp_path: Path) -> None:
-    with open(tmp_path / "packing.lock", "w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another process is writing"):
-            pack(Digits(), tmp_path, PackSettings(count=10))
+    with (
+        Claims(tmp_path).taken(CLAIM),
+        pytest.raises(UserError, match=r"another process is writing to it \(process"),
+    ):
+        pack(Digits(), tmp_path, PackSettings(count=10))
+    pack(Digits(), tmp_path, PackSettings(count=10))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_unreadable_images_stop_the_pack_or_are_listed(tmp_path: Path) -> None:

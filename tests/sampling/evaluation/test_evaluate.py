@@ -1,6 +1,7 @@
 """The evaluation job: resumable, shared by processes, scored; with a draw function in place of a network."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.data.shards.writer import ShardLimits
-from ditmoe.data.storage.sharing import try_lock
+from ditmoe.data.storage.claims import Claims
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Evaluation, Job
 from ditmoe.sampling.evaluation.results import table
@@ -178,10 +179,10 @@ def test_other_chunks_and_other_holders_are_refused(tmp_path: Path, shards: Path
     with pytest.raises(UserError, match=r"--chunk 50: .* chunks of 32 images"):
         run_job(replace(job, chunk=50), Copyist(shards))
     with (
-        try_lock(job.folder / "lock") as held,
-        pytest.raises(UserError, match="another process is at this evaluation"),
+        Claims(job.folder).taken("evaluation") as claim,
+        pytest.raises(UserError, match=rf"another process is at this evaluation \(process {os.getpid()} on"),
     ):
-        assert held
+        assert claim is not None
         run_job(job, Copyist(shards))
     run_job(replace(job, chunk=None), Copyist(shards))
     # Another request to the same images scores anew and draws nothing.

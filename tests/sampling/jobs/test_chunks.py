@@ -42,33 +42,33 @@ def test_an_interrupted_job_draws_only_what_is_missing(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     first = Drawer(dies_at=12)
     with pytest.raises(KeyboardInterrupt):
-        store.draw_pending(first, labels_of)
+        store.drawn_by(first, labels_of).draw_pending()
     assert first.drawn == list(range(10))
     assert store.pending() == [2, 3, 4]
     second = Drawer()
-    assert store.draw_pending(second, labels_of) == 3
+    assert store.drawn_by(second, labels_of).draw_pending() == 3
     assert second.drawn == list(range(10, 23))
     assert [store.read(c).label_N.tolist() for c in range(5)] == [
         labels_of(store.numbers(c)).tolist() for c in range(5)
     ]
     assert [int(i) for c in range(5) for i in store.read(c).image_NHWC[:, 0, 0, 0]] == list(range(23))
-    assert Drawer().drawn == [] and store.draw_pending(Drawer(dies_at=0), labels_of) == 0
+    assert Drawer().drawn == [] and store.drawn_by(Drawer(dies_at=0), labels_of).draw_pending() == 0
 
 
 def test_evaluations_are_averaged_over_all_images(tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    store.draw_pending(Drawer(), labels_of)
+    store.drawn_by(Drawer(), labels_of).draw_pending()
     assert store.nfe() == sum(range(23)) / 23  # the last chunk is smaller
     store.path(2).unlink()
-    store.draw_pending(Drawer(counts=False), labels_of)
+    store.drawn_by(Drawer(counts=False), labels_of).draw_pending()
     assert store.nfe() is None
     store.path(2).write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"00002\.npz: unreadable chunk"):
+    with pytest.raises(UserError, match=r"00002\.npz: unreadable"):
         store.nfe()
 
 
 def test_chunks_of_other_settings_are_refused(tmp_path: Path) -> None:
-    store_in(tmp_path).draw_pending(Drawer(), labels_of)
+    store_in(tmp_path).drawn_by(Drawer(), labels_of).draw_pending()
     with pytest.raises(UserError, match=r"00001\.npz.*settings a.*settings b"):
         store_in(tmp_path, settings="b").read(1)
     with pytest.raises(UserError, match=r"00004\.npz: a chunk of 3 images from number 20.*expected 5"):
@@ -77,20 +77,37 @@ def test_chunks_of_other_settings_are_refused(tmp_path: Path) -> None:
 
 def test_a_damaged_chunk_is_named(tmp_path: Path) -> None:
     store = store_in(tmp_path)
-    store.draw_pending(Drawer(), labels_of)
+    store.drawn_by(Drawer(), labels_of).draw_pending()
     data = bytearray(store.path(2).read_bytes())
     data[100] ^= 0xFF
     for damaged in (bytes(data), bytes(data[:50]), b""):
         store.path(2).write_bytes(damaged)
-        with pytest.raises(UserError, match=r"00002\.npz.*delete it"):
+        with pytest.raises(UserError, match=r"00002\.npz.*delete the file"):
             store.read(2)
+
+
+def test_a_damaged_chunk_is_drawn_anew_where_it_can_be(tmp_path: Path) -> None:
+    store, drawer = store_in(tmp_path), Drawer()
+    store = store.drawn_by(drawer, labels_of)
+    store.draw_pending()
+    whole = store.path(2).read_bytes()
+    for damaged in (whole[:50], b"", None):
+        if damaged is None:
+            store.path(2).unlink()
+        else:
+            store.path(2).write_bytes(damaged)
+        drawer.drawn.clear()
+        assert store.read(2).label_N.tolist() == labels_of(store.numbers(2)).tolist()
+        assert drawer.drawn == store.numbers(2) and store.path(2).read_bytes() == whole
+    store.path(1).write_bytes(b"")
+    assert store.nfe() == sum(range(23)) / 23
 
 
 def test_a_chunk_that_holds_objects_is_not_unpickled(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     store.folder.mkdir()
     np.savez(store.path(0), images=np.array([print], dtype=object), labels=0, first=0, settings="a")
-    with pytest.raises(UserError, match="unreadable chunk"):
+    with pytest.raises(UserError, match="unreadable"):
         store.read(0)
 
 
@@ -101,9 +118,9 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(np, "savez", full)
     store = store_in(tmp_path)
     with pytest.raises(UserError, match=r"00000\.npz.*No space left"):
-        store.draw_pending(Drawer(), labels_of)
+        store.drawn_by(Drawer(), labels_of).draw_pending()
     assert store.pending() == [0, 1, 2, 3, 4]
-    assert not [path for path in store.folder.rglob("*") if path.is_file() and path.parent.name != "locks"]
+    assert not [path for path in store.folder.rglob("*") if path.is_file() and path.parent.name != "claims"]
 
 
 def _work(folder: str, rank: int, log: str) -> None:
@@ -112,7 +129,7 @@ def _work(folder: str, rank: int, log: str) -> None:
             file.write(f"{numbers[0]}\n")
         return DrawnImages(images(numbers))
 
-    store_in(Path(folder), count=200, size=4).draw_pending(draw, labels_of, rank=rank, ranks=3)
+    store_in(Path(folder), count=200, size=4).drawn_by(draw, labels_of).draw_pending(rank=rank, ranks=3)
 
 
 def test_processes_share_the_chunks_and_none_is_drawn_twice(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ditmoe.data.making.ownership import write_record
+from ditmoe.data.making.ownership import CLAIM, write_record
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.making.verify import verify
@@ -25,25 +26,26 @@ from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import decode_image
 from ditmoe.data.shards.index import load_index
 from ditmoe.data.shards.sample_table import read_table
-from ditmoe.data.storage import sharing as sharing_module
-from ditmoe.data.storage.sharing import try_lock
+from ditmoe.data.storage import parts as parts_module
+from ditmoe.data.storage.claims import Claims
 from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.drawing import generate as generate_module
 from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
 from ditmoe.sampling.metrics.quality import FeatureScore, ScoreSettings, class_means, make_scorer
-from ditmoe.sampling.network.load import load_model
+from ditmoe.sampling.network.load import LoadedModel, load_model
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.synthesis import make as synthesize_module
 from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
 from ditmoe.sampling.synthesis.plan import Synthesis, SynthesisOptions, prepare_synthesis
-from tests.sampling.small_run import images_of
+from tests.sampling.small_run import images_of, write_noise_classifier
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
@@ -216,7 +218,7 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
     shared: Path, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesize_module, "SHARDS_PER_ROUND", 2)
-    monkeypatch.setattr(sharing_module, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(parts_module, "WAIT_SECONDS", 0.01)
 
     def small_chunks(out: Path) -> Synthesis:
         synthesis = prepare_synthesis(options_for(shared, out, count=61, shard_samples=7))
@@ -243,10 +245,8 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
                 os.kill(process.pid, signal.SIGKILL)
             process.join(20)
         # What is finished is not written again.
-        records = {path.stem for path in (tmp_path / "cut" / "work" / "done").glob("*.json")}
         for path in sorted((tmp_path / "cut").glob("*.tar")):
-            if path.stem[-5:] in records:
-                assert there.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+            assert there.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
         assert kills < 200
     assert kills >= 2
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -261,6 +261,78 @@ def test_work_that_is_left_at_the_end_is_removed(shared: Path, tmp_path: Path) -
     write_record(tmp_path / "out", synthesis.record)
     assert finished(synthesis) is not None
     assert contents(tmp_path / "out") == before
+
+
+def test_a_damaged_shard_or_chunk_of_an_unfinished_synthesis_is_made_anew(shared: Path, tmp_path: Path) -> None:
+    made(shared, tmp_path / "whole")
+    out = tmp_path / "out"
+    synthesis = prepare_synthesis(options_for(shared, out))
+    draw, drawn = drawer(synthesis, CPU), list[int]()
+
+    def dies(numbers: list[int], label_N: np.ndarray) -> DrawnImages:
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(numbers[0])
+        return draw(numbers, label_N)
+
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(replace(synthesis, plan={**synthesis.plan, "chunk": 8}), dies)
+    chunk = sorted((out / "work" / "chunks").glob("*.npz"))[1]
+    chunk.write_bytes(chunk.read_bytes()[:-50])
+    synthesis = replace(synthesis, plan={**synthesis.plan, "chunk": 8})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesize_module, "_finish", lambda *arguments: pytest.fail("stop here"))
+        with pytest.raises(pytest.fail.Exception):
+            synthesize(synthesis, draw)
+    shards = sorted(out.glob("*.tar"))
+    assert len(shards) == 4
+    shards[1].write_bytes(b"half")
+    (out / "work" / "done" / "00002.json").write_text("{")
+    synthesize(synthesis, draw)
+    for path in out.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    assert not verify(out).problems
+
+
+def test_the_noise_classifier_of_chains_is_read_once(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(shared / "run", run)
+    write_noise_classifier(run)
+    read: list[object] = []
+    for module in (synthesize_module, generate_module):
+        plain = module.find_posterior
+        monkeypatch.setattr(module, "find_posterior", lambda *args, plain=plain: read.append(args) or plain(*args))
+    dlg = {"skip": 2, "samples_per_chain": 2, "initial_steps": 2}
+    sampler = SamplerConfig.model_validate({"sampler": "dlg:kar1", "steps": 2, "dlg": dlg})
+    options = options_for(
+        shared, tmp_path / "out", source=run, sampler=sampler, count=16, batch=2, shard_samples=4
+    )
+    synthesis = prepare_synthesis(replace(options, score=ScoreSettings("none"), reference=None))
+    synthesize(synthesis, drawer(synthesis, CPU))
+    assert synthesis.store.chunks > 2 and len(read) == 1
+
+
+def test_bf16_alone_is_held(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models: list[LoadedModel] = []
+    plain = synthesize_module.load_model
+
+    def loaded(*args: object, **kwargs: object) -> LoadedModel:
+        models.append(plain(*args, **kwargs))  # type: ignore[arg-type]
+        return models[-1]
+
+    monkeypatch.setattr(synthesize_module, "load_model", loaded)
+    monkeypatch.setattr(LoadedModel, "_in_bfloat16", property(lambda self: pytest.fail("a copy is made")))
+    made(
+        shared,
+        tmp_path / "out",
+        sampler=SamplerConfig(steps=2, precision="bf16"),
+        score=ScoreSettings("none"),
+        reference=None,
+    )
+    assert len(models) == 1
+    assert {parameter.dtype for parameter in models[0].network.parameters()} == {torch.bfloat16}
 
 
 def test_features_score_by_the_distance_to_the_class(shared: Path, tmp_path: Path) -> None:
@@ -394,8 +466,8 @@ def test_a_pack_does_not_take_the_place_of_an_unfinished_synthesis(
 
 def test_one_synthesis_at_a_time(shared: Path, tmp_path: Path) -> None:
     synthesis = prepare_synthesis(options_for(shared, tmp_path / "out"))
-    with try_lock(tmp_path / "out" / "packing.lock") as held:
-        assert held
+    with Claims(tmp_path / "out").taken(CLAIM) as claim:
+        assert claim is not None
         with pytest.raises(UserError, match="another process is writing to it"):
             synthesize(synthesis, drawer(synthesis, CPU))
 
