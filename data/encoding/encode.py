@@ -7,6 +7,7 @@ nothing from batches, and the machine's cores belong to as many processes.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ def encode(
     rank: int = 0,
     ranks: int = 1,
     on_progress: Callable[[int], None] = lambda images: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> DatasetIndex:
     """Encode what is missing, side by side with other processes, until all is there and the index is written.
 
@@ -45,11 +47,12 @@ def encode(
         device: where the VAE computes.
         rank: this process among `ranks`; any number of further processes may help.
         on_progress: called with the number of images that are done, as far as this process knows.
+        log: takes a line for each image that this process leaves out.
 
     Raises:
         UserError: a sample cannot be used, the folder is taken, or the disk is full; what was finished is kept.
     """
-    work = _Work(encoding, device, on_progress)
+    work = _Work(encoding, device, on_progress, log)
     folder = encoding.folder
     shards = [folder.path / entry.file for entry in encoding.index.shards]
     threads = torch.get_num_threads()
@@ -92,7 +95,13 @@ class _Read(NamedTuple):
 class _Work:
     """One process's share."""
 
-    def __init__(self, encoding: Encoding, device: torch.device, on_progress: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        encoding: Encoding,
+        device: torch.device,
+        on_progress: Callable[[int], None],
+        log: Callable[[str], None],
+    ) -> None:
         self._encoding = encoding
         self._settings = encoding.settings
         self._index = encoding.index
@@ -102,6 +111,8 @@ class _Work:
         self._loaded: Vae | None = None
         self._on_progress = on_progress
         self._finished_images = 0
+        self._left_out = encoding.new_left_out()
+        self._log = log
 
     @property
     def vae(self) -> Vae:
@@ -125,22 +136,39 @@ class _Work:
         entry = self._index.shards[number]
         shard = Shard.at(self._encoding.source / entry.file, entry)
         labels: list[int] = []
+        left_out: dict[int, str] = {}
         try:
             with replacing(self._folder.path / entry.file) as file:
-                written = write_shard(file, entry.file, self._samples(shard, number, labels))
+                samples = self._samples(shard, number, labels, left_out)
+                first = next(samples, None)
+                if first is None:
+                    raise UserError(
+                        f"{shard.name}: none of its images can be used, such as {next(iter(left_out.values()))}; "
+                        "index the folder again without it"
+                    )
+                written = write_shard(file, entry.file, chain([first], samples))
                 self._folder.write_mark(
-                    ShardMark(settings=self._folder.fingerprint, entry=written, labels=tuple(labels))
+                    ShardMark(
+                        settings=self._folder.fingerprint, entry=written, labels=tuple(labels), left_out=left_out
+                    )
                 )
         finally:
             shard.close()
 
-    def _samples(self, shard: Shard, number: int, labels: list[int]) -> Iterator[ReadySample]:
-        """The members of each sample, in the shard's order; `labels` takes their labels."""
+    def _samples(
+        self, shard: Shard, number: int, labels: list[int], left_out: dict[int, str]
+    ) -> Iterator[ReadySample]:
+        """The members of each sample, in the shard's order.
+
+        `labels` takes their labels, and `left_out` the images that cannot be used.
+        """
         first = sum(self._index.samples_per_shard[:number])
         usable = self._encoding.members[number].tolist()
         keys_stay = all(map(is_plain_key, shard.keys))  # else numbers in their place: keys of others may be paths
         batches = [usable[start : start + self._batch] for start in range(0, len(usable), self._batch)]
-        for read in _one_ahead(lambda members: self._read(shard, members), batches):
+        for read in _one_ahead(lambda members: self._read(shard, members, left_out), batches):
+            if not read.members:
+                continue
             views = self._views(read, first)
             for row, member in enumerate(read.members):
                 members: dict[str, bytes] = {}
@@ -179,20 +207,27 @@ class _Work:
         mean_BCHW, logvar_BCHW = self.vae.encode_moments(filled_BHWC)
         return mean_BCHW[: len(image_BHWC)], (0.5 * logvar_BCHW[: len(image_BHWC)]).exp()
 
-    def _read(self, shard: Shard, members: list[int]) -> _Read:
-        """Images, labels and metadata. UserError naming shard and key when one cannot be used."""
+    def _read(self, shard: Shard, members: list[int], left_out: dict[int, str]) -> _Read:
+        """Images, labels and metadata. UserError naming shard and key when one cannot be used or left out."""
+        kept: list[int] = []
         images: list[ImageArray] = []
         labels: list[int] = []
         metadata: list[bytes | None] = []
         for member in members:
             try:
                 sample = shard.sample(member)
-                images.append(sample.image(self._index))
-                labels.append(sample.label(self._index))
-                metadata.append(sample.metadata())
+                image, label, facts = sample.image(self._index), sample.label(self._index), sample.metadata()
             except BadSample as error:
-                raise UserError(f"{shard.where(member)}: {error}") from error
-        return _Read(members, torch.from_numpy(np.stack(images)), labels, metadata)
+                self._left_out.add(shard.where(member), str(error))
+                left_out[member] = f"{shard.where(member)}: {error}"
+                self._log(f"left out: {left_out[member]}")
+                continue
+            kept.append(member)
+            images.append(image)
+            labels.append(label)
+            metadata.append(facts)
+        image_BHWC = torch.from_numpy(np.stack(images)) if images else torch.empty(0)
+        return _Read(kept, image_BHWC, labels, metadata)
 
 
 def _one_ahead(read: Callable[[list[int]], _Read], batches: list[list[int]]) -> Iterator[_Read]:

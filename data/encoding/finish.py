@@ -24,15 +24,22 @@ def finish(encoding: Encoding, vae: Vae) -> None:
     """
     out, source = encoding.folder.path, encoding.index
     marks = [encoding.folder.read_mark(entry.file) for entry in source.shards]
+    left_out = encoding.new_left_out()
+    kept = []
+    for members, mark in zip(encoding.members, marks, strict=True):
+        if mark.left_out:
+            left_out.add_lines(len(mark.left_out), list(mark.left_out.values()))
+        kept.append(~np.isin(members, list(mark.left_out)))
+    kept_N = np.concatenate(kept)
     label_N = np.array([label for mark in marks for label in mark.labels], dtype=np.int32)
     score_N = None
     if encoding.samples is not None:
-        used = encoding.samples.label_N >= 0
+        used = np.flatnonzero(encoding.samples.label_N >= 0)[kept_N]
         expected_N = encoding.samples.label_N[used]
         if not np.array_equal(expected_N, label_N):
             number = int((expected_N != label_N).nonzero()[0][0])
             raise UserError(
-                f"{encoding.source}: sample {int(np.flatnonzero(used)[number]):,} has label {label_N[number]}, and"
+                f"{encoding.source}: sample {int(used[number]):,} has label {label_N[number]}, and"
                 f" the table of samples says {expected_N[number]}: table and shards are not of one dataset"
             )
         score_N = None if encoding.samples.score_N is None else encoding.samples.score_N[used]

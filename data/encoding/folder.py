@@ -57,6 +57,8 @@ class ShardMark(Settings):
     entry: ShardEntry
     labels: tuple[int, ...] = Field(min_length=1)
     """Of its samples, in their order."""
+    left_out: dict[int, str] = Field(default_factory=dict)
+    """Number of an image in the source's shard → why it cannot be used."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.shards.index import DatasetIndex, LatentFacts, check_files, load_index
 from ditmoe.data.shards.latents import LatentFormat
 from ditmoe.data.shards.sample_table import SampleColumns, digest_of_members, read_table, usable_members
+from ditmoe.data.stream.config import SourceConfig
+from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
 
 FORM_VERSION: Final = 2
@@ -37,6 +39,8 @@ class EncodeSettings:
     """Images through the VAE at once, on a GPU."""
     overwrite: bool = False
     """Replace a dataset that is already there."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be used: stop, or leave it out, as training does."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ class Encoding:
     vae: VaeFacts
     settings: EncodeSettings
     folder: EncodeFolder
+
+    def new_left_out(self) -> LeftOut:
+        """Takes the images that cannot be used; empty."""
+        return LeftOut(SourceConfig(path=str(self.source), on_error=self.settings.on_error))
 
     @cached_property
     def members(self) -> tuple[NDArray[np.int64], ...]:
@@ -71,13 +79,21 @@ class Encoding:
         )
 
 
-def prepare_encoding(source: Path, out: Path, vae: VaeFacts, settings: EncodeSettings) -> Encoding:
+def prepare_encoding(
+    source: Path, out: Path, vae: VaeFacts, settings: EncodeSettings, index_folder: Path | None = None
+) -> Encoding:
     """Look at everything that is needed, before anything is written.
+
+    Args:
+        source: folder of the images' shards.
+        out: where the latents go.
+        index_folder: where the index of the images lies; None: with the shards.
 
     Raises:
         UserError: the images are missing, or do not fit the VAE; or the options do not fit each other.
     """
-    index = load_index(source)
+    index_folder = index_folder or source
+    index = load_index(index_folder)
     problems = check_files(source, index)
     if index.latents is not None:
         problems.append(f"{source}: holds latents already, expected images")
@@ -95,14 +111,14 @@ def prepare_encoding(source: Path, out: Path, vae: VaeFacts, settings: EncodeSet
         problems.append(
             "--format npy has no bfloat16: expected --dtype float32 or float16, or --format safetensors"
         )
-    samples = read_table(source, index)
+    samples = read_table(index_folder, index)
     problems += [
         f"{source / entry.file}: none of its samples can be used; index the folder again without it"
         for entry, members in zip(index.shards, usable_members(index, samples), strict=True)
         if not len(members)
     ]
-    if out.resolve() == source.resolve():
-        problems.append(f"{out}: is where the images are; choose another folder")
+    if out.resolve() in (source.resolve(), index_folder.resolve()):
+        problems.append(f"{out}: is where the images are, or their index; choose another folder")
     if problems:
         raise UserError("\n".join(problems))
     members = usable_members(index, samples)
@@ -124,5 +140,5 @@ def prepare_encoding(source: Path, out: Path, vae: VaeFacts, settings: EncodeSet
         "format": settings.format,
     }
     shards = tuple(entry.file for entry in index.shards)
-    read = (source, vae.path, *(source / shard for shard in shards))  # shards may be links
+    read = (source, index_folder, vae.path, *(source / shard for shard in shards))  # shards may be links
     return Encoding(source, index, samples, vae, settings, EncodeFolder(out, wanted, shards, read))

@@ -87,16 +87,21 @@ def choose(
     return np.sort(np.concatenate(chosen)), figures
 
 
-def filter_shards(folder: Path, out: Path, settings: FilterSettings) -> FilterResult:
+def filter_shards(
+    folder: Path, out: Path, settings: FilterSettings, index_folder: Path | None = None
+) -> FilterResult:
     """Copy the samples with the best scores, byte for byte, into new shards with an index and a table.
 
-    Samples stay in their order. UserError when there are no scores, nothing would be kept, a shard is damaged, or
+    Samples stay in their order. The index may lie in another folder than the shards, `index_folder`.
+
+    UserError when there are no scores, nothing would be kept, a shard is damaged, or
     `out` is taken.
     """
-    index = load_index(folder)
-    if out.resolve() == folder.resolve():
+    index_folder = index_folder or folder
+    index = load_index(index_folder)
+    if out.resolve() in (folder.resolve(), index_folder.resolve()):
         raise UserError(f"{out}: is the folder that is filtered; choose another one for the result")
-    samples = read_table(folder, index)
+    samples = read_table(index_folder, index)
     if samples is None or samples.score_N is None:
         raise UserError(
             f"{folder}: has no quality scores; `ditmoe data synthesize --score`, `ditmoe data index --score` and "
@@ -117,7 +122,7 @@ def filter_shards(folder: Path, out: Path, settings: FilterSettings) -> FilterRe
     copy = _Copy(folder, index, chosen, kept.label_N)
     name = settings.name or f"{index.name}-filtered"
     file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
-    sources = [folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
+    sources = [folder, index_folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
     with claimed(out, file_name, settings.overwrite, sources):
         entries = write_shards(out, file_name, copy.samples(), settings.limits)
         new = index.model_copy(

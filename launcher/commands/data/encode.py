@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ditmoe.launcher.commands.drawing import IndexOption
+
 
 class Dtype(StrEnum):
     """Number type of the stored moments."""
@@ -30,6 +32,13 @@ class LatentFormat(StrEnum):
     npy = "npy"
 
 
+class OnError(StrEnum):
+    """What becomes of images that cannot be used."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 def command(
     shards: Annotated[Path, typer.Argument(help="A folder of shards of images.", metavar="SHARDS")],
     out: Annotated[Path, typer.Argument(help="Folder to write shards of latents to.", metavar="OUT")],
@@ -52,6 +61,10 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="cpu, or cuda: a GPU for each process. [default: cuda if there is one]")
     ] = None,
+    index: IndexOption = None,
+    on_error: Annotated[
+        OnError, typer.Option(help="Images that cannot be used: stop, or leave them out, up to 1,000.")
+    ] = OnError.stop,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
     ] = False,
@@ -76,8 +89,8 @@ def command(
     process = this_process()
     if overwrite and process.started:
         raise UserError("--overwrite under torchrun: expected it left out, and OUT removed beforehand")
-    settings = EncodeSettings(dtype.value, flips.value, format.value, seed, batch, overwrite)
-    encoding = prepare_encoding(shards, out, read_facts(vae), settings)
+    settings = EncodeSettings(dtype.value, flips.value, format.value, seed, batch, overwrite, on_error.value)
+    encoding = prepare_encoding(shards, out, read_facts(vae), settings, index)
     name = choose_device(device)
     left = encoding.folder.begin(overwrite)
     if not left and not process.started:
@@ -91,24 +104,32 @@ def command(
             from ditmoe.launcher.local.launch import spawn
 
             arguments = ["data", "encode", "--vae", str(vae), "--dtype", dtype, "--flips", flips]
+            arguments += ["--on-error", on_error, *([] if index is None else [f"--index={index}"])]
             arguments += ["--format", format, "--seed", str(seed), "--batch", str(batch), "--device", name]
             # The first of them shows the result.
             raise typer.Exit(spawn([*arguments, "--", str(shards), str(out)], processes))
     progress = show_progress("images encoded", encoding.index.total) if process.first else lambda images: None
     if left:
         own = own_device(name, "--processes")
-        index = encode(encoding, own, rank=process.rank, ranks=process.ranks, on_progress=progress)
+        made = encode(encoding, own, rank=process.rank, ranks=process.ranks, on_progress=progress, log=_say)
     else:  # the other processes were faster than this one's start
-        index = load_index(out)
+        made = load_index(out)
     if process.first:
         typer.echo(
-            f"encoded {index.total:,} images of {encoding.index.image_size}×{encoding.index.image_size}×"
-            f"{encoding.index.channels} into latents of {index.image_size}×{index.image_size}×{index.channels}: "
-            f"{len(index.shards):,} shard{'s' if len(index.shards) > 1 else ''}, "
-            f"{index.total_bytes / 2**20:,.1f} MiB"
+            f"encoded {made.total:,} images of {encoding.index.image_size}×{encoding.index.image_size}×"
+            f"{encoding.index.channels} into latents of {made.image_size}×{made.image_size}×{made.channels}: "
+            f"{len(made.shards):,} shard{'s' if len(made.shards) > 1 else ''}, "
+            f"{made.total_bytes / 2**20:,.1f} MiB"
         )
+        left_out = sum(map(len, encoding.members)) - made.total
+        if left_out:
+            typer.echo(f"{left_out:,} image{'s' if left_out > 1 else ''} left out, which cannot be used", err=True)
         typer.echo(f"  dataset  {out}")
         typer.echo(f"  preview  {out / 'preview.png'}  (decoded from the latents)")
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def choose_device(asked: str | None) -> Literal["cpu", "cuda"]:

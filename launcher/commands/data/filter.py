@@ -21,6 +21,10 @@ def command(
     shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 1000,
     shard_size: Annotated[int, typer.Option(min=1, help="Most MiB of a shard.")] = 256,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after SHARDS]")] = None,
+    index_at: Annotated[
+        Path | None,
+        typer.Option("--index", metavar="FOLDER", help="Folder of index.json, where it is not SHARDS."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
     ] = False,
@@ -37,7 +41,7 @@ def command(
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     limits = ShardLimits(samples=shard_samples, bytes=shard_size * 2**20)
     settings = FilterSettings(1.0 if keep is None else keep, min_score, limits, name, overwrite)
-    result = filter_shards(shards, out, settings)
+    result = filter_shards(shards, out, settings, index_at)
     index = result.index
     width = max(len(class_name) for class_name in index.class_names)
     for label, figures in list(enumerate(result.classes))[:CLASSES_SHOWN]:

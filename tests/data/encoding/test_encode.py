@@ -334,6 +334,53 @@ def test_what_does_not_fit_is_one_message(
     assert not (tmp_path / "half" / "index.json").exists()
 
 
+def test_images_that_cannot_be_used_are_left_out_on_request(
+    shapes: Path, vae_folder: Path, tmp_path: Path, rewrite: Callable[..., str]
+) -> None:
+    index = load_index(shapes)
+    table = read_table(shapes, index)
+    assert table is not None
+    scored = SampleColumns(table.label_N, np.arange(30, dtype=np.float32))
+    write_index(shapes, index.model_copy(update={"samples": write_table(shapes, scored)}))
+    keys = [
+        rewrite(shapes, 1, 3, lambda members: {**members, "png": b"damaged"}),
+        rewrite(shapes, 1, 9, lambda members: {**members, "cls": b"x"}),
+    ]
+    lines: list[str] = []
+    settings = EncodeSettings(on_error="skip")
+    encoding = prepare_encoding(shapes, tmp_path / "latents", read_facts(vae_folder), settings)
+    assert encoding.folder.begin(False)
+    found = encode(encoding, torch.device("cpu"), log=lines.append)
+    assert [entry.samples for entry in found.shards] == [10, 8, 10] and not verify(tmp_path / "latents").problems
+    kept = read_table(tmp_path / "latents", found)
+    assert kept is not None and kept.score_N is not None
+    used = [number for number in range(30) if number not in (13, 19)]
+    assert kept.label_N.tolist() == table.label_N[used].tolist() and kept.score_N.tolist() == used
+    assert len(lines) == 2
+    assert all(f"shapes-00001.tar, sample {key}: " in line for key, line in zip(keys, lines, strict=True))
+    # Of a shard nothing may be left.
+    for sample in range(10):
+        rewrite(shapes, 0, sample, lambda members: {**members, "png": b"damaged"})
+    with pytest.raises(UserError, match=r"shapes-00000\.tar: none of its images can be used, such as "):
+        run(shapes, tmp_path / "none", vae_folder, settings)
+
+
+def test_the_index_of_the_images_may_lie_elsewhere(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:
+    run(shapes, tmp_path / "expected", vae_folder)
+    index = tmp_path / "elsewhere"
+    index.mkdir()
+    for name in ("index.json", "samples.npz"):
+        (shapes / name).rename(index / name)
+    encoding = prepare_encoding(shapes, tmp_path / "latents", read_facts(vae_folder), EncodeSettings(), index)
+    assert encoding.folder.begin(False)
+    encode(encoding, torch.device("cpu"))
+    assert contents(tmp_path / "latents") == contents(tmp_path / "expected")
+    with pytest.raises(UserError, match="is where the images are, or their index"):
+        prepare_encoding(
+            shapes, tmp_path / "elsewhere", read_facts(vae_folder), EncodeSettings(), tmp_path / "elsewhere"
+        )
+
+
 def test_verify_finds_what_is_wrong_with_latents(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     index = run(shapes, out, vae_folder, EncodeSettings(flips="both"))

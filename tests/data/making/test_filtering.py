@@ -212,3 +212,14 @@ def test_the_command(tmp_path: Path, scored: Path) -> None:
     ):
         error = runner.invoke(app, ["filter", str(scored), str(tmp_path / "x"), *arguments]).exception
         assert isinstance(error, UserError) and message in str(error)
+
+
+def test_the_index_may_lie_elsewhere(tmp_path: Path, scored: Path) -> None:
+    filter_shards(scored, tmp_path / "expected", FilterSettings(keep=0.5))
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("index.json", "samples.npz"):
+        (scored / name).rename(tmp_path / "elsewhere" / name)
+    filter_shards(scored, tmp_path / "out", FilterSettings(keep=0.5), tmp_path / "elsewhere")
+    assert members_of(tmp_path / "out") == members_of(tmp_path / "expected")
+    with pytest.raises(UserError, match="is the folder that is filtered"):
+        filter_shards(scored, tmp_path / "elsewhere", FilterSettings(keep=0.5), tmp_path / "elsewhere")
