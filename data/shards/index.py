@@ -177,7 +177,10 @@ def load_index(folder: str | Path) -> DatasetIndex:
     folder = Path(folder)
     path = folder / INDEX_FILE
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; `ditmoe data pack SOURCE {folder}` makes one")
+        raise UserError(
+            f"{folder}: no such folder; `ditmoe data pack SOURCE {folder}` makes one of images, and"
+            f" `ditmoe data encode SHARDS {folder} --vae VAE` one of latents"
+        )
     try:
         with open_regular(path) as file:
             text = file.read()
@@ -189,7 +192,8 @@ def load_index(folder: str | Path) -> DatasetIndex:
                 ) from None
         raise UserError(
             f"{folder}: has no {INDEX_FILE}, so it was never packed or the packing did not finish: "
-            f"repeat `ditmoe data pack SOURCE {folder}`; shards from elsewhere: `ditmoe data index {folder}`"
+            f"repeat `ditmoe data pack SOURCE {folder}`, or for latents `ditmoe data encode SHARDS {folder}"
+            f" --vae VAE`; shards from elsewhere: `ditmoe data index {folder}`"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error}") from error

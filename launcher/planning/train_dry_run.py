@@ -33,7 +33,9 @@ def dry_run(raw: RunConfig, origin: str) -> str:
         "gradients": memory.gradients,
         "optimiser": memory.optimizer,
         "EMA": memory.ema,
-        "total": memory.state,
+        "activations": memory.activations,
+        "buffers": memory.buffers,
+        "peak": memory.peak,
     }
     where = f"each rank of stage {stage}, which needs most" if layout.pipe > 1 else "each rank"
     facts = "\n".join(
@@ -46,8 +48,8 @@ def dry_run(raw: RunConfig, origin: str) -> str:
             f"total      {counts.total:>15,}",
             f"activated  {counts.activated:>15,}",
             "",
-            f"training state of {where}, GiB (`ditmoe plan` estimates activations too)",
-            *(f"{name:<10} {size / _GIB:>15.3f}" for name, size in rows.items()),
+            f"memory of {where}, GiB, as `ditmoe plan` counts it; the peak is the most at once, not the sum",
+            *(f"{name:<11}{size / _GIB:>15.3f}" for name, size in rows.items()),
         ]
     )
     # As comments, so that all of the output is YAML.

@@ -93,7 +93,17 @@ def test_dry_run(write_config: Write, tmp_path: Path) -> None:
     assert values["model"]["image_size"] == 8 and values["parallel"]["data"] == 2
     assert values["optim"]["lr"] == 2e-4
     assert "rank 0: experts 0–1 | rank 1: experts 2–3" in done.stdout
-    for word in ("total", "activated", "weights", "gradients", "optimiser", "EMA"):
+    for word in (
+        "total",
+        "activated",
+        "weights",
+        "gradients",
+        "optimiser",
+        "EMA",
+        "activations",
+        "buffers",
+        "peak",
+    ):
         assert f"# {word} " in done.stdout
     assert not (tmp_path / "runs").exists()
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from typer.testing import CliRunner
 
 from ditmoe.launcher.cli import app
 from ditmoe.launcher.commands.plan import command
+from ditmoe.launcher.configuration.resolve import resolve
 from ditmoe.launcher.configuration.run_config import load_config
+from ditmoe.launcher.configuration.sections import LaunchConfig
 from ditmoe.launcher.planning.plan import plans
+from ditmoe.launcher.planning.train_dry_run import largest_stage
+from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.planner.anatomy import Anatomy, Weight
 from ditmoe.parallel.planner.estimate import Machine, Plan
@@ -132,7 +137,7 @@ def test_published_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, ["train", str(path), "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert "# without data: shards/imagenet-latents" in done.stdout
+    assert "# without data: shards/imagenet-latents" in done.stdout and "`ditmoe data encode" in done.stdout
     values = yaml.safe_load(done.stdout)
     assert values["train"]["batch"] == 1024 and values["optim"]["lr"] == 1e-4 and values["ema"]["decay"] == 0.9999
     text = path.read_text()
@@ -143,7 +148,45 @@ def test_published_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert values["train"]["micro_batch"] == chosen.layout.micro_batch
     assert values["parallel"]["activation_checkpointing"] == chosen.workload.recompute
     assert [line[4:] for line in text.splitlines() if line.startswith("#   ")] == figures(chosen)
+    dry_run = re.search(r"^# peak +([\d.]+)$", done.stdout, re.MULTILINE)
+    assert dry_run is not None and float(dry_run[1]) == pytest.approx(chosen.memory.peak / GIB, abs=0.001)
     assert f", on {gpus} H100 SXM." in text and f"configs/{path.name} --gpus {gpus}`" in text
+
+
+def test_every_shipped_run_is_held_to_what_its_header_says() -> None:
+    """By the tests above and those below; a new one needs one too."""
+    assert {path.stem for path in (ROOT / "configs").glob("*.yaml")} == {
+        *(path.stem for path in PUBLISHED),
+        "demo",
+        "shapes",
+        "photos",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "channels", "classes"), [("demo", 8, 1, 10), ("shapes", 32, 3, 10), ("photos", 64, 3, 1000)]
+)
+def test_headers_of_the_small_runs(name: str, side: int, channels: int, classes: int) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    given = {"image_size": side, "channels": channels, "num_classes": classes}
+    config = load_config(path, [f"model.{key}={value}" for key, value in given.items()])
+    header = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    assert f"{side}×{side}" in header or f"{side}² RGB" in header
+    found = count(config.model)
+    if sizes := re.search(r"of ([\d.]+)M parameters, of which ([\d.]+)M work on a token", header):
+        assert sizes.groups() == (f"{found.total / 1e6:.1f}", f"{found.activated / 1e6:.1f}")
+    if name != "photos":
+        assert sizes is not None
+        return
+    assert f"{config.model.tokens} tokens each" in header
+    memory = re.search(r"on ([\d, or]+) GPUs of (\d+) GiB or more: the planner counts ([\d.]+) GiB on one", header)
+    assert memory is not None
+    for gpus in map(int, re.findall(r"\d+", memory[1])):
+        resolved = resolve(config.model_copy(update={"launch": LaunchConfig(processes=gpus)}), None, gpus)
+        _, needed = largest_stage(resolved)
+        assert Machine(replace(GPUS["rtx4090"], memory_gib=float(memory[2]))).fits(needed)
+        if gpus == 1:
+            assert f"{needed.peak / GIB:.1f}" == memory[3]
 
 
 @pytest.mark.parametrize(
