@@ -114,9 +114,11 @@ class GradientCheck:
         if not math.isfinite(norm):
             return  # the trainer has a message for that
         scale = 1.0 if clip is None else 1 / max(1.0, (norm + (1e-6 if self._layout.zero else 0)) / clip)
-        problems = gather_objects([*self._norm_problems(scale * norm), *self._projection_problems(scale)])
-        named = list(dict.fromkeys(problem for each in problems for problem in each))
-        if named:
+        problems = [*self._norm_problems(scale * norm), *self._projection_problems(scale)]
+        ranks_with_problems = torch.tensor(float(bool(problems)), device=self._square.device)
+        dist.all_reduce(ranks_with_problems)
+        if ranks_with_problems:
+            named = list(dict.fromkeys(problem for each in gather_objects(problems) for problem in each))
             raise GradientMismatchError(
                 f"the gradient that DeepSpeed steps with is not that of the loss: {'; '.join(named[:3])}"
                 + (f"; and {len(named) - 3} more" if len(named) > 3 else "")

@@ -30,7 +30,7 @@ class ZeroSettings:
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> "ZeroSettings":
         """With what the `deepspeed` section of a configuration says."""
-        given = extra.get("zero_optimization", {})
+        given = extra.get("zero_optimization") or {}  # an empty section reads as null
         keys = {
             "reduce_bucket": "reduce_bucket_size",
             "persistence_threshold": "stage3_param_persistence_threshold",
