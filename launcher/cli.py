@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from ditmoe.launcher.local.failures import record_failure
 from ditmoe.launcher.local.signals import end_with_parent
+from ditmoe.launcher.local.terminal import let_go, prepare_streams
 from ditmoe.model.errors import UserError
 
 INTERRUPTED: Final = 130
@@ -99,6 +100,7 @@ def _command(
 
 def main() -> None:
     """Run the command line. Exit code 0: done; 2: the user's mistake; 130: Ctrl-C; 1: the program's."""
+    prepare_streams()
     end_with_parent()
     try:
         sys.exit(_run())
@@ -110,8 +112,7 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         _end(INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough; nothing more can be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        let_go(sys.stdout)  # its reader, such as `head`, has seen enough
         sys.exit(1)
     except Exception:
         if not record_failure(traceback.format_exc(), 1):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from ditmoe.data.storage.stopping import STOP_SIGNALS
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failure
 from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
 
@@ -58,7 +59,7 @@ def spawn(
         group = _Group(Path(scratch), log_dir or Path(scratch), grace)
         base = _environment(processes, threads, environment or {})
         # What is ignored stays so: nohup ignores SIGHUP.
-        heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         handlers = {number: signal.signal(number, group.on_signal) for number in heard}
         try:
             for rank in range(processes):
@@ -68,15 +69,6 @@ def spawn(
             group.kill()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-_FORWARDED: Final = {
-    signal.SIGINT: signal.SIGTERM,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,
-}
-"""Signal to this process → signal to all that it started."""
 
 
 @dataclass
@@ -147,7 +139,8 @@ class _Group:
             self.asked, self.asked_seconds = signal.Signals(number), time.monotonic()
             if number == signal.SIGINT:
                 print("\nstopping; Ctrl-C again kills all processes at once", file=sys.stderr)
-        self._send(_FORWARDED[signal.Signals(number)])
+        # Ranks hear the second Ctrl-C from here alone, so the first is to them an ordinary end.
+        self._send(signal.SIGTERM if number == signal.SIGINT else signal.Signals(number))
 
     def kill(self) -> None:
         """End all that still run, with the processes that they started."""

@@ -1,4 +1,8 @@
-"""Signals: a training process stops at the next step, and no process outlives the one that started it."""
+"""Signals: a training process stops at the next step, and no process outlives the one that started it.
+
+Whatever asks for an end gets a checkpoint first: an impatient user, a lost terminal, a batch system's warning, a
+limit of processor time. Only SIGKILL, SIGQUIT (Ctrl-\\) and a second Ctrl-C end a run at once.
+"""
 
 import ctypes
 import os
@@ -7,6 +11,8 @@ import sys
 import time
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
+
+from ditmoe.data.storage.stopping import STOP_SIGNALS
 
 PARENT_VARIABLE: Final = "DITMOE_PARENT"
 """Environment variable of a started process: the process that it ends with."""
@@ -18,12 +24,10 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 
 class StopSignal:
-    """Within this context SIGTERM, SIGINT and SIGUSR1 ask for a stop instead of ending the process.
+    """Within this context `STOP_SIGNALS` ask for a stop instead of ending the process.
 
-    A second SIGINT (Ctrl-C) ends it: it raises KeyboardInterrupt.
+    What is ignored stays so: nohup ignores SIGHUP. A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
     """
-
-    SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -37,7 +41,8 @@ class StopSignal:
         return self.name is not None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(

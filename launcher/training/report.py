@@ -4,8 +4,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TextIO
 
@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ditmoe.data.storage.files import replacing
+from ditmoe.launcher.local.terminal import is_closed, let_go
 from ditmoe.launcher.training.run_folder import RunFolder
 
 TAGS: Final = {
@@ -51,7 +52,7 @@ class Reporter:
     """
 
     def __init__(self, folder: RunFolder, steps: int, step: int = 0, terminal: TextIO | None = None) -> None:
-        self._terminal = terminal or sys.stdout
+        self._terminal: TextIO | None = terminal or sys.stdout
         folder.path.mkdir(parents=True, exist_ok=True)
         drop_after(folder.stats, step)
         drop_after(folder.sample_keys, step)
@@ -74,17 +75,15 @@ class Reporter:
     def close(self) -> None:
         """Finish all files."""
         if self._bar is not None:
-            self._bar.close()
+            with self._while_read():
+                self._bar.close()
         self._board.close()
         self._files.close()
 
     def log(self, message: str) -> None:
         """Say something: to the terminal, and to log.txt with the time."""
         self._write_log(message)
-        if self._bar is not None:
-            self._bar.write(message, file=self._terminal)
-        else:
-            print(message, file=self._terminal, flush=True)
+        self._tell(message)
 
     def samples(self, step: int, keys: Sequence[str]) -> None:
         """Write the keys of a step's samples to samples.jsonl."""
@@ -96,7 +95,8 @@ class Reporter:
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar."""
         if self._bar is not None:
-            self._bar.update(steps)
+            with self._while_read():
+                self._bar.update(steps)
 
     def record(self, step: int, values: Mapping[str, Value]) -> None:
         """Report a step: a line of stats.jsonl, TensorBoard scalars, and a line of the log.
@@ -121,7 +121,7 @@ class Reporter:
         line = _line(step, values)
         self._write_log(line)
         if self._bar is None:
-            print(line, file=self._terminal, flush=True)
+            self._tell(line)
         else:
             loss = values.get("loss")
             self._bar.set_postfix(loss=f"{loss:.4f}" if isinstance(loss, float) else "", refresh=False)
@@ -137,7 +137,28 @@ class Reporter:
         self._board.flush()
 
     def _open(self, path: Path) -> TextIO:
-        return self._files.enter_context(open(path, "a", encoding="utf-8"))
+        # Names of files need not be text that UTF-8 has.
+        return self._files.enter_context(open(path, "a", encoding="utf-8", errors="backslashreplace"))
+
+    def _tell(self, text: str) -> None:
+        """Write to the terminal, as long as somebody reads it."""
+        with self._while_read():
+            if self._bar is not None:
+                self._bar.write(text, file=self._terminal)
+            elif self._terminal is not None:
+                print(text, file=self._terminal, flush=True)
+
+    @contextmanager
+    def _while_read(self) -> Iterator[None]:
+        """A closed standard output (`| head`, a terminal that is gone) does not end the run; the log says so."""
+        try:
+            yield
+        except OSError as error:
+            if not is_closed(error) or self._terminal is None:
+                raise
+            let_go(self._terminal)
+            self._terminal = self._bar = None
+            self._write_log(f"nobody reads the standard output any more ({error.strerror}); this log goes on")
 
     def _draw_load(self, step: int, load_LN: list[Any]) -> None:
         """Share of a layer's tokens that each expert got; all equal at 1/N."""

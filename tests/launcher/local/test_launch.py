@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ditmoe.data.storage.stopping import STOP_SIGNALS
 from ditmoe.launcher.local.launch import spawn
 from ditmoe.launcher.local.signals import REPEAT_SECONDS, StopSignal
 
@@ -115,7 +116,7 @@ def launcher_process(kind: str, folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(
     ("sent", "received"),
-    [(signal.SIGINT, "SIGTERM"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")],
+    [(number, "SIGTERM" if number == signal.SIGINT else number.name) for number in STOP_SIGNALS],
 )
 def test_a_stop_reaches_all_ranks_once(tmp_path: Path, sent: signal.Signals, received: str) -> None:
     parent = launcher_process("stop", tmp_path)
@@ -150,13 +151,28 @@ def test_no_rank_outlives_a_killed_parent(tmp_path: Path) -> None:
     assert (tmp_path / "stopped-0").read_text() == "SIGTERM"
 
 
-def test_a_stop_signal_is_noted_and_the_handler_restored() -> None:
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_stop_signal_is_noted_and_the_handler_restored(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with StopSignal() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested and stop.name == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), number)
+        assert stop.requested and stop.name == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_what_is_ignored_stays_so() -> None:
+    """As by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_within_the_process() -> None:
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
