@@ -62,8 +62,8 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     ),
     "ddim_eta": (Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")], 0.0),
     "churn": (Annotated[float, typer.Option(min=0, help="S_churn of kar2: how far σ grows.")], 80.0),
-    "churn_min": (Annotated[float, typer.Option(min=0, help="S_tmin of kar2: smallest σ to grow.")], 0.05),
-    "churn_max": (Annotated[float, typer.Option(min=0, help="S_tmax of kar2: largest σ to grow.")], 1.0),
+    "churn_min": (Annotated[float, typer.Option(min=0, help="S_tmin of kar2: smallest σ to grow.")], 0.1),
+    "churn_max": (Annotated[float, typer.Option(min=0, help="S_tmax of kar2: largest σ to grow.")], 2.0),
     "churn_noise": (Annotated[float, typer.Option(min=0, help="S_noise of kar2: deviation of its noise.")], 1.007),
     "tolerance": (Annotated[float, typer.Option(help="Error of a step of rk45.")], 1e-5),
     "corrector_steps": (

@@ -128,15 +128,14 @@ class Dlg:
             if len(due_R):
                 chains = chains.with_rows(due_R, self._begin(chains.rows(due_R)))
         before = self.denoiser.nfe
-        best: State | None = None
         trace: list[Tensor] = []
-        for step in range(self.config.skip * self.config.thin):
-            chains = self._step(chains, self._step_size(chains.label_B), self.config.step_rule)
-            now = State(chains.x_BCHW, chains.sigma_B)
-            trace.append(now.sigma_B)
-            keep = self.config.select == "smallest" and step % self.config.skip > 0
-            best = now if best is None or not keep else smaller(best, now)
-        assert best is not None
+        for _ in range(self.config.thin):
+            best = State(chains.x_BCHW, chains.sigma_B)  # the state before a stretch is the first to choose from
+            for _ in range(self.config.skip):
+                chains = self._step(chains, self._step_size(chains.label_B), self.config.step_rule)
+                now = State(chains.x_BCHW, chains.sigma_B)
+                trace.append(now.sigma_B)
+                best = smaller(best, now) if self.config.select == "smallest" else now
         selected = Selected(
             best.x_BCHW,
             best.sigma_B,

@@ -43,6 +43,8 @@ class Sampler:
     """It takes `steps` and `schedule`."""
     noisy: bool = False
     """It takes `noise`."""
+    ends_by_tweedie: bool = False
+    """It goes to the smallest σ, and its last step is Tweedie's formula there."""
     from_prior: bool = False
     """On the objective's own schedule it starts at pure noise. The others start at `sigma_max` on either: at
     t = 1 of a flow, σ has no bound, and neither have the slope in σ and the noise of a step."""
@@ -58,7 +60,7 @@ SAMPLERS: Final[dict[IntegratorName, Sampler]] = {
     "heun": Sampler(heun, _two_per_step),
     "kar1": Sampler(heun, _two_per_step),
     "kar2": Sampler(heun_with_churn, _two_per_step, _CHURN, noisy=True),
-    "rk45": Sampler(rk45, None, {"tolerance": "tolerance"}, on_schedule=False),
+    "rk45": Sampler(rk45, None, {"tolerance": "tolerance"}, on_schedule=False, ends_by_tweedie=True),
     "reverse-diffusion": Sampler(reverse_diffusion, _one_per_step_and_correction, _CORRECTOR, noisy=True),
     "euler-maruyama": Sampler(euler_maruyama, _one_per_step_and_correction, _CORRECTOR, noisy=True),
     "dpm-solver++": Sampler(dpm_solver, from_prior=True),
@@ -89,7 +91,13 @@ def integrate(
     if sampler.noisy:
         arguments["noise"] = noise
     drawn = sampler.integrator(denoiser, x_BCHW, sigma_B, label_B, **arguments)
-    return tweedie(denoiser, drawn, sigma_B, label_B) if config.tweedie else drawn
+    return tweedie(denoiser, drawn, sigma_B, label_B) if _adds_tweedie(config) else drawn
+
+
+def _adds_tweedie(config: SamplerConfig) -> bool:
+    """Whether a last step of Tweedie's formula follows the integrator."""
+    of_chains = config.chains and config.dlg.tweedie and not SAMPLERS[config.integrator].ends_by_tweedie
+    return config.tweedie or of_chains
 
 
 def tweedie(denoiser: Denoiser, drawn: Drawn, sigma_B: Tensor, label_B: Tensor) -> Drawn:
@@ -122,7 +130,7 @@ def planned_nfe(config: SamplerConfig) -> float | None:
     count = SAMPLERS[config.integrator].nfe
     if count is None:
         return None
-    finish, dlg = count(config) + config.tweedie, config.dlg
+    finish, dlg = count(config) + _adds_tweedie(config), config.dlg
     if not config.chains:
         return finish
     start = planned_nfe(initial_config(config))

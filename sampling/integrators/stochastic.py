@@ -35,27 +35,29 @@ def heun_with_churn(
     noise: NoiseSource,
     *,
     churn: float = 80.0,
-    churn_min: float = 0.05,
-    churn_max: float = 1.0,
+    churn_min: float = 0.1,
+    churn_max: float = 2.0,
     churn_noise: float = 1.007,
     schedule: Schedule = karras_schedule,
 ) -> Drawn:
     """Heun steps, each after some fresh noise (EDM, Algorithm 2); 2·steps − 1 evaluations.
 
-    The defaults are KAR2 of the DMCMC paper (arXiv 2209.14593). With churn = 0 it is `heun`.
+    The defaults are KAR2 of the DMCMC paper (arXiv 2209.14593) for images from −1 to 1; its own go from 0 to 1,
+    with a window half as high. S_churn is divided by the N = steps + 1 levels, as there (EDM: by the steps). With
+    churn = 0 it is `heun`.
 
     Args:
         x_BCHW: noisy images, float32.
         sigma_B: their noise levels, > 0; not much above `sigma_max`, as for `heun`.
         label_B: classes.
         noise: asked for at steps 0 … steps − 1 where the σ of some image lies between the bounds.
-        churn: S_churn; at a step σ grows by the factor 1 + churn/steps, at most √2.
+        churn: S_churn; at a step σ grows by the factor 1 + churn/(steps + 1), at most √2.
         churn_min: S_tmin, the smallest σ that grows.
         churn_max: S_tmax, the largest σ that grows.
         churn_noise: S_noise, deviation of the fresh noise; a little above 1 makes up for detail that D loses.
     """
     before = denoiser.nfe
-    growth = min(churn / steps, LARGEST_CHURN)
+    growth = min(churn / (steps + 1), LARGEST_CHURN)
     for step, (now_B, next_B) in enumerate(levels(schedule(denoiser, sigma_B, steps))):
         inside_B = (now_B >= churn_min) & (now_B <= churn_max)
         if growth > 0 and bool(inside_B.any()):

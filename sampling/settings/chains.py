@@ -11,6 +11,8 @@ from ditmoe.sampling.settings.names import ChainPreset, IntegratorName, LevelRul
 PRESETS: Final[Mapping[ChainPreset, Mapping[str, Any]]] = {
     "published": {},
     "velocity": {
+        "tweedie": False,
+        "initial_noise": 0.5,
         "step_size": 1.5,
         "step_rule": "underdamped",
         "momentum": 0.98,
@@ -33,8 +35,9 @@ class DlgConfig(Settings):
     preset: ChainPreset = Field(default="published", exclude=True)
     """What the settings that are not given are: `published`, or `velocity`, the best that was found on images of
     32×32 (docs/dmcmc.md)."""
-    step_size: float = Field(default=0.05, gt=0)
-    """η. With `constant` in units of σ²; with the other rules a share of σ², for `exponential` at most 1."""
+    step_size: float = Field(default=0.2, gt=0)
+    """η. With `constant` in units of σ², for images from −1 to 1 (published: 0.05, for images from 0 to 1); with
+    the other rules a share of σ², for `exponential` at most 1."""
     step_rule: StepRule = "constant"
     """`constant`: x + ½η·s + √η·z (published). `proportional`: the same with η·σ² for η. `exponential`:
     D + √(1 − η)·(x − D) + √η·σ·z, whose noise of the current level keeps its size exactly. `underdamped`: with a
@@ -54,7 +57,11 @@ class DlgConfig(Settings):
     sigma_max: float | None = Field(default=None, gt=0)
     """Largest σ that a chain may take; null: that of the classifier."""
     select: Literal["smallest", "last"] = "smallest"
-    """Which state of a stretch is denoised: that of smallest σ (published), or the last (exact)."""
+    """Which state of a stretch is denoised: the first of smallest σ, beginning with the one before the stretch
+    (published), or the last (exact)."""
+    tweedie: bool = True
+    """End each sample with x ← D(x, smallest σ) (published), also after an integrator that steps to σ = 0 by
+    itself; one evaluation more. rk45 ends by this very step, and takes no second one."""
     samples_per_chain: int = Field(default=50, ge=1, le=10**9)
     """Samples S of a chain: image i is sample i mod S of chain i div S. Fewer are less alike; the cost of the
     start is divided by them."""
@@ -62,10 +69,10 @@ class DlgConfig(Settings):
     """The integrator that draws, from pure noise, what a chain starts from."""
     initial_steps: int = Field(default=19, ge=1, le=10**9)
     """Its steps; 19 are the paper's N = 20 levels."""
-    initial_noise: float = Field(default=0.5, ge=0)
-    """Deviation of the noise that is added to it."""
-    burn_in_step_size: float = Field(default=0.5, gt=0)
-    """η of the first burn-in, whose rule is `constant`."""
+    initial_noise: float = Field(default=1.0, ge=0)
+    """Deviation of the noise that is added to it, for images from −1 to 1."""
+    burn_in_step_size: float = Field(default=2.0, gt=0)
+    """η of the first burn-in, whose rule is `constant`, for images from −1 to 1."""
     burn_in_first: int = Field(default=10, ge=0, le=10**9)
     """Steps of it."""
     burn_in: int = Field(default=10, ge=0, le=10**9)

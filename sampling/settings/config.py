@@ -37,10 +37,10 @@ class SamplerConfig(Settings):
     ddim_eta: float = Field(default=0.0, ge=0, le=1)
     """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
     churn: float = Field(default=80.0, ge=0)
-    """S_churn of kar2: at a step σ first grows, with fresh noise, by the factor 1 + churn/steps, at most √2."""
-    churn_min: float = Field(default=0.05, ge=0)
+    """S_churn of kar2: at a step σ first grows, with fresh noise, by 1 + churn/(steps + 1), at most √2."""
+    churn_min: float = Field(default=0.1, ge=0)
     """S_tmin of kar2: the smallest σ that grows."""
-    churn_max: float = Field(default=1.0, ge=0)
+    churn_max: float = Field(default=2.0, ge=0)
     """S_tmax of kar2: the largest σ that grows."""
     churn_noise: float = Field(default=1.007, ge=0)
     """S_noise of kar2: deviation of its fresh noise."""
@@ -53,7 +53,8 @@ class SamplerConfig(Settings):
     leaves the variance too large by a share of about snr²."""
     tweedie: bool = False
     """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
-    evaluation more. The step to σ = 0 that each integrator ends with is of this kind already."""
+    evaluation more. The step to σ = 0 that each integrator ends with is of this kind already. Chains have a
+    setting of their own for it."""
     cfg_scale: float = Field(default=1.0, ge=0)
     """Classifier-free guidance; 1: none."""
     cfg_channels: int | None = Field(default=None, ge=1, le=1024)

@@ -64,7 +64,11 @@ def test_an_image_is_the_same_whatever_is_drawn_beside_it(model, posterior):
 
 def test_the_state_that_is_denoised_has_the_smallest_sigma_of_its_stretch(model, posterior):
     drawn = generate(model, None, range(8), config_of(skip=5), 2, posterior=posterior).chains
-    assert drawn is not None and torch.equal(drawn.sigma_N, drawn.trace_NT.min(1).values)
+    assert drawn is not None
+    # The state before the stretch, the last of the one before, is among those to choose from.
+    later = torch.tensor([place for place in range(8) if place % 4])
+    window_NT = torch.cat((drawn.trace_NT[later - 1, -1:], drawn.trace_NT[later]), dim=1)
+    assert torch.equal(drawn.sigma_N[later], window_NT.min(1).values)
     last = generate(model, None, range(8), config_of(skip=5, select="last"), 2, posterior=posterior).chains
     assert last is not None and torch.equal(last.sigma_N, last.trace_NT[:, -1])
     levels_N = posterior.level_N.float()
@@ -208,6 +212,20 @@ def test_a_preset_gives_what_is_not_given():
         DlgConfig.model_validate({"preset": "fast"})
     for preset in get_args(ChainPreset):
         DlgConfig.model_validate({"preset": preset})
+
+
+def test_presets_are_what_they_are():
+    """A changed default shows here: `published` in units of −1…1, and `velocity` as it was measured."""
+    published = {"step_size": 0.2, "step_rule": "constant", "level_rule": "argmax", "select": "smallest"}
+    published |= {"tweedie": True, "initial": "kar2", "initial_steps": 19, "initial_noise": 1.0}
+    published |= {"burn_in_step_size": 2.0, "burn_in_first": 10, "burn_in": 10}
+    velocity = {"step_size": 1.5, "step_rule": "underdamped", "momentum": 0.98, "skip": 3, "thin": 1}
+    velocity |= {"level_rule": "sample", "select": "last", "tweedie": False, "samples_per_chain": 5}
+    velocity |= {"initial": "dpm-solver++", "initial_steps": 8, "initial_noise": 0.5}
+    velocity |= {"burn_in_first": 0, "burn_in": 2}
+    for preset, expected in {"published": published, "velocity": velocity}.items():
+        found = DlgConfig.model_validate({"preset": preset}).model_dump()
+        assert {key: found[key] for key in expected} == expected
 
 
 def test_settings_of_chains_belong_to_samplers_of_chains():

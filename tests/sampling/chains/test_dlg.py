@@ -132,20 +132,25 @@ def test_restarts_start_anew_with_other_noise():
 
 
 def test_the_smallest_sigma_of_a_stretch_is_taken():
-    """Against the states of a chain that is denoised after every step."""
+    """Against the states of a chain that is denoised after every step, the one before the stretch among them."""
+    start = dlg_of(EXACT).start([0, 1, 2], torch.tensor([0, 1, 0]), SHAPE, torch.float64)
     every = run(dlg_of(EXACT.model_copy(update={"skip": 1})), [0, 1, 2], 12)
-    states = [sample.selected for sample in every]
+    states = [State(start.x_BCHW, start.sigma_B)]
+    states += [State(sample.selected.x_BCHW, sample.selected.sigma_B) for sample in every]
+    before = 0
     for thin, skip in ((1, 4), (2, 3)):
         config = EXACT.model_copy(update={"skip": skip, "thin": thin, "select": "smallest"})
         for number, sample in enumerate(run(dlg_of(config), [0, 1, 2], 12 // (skip * thin))):
             last = (number + 1) * skip * thin
-            window = states[last - skip : last]
+            window = states[last - skip : last + 1]
             for row in range(3):
-                best = min(window, key=lambda state: state.sigma_B[row].item())
+                best = min(window, key=lambda state: state.sigma_B[row].item())  # the first of them
+                before += best is window[0]
                 torch.testing.assert_close(sample.selected.x_BCHW[row], best.x_BCHW[row])
                 torch.testing.assert_close(sample.selected.sigma_B[row], best.sigma_B[row])
             # The chain goes on from its last state.
-            torch.testing.assert_close(sample.chains.x_BCHW, states[last - 1].x_BCHW)
+            torch.testing.assert_close(sample.chains.x_BCHW, states[last].x_BCHW)
+    assert before > 0
 
 
 def test_integrators_start_at_the_sigma_of_each_chain():

@@ -165,8 +165,8 @@ def test_names_schedules_and_where_they_start():
 def test_settings_that_do_not_fit():
     with pytest.raises(UserError, match=r"^corrector_steps = 1 with sampler = heun: expected .*euler-maruyama$"):
         sampler_from_options(sampler="heun", corrector_steps=1)
-    with pytest.raises(UserError, match=r"^churn_min = 2 is above churn_max = 1$"):
-        sampler_from_options(sampler="kar2", churn_min=2)
+    with pytest.raises(UserError, match=r"^churn_min = 3 is above churn_max = 2$"):
+        sampler_from_options(sampler="kar2", churn_min=3)
     with pytest.raises(UserError, match=r"--tolerance 0: "):
         sampler_from_options(sampler="rk45", tolerance=0)
     for wrong in ({"corrector_snr": 0}, {"churn": -1}, {"churn": math.inf}, {"churn_noise": math.nan}):
