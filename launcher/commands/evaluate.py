@@ -78,6 +78,7 @@ def command(
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.evaluation.results import table
     from ditmoe.sampling.evaluation.run_job import stored_result
+    from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.settings.config import SamplerConfig
 
     if grid is not None and context is not None:
@@ -121,6 +122,9 @@ def command(
     if metrics is None:
         if not this_process().started:
             import torch
+
+            for warning in noise_warnings(job.evaluation.sampler):
+                typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
 
             processes = processes or torch.cuda.device_count() or 1
         if processes is not None and processes > 1 and not this_process().started:

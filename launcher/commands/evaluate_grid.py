@@ -59,6 +59,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
         prepare_comparison,
         run_comparison,
     )
+    from ditmoe.sampling.integrators.few_steps import noise_warnings
 
     if not path.is_file():
         raise UserError(f"--grid {path}: no such file; expected the YAML file of a comparison")
@@ -68,7 +69,9 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
         import torch
 
         processes = processes or torch.cuda.device_count() or 1
-        _announce(len(comparison.cells), comparison.left_out)
+        _announce(len(comparison.cells), comparison.config.repeats, comparison.left_out)
+        for warning in dict.fromkeys(line for cell in comparison.cells for line in noise_warnings(cell.config)):
+            typer.echo(f"warning: {warning}", err=True)
         if processes > 1 and not comparison.finished:
             from ditmoe.launcher.local.launch import spawn
 
@@ -83,7 +86,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
             typer.echo(f"  {name:<8} {comparison.folder / file}")
 
 
-def _announce(cells: int, left_out: Sequence[str]) -> None:
-    typer.echo(f"{cells} evaluations")
+def _announce(cells: int, repeats: int, left_out: Sequence[str]) -> None:
+    typer.echo(f"{cells} evaluations" + (f" of {repeats} seeds" if repeats > 1 else ""))
     for line in left_out:
         typer.echo(f"left out: {line}")

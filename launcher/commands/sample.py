@@ -46,6 +46,7 @@ def command(
     from ditmoe.model.errors import UserError
     from ditmoe.sampling.drawing.generate import generate
     from ditmoe.sampling.drawing.picture import image_grid, save_picture
+    from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.network.load import home_of, load_model
 
     config = drawing.config()
@@ -57,6 +58,8 @@ def command(
             "picture; if they are latents, give their VAE with --vae"
         )
     config = config.resolved(model.objective_config)
+    for warning in noise_warnings(config):
+        typer.echo(f"warning: {warning}", err=True)
     chosen = choose_classes(classes, model.class_names)
     count = 8 * len(chosen) if count is None else count
     if config.chains and not any(setting.startswith("samples") for setting in drawing.values["dlg"]):

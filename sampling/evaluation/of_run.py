@@ -22,6 +22,7 @@ from ditmoe.sampling.drawing.generate import Generated, generate
 from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
+from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, join_workers
 from ditmoe.sampling.metrics.inception import load_inception
@@ -139,7 +140,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
                 "trained_on": info.dataset.get("name"),
                 "torch": torch.__version__,
             },
-            warnings=_other_classes(info, real),
+            warnings=(*_other_classes(info, real), *noise_warnings(evaluation.sampler)),
         )
         for evaluation in evaluations
     ]

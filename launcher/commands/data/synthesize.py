@@ -86,6 +86,7 @@ def command(
     from ditmoe.parallel.checkpoint.folder import read_info
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import default_cache
+    from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.metrics.quality import ScoreSettings
     from ditmoe.sampling.network.load import find_checkpoint
     from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
@@ -119,6 +120,8 @@ def command(
     if made is None:
         if not this_process().started:
             processes = processes or _default_processes()
+            for warning in noise_warnings(synthesis.sampler):
+                typer.echo(f"warning: {warning}", err=True)
         if processes is not None and processes > 1 and not this_process().started:
             from ditmoe.launcher.local.launch import spawn
 
