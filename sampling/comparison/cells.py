@@ -103,7 +103,9 @@ class ComparisonConfig(Settings):
     labels: LabelSampling = "balanced"
     """Classes in turn, or drawn at random."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Of all images."""
+    """Of all images; of the first of several evaluations."""
+    repeats: int = Field(default=1, ge=1, le=1000)
+    """Evaluations of each cell, at `seed`, `seed` + 1, …: figures are then means, with how far seeds lie apart."""
     nfe: tuple[Annotated[int, Field(le=10**6)], ...] = ()
     """Evaluations per image to aim at, each at least 1: a sampler takes the most steps that cost no more."""
     tolerances: tuple[float, ...] = ()
@@ -133,6 +135,11 @@ class ComparisonConfig(Settings):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def seeds(self) -> range:
+        """Those of each cell."""
+        return range(self.seed, self.seed + self.repeats)
 
     def sampler_config(self, sampler: ComparedSampler, chains: DlgConfig | None) -> SamplerConfig:
         """One of the samplers with what is common to all, alone or finishing chains."""

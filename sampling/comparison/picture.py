@@ -81,9 +81,14 @@ def _draw_fid(
         panel.axhline(floor, color="0.5", linestyle="--", linewidth=1)
     for variant, points in found.items():
         colour, mark = styles[variant]
-        panel.plot(
+        panel.errorbar(
             [point.nfe for point in points],
             [point.fid for point in points],
+            yerr=[
+                [min(2 * point.error, 0.9 * point.fid) for point in points],  # a log axis shows nothing below 0
+                [2 * point.error for point in points],
+            ],
+            capsize=2,
             color=colour,
             marker=mark,
             markersize=4.5,

@@ -1,5 +1,7 @@
 """What a comparison found: its rows, and the tables in Markdown."""
 
+import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -11,6 +13,11 @@ INDEPENDENT: Final = (
     "from the chains of classes that have several."
 )
 
+_SPREAD: Final = ("fid", "precision", "recall")
+"""Figures that are shown with their deviation over seeds."""
+_MEANT: Final = ("nfe", "fid_error", "fid_floor", "recognised", "independent", "seconds")
+"""Figures that are shown as means over seeds."""
+
 Row = dict[str, Any]
 Curves = dict[str, dict[str, list[Point]]]
 """Sampler → variant → its measured points, by NFE."""
@@ -21,7 +28,9 @@ HOW_JUDGED: Final = (
     "along one in log NFE. Nothing is said where n, or 2n, is outside what was measured of the sampler alone (not "
     "judged). A stretch a–b ends at measured points of the chains, and all measured in between win as well. "
     f"“{BEST}”: the points of all variants that no other point beats in FID at the same NFE or less; they are "
-    "chosen by the FID that they are judged by. Differences within the noise of FID are not told from others."
+    "chosen by the FID that they are judged by. Of several seeds figures are means ± their deviation over seeds, "
+    "and a point wins where its mean FID is the smaller one by more than twice the standard error of the "
+    "difference. Of one seed, differences within the noise of FID are not told from others."
 )
 
 
@@ -48,9 +57,40 @@ def row_of(
         **{name: result.get(name) for name in ("fid", "fid_error", "fid_floor", "precision", "recall")},
         "recognised": result.get("recogniser", {}).get("accuracy"),
         "chains": result.get("chains"),
+        "independent": (result.get("chains") or {}).get("features", {}).get("effective_share"),
         "seconds": seconds,
         "evaluation": evaluation_id,
     }
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """A cell's row from those of its seeds: means, and under `seeds` each seed's own figures.
+
+    `deviations` has the standard deviation over seeds (n − 1 in its denominator) of what is shown with one.
+    """
+    if len(rows) == 1:
+        return rows[0]
+    means = {name: _mean([row[name] for row in rows]) for name in (*_SPREAD, *_MEANT)}
+    deviations = {name: _deviation([row[name] for row in rows]) for name in _SPREAD}
+    own = (*_SPREAD, *_MEANT, "chains", "evaluation", "seconds")
+    seeds = [{"seed": row["settings"]["seed"], **{name: row[name] for name in own}} for row in rows]
+    return {**rows[0], **means, "deviations": deviations, "seeds": seeds}
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    """All of them, or nothing where one is missing."""
+    known = [value for value in values if value is not None]
+    return known if len(known) == len(values) else []
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = _known(values)
+    return statistics.fmean(known) if known else None
+
+
+def _deviation(values: Sequence[float | None]) -> float | None:
+    known = _known(values)
+    return statistics.stdev(known) if known else None
 
 
 def curves_of(rows: Iterable[Row]) -> Curves:
@@ -59,11 +99,17 @@ def curves_of(rows: Iterable[Row]) -> Curves:
     for row in rows:
         points = curves.setdefault(row["sampler"], {}).setdefault(row["variant"], [])
         if row["fid"] is not None and row["nfe"] is not None:
-            points.append(Point(row["nfe"], row["fid"], row["recall"]))
+            points.append(Point(row["nfe"], row["fid"], row["recall"], _fid_error(row)))
     for variants in curves.values():
         for points in variants.values():
             points.sort(key=lambda point: (point.nfe, point.fid))
     return curves
+
+
+def _fid_error(row: Row) -> float:
+    """Standard error of a mean FID over seeds; 0 of a single one, of which it is not known."""
+    deviation = row.get("deviations", {}).get("fid")
+    return 0.0 if deviation is None else deviation / math.sqrt(len(row["seeds"]))
 
 
 def markdown(title: str, rows: Sequence[Row], left_out: Sequence[str], warnings: Sequence[str]) -> str:
@@ -133,8 +179,8 @@ def _cell_table(rows: Sequence[Row], curves: Curves) -> list[str]:
                 *(row["sampler"], row["variant"]),
                 ("tolerance " if adaptive else "") + _list(row["targets"]),
                 "own" if adaptive else str(row["steps"]),
-                *(_figure(row["nfe"]), _figure(row["fid"]), *against),
-                *(_figure(row["precision"], 3), _figure(row["recall"], 3), _independent(row["chains"])),
+                *(_figure(row["nfe"]), _with_spread(row, "fid", 4), *against),
+                *(_with_spread(row, "precision", 3), _with_spread(row, "recall", 3), _independent(row)),
                 "–" if recognised is None else f"{recognised:.2%}",
                 "–" if row["seconds"] is None else f"{row['seconds']:.0f}",
             )
@@ -142,12 +188,17 @@ def _cell_table(rows: Sequence[Row], curves: Curves) -> list[str]:
     return _table(header, lines, left=2)
 
 
-def _independent(chains: Mapping[str, Any] | None) -> str:
+def _with_spread(row: Row, name: str, digits: int) -> str:
+    """`0.352 ± 0.04`: a figure, with its deviation over seeds where there are several."""
+    deviation = row.get("deviations", {}).get(name)
+    return _figure(row[name], digits) + ("" if deviation is None else f" ± {_figure(deviation, 2)}")
+
+
+def _independent(row: Row) -> str:
     """The share of samples that so many independent ones are worth; `–` where chains do not tell."""
-    if chains is None:
+    if row["chains"] is None:
         return ""
-    share = chains.get("features", {}).get("effective_share")
-    return "–" if share is None else f"{share:.0%}"
+    return "–" if row["independent"] is None else f"{row['independent']:.0%}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[str]:

@@ -15,7 +15,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import read_info
 from ditmoe.sampling.comparison.cells import PLAIN, Cell, ComparisonConfig, cells_of
 from ditmoe.sampling.comparison.picture import write_picture
-from ditmoe.sampling.comparison.results import HOW_JUDGED, Row, curves_of, markdown, row_of
+from ditmoe.sampling.comparison.results import HOW_JUDGED, Row, curves_of, markdown, mean_row, row_of
 from ditmoe.sampling.comparison.verdicts import verdicts
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
@@ -38,7 +38,7 @@ class Comparison:
     left_out: tuple[str, ...]
     """A line for each cell that cannot be."""
     jobs: tuple[Job, ...]
-    """One for each cell."""
+    """For each cell one of each seed."""
 
     @property
     def folder(self) -> Path:
@@ -70,7 +70,8 @@ def prepare_comparison(options: EvaluationOptions, config: ComparisonConfig, nam
     if not cells:
         raise UserError(f"{name}: no evaluation is possible:\n" + "\n".join(f"  {line}" for line in left_out))
     options = replace(options, source=checkpoint, step=None, count=config.count, labels=config.labels)
-    jobs = prepare_jobs(options, [cell.config for cell in cells])
+    samplers = [cell.config.model_copy(update={"seed": seed}) for cell in cells for seed in config.seeds]
+    jobs = prepare_jobs(options, samplers)
     return Comparison(name, config, tuple(cells), tuple(left_out), tuple(jobs))
 
 
@@ -83,18 +84,23 @@ def run_comparison(comparison: Comparison) -> str:
     cells, jobs = comparison.cells, comparison.jobs
     seconds_of = _stored_seconds(comparison.folder / ROWS_FILE)
     rows: list[Row] = []
+    of_seeds: list[Row] = []  # of the cell that is at work
 
     def on_finished(place: int, metrics: dict[str, Any], seconds: float | None) -> None:
-        job = jobs[place]
+        job, cell = jobs[place], cells[place // comparison.config.repeats]
         if seconds is not None:
             seconds_of[job.evaluation.id] = seconds
         known = seconds_of.get(job.evaluation.id)
-        rows.append(row_of(cells[place], job.evaluation.id, metrics, job.features, known))
-        _write_rows(comparison, rows, seconds_of)
-        fid, nfe = rows[-1]["fid"], rows[-1]["nfe"]
+        of_seeds.append(row_of(cell, job.evaluation.id, metrics, job.features, known))
+        fid, nfe = of_seeds[-1]["fid"], of_seeds[-1]["nfe"]
+        if len(of_seeds) == comparison.config.repeats:
+            rows.append(mean_row(of_seeds))
+            of_seeds.clear()
+            _write_rows(comparison, rows, seconds_of)
         found = "no FID" if fid is None else f"FID {fid:.4g}"
+        seed = "" if comparison.config.repeats == 1 else f", seed {job.evaluation.sampler.seed}"
         left = len(jobs) - place - 1
-        print(f"{cells[place].name}: {found} at {nfe:.4g} NFE; {left} of {len(jobs)} left", flush=True)
+        print(f"{cell.name}{seed}: {found} at {nfe:.4g} NFE; {left} of {len(jobs)} left", flush=True)
 
     found = evaluate_jobs(jobs, on_finished)
     warnings = dict.fromkeys(
@@ -116,7 +122,8 @@ def _title(comparison: Comparison) -> str:
     config = comparison.config
     return (
         f"{comparison.name}: {evaluation.which} of step {evaluation.step:,}, {config.count:,} images, "
-        f"guidance {config.cfg_scale:g}, {config.labels} labels, seed {config.seed}"
+        f"guidance {config.cfg_scale:g}, {config.labels} labels, "
+        + (f"seed {config.seed}" if config.repeats == 1 else f"seeds {config.seeds[0]} to {config.seeds[-1]}")
     )
 
 

@@ -22,6 +22,8 @@ class Point:
     nfe: float
     fid: float
     recall: float | None = None
+    error: float = 0.0
+    """Standard error of the FID where it is a mean over seeds."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Judgement:
 
     won: tuple[Stretch, ...]
     lost: tuple[float, ...]
-    """NFE of the chains' points that do not win."""
+    """NFE of the chains' points that do not win: their FID is not smaller by more than its error."""
     unjudged: tuple[float, ...]
     """NFE of those whose counterpart is outside the integrator's measured range."""
 
@@ -115,7 +117,7 @@ def judge(chains: Sequence[Point], alone: Sequence[Point], factor: float) -> Jud
     unjudged: list[float] = []
     for point in sorted(chains, key=lambda point: (point.nfe, point.fid)):
         against = between(alone, factor * point.nfe)
-        if against is not None and point.fid < against.fid:
+        if against is not None and point.fid + 2 * math.hypot(point.error, against.error) < against.fid:
             stretches[-1].append((point, against))
             continue
         (unjudged if against is None else lost).append(point.nfe)
@@ -146,7 +148,7 @@ def between(points: Sequence[Point], nfe: float) -> Point | None:
     recall = None
     if left.recall is not None and right.recall is not None:
         recall = (1 - share) * left.recall + share * right.recall
-    return Point(nfe, fid, recall)
+    return Point(nfe, fid, recall, max(left.error, right.error))
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

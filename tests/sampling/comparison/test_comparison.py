@@ -16,7 +16,7 @@ from ditmoe.sampling.comparison.cells import (
     longest,
     longest_with_share,
 )
-from ditmoe.sampling.comparison.results import curves_of, markdown
+from ditmoe.sampling.comparison.results import curves_of, markdown, mean_row
 from ditmoe.sampling.comparison.verdicts import BEST, Point, between, frontier, judge, verdicts
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX
@@ -94,7 +94,7 @@ def test_a_share_of_what_the_start_leaves_goes_into_the_chain(config, variant, n
 
 def test_cells_are_those_that_are_possible_and_each_comes_once():
     comparison = ComparisonConfig(
-        nfe=(2, 5, 6, 30),
+        nfe=(2, 5, 6, 7, 30),
         tolerances=(0.01, 0.1),
         samplers=("kar1", {"sampler": "kar2", "churn": 20}, "rk45"),
         chains={"published": {"skip": 5}, "half": {"share": 0.5}},
@@ -104,17 +104,18 @@ def test_cells_are_those_that_are_possible_and_each_comes_once():
     )
     cells, left_out = cells_of(comparison, FLOW)
     table = [(cell.sampler, cell.variant, cell.targets, cell.config.steps) for cell in cells]
-    # Heun takes 2·steps − 1; the start of a chain is 37 + 20 evaluations for 50 samples: 1.14 each.
-    assert table[:7] == [
+    # Heun takes 2·steps − 1; a chain's start is 37 + 20 evaluations for 50 samples, 1.14 each; Tweedie's step 1.
+    assert table[:8] == [
         ("kar1", "plain", (2,), 1),
         ("kar1", "plain", (5, 6), 3),
+        ("kar1", "plain", (7,), 4),
         ("kar1", "plain", (30,), 15),
-        ("kar1", "published", (30,), 12),
-        ("kar1", "half", (5,), 1),
-        ("kar1", "half", (6,), 1),
+        ("kar1", "published", (30,), 11),
+        ("kar1", "half", (5, 6), 1),
+        ("kar1", "half", (7,), 1),
         ("kar1", "half", (30,), 7),
     ]
-    assert [cell.config.dlg.skip for cell in cells[3:7]] == [5, 1, 2, 14]
+    assert [cell.config.dlg.skip for cell in cells[4:8]] == [5, 1, 2, 13]
     assert "kar1, published, NFE 6: one step costs more" in left_out
     assert "kar1, half, NFE 2: one step costs more" in left_out
     assert "rk45, half: its NFE is not known beforehand, to take a share of" in left_out
@@ -125,6 +126,43 @@ def test_cells_are_those_that_are_possible_and_each_comes_once():
     assert len({(cell.sampler, cell.variant, cell.config.model_dump_json()) for cell in cells}) == len(cells)
     only_chains = ComparisonConfig(nfe=(30,), samplers=("euler",), chains={"a": {}}, plain=False)
     assert [cell.variant for cell in cells_of(only_chains, FLOW)[0]] == ["a"]
+
+
+def seed_row(seed, fid, recall=0.5, sampler="euler", variant=PLAIN, nfe=10.0):
+    figures = {"fid": fid, "recall": recall, "precision": 0.25, "fid_error": 0.0, "fid_floor": 0.1}
+    figures |= {"recognised": None, "chains": None, "independent": None, "seconds": 2.0, "evaluation": f"e{seed}"}
+    place = {"sampler": sampler, "variant": variant, "targets": [10], "steps": 10, "tolerance": None, "nfe": nfe}
+    return {**place, "settings": {"seed": seed}, **figures}
+
+
+def test_figures_of_seeds_are_means_with_their_deviation():
+    one = seed_row(4, 1.0)
+    assert mean_row([one]) is one
+    mean = mean_row([seed_row(4, 1.0, 0.4), seed_row(5, 2.0, 0.5), seed_row(6, 6.0, None)])
+    assert (mean["fid"], mean["deviations"]["fid"]) == (3.0, pytest.approx(math.sqrt(7)))
+    assert mean["recall"] is None and mean["deviations"]["recall"] is None  # one seed has none
+    assert mean["deviations"]["precision"] == 0.0 and mean["recognised"] is None
+    assert [(seed["seed"], seed["fid"], seed["evaluation"]) for seed in mean["seeds"]] == [
+        (4, 1.0, "e4"),
+        (5, 2.0, "e5"),
+        (6, 6.0, "e6"),
+    ]
+    (point,) = curves_of([mean])["euler"][PLAIN]
+    assert (point.fid, point.error) == (3.0, pytest.approx(math.sqrt(7 / 3)))
+    assert "3 ± 2.6" in markdown("title", [mean], [], [])
+
+
+@pytest.mark.parametrize(("chains", "wins"), [((1.0, 1.2, 1.1), True), ((0.2, 3.0, 1.5), False)])
+def test_a_win_over_seeds_is_more_than_their_spread(chains, wins):
+    """Both have the smaller mean; the second by less than seeds lie apart."""
+    alone = mean_row([seed_row(seed, fid) for seed, fid in enumerate((1.9, 2.0, 2.1))])
+    with_chains = mean_row([seed_row(seed, fid, variant="a") for seed, fid in enumerate(chains)])
+    verdict = verdicts(curves_of([alone, with_chains]), PLAIN)[0]
+    assert with_chains["fid"] < alone["fid"] and bool(verdict.equal.won) == wins
+
+
+def test_seeds_of_a_comparison():
+    assert list(ComparisonConfig(nfe=(1,), samplers=("euler",), seed=5, repeats=3).seeds) == [5, 6, 7]
 
 
 def power_law(factor, power, at):

@@ -107,11 +107,11 @@ def test_chains_are_compared_with_the_sampler_that_finishes_them(
     (folder,) = run.glob("evaluations/grid-chains-*")
     grid = json.loads((folder / "grid.json").read_text())
     kar1 = [row for row in grid["rows"] if row["sampler"] == "kar1"]
-    # A start of 10 evaluations for 20 images is half of one for each.
+    # A start of 10 evaluations for 20 images is half of one for each; Tweedie's step is one.
     assert [(row["variant"], row["nfe"]) for row in kar1] == [
         *(("plain", 1), ("plain", 5), ("plain", 11)),
-        *(("published", 5.5), ("published", 11.5)),
-        *(("even", 5.5), ("even", 10.5)),
+        *(("published", 4.5), ("published", 10.5)),
+        *(("even", 4.5), ("even", 11.5)),
     ]
     assert all(row["settings"]["sampler"] == "dlg:heun" for row in kar1[3:])
     assert {(verdict["sampler"], verdict["variant"]) for verdict in grid["verdicts"]} == {
@@ -124,6 +124,32 @@ def test_chains_are_compared_with_the_sampler_that_finishes_them(
             points = sum(len(stretch["points"]) for stretch in judgement["won"])
             points += len(judgement["lost_at"]) + len(judgement["not_judged_at"])
             assert points > 0 and (points == 2 or verdict["variant"] != "published")
+
+
+def test_every_seed_of_a_cell_is_evaluated_and_few_steps_are_told(
+    run: Path, shards: Path, cache: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "seeds.yaml"
+    file.write_text("count: 80\nnfe: [2, 3]\nsamplers: [euler, heun]\nseed: 3\nrepeats: 2\n")
+    result = command(run, shards, cache, file)
+    assert result.exit_code == 0, result.output
+    assert "4 evaluations of 2 seeds" in result.output and "seeds 3 to 4" in result.output
+    noisy = "heun with 2 steps on the karras schedule leaves noise in images: expected at least 10 steps"
+    assert result.output.count(f"warning: {noisy}") == 1 and f"- {noisy}" in result.output
+    (folder,) = run.glob("evaluations/grid-seeds-*")
+    grid = json.loads((folder / "grid.json").read_text())
+    assert grid["complete"] and len(grid["rows"]) == 4
+    for row in grid["rows"]:
+        found = []
+        for seed in row["seeds"]:
+            metrics = json.loads((run / "evaluations" / seed["evaluation"] / "metrics.json").read_text())
+            assert metrics["evaluation"]["sampler"]["seed"] == seed["seed"]
+            found.append(metrics["results"]["classifier"]["fid"])
+            told = [line for line in metrics["results"]["classifier"]["warnings"] if "leaves noise" in line]
+            assert told == ([noisy] if (row["sampler"], row["steps"]) == ("heun", 2) else [])
+        assert [seed["seed"] for seed in row["seeds"]] == [3, 4] and found[0] != found[1]
+        assert row["fid"] == pytest.approx(sum(found) / 2)
+        assert row["deviations"]["fid"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
 
 
 def test_processes_are_started_once_for_all_cells(
