@@ -15,6 +15,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.comparison.cells import cells_of
 from ditmoe.sampling.evaluation import of_run as evaluate_run
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
+from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
@@ -208,7 +209,14 @@ def test_what_is_wrong_with_a_grid_is_told_at_once_by_key(tmp_path: Path) -> Non
         load_comparison(file)
 
 
-@pytest.mark.parametrize(("name", "fixed"), [("dmcmc", "velocity 4 steps"), ("dmcmc-digits", "velocity 3 steps")])
+@pytest.mark.parametrize(
+    ("name", "fixed"),
+    [
+        ("dmcmc", "velocity 4 steps"),
+        ("dmcmc-shapes", "velocity 4 steps"),
+        ("dmcmc-digits", "velocity 3 steps"),
+    ],
+)
 def test_a_shipped_grid_is_valid(name: str, fixed: str) -> None:
     """Every integrator of the paper and DPM-Solver++, alone and with three kinds of chains."""
     cells, left_out = cells_of(load_comparison(SCHEDULES / f"{name}.yaml"), ObjectiveConfig())
@@ -220,7 +228,19 @@ def test_a_shipped_grid_is_valid(name: str, fixed: str) -> None:
 
 
 def test_no_shipped_grid_is_forgotten() -> None:
-    assert sorted(path.name for path in SCHEDULES.glob("*.yaml")) == ["dmcmc-digits.yaml", "dmcmc.yaml"]
+    names = ["dmcmc-digits", "dmcmc-published", "dmcmc-shapes", "dmcmc"]
+    assert sorted(path.stem for path in SCHEDULES.glob("*.yaml")) == sorted(names)
+
+
+def test_the_published_chain_is_compared_in_both_units() -> None:
+    comparison = load_comparison(SCHEDULES / "dmcmc-published.yaml")
+    cells, left_out = cells_of(comparison, ObjectiveConfig())
+    assert not left_out and comparison.repeats >= 3
+    assert {cell.variant for cell in cells} == {"plain", "published", "unscaled"}
+    right, wrong = (comparison.chains[name].chains() for name in ("published", "unscaled"))
+    assert right == DlgConfig(skip=1, samples_per_chain=25)
+    assert (right.step_size / wrong.step_size, right.burn_in_step_size / wrong.burn_in_step_size) == (4, 4)
+    assert right.initial_noise / wrong.initial_noise == 2
 
 
 def test_a_grid_leaves_no_room_for_what_it_decides(run: Path, shards: Path, cache: Path, tmp_path: Path) -> None:
