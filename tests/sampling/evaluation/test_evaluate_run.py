@@ -63,9 +63,9 @@ def options_for(run: Path, shards: Path | None) -> EvaluationOptions:
 
 
 def test_evaluations_are_those_that_each_image_took(run: Path, shards: Path) -> None:
-    options = replace(options_for(run, shards), sampler=SamplerConfig(sampler="rk45", tolerance=0.001, seed=1))
+    options = replace(options_for(run, shards), sampler=SamplerConfig(sampler="rk45", tolerance=0.008, seed=1))
     job = prepare_job(options)
-    assert "-rk45-0.001-cfg-1-" in job.folder.name
+    assert "-rk45-0.008-cfg-1-" in job.folder.name
     numbers = list(range(8))
     drawn = _drawer(job, _Model(torch.device("cpu")))(numbers, job.evaluation.labels_of(numbers))
     assert drawn.nfe_N is not None and (drawn.nfe_N % 6 == 2).all()
