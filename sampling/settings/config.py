@@ -11,7 +11,7 @@ from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, Settings
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
 
-SAMPLER_RULES: Final = 2
+SAMPLER_RULES: Final = 3
 """Raised when samplers draw other images from the same settings: what was begun before is not continued."""
 
 
