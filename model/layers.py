@@ -40,13 +40,17 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, timestep_B: Tensor) -> Tensor:
         """`[B]` → `[B, D]`."""
-        half = TIMESTEP_FEATURES // 2
-        index = torch.arange(half, dtype=torch.float32, device=timestep_B.device)
-        frequency = torch.exp(-math.log(MAX_PERIOD) / half * index)
-        angle = timestep_B.float()[:, None] * frequency
+        angle = timestep_B.float()[:, None] * timestep_frequencies(timestep_B.device)
         features = torch.cat((angle.cos(), angle.sin()), dim=-1)
         embedding: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedding
+
+
+def timestep_frequencies(device: torch.device) -> Tensor:
+    """ω of the features cos ωt and sin ωt, float32 `[128]`."""
+    half = TIMESTEP_FEATURES // 2
+    index = torch.arange(half, dtype=torch.float32, device=device)
+    return torch.exp(-math.log(MAX_PERIOD) / half * index)
 
 
 class LabelEmbedder(nn.Module):

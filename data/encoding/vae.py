@@ -174,12 +174,13 @@ def load_vae(facts: VaeFacts, device: str | torch.device = "cpu") -> Vae:
     return Vae(facts, network.to(device).eval().requires_grad_(False), torch.device(device))
 
 
-def find_vae(latents: LatentFacts, moved_to: Path | None = None) -> VaeFacts:
+def find_vae(latents: LatentFacts, moved_to: Path | None = None, option: str = "--vae FOLDER") -> VaeFacts:
     """The autoencoder that encoded a dataset.
 
     Args:
         latents: of the dataset's index.
         moved_to: where it lies now; None: where it lay then.
+        option: with which the user says so, for messages.
 
     Raises:
         UserError: it is not there, or another.
@@ -188,7 +189,7 @@ def find_vae(latents: LatentFacts, moved_to: Path | None = None) -> VaeFacts:
     try:
         facts = read_facts(path)
     except UserError as error:
-        hint = "" if moved_to else "; it encoded the data: give the folder that it lies in now with --vae"
+        hint = "" if moved_to else f"; it encoded the data: say where it lies now with {option}"
         raise UserError(f"{error}{hint}") from error
     if facts.sha256 != latents.vae_sha256:
         raise UserError(

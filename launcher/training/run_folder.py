@@ -21,7 +21,15 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import checkpoints
+from ditmoe.model.weights.untrusted import first_problem
+from ditmoe.parallel.checkpoint.folder import (
+    CheckpointInfo,
+    checkpoint_entries,
+    checkpoints,
+    read_info,
+    weights_alone,
+)
+from ditmoe.parallel.checkpoint.marker import MARKER
 
 
 class RunFolder:
@@ -84,7 +92,7 @@ class RunFolder:
         Raises:
             UserError: as `lock` and `compare_config` raise it.
         """
-        if self.config.exists():
+        if self.config.exists() or (self.path / MARKER).exists() or checkpoint_entries(self.path):
             with self.lock():
                 self.compare_config(config)
 
@@ -110,18 +118,22 @@ class RunFolder:
     def compare_config(self, config: RunConfig) -> list[Change]:
         """Compare the resolved configuration with the one that the run was last started with.
 
+        That is config.yaml, or where there is none what the newest checkpoint says.
+
         Returns:
             Each key that changed and may change; any may while the run has no checkpoint.
 
         Raises:
-            UserError: a key changed that decides the run's loss curve: all such keys, a line each; or the
-                stored configuration cannot be read.
+            UserError: a key changed that decides the run's loss curve: all such keys, a line each; the stored
+                configuration cannot be read; or the folder holds weights that no training can go on from.
         """
         changes = []
-        if self.config.exists():
+        newest = self._newest_of_training()
+        stored = self._stored_config() if self.config.exists() else _config_of(newest)
+        if stored is not None:
             problems = []
             trained = bool(checkpoints(self.path))
-            for change in changed_keys(self._stored_config().plain(), config.plain()):
+            for change in changed_keys(stored.plain(), config.plain()):
                 if may_change(change.key) or not trained:
                     changes.append(change)
                 else:
@@ -132,6 +144,31 @@ class RunFolder:
             if problems:
                 raise UserError(problem_list(f"{self.path} cannot be resumed", problems))
         return changes
+
+    def _newest_of_training(self) -> CheckpointInfo | None:
+        """The newest readable checkpoint that training can go on from; None where there is none.
+
+        Raises:
+            UserError: all that can be read are weights alone.
+        """
+        weights = []
+        if (self.path / MARKER).exists():
+            weights.append(weights_alone(read_info(self.path)) or f"{self.path}: is a checkpoint itself")
+        for path in reversed(checkpoint_entries(self.path)):
+            try:
+                info = read_info(path)
+            except UserError:
+                continue  # loading tells of it
+            problem = weights_alone(info)
+            if problem is None:
+                return info
+            weights.append(problem)
+        if weights:
+            raise UserError(
+                f"{weights[0]}. `ditmoe sample`, `evaluate` and `convert` take them;"
+                " to train, choose another run.dir"
+            )
+        return None
 
     def _stored_config(self) -> RunConfig:
         values, problems = read_yaml(self.config)
@@ -149,6 +186,19 @@ class RunFolder:
         except (OSError, ValueError, KeyError):
             who = "another process writes it"  # it has the lock and has not yet said who it is
         return f"{self.path}: {who}; expected no other: stop it, or choose another run.dir"
+
+
+def _config_of(info: CheckpointInfo | None) -> RunConfig | None:
+    """The configuration that a checkpoint keeps. UserError where it is not one of this version."""
+    if info is None:
+        return None
+    try:
+        return RunConfig.model_validate(info.config)
+    except ValidationError as error:
+        raise UserError(
+            f"{info.path}: its configuration is not one of a run of this version ({first_problem(error)}), and"
+            " the run has no config.yaml to compare with; expected the config.yaml that it was started with"
+        ) from None
 
 
 _held: Final[set[int]] = set()

@@ -34,7 +34,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.parallel import processes
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint, remove_partials
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver, write_failure
 from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import OptimConfig
@@ -63,7 +63,6 @@ def run_training(config: RunConfig) -> int:
             changes = folder.compare_config(config)
             if not folder.config.exists():
                 folder.store_config(config)
-            remove_partials(folder.path)
         dist.barrier()
         stop = stack.enter_context(StopSignal())
         trainer = Trainer(config, folder, device, stop)
@@ -82,7 +81,9 @@ def run_training(config: RunConfig) -> int:
 SHORTEST_WAIT_LOGGED: Final = 0.1
 """Seconds of waiting for checkpoints, or for what follows the last record, from which on the log says so."""
 
-DISK_ERRORS: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS: Final = (*_FULL, *_REFUSED)
 """What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
 
 
@@ -117,7 +118,8 @@ class Trainer:
         if dist.get_rank() == 0:
             self.dataset.check_files()
             if config.preview.every and self.dataset.index.latents is not None:
-                find_vae(self.dataset.index.latents)  # rather now than at the first preview
+                # Rather now than at the first preview.
+                find_vae(self.dataset.index.latents, config.preview.vae, option="preview.vae=FOLDER")
         self.objective: Objective = make_objective(config.objective)
         self.stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
@@ -341,6 +343,8 @@ class Trainer:
             self._say(
                 f"saved {saved.path}: copied in {saved.copy_seconds:.2f} s, written in {saved.write_seconds:.2f} s"
             )
+        for problem in self.saver.problems():
+            self._say(f"{problem}; training goes on, and it is tried again at the next save")
 
     def _tell_rest(self) -> None:
         """Say what came after the last record, and so is in none."""

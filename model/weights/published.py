@@ -8,7 +8,6 @@ or from the description that `save_published` puts into its files.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor
 from ditmoe.model.canonical import canonical_shapes, check_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.presets import PATCHES, SIZES, parse_preset
 from ditmoe.model.weights.files import (
     INDEX_SUFFIX,
     PT_SUFFIXES,
@@ -32,16 +30,17 @@ from ditmoe.model.weights.files import (
     write_pt,
     write_safetensors,
 )
+from ditmoe.model.weights.identify import Expected, State, identify
 from ditmoe.model.weights.untrusted import first_problem, parse_json
 
 Which = Literal["ema", "weights"]
-State = dict[str, Tensor]
 
 _PT_KEYS: dict[Which, str] = {"ema": "ema", "weights": "model"}
+_DEEPSPEED_KEY = "module"
+"""Holds the weights in DeepSpeed's `mp_rank_00_model_states.pt`."""
 _WRAPPER = "module."
-_MOST_BLOCKS, _MOST_EXPERTS = 1000, 4096  # a damaged file must not make us build a giant
-_BLOCK = re.compile(r"blocks\.(\d{1,6})\.")
-_EXPERT = re.compile(r"\.moe\.experts\.(\d{1,6})\.")
+_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts that torch.compile, FSDP and recomputation add to names, wherever they wrapped a module."""
 _DESCRIPTION_FORMAT = "ditmoe weights 1"
 
 
@@ -82,7 +81,7 @@ def load_published(
     path: str | Path,
     preset: str | None = None,
     *,
-    config: ModelConfig | None = None,
+    config: Expected | None = None,
     which: Which | None = None,
 ) -> tuple[ModelConfig, State]:
     """Read published weights, checked name by name and shape by shape.
@@ -98,6 +97,7 @@ def load_published(
         preset: the network expected, such as DiT-G/2-16E2A. May be left out for a dense network of a known size
             and for a file that describes itself.
         config: an expected shape instead of (or besides) the preset; fields left at their default are not checked.
+            A mapping has some fields of one, such as {"heads": 8, "experts_per_token": 2}.
         which: the set wanted from a `.pt` file with two; by default the EMA, or the only one.
 
     Returns:
@@ -112,16 +112,15 @@ def load_published(
 
 
 def read_published(
-    path: str | Path, preset: str | None = None, *, config: ModelConfig | None = None
+    path: str | Path, preset: str | None = None, *, config: Expected | None = None
 ) -> PublishedWeights:
     """Read every set of weights in a published file; arguments and errors as for `load_published`."""
     path = Path(path)
     sets, description = _read_sets(path)
     described = _parse_description(description, path)
-    wanted = _wanted(path, preset, config, described)
     states = {which: _clean(state, path) for which, state in sets.items()}
     first = next(iter(states.values()))
-    complete = _identify(first, wanted, config or (described.config if described else None), path)
+    complete = identify(first, path, preset, config, described.config if described else None)
     shapes = canonical_shapes(complete)
     for which, state in states.items():
         check_canonical(state, shapes, f"{path} ({which})" if len(states) > 1 else str(path))
@@ -191,16 +190,18 @@ def _read_sets(path: Path) -> tuple[dict[Which, Mapping[Any, Any]], str | None]:
             sets[which] = held
         elif held is not None:
             raise UserError(f"{path}: {key!r} holds a {type(held).__name__}, expected a dictionary of tensors")
+    if not sets and isinstance(content.get(_DEEPSPEED_KEY), dict):
+        sets["weights"] = content[_DEEPSPEED_KEY]
     if not sets:
         if not any(isinstance(value, Tensor) for value in content.values()):
             keys = ", ".join(repr(key) for key in list(content)[:5]) or "nothing"
-            raise UserError(f"{path}: holds {keys}; expected weights, bare or under 'ema' or 'model'")
+            raise UserError(f"{path}: holds {keys}; expected weights, bare or under 'ema', 'model' or 'module'")
         sets["ema"] = content
     return sets, description
 
 
 def _clean(state: Mapping[Any, Any], path: Path) -> State:
-    """Check that a set is names and floating-point tensors, and drop a wrapper's prefix."""
+    """Check that a set is names and floating-point tensors, and drop what wrappers added to the names."""
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {repr(name)[:100]} holds a {type(tensor).__name__}, expected a tensor")
@@ -211,144 +212,21 @@ def _clean(state: Mapping[Any, Any], path: Path) -> State:
             raise UserError(
                 f"{path}: {name[:100]} is {tuple(tensor.shape)}, which is more than the file holds of it"
             )
-    wrapped = all(name.startswith(_WRAPPER) for name in state)
-    return {name.removeprefix(_WRAPPER) if wrapped else name: tensor.detach() for name, tensor in state.items()}
-
-
-# --- the network that the weights fit --------------------------------------------------------------------------
-
-
-def _wanted(
-    path: Path, preset: str | None, config: ModelConfig | None, described: PublishedWeights | None
-) -> list[tuple[str, dict[str, Any]]]:
-    """Each source that says something of the shape: its name, and its fields."""
-    wanted: list[tuple[str, dict[str, Any]]] = []
-    if preset is not None:
-        try:
-            wanted.append((preset, vars(parse_preset(preset))))
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    if config is not None:
-        wanted.append(("the configuration", config.model_dump(include=config.model_fields_set)))
-    if described is not None:
-        wanted.append((f"the description in {path.name}", described.config.model_dump()))
-    return wanted
-
-
-def _identify(
-    state: State, wanted: list[tuple[str, dict[str, Any]]], base: ModelConfig | None, path: Path
-) -> ModelConfig:
-    """The complete configuration of the network that a state belongs to.
-
-    Raises:
-        UserError: the state is not a DiT's, contradicts what is wanted, or leaves heads or K unknown.
-    """
-    known = _shape_of(state, path)
-    known_from = dict.fromkeys(known, "the weights")
-    problems = []
-    for source, fields in wanted:
-        for key, value in fields.items():
-            if value is None:
-                continue
-            if key in known and value != known[key]:
-                problems.append(f"{key} = {known[key]} in {known_from[key]}, {value} in {source}")
-            elif key not in known and key in ("heads", "experts_per_token", "image_size"):
-                known[key], known_from[key] = value, source
-    if problems:
-        raise UserError(f"{path}: another network than expected: {'; '.join(problems)}")
-    if "image_size" not in known:
-        raise UserError(f"{path}: pos_embed is missing and nothing else says image_size: give a configuration")
-    _fill_from_family(known, path)
-    fields = base.model_dump() if base else {}
-    fields |= {"preset": _preset_name(known), **known}
-    try:
-        return ModelConfig(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where, text = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: no such network: {where} {text}") from error
-
-
-def _shape_of(state: State, path: Path) -> dict[str, Any]:
-    """The fields of ModelConfig that names and shapes give.
-
-    They are read from whichever block has them, so that a key missing elsewhere is reported as just that.
-    """
-    hidden, channels, patch = _shape(state, "x_embedder.proj.weight", 4, path)[:3]
-    depth = 1 + max((int(match[1]) for match in map(_BLOCK.match, state) if match), default=-1)
-    gate = _first(state, ".moe.gate.weight")
-    numbered = (int(match[1]) for match in map(_EXPERT.search, state) if match)
-    experts = _shape(state, gate, 2, path)[0] if gate else 1 + max(numbered, default=-1)
-    too_many = depth * max(1, experts) > len(state) or depth > _MOST_BLOCKS or experts > _MOST_EXPERTS
-    if depth < 1 or too_many or not all((hidden, channels, patch)):
-        raise UserError(f"{path}: {depth} blocks, {experts} experts and width {hidden} are no DiT")
-    outputs = _shape(state, "final_layer.linear.weight", 2, path)[0]
-    known: dict[str, Any] = {
-        "depth": depth,
-        "hidden": hidden,
-        "patch": patch,
-        "channels": channels,
-        "experts": experts,
-        "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2, path)[0] - 1,
-        "learn_sigma": outputs != patch * patch * channels,
-        "attention": "qk_norm" if _first(state, ".attn.Wqkv.weight") else "plain",
-    }
-    if experts:
-        shared = _first(state, ".moe.shared_experts.gate_proj.weight")
-        known["shared_experts"] = _shape(state, shared, 2, path)[0] // hidden if shared else 0
-    else:
-        known["experts_per_token"] = 0
-    norm = _first(state, ".attn.q_norm.weight")
-    if norm and known["attention"] == "qk_norm":
-        known["heads"] = hidden // max(1, _shape(state, norm, 1, path)[0])
-    if "pos_embed" in state:
-        tokens = _shape(state, "pos_embed", 3, path)[1]
-        side = round(tokens**0.5)
-        if side * side != tokens or not tokens:
-            raise UserError(f"{path}: pos_embed has {tokens} tokens, expected a square number")
-        known["image_size"] = side * patch
-    return known
-
-
-def _first(state: State, suffix: str) -> str | None:
-    """The first name with an ending."""
-    return next((name for name in state if name.endswith(suffix)), None)
-
-
-def _shape(state: State, name: str, axes: int, path: Path) -> tuple[int, ...]:
-    """The shape of a tensor that must be there."""
-    if name not in state:
-        raise UserError(f"{path}: {name} is missing: these are not the weights of a DiT")
-    if state[name].ndim != axes:
-        raise UserError(f"{path}: {name} is {tuple(state[name].shape)}, expected {axes} axes")
-    return tuple(state[name].shape)
-
-
-def _fill_from_family(known: dict[str, Any], path: Path) -> None:
-    """Heads of a known size; both numbers that leave no trace must be known afterwards."""
-    size = _size_of(known)
-    if "heads" not in known and size is not None:
-        known["heads"] = SIZES[size][2]
-    form = f"DiT-{size or 'S'}/{known['patch']}" + (f"-{known['experts']}E2A" if known["experts"] else "")
-    for key in ("heads", "experts_per_token"):
-        if key not in known:
+        if not tensor.numel():
             raise UserError(
-                f"{path}: the weights do not say {key}: give the preset (such as {form}) or a configuration"
+                f"{path}: {name[:100]} is empty; ZeRO 3 keeps the weights in other files: join them first, with"
+                " DeepSpeed's zero_to_fp32.py"
             )
+    names = {name: _unwrapped(name) for name in state}
+    while names and all(name.startswith(_WRAPPER) for name in names.values()):
+        names = {stored: name.removeprefix(_WRAPPER) for stored, name in names.items()}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"{path}: holds some weights twice, with and without the names of wrappers")
+    return {name: state[stored].detach() for stored, name in names.items()}
 
 
-def _size_of(known: dict[str, Any]) -> str | None:
-    """The size letter of a depth and width."""
-    return next((name for name, shape in SIZES.items() if shape[:2] == (known["depth"], known["hidden"])), None)
-
-
-def _preset_name(known: dict[str, Any]) -> str | None:
-    """The preset that a shape has, or None."""
-    size = _size_of(known)
-    if size is None or known["heads"] != SIZES[size][2] or known["patch"] not in PATCHES:
-        return None
-    experts = f"-{known['experts']}E{known['experts_per_token']}A" if known["experts"] else ""
-    return f"DiT-{size}/{known['patch']}{experts}"
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _INNER_WRAPPERS)
 
 
 # --- the description that our own files carry -------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """JSON and files that others made: read with limits, before anything is built from them."""
 
+import errno
 import json
 import stat
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def leads_out(path: Path, *folders: Path) -> bool:
     try:
         real = path.resolve(strict=True)
         return not any(real.is_relative_to(folder.resolve()) for folder in folders)
-    except FileNotFoundError:
-        return False
-    except (OSError, RuntimeError):
-        return True
+    except RuntimeError:
+        return True  # links in a circle
+    except OSError as error:
+        return error.errno == errno.ELOOP  # whatever else there is, who reads it is told

@@ -9,6 +9,7 @@ A checkpoint is written under a name that ends in `.partial` and renamed when it
 
 import fcntl
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.files import sync_folder, temporary_beside
 from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
-from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, marker_text, read_marker
+from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, Part, marker_text, read_marker
 
 PARTIAL = ".partial"
 PROBLEMS_SHOWN = 20
@@ -86,10 +87,11 @@ def checkpoint_entries(run_dir: Path) -> list[Path]:
     """All that has the name of a checkpoint in a run's folder, oldest first: also damaged ones, and files."""
     try:
         names = [path.name for path in (run_dir / "checkpoints").iterdir()]
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return []
     except OSError as error:
-        raise UserError(f"{run_dir / 'checkpoints'}: cannot be read ({error.strerror or error})") from None
+        problem = error.strerror or error
+        raise UserError(f"{run_dir / 'checkpoints'}: cannot be read ({problem}); expected a folder") from None
     steps = sorted(int(match[1]) for match in map(_NAME.fullmatch, names) if match)
     return [path for path in (checkpoint_path(run_dir, step) for step in steps) if path.name in names]
 
@@ -137,6 +139,17 @@ def read_info(path: Path) -> CheckpointInfo:
         shapes={name: tuple(shape) for name, shape in marker.shapes.items()},
         files=files,
         fingerprint=_fingerprint(files),
+    )
+
+
+def weights_alone(info: CheckpointInfo) -> str | None:
+    """Why training cannot go on from a checkpoint that has no optimiser's state; None where it has."""
+    missing = [part for part in get_args(Part) if part not in info.parts]
+    if not missing:
+        return None
+    return (
+        f"{info.path}: holds {' and '.join(info.parts)} without {' and '.join(missing)}, as `ditmoe convert`"
+        " writes them; training cannot go on from these"
     )
 
 
@@ -221,9 +234,9 @@ def file_facts(file: Path) -> dict[str, Any]:
 
 
 def write_marker(
-    path: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], final: Path | None = None
+    path: Path, facts: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]], final: Path
 ) -> None:
-    """Write the marker into a partial checkpoint and give it its final name: its own without `.partial`."""
+    """Write the marker into a partial checkpoint and give it its final name."""
     content = {"format": FORMAT, **facts, "files": dict(sorted(files.items()))}
     marker = path / MARKER
     with marker.open("w") as stream:
@@ -232,24 +245,28 @@ def write_marker(
         os.fsync(stream.fileno())
     for folder in (*(child for child in path.iterdir() if child.is_dir()), path):
         sync_folder(folder)
-    os.replace(path, final or path.with_name(path.name.removesuffix(PARTIAL)))
+    os.replace(path, final)
     sync_folder(path.parent)
 
 
 def start_partial(path: Path) -> Path:
-    """An empty folder to write a checkpoint into; leftovers of a killed attempt are removed."""
-    partial = path.with_name(path.name + PARTIAL)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    return partial
+    """A new folder to write a checkpoint into, under a name that nothing has.
+
+    That is `NAME.partial`, unless a leftover that cannot be removed, or somebody's file, has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        partial = path.with_name(f"{path.name}{f'.new-{number}' if number > 1 else ''}{PARTIAL}")
+        with suppress(FileExistsError):
+            partial.mkdir()
+            return partial
+    raise AssertionError("numbers do not end")
 
 
-def discard(path: Path) -> None:
-    """Remove a checkpoint: invisible at once, so that a kill in the middle leaves no half of it to be found."""
-    aside = path.with_name(f"{path.name}.old{PARTIAL}")
-    os.replace(path, aside)
-    shutil.rmtree(aside)
+def discarded_name(path: Path) -> Path:
+    """A name that nothing has, for a checkpoint that is about to be deleted."""
+    names = (path.with_name(f"{path.name}.old-{number}{PARTIAL}") for number in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
@@ -271,20 +288,14 @@ def reading(path: Path) -> Iterator[None]:
 
 def is_being_read(path: Path) -> bool:
     """Whether any process of this machine, or of the file system where it has locks, is `reading` it."""
-    with (path / MARKER).open("r+") as marker:
-        try:
+    try:
+        with (path / MARKER).open("r+") as marker:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False  # no locks here
-        return False
-
-
-def remove_partials(run_dir: Path) -> None:
-    """Remove what killed writes left behind."""
-    for leftover in (run_dir / "checkpoints").glob(f"step-*{PARTIAL}"):
-        shutil.rmtree(leftover)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks here, or a marker that cannot be written
+    return False
 
 
 def superseded(

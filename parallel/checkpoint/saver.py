@@ -7,6 +7,7 @@ training does about a failure, it must do on all ranks at the same step (`failed
 """
 
 import errno
+import os
 import shutil
 import threading
 import time
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,16 +28,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.box_storage import Piece, save_pieces
 from ditmoe.parallel.checkpoint.folder import (
-    PARTIAL,
     checkpoint_path,
     checkpoints,
-    discard,
     is_being_read,
     newest_checkpoint,
     start_partial,
     superseded,
     write_marker,
 )
+from ditmoe.parallel.checkpoint.removal import Removal
 from ditmoe.parallel.checkpoint.training_state import PARTS, owned_pieces
 from ditmoe.parallel.config import CheckpointConfig
 from ditmoe.parallel.engine.training_engine import TrainingEngine
@@ -47,6 +47,10 @@ TIMEOUT = timedelta(hours=2)
 SECONDS_TO_FINISH = 10.0
 """Seconds that a program which fails gives the save under way to finish. A second Ctrl-C is given none."""
 
+SECONDS_TO_REMOVE = 60.0
+"""Seconds that a program which ends well gives old checkpoints to be deleted; the next start deletes the rest."""
+
+T = TypeVar("T")
 Best = Callable[[Sequence[Path]], Collection[int]]
 """Of a run's checkpoints, the steps of those that are kept for being good; called on rank 0, in its thread."""
 
@@ -69,6 +73,9 @@ class CheckpointSaver:
         self._run_dir = run_dir
         self._config = config
         self._best = best
+        self._removal = Removal(run_dir)
+        if dist.get_rank() == 0:
+            self._removal.sweep()
         self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         self._host = _HostMemory()
         self._writing: Future[Saved] | None = None
@@ -81,6 +88,7 @@ class CheckpointSaver:
     ) -> None:
         if error is None:
             self.wait()
+            self._removal.wait(SECONDS_TO_REMOVE)
         elif self._writing is not None and isinstance(error, Exception):
             wait([self._writing], SECONDS_TO_FINISH)
         self._host.close()
@@ -158,6 +166,10 @@ class CheckpointSaver:
         saved, self._writing = self._writing.result(), None
         return saved
 
+    def problems(self) -> list[str]:
+        """What could not be removed of old checkpoints since the last call; it is tried again at the next save."""
+        return self._removal.problems()
+
     @property
     def failed(self) -> bool:
         """Whether this rank knows that the save under way has failed.
@@ -175,8 +187,7 @@ class CheckpointSaver:
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         """Write a checkpoint; a collective call in the saver's own group."""
-        partial = path.with_name(path.name + PARTIAL)
-        self._on_first_rank(path, lambda: start_partial(path))
+        partial = self._on_first_rank(path, lambda: start_partial(path))
         files: dict[str, dict[str, Any]] = {}
         try:
             for part in PARTS:
@@ -189,22 +200,27 @@ class CheckpointSaver:
             raise write_failure(error, self._run_dir, path) from None
         everywhere = {name: shape for own in gather_objects(shapes, self._group) for name, shape in own.items()}
         facts = {**facts, "shapes": {name: list(shape) for name, shape in sorted(everywhere.items())}}
-        self._on_first_rank(path, lambda: finish(self._run_dir, path, facts, files, self._config, self._best))
+        self._on_first_rank(path, lambda: self._finish(partial, path, facts, files))
 
-    def _on_first_rank(self, path: Path, action: Callable[[], object]) -> None:
-        """Do something on rank 0; if it fails, every rank raises."""
+    def _finish(self, partial: Path, path: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
+        finish(partial, path, facts, files, self._config, self._removal, self._best)
+
+    def _on_first_rank(self, path: Path, action: Callable[[], T]) -> T:
+        """Do something on rank 0, and have its result on all; if it fails, every rank raises."""
+        result: T | None = None
         failure: tuple[int | None, str] | None = None
         if dist.get_rank() == 0:
             try:
-                action()
+                result = action()
             except OSError as error:
                 failure = (error.errno or errno.EIO, error.strerror or str(error))
             except Exception:
                 failure = (None, traceback.format_exc())
-        found: tuple[int | None, str] | None = gather_objects(failure, self._group)[0]
-        if found is None:
-            return
-        number, text = found
+        found: tuple[T, tuple[int | None, str] | None] = gather_objects((result, failure), self._group)[0]
+        result, failure = found
+        if failure is None:
+            return result
+        number, text = failure
         if number is None:
             raise RuntimeError(f"rank 0 could not finish {path}:\n{text}")
         raise write_failure(OSError(number, text), self._run_dir, path)
@@ -260,24 +276,31 @@ class _HostMemory:
 
 
 def finish(
-    run_dir: Path,
+    partial: Path,
     path: Path,
     facts: dict[str, Any],
     files: dict[str, dict[str, Any]],
     retention: CheckpointConfig,
+    removal: Removal,
     best: Best = lambda paths: (),
 ) -> None:
-    """Make the checkpoint visible, and only then let older ones go."""
-    if path.exists():  # a damaged checkpoint of this step, which loading passed over
-        discard(path)
-    write_marker(path.with_name(path.name + PARTIAL), facts, files)
+    """Make the checkpoint visible, and only then let older ones go, which never fails.
+
+    Args:
+        partial: the folder that it was written into.
+        path: its final name.
+    """
+    if os.path.lexists(path):  # a damaged checkpoint of this step, which loading passed over
+        removal.set_aside(path)
+    write_marker(partial, facts, files, path)
     # Later ones are damaged, and were passed over too: counted, they would push out the good ones.
-    found = {int(folder.name.removeprefix("step-")): folder for folder in checkpoints(run_dir)}
+    found = {int(folder.name.removeprefix("step-")): folder for folder in checkpoints(path.parent.parent)}
     found = {step: folder for step, folder in found.items() if step <= facts["step"]}
     kept = best(list(found.values()))
     for step in superseded(list(found), retention.keep_last, retention.keep_every, kept):
         if not is_being_read(found[step]):  # the next save lets it go
-            discard(found[step])
+            removal.set_aside(found[step])
+    removal.sweep()
 
 
 def _causes(error: BaseException) -> list[BaseException]:

@@ -11,12 +11,14 @@ from ditmoe.parallel.boxes import boxes_of_run, whole
 from ditmoe.parallel.checkpoint.box_storage import Piece, load_pieces
 from ditmoe.parallel.checkpoint.folder import (
     EMA,
+    PROBLEMS_SHOWN,
     WEIGHTS,
     CheckpointInfo,
-    checkpoints,
+    checkpoint_entries,
     damaged,
     incomplete,
     read_info,
+    weights_alone,
 )
 from ditmoe.parallel.engine.fragments import MOMENTS, Fragment
 from ditmoe.parallel.engine.training_engine import TrainingEngine
@@ -67,13 +69,15 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
     """
     skipped: list[str] = []
     # Rank 0 looks for all: two machines need not see the same of a shared folder at the same time.
-    for found in from_first_rank(lambda: [_info_or_problem(path) for path in reversed(checkpoints(run_dir))]):
+    for found in from_first_rank(
+        lambda: [_info_or_problem(path) for path in reversed(checkpoint_entries(run_dir))]
+    ):
         if isinstance(found, str):
             skipped.append(found)
             continue
         problems = _problems_on_any_rank(found)
         if problems:
-            skipped.extend(problems)
+            skipped.extend(problems[:PROBLEMS_SHOWN])
             continue
         for part in PARTS:
             load_pieces(found.path / part, held_pieces(engine, part))
@@ -90,13 +94,21 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
 
 def _info_or_problem(path: Path) -> CheckpointInfo | str:
     try:
-        return read_info(path)
+        info = read_info(path)
     except UserError as error:
         return str(error)
+    return weights_alone(info) or info
 
 
 def _problems_on_any_rank(info: CheckpointInfo) -> list[str]:
     """Check all files, each by one rank, and that they hold the whole model; every rank gets the same answer."""
     names = sorted(info.files)[dist.get_rank() :: dist.get_world_size()]
     problems = [problem for problems in gather_objects(damaged(info, names)) for problem in problems]
-    return problems or from_first_rank(lambda: incomplete(info))
+    return problems or from_first_rank(lambda: _incomplete(info))
+
+
+def _incomplete(info: CheckpointInfo) -> list[str]:
+    try:
+        return incomplete(info)
+    except UserError as error:
+        return [str(error)]

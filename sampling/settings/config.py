@@ -1,6 +1,7 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -170,6 +171,8 @@ class PreviewConfig(Settings):
     """Images of a grid; their classes go round all classes."""
     sampler: SamplerConfig = SamplerConfig(steps=50)
     """How they are drawn."""
+    vae: Path | None = None
+    """Folder in which the VAE of the data's latents lies now; null: where it lay when they were encoded."""
 
     @field_validator("sampler")
     @classmethod

@@ -102,7 +102,7 @@ def test_the_vae_may_move_but_not_change(
     assert encoded.latents is not None
     gone = encoded.latents.model_copy(update={"vae": str(tmp_path / "gone")})
     moved = write_run(tmp_path / "moved", dataset=encoded.model_copy(update={"latents": gone}).facts)
-    with pytest.raises(UserError, match=r"gone: no such folder.*give the folder that it lies in now with --vae"):
+    with pytest.raises(UserError, match=r"gone: no such folder.*say where it lies now with --vae FOLDER"):
         command(moved, steps=1, device="cpu")
     command(moved, steps=1, count=1, device="cpu", vae=vae_folder, out=tmp_path / "x.png")
     assert (tmp_path / "x.png").exists()

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ditmoe.launcher.commands import models
 from ditmoe.launcher.commands.convert import command as convert
-from ditmoe.model.canonical import canonical_state
+from ditmoe.model.canonical import canonical_state, load_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.presets import SIZES
 from ditmoe.model.weights.published import PublishedWeights, read_published, save_published
+from ditmoe.model.weights.sit import from_sit
 from ditmoe.parallel.checkpoint.folder import read_info, read_weights
 from tests.forked import DITMOE, run_forked
 
@@ -138,6 +139,158 @@ def test_another_position_embedding_is_not_lost_in_silence(tmp_path: Path, publi
     save_published(published.only("ema"), tmp_path / "learned.pt")
     with pytest.raises(UserError, match="pos_embed departs by 1 from the fixed"):
         convert(tmp_path / "learned.pt", tmp_path / "checkpoint")
+
+
+def test_a_position_embedding_that_training_averaged(
+    tmp_path: Path, published: PublishedWeights, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Published training averages all of the state, and float32 rounds. The fixed one is taken, and told."""
+    assert published.ema is not None
+    fixed = published.ema["pos_embed"]
+    average = fixed.clone()
+    for _ in range(1000):
+        average.mul_(0.9999).add_(fixed, alpha=1 - 0.9999)
+    difference = (average - fixed).abs().max().item()
+    assert 1e-5 < difference < 2e-4
+    published.ema["pos_embed"] = average
+    save_published(published, tmp_path / "averaged.pt")
+    convert(tmp_path / "averaged.pt", tmp_path / "checkpoint")
+    assert f"pos_embed departs by {difference:.2g}" in capsys.readouterr().err
+    convert(tmp_path / "checkpoint", tmp_path / "back.pt")
+    assert_equal(read_published(tmp_path / "back.pt").ema, {**published.ema, "pos_embed": fixed})
+
+    for which, change in (("ema", 6e-4), ("weights", 1e-4)):
+        state = getattr(published.only(which), which)  # type: ignore[arg-type]
+        state["pos_embed"] = fixed + change
+        save_published(published.only(which), tmp_path / f"{which}.pt")  # type: ignore[arg-type]
+        with pytest.raises(UserError, match="expected the fixed one"):
+            convert(tmp_path / f"{which}.pt", tmp_path / "other")
+
+
+def test_names_and_keys_of_training_frameworks(tmp_path: Path, published: PublishedWeights) -> None:
+    """DeepSpeed's file of model states, and what compilation and data parallelism add to names."""
+    expected, extra = (
+        published.weights,
+        {"global_steps": 3, "ds_version": "0.19", "sparse_tensor_module_names": set()},
+    )
+    assert expected is not None
+    names: list[Any] = [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"module._orig_mod.module.{name}",
+        lambda name: name.replace(".attn", "._orig_mod.attn").replace(".moe", "._checkpoint_wrapped_module.moe"),
+    ]
+    for number, rename in enumerate(names):
+        torch.save({"module": {rename(name): t for name, t in expected.items()}, **extra}, tmp_path / "states.pt")
+        out = tmp_path / f"ours-{number}"
+        convert(
+            tmp_path / "states.pt",
+            out,
+            ["model.experts_per_token=2", "model.heads=4"],
+            objective="ddpm",
+        )
+        found = read_weights(out, "weights")
+        assert_equal(found, {name: tensor for name, tensor in expected.items() if name != "pos_embed"})
+    twice = {**expected, "_orig_mod.final_layer.linear.bias": expected["final_layer.linear.bias"]}
+    torch.save(twice, tmp_path / "twice.pt")
+    with pytest.raises(UserError, match="holds some weights twice"):
+        convert(tmp_path / "twice.pt", tmp_path / "new")
+    torch.save({"module": {name: torch.empty(0) for name in expected}}, tmp_path / "zero3.pt")
+    with pytest.raises(UserError, match="zero_to_fp32"):
+        convert(tmp_path / "zero3.pt", tmp_path / "new")
+
+
+def test_a_mixture_outside_the_presets(tmp_path: Path) -> None:
+    """Heads and experts per token leave no trace in weights: a run's file says them, or overrides."""
+    plain = ModelConfig(**SHAPE, experts=3, experts_per_token=2, balance_weight=0.01)
+    torch.save(make_state(plain), tmp_path / "bare.pt")
+    with pytest.raises(UserError, match="the weights do not say heads"):
+        convert(tmp_path / "bare.pt", tmp_path / "new", objective="ddpm")
+    run = tmp_path / "run.yaml"
+    run.write_text(
+        "model: {depth: 2, hidden: 32, heads: 4, patch: 2, experts: 3, experts_per_token: 2,"
+        " balance_weight: 0.01}\nobjective: {kind: rectified_flow}\ndata: {sources: [{path: nowhere}]}\n"
+    )
+    convert(tmp_path / "bare.pt", tmp_path / "from-file", config=run)
+    info = read_info(tmp_path / "from-file")
+    assert info.model == plain and info.objective.kind == "rectified_flow"
+    convert(
+        tmp_path / "bare.pt",
+        tmp_path / "mixed",
+        ["model.balance_weight=0.5"],
+        config=run,
+        objective="rectified_flow",
+    )
+    assert read_info(tmp_path / "mixed").model.balance_weight == 0.5
+    convert(tmp_path / "mixed", tmp_path / "back.pt", ["model.heads=4"])
+
+    known = ["model.experts_per_token=2"]
+    refused: list[tuple[str, Path, list[str], dict[str, Any]]] = [
+        ("experts = 3 in the weights, 4 in the configuration", tmp_path / "bare.pt", ["model.experts=4"], {}),
+        ("heads = 4 in the checkpoint, 2 in the configuration", tmp_path / "mixed", ["model.heads=2"], {}),
+        ("expected a key of model or objective", tmp_path / "bare.pt", ["optim.lr=1"], {}),
+        ("no such key; did you mean model.heads", tmp_path / "bare.pt", ["model.haeds=4"], {}),
+        ("no such network: heads = 'many'", tmp_path / "bare.pt", [*known, "model.heads=many"], {}),
+        ("objective.kind = 'edm': expected ddpm", tmp_path / "bare.pt", ["objective.kind=edm"], {"config": run}),
+        ("cannot be read", tmp_path / "bare.pt", [], {"config": tmp_path / "none.yaml"}),
+    ]
+    for message, source, overrides, options in refused:
+        with pytest.raises(UserError, match=message):
+            convert(source, tmp_path / "new", overrides, **{"preset": None, **options})
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_sit_runs_the_other_way(tmp_path: Path, learn_sigma: bool) -> None:
+    """What it computes at 1 − t, with the other sign, is what the converted network computes at t."""
+    config = ModelConfig(**SHAPE, learn_sigma=learn_sigma)
+    theirs, ours = DiT(config), DiT(config)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(0, 0.2, generator=random)
+    torch.save({"ema": canonical_state(theirs)}, tmp_path / "sit.pt")
+    for options in ({"objective": "sit"}, {"objective": "sit", "bare": True}):
+        target = tmp_path / ("ours.pt" if options.get("bare") else "ours")
+        convert(tmp_path / "sit.pt", target, ["model.heads=4"], **options)  # type: ignore[arg-type]
+    info = read_info(tmp_path / "ours")
+    assert info.objective.kind == "rectified_flow"
+    load_canonical(ours, read_weights(tmp_path / "ours"), "ours")
+    assert_equal(read_published(tmp_path / "ours.pt", config={"heads": 4}).ema, canonical_state(ours))
+
+    x_BCHW = torch.randn(5, 4, 8, 8, generator=random)
+    t_B, label_B = torch.tensor([0.0, 0.1, 0.5, 0.77, 1.0]), torch.arange(5) % 3
+    with torch.no_grad():
+        expected = -theirs(x_BCHW, 1 - t_B, label_B)
+        assert not torch.allclose(expected, -theirs(x_BCHW, t_B, label_B), atol=0.1)
+        torch.testing.assert_close(ours(x_BCHW, t_B, label_B), expected, rtol=1e-4, atol=1e-4)
+    again = from_sit(canonical_state(ours), config, "ours")
+    for name, tensor in canonical_state(theirs).items():
+        torch.testing.assert_close(again[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_dense_flow_is_not_guessed(tmp_path: Path, published: PublishedWeights) -> None:
+    torch.save(make_state(ModelConfig(**SHAPE)), tmp_path / "dense.pt")
+    source, heads = tmp_path / "dense.pt", ["model.heads=4"]
+    with pytest.raises(UserError, match=r"may be SiT's.*give --objective sit if they are, or --not-sit"):
+        convert(source, tmp_path / "new", heads, objective="rectified_flow")
+    with pytest.raises(UserError, match="--not-sit: given with --objective sit"):
+        convert(source, tmp_path / "new", heads, objective="sit", not_sit=True)
+    convert(source, tmp_path / "flow", heads, objective="rectified_flow", not_sit=True)
+    assert_equal(read_weights(tmp_path / "flow"), read_weights_of(source))
+    with pytest.raises(UserError, match="says rectified_flow"):
+        convert(tmp_path / "flow", tmp_path / "new.pt", objective="sit")
+    bare = published.only("ema")
+    assert bare.ema is not None
+    torch.save(bare.ema, tmp_path / "moe.pt")
+    with pytest.raises(UserError, match="has 3 experts and qk_norm attention; SiT's networks are dense"):
+        convert(tmp_path / "moe.pt", tmp_path / "new", ["model.experts_per_token=2"], objective="sit")
+    assert not (tmp_path / "new").exists()
+
+
+def read_weights_of(path: Path) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in torch.load(path, weights_only=True).items() if name != "pos_embed"}
 
 
 def test_a_full_disk_leaves_nothing(

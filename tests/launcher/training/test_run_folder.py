@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import MARKER
+from ditmoe.parallel.checkpoint.folder import checkpoint_path
+from ditmoe.parallel.checkpoint.marker import MARKER, marker_text
 
 Write = Callable[..., Path]
 
@@ -183,3 +185,74 @@ def test_a_damaged_stored_configuration(write_config: Write, tmp_path: Path) -> 
     (tmp_path / "config.yaml").write_text("model: 3\n")
     with pytest.raises(UserError, match=r"config\.yaml: not the configuration of a run"):
         RunFolder(tmp_path).compare_config(load_config(write_config(), []))
+
+
+def write_checkpoint(run: Path, config: RunConfig, step: int, **changes: object) -> Path:
+    """A checkpoint of which only the marker is there, as a run of this configuration writes it."""
+    path = checkpoint_path(run, step)
+    path.mkdir(parents=True)
+    facts = {
+        "format": 2,
+        "step": step,
+        "images": 0,
+        "sums": {},
+        "parts": ["weights", "ema", "exp_avg", "exp_avg_sq"],
+        "config": kept_in_checkpoint(config.plain()),
+        "dataset": {},
+        "layout": {"pipe": 1, "data": 2, "expert": 2, "tensor": 1, "zero": 1},
+        "shapes": {f"p{number}": [1] for number in range(8)},
+        **changes,
+    }
+    files = {f"{part}/shard-00001.safetensors": {"bytes": 32, "sha256": "0" * 64} for part in facts["parts"]}  # type: ignore[attr-defined]
+    (path / MARKER).write_text(marker_text({**facts, "files": files}))
+    return path
+
+
+@pytest.fixture
+def config(write_config: Write) -> Callable[..., RunConfig]:
+    sizes = ["model.image_size=8", "model.channels=1", "model.num_classes=10"]
+    return lambda *overrides: load_config(write_config(), [*sizes, *overrides])
+
+
+def test_without_config_yaml_the_newest_checkpoint_is_compared(
+    tmp_path: Path, config: Callable[..., RunConfig]
+) -> None:
+    run, folder = tmp_path / "run", RunFolder(tmp_path / "run")
+    write_checkpoint(run, config("seed=7"), 4)
+    write_checkpoint(run, config("seed=3"), 8)
+    unreadable = write_checkpoint(run, config("seed=7"), 9)
+    (unreadable / MARKER).write_text("{")
+    folder.check(config("seed=3", "train.steps=99"))
+    with pytest.raises(UserError) as caught:
+        folder.check(config("seed=1", "model.depth=3"))
+    assert [line.partition(",")[0].strip() for line in str(caught.value).splitlines()] == [
+        f"{run} cannot be resumed: 2 problems",
+        "model.depth = 3",
+        "seed = 1",
+    ]
+    assert not folder.config.exists()
+    (change,) = (each for each in folder.compare_config(config("seed=3", "train.steps=99")) if "steps" in each.key)
+    assert (change.before, change.now) == (20, 99)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_weights_without_an_optimiser_in_a_run_folder(
+    tmp_path: Path, config: Callable[..., RunConfig], stored: bool
+) -> None:
+    """Converted weights: neither ignored nor a traceback; a checkpoint of training beside them is taken."""
+    run, folder = tmp_path / "run", RunFolder(tmp_path / "run")
+    facts = {"parts": ["weights", "ema"], "layout": None}
+    write_checkpoint(run, config(), 0, **facts)
+    if stored:
+        folder.store_config(config())
+    message = (
+        r"step-00000000: holds weights and ema without exp_avg and exp_avg_sq.*`ditmoe sample`.*another run\.dir"
+    )
+    with pytest.raises(UserError, match=message):
+        folder.check(config())
+    write_checkpoint(run, config(), 8)
+    folder.check(config())
+
+    (checkpoint_path(run, 0) / MARKER).rename(tmp_path / MARKER)
+    with pytest.raises(UserError, match=rf"{tmp_path}: holds weights and ema without"):
+        RunFolder(tmp_path).check(config())

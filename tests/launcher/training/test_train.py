@@ -268,22 +268,23 @@ def test_from_images_to_latents_to_images(
     vae.rename(tmp_path / "moved")
     refused = train(config, *settings)
     assert refused.returncode == 2 and str(vae) in refused.stderr and "Traceback" not in refused.stderr
-    index = load_index(latents)
-    assert index.latents is not None
-    moved = index.latents.model_copy(update={"vae": str(tmp_path / "moved")})
-    write_index(latents, index.model_copy(update={"latents": moved}))
-    result = train(config, *settings)
+    assert "say where it lies now with preview.vae=FOLDER" in refused.stderr
+    result = train(config, *settings, f"preview.vae={tmp_path / 'moved'}")
     assert result.returncode == 0, result.stderr
     assert curve(run) == curve(tmp_path / "whole") and len(curve(run)) == 6
     preview = Image.open(run / "samples" / "preview-step-00000006.png")
     whole = Image.open(tmp_path / "whole" / "samples" / "preview-step-00000006.png")
     assert preview.tobytes() == whole.tobytes() and preview.mode == "RGB"
     sample = ditmoe(
-        "sample", str(run), "--steps", "2", "--classes", "0", "--count", "1", "--out", str(tmp_path / "p")
+        *("sample", str(run), "--steps", "2", "--classes", "0", "--count", "1", "--out", str(tmp_path / "p")),
+        *("--vae", str(tmp_path / "moved")),
     )
     assert sample.returncode == 0, sample.stderr
     info = read_info(checkpoints(run)[-1])
-    other = index.model_copy(update={"latents": moved.model_copy(update={"scale": 0.5})}).facts
+    index = load_index(latents)
+    assert index.latents is not None
+    moved = index.latents.model_copy(update={"vae": "elsewhere", "scale": 0.5})
+    other = index.model_copy(update={"latents": moved}).facts
     assert changed_facts(info.dataset, {**info.dataset, **other}) == ["encoding of latents"]
     assert not changed_facts(info.dataset, {**info.dataset, **index.facts})
 

@@ -1,5 +1,6 @@
 """Checkpoints: bit-exact continuation, other layouts, damage, and what retention keeps."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,10 @@ import torch.distributed as dist
 from ditmoe.model.errors import UserError
 from ditmoe.parallel import processes
 from ditmoe.parallel.boxes import column_slice, matrix_shape, row_slices, whole
-from ditmoe.parallel.checkpoint.box_storage import load_pieces
+from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements
 from ditmoe.parallel.checkpoint.folder import (
     PARTIAL,
+    CheckpointInfo,
     checkpoint_path,
     checkpoints,
     damaged,
@@ -26,16 +28,17 @@ from ditmoe.parallel.checkpoint.folder import (
     read_info,
     read_weights,
     reading,
-    remove_partials,
     start_partial,
     superseded,
 )
 from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.parallel.checkpoint.removal import Removal
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver, finish
-from ditmoe.parallel.checkpoint.training_state import PARTS, held_pieces
+from ditmoe.parallel.checkpoint.training_state import PARTS, held_pieces, load_training_state
 from ditmoe.parallel.config import CheckpointConfig
 from ditmoe.parallel.engine.fragments import MOMENTS, Fragment
 from ditmoe.parallel.layout import Layout
+from tests.markers import change_marker
 
 Runner = Callable[..., list[dict[str, Any]]]
 
@@ -132,6 +135,83 @@ def test_tensor_parallel_parts_move(tmp_path: Path, source: tuple[int, int], tar
         assert all(map(torch.equal, found.ema, expected.ema))
 
 
+def odd(run: Path, step: int, kind: str) -> str:
+    """Make something by the name of a checkpoint; what is said of it."""
+    path = checkpoint_path(run, step)
+    if kind == "a file":
+        path.write_text("")
+        return f"{path / MARKER}: cannot be read (Not a directory)"
+    if kind == "no marker":
+        path.mkdir()
+        return f"{path}: no {MARKER} found"
+    shutil.copytree(checkpoint_path(run, 7), path)
+    change_marker(path, lambda facts: facts.update(step=step))
+    file = path / "ema" / "shard-00001.safetensors"
+    if kind == "another step":
+        change_marker(path, lambda facts: facts.update(step=7))
+        return f"{path / MARKER}: is of step 7, expected {step} as its folder's name says"
+    if kind == "a folder for the marker":
+        (path / MARKER).unlink()
+        (path / MARKER).mkdir()
+        return f"{path / MARKER}: is a folder, expected a file"
+    if kind == "a folder for a file":
+        file.unlink()
+        file.mkdir()
+        return f"{file}: is a folder, expected a file"
+    if kind == "odd values":
+        change_marker(path, lambda facts: facts.update(images=None))
+        return f"{path / MARKER}: not a checkpoint's marker (images = None"
+    if kind == "no optimiser":
+        drop = lambda facts: facts.update(parts=["weights"], files=only(facts["files"], "weights/"))  # noqa: E731
+        change_marker(path, drop)
+        return f"{path}: holds weights without ema and exp_avg and exp_avg_sq"
+    if kind == "a link out":
+        file.rename(run / "elsewhere")
+        file.symlink_to(run / "elsewhere")
+        return f"{file}: is a link that leads out of the checkpoint"
+    assert kind == "an odd header"
+    content = file.read_bytes().replace(b"saved_offsets", b"saved_0ffsets", 1)
+    file.write_bytes(content)
+    facts = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    change_marker(path, lambda marker: marker["files"].update({f"ema/{file.name}": facts}))
+    return f"{file}: DCP_SHARDING_INFO of its header cannot be read"
+
+
+def only(files: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name: facts for name, facts in files.items() if name.startswith(prefix)}
+
+
+ODDITIES = (
+    *("a file", "no marker", "another step", "a folder for the marker", "a folder for a file", "odd values"),
+    *("no optimiser", "a link out", "an odd header"),
+)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_odd_checkpoints_are_told_and_an_older_one_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The fragments of this engine are not a whole network; what a model has is another test's.
+    monkeypatch.setattr("ditmoe.parallel.checkpoint.training_state.incomplete", only_headers)
+    engine = sharded(1, 1, fill=True, ranks=[0])
+    engine.resume_at = lambda step: setattr(engine, "step", step)
+    with CheckpointSaver(tmp_path, CheckpointConfig()) as saver:
+        saver.save(engine, 0, {}, {"model": MODEL, "objective": {"kind": "ddpm"}}, {})
+    expected = [odd(tmp_path, 20 + number, kind) for number, kind in enumerate(ODDITIES)]
+    engine.step = 0
+    info, skipped = load_training_state(tmp_path, engine)
+    assert info is not None and info.step == engine.step == 7
+    assert len(skipped) == len(expected)
+    for found, beginning in zip(reversed(skipped), expected, strict=True):
+        assert found.startswith(beginning), found
+    shutil.rmtree(checkpoint_path(tmp_path, 7))
+    with pytest.raises(UserError, match="no intact checkpoint is left") as caught:
+        load_training_state(tmp_path, engine)
+    assert all(beginning in str(caught.value) for beginning in expected)
+
+
+def only_headers(info: CheckpointInfo) -> list[str]:
+    return [problem for part in info.parts for problem in missing_elements(info.path / part, info.shapes)]
+
+
 def _check_damage(run: Path) -> None:
     """Truncation, bit flips and a missing marker are seen."""
     path = newest_checkpoint(run)
@@ -175,9 +255,9 @@ def test_retention(keep_last: int, keep_every: int | None, gone: list[int]) -> N
 
 def save_marker(run: Path, step: int, retention: CheckpointConfig) -> None:
     """Finish a checkpoint that has nothing but its marker."""
-    path = checkpoint_path(run, step)
-    start_partial(path)
-    finish(run, path, {"step": step}, {}, retention)
+    path, removal = checkpoint_path(run, step), Removal(run)
+    finish(start_partial(path), path, {"step": step}, {}, retention, removal)
+    removal.wait()
 
 
 def test_retention_does_not_count_later_damaged_checkpoints(tmp_path: Path) -> None:
@@ -206,19 +286,17 @@ def test_what_is_being_read_stays_until_the_next_save(tmp_path: Path) -> None:
 
 
 def test_a_kill_while_an_old_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of it is not there to be found."""
+    """Half of it is not there to be found, and the next start removes it."""
     save_marker(tmp_path, 3, CheckpointConfig())
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr(Removal, "sweep", lambda self: None)
         save_marker(tmp_path, 4, CheckpointConfig(keep_last=1))
     assert checkpoints(tmp_path) == [checkpoint_path(tmp_path, 4)]
     assert [*(tmp_path / "checkpoints").glob(f"*{PARTIAL}")]
-    remove_partials(tmp_path)
+    removal = Removal(tmp_path)
+    removal.sweep()
+    removal.wait()
     assert [*(tmp_path / "checkpoints").iterdir()] == [checkpoint_path(tmp_path, 4)]
-
-
-def interrupted(path: Path) -> None:
-    raise KeyboardInterrupt
 
 
 def test_several_processes_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
