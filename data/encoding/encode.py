@@ -7,8 +7,9 @@ nothing from batches, and the machine's cores belong to as many processes.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import chain
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +22,15 @@ from ditmoe.data.encoding.vae import Vae, load_vae
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import LABEL_EXTENSION, METADATA_EXTENSION, BadSample
 from ditmoe.data.shards.images import ImageArray
-from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
+from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index, put_index
 from ditmoe.data.shards.latents import MIRRORED, PLAIN, encode_latent
 from ditmoe.data.shards.names import is_plain_key
 from ditmoe.data.shards.writer import ReadySample, write_shard
-from ditmoe.data.storage.files import replacing
-from ditmoe.data.storage.sharing import make_missing
+from ditmoe.data.storage.claims import list_folder
+from ditmoe.data.storage.parts import Parts, make_parts
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import uniform
+from ditmoe.model.threads import one_thread
 
 
 def encode(
@@ -54,27 +56,15 @@ def encode(
     """
     work = _Work(encoding, device, on_progress, log)
     folder = encoding.folder
-    shards = [folder.path / entry.file for entry in encoding.index.shards]
-    threads = torch.get_num_threads()
-    try:
-        if device.type == "cpu":
-            torch.set_num_threads(1)
-        with folder.joined():
-            for path in shards:
-                if path.exists():
-                    folder.read_mark(path.name)
-            make_missing(
-                shards,
-                work.encode_shard,
-                rank=rank,
-                ranks=ranks,
-                locks=folder.locks,
-                on_progress=work.count_finished,
-            )
-            # All wait here: the one that writes the index may die.
-            make_missing([folder.path / INDEX_FILE], lambda _: finish(encoding, work.vae), locks=folder.locks)
-    finally:
-        torch.set_num_threads(threads)
+    shards = work.shards
+    with folder.joined(), one_thread() if device.type == "cpu" else nullcontext():
+        if not folder.finished:
+            there = set(list_folder(folder.path))
+            for part in range(rank, len(shards.names), ranks):
+                if shards.names[part] in there:
+                    shards.load(part)
+            make_parts(shards, rank=rank, ranks=ranks, on_progress=work.count_finished)
+            make_parts(work.index)  # one process writes it; all wait here, for that one may die
     return load_index(folder.path)
 
 
@@ -121,39 +111,59 @@ class _Work:
             self._loaded = load_vae(self._encoding.vae, self._device)
         return self._loaded
 
-    def count_finished(self, _shards: int) -> None:
-        """Look which shards are done, and tell."""
-        shards = self._index.shards
-        self._finished_images = sum(
-            len(members)
-            for s, members in zip(shards, self._encoding.members, strict=True)
-            if (self._folder.path / s.file).exists()
+    @property
+    def shards(self) -> Parts[int, ShardMark, list[ShardMark]]:
+        """The shards as parts: a shard's mark is written first, then the shard takes its name."""
+        names = [entry.file for entry in self._index.shards]
+        return Parts(
+            self._folder.path,
+            names,
+            lambda number: number,  # a shard is written as it is encoded: it need not fit into memory
+            self.encode_shard,
+            lambda number: self._folder.read_mark(names[number]),
+            list,
+            self._folder.claims.folder,
+            [len(members) for members in self._encoding.members],
         )
-        self._on_progress(self._finished_images)
 
-    def encode_shard(self, number: int) -> None:
-        """Encode one shard: its mark first, then its name."""
+    @property
+    def index(self) -> Parts[DatasetIndex, DatasetIndex, None]:
+        """The index as the only part of what follows from the shards."""
+        return Parts(
+            self._folder.path,
+            [INDEX_FILE],
+            lambda _: finish(self._encoding, self.vae, self.shards.result()),
+            put_index,
+            lambda _: load_index(self._folder.path),
+            lambda found: None,
+            self._folder.claims.folder,
+        )
+
+    def count_finished(self, images: int) -> None:
+        """Take down how many images are in shards that are there, and tell."""
+        self._finished_images = images
+        self._on_progress(images)
+
+    def encode_shard(self, number: int, file: BinaryIO) -> None:
+        """Encode one shard to an open file, and write its mark."""
         entry = self._index.shards[number]
         shard = Shard.at(self._encoding.source / entry.file, entry)
         labels: list[int] = []
         left_out: dict[int, str] = {}
         try:
-            with replacing(self._folder.path / entry.file) as file:
-                samples = self._samples(shard, number, labels, left_out)
-                first = next(samples, None)
-                if first is None:
-                    raise UserError(
-                        f"{shard.name}: none of its images can be used, such as {next(iter(left_out.values()))}; "
-                        "index the folder again without it"
-                    )
-                written = write_shard(file, entry.file, chain([first], samples))
-                self._folder.write_mark(
-                    ShardMark(
-                        settings=self._folder.fingerprint, entry=written, labels=tuple(labels), left_out=left_out
-                    )
+            samples = self._samples(shard, number, labels, left_out)
+            first = next(samples, None)
+            if first is None:
+                raise UserError(
+                    f"{shard.name}: none of its images can be used, such as {next(iter(left_out.values()))}; "
+                    "index the folder again without it"
                 )
+            written = write_shard(file, entry.file, chain([first], samples))
         finally:
             shard.close()
+        self._folder.write_mark(
+            ShardMark(settings=self._folder.fingerprint, entry=written, labels=tuple(labels), left_out=left_out)
+        )
 
     def _samples(
         self, shard: Shard, number: int, labels: list[int], left_out: dict[int, str]

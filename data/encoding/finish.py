@@ -1,29 +1,35 @@
-"""The end of an encode: the table of samples, the contact sheet, and the index."""
+"""The end of an encode: the table of samples, the contact sheet, and what the index says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ditmoe.data.encoding.folder import ShardMark
 from ditmoe.data.encoding.plan import Encoding
 from ditmoe.data.encoding.vae import Vae
 from ditmoe.data.making.preview import COLUMNS, PREVIEW_FILE, ROWS, draw_contact_sheet, write_png
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.images import ImageArray, to_uint8
-from ditmoe.data.shards.index import DatasetIndex, write_index
+from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.model.errors import UserError
 
 
-def finish(encoding: Encoding, vae: Vae) -> None:
-    """Write the table of samples, the contact sheet, and last the index.
+def finish(encoding: Encoding, vae: Vae, marks: Sequence[ShardMark]) -> DatasetIndex:
+    """Write the table of samples and the contact sheet; the index, which is to be written last.
+
+    Args:
+        encoding: what was encoded.
+        vae: decodes what the contact sheet shows.
+        marks: of its shards.
 
     UserError where what was encoded is not what the marks, or the source's own table of samples, say.
     """
     out, source = encoding.folder.path, encoding.index
-    marks = [encoding.folder.read_mark(entry.file) for entry in source.shards]
     left_out = encoding.new_left_out()
     kept = []
     for members, mark in zip(encoding.members, marks, strict=True):
@@ -54,7 +60,7 @@ def finish(encoding: Encoding, vae: Vae) -> None:
         shards=tuple(mark.entry for mark in marks),
     )
     write_png(draw_contact_sheet(index.class_names, _first_of_class(out, index, label_N, vae)), out / PREVIEW_FILE)
-    write_index(out, index)
+    return index
 
 
 def _first_of_class(

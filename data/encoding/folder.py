@@ -4,18 +4,20 @@ Several processes, on several machines, share it without a coordinator:
 
     OUT/packing.json           what is written here (`making/ownership.py`); there first
     OUT/encoding.json          the settings; kept beside the index
-    OUT/encoding/lock          held shared by each process that encodes, and alone by one that clears the folder
-    OUT/encoding/locks/        a lock of each shard that somebody encodes
+    OUT/encoding/claims/       what each process is at: a shard, the index, or the folder itself, to clear or tidy
+    it                            alone; each that encodes holds `encoder-…`, which keeps others from that
     OUT/encoding/NAME.tar.json what the index will say of a shard, its labels, and the settings it was made with
     OUT/NAME.tar               takes its name when it is whole and the file above is written: then it is done
     OUT/index.json             written last, by one process; the last to leave removes the record and OUT/encoding
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,11 +42,16 @@ from ditmoe.data.making.ownership import (
     write_record,
 )
 from ditmoe.data.shards.index import INDEX_FILE, ShardEntry
+from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import is_partial, make_folder, read_settings, remove_abandoned, replacing
-from ditmoe.data.storage.sharing import WAIT_SECONDS, try_lock
+from ditmoe.data.storage.parts import CLAIMS_FOLDER, WAIT_SECONDS, DamagedPart
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 
+ALONE: Final = "folder"
+"""Claim of a process that clears or tidies the folder."""
+ENCODER: Final = "encoder-"
+"""What the claims of those that encode begin with."""
 _BEGIN_SECONDS: Final = 60.0
 """How long one that begins waits for another that is beginning."""
 
@@ -79,9 +86,9 @@ class EncodeFolder:
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
-    def locks(self) -> Path:
-        """Folder of the locks of shards."""
-        return self.path / STATE_FOLDER / "locks"
+    def claims(self) -> Claims:
+        """Who is at what."""
+        return Claims(self.path / STATE_FOLDER / CLAIMS_FOLDER)
 
     @property
     def finished(self) -> bool:
@@ -109,9 +116,9 @@ class EncodeFolder:
                 return not self.finished
             self._refuse(stored, overwrite)
             make_folder(self.path)
-            with try_lock(self.path / STATE_FOLDER / "lock") as alone:
+            with self._alone() as alone:
                 if alone:
-                    # Looked at again under the lock: another process may have begun since.
+                    # Looked at again: another process may have begun since.
                     if self._stored() == stored:
                         self._clear()
                     continue
@@ -128,12 +135,21 @@ class EncodeFolder:
         Raises:
             UserError: somebody is clearing it, or cleared it for other settings, since `begin`.
         """
-        lock = self.path / STATE_FOLDER / "lock"
-        with try_lock(lock, shared=True) as held:
-            if not held or self._stored() != self.settings:
+        deadline = time.monotonic() + _BEGIN_SECONDS
+        with self.claims.taken(f"{ENCODER}{uuid.uuid4().hex}"):
+            # Whoever is alone there when this is claimed does not know of it. One that tidies is done at once.
+            while self.claims.holder(ALONE) is not None and time.monotonic() < deadline:
+                time.sleep(WAIT_SECONDS)
+            if self.claims.holder(ALONE) is not None or self._stored() != self.settings:
                 raise UserError(f"{self.path}: another process has begun to encode into it anew")
             yield
         self._tidy()
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """Keep others from the folder for the body; False where somebody encodes, or is alone there already."""
+        with self.claims.taken(ALONE) as claim:
+            yield claim is not None and not self.claims.any_held(ENCODER)
 
     def write_mark(self, mark: ShardMark) -> None:
         """Write down a shard that is about to take its name."""
@@ -144,25 +160,28 @@ class EncodeFolder:
         """What was written down of a finished shard.
 
         Raises:
-            UserError: nothing was, it was made with other settings, or the shard is of another size.
+            DamagedPart: shard or mark are not whole.
+            UserError: nothing was written down, so that the shard is somebody else's, or it has other settings.
         """
         path, mark_path = self.path / shard, self._mark_path(shard)
         try:
             mark = ShardMark.model_validate_json(mark_path.read_bytes())
             size = path.stat().st_size
-        except (OSError, ValidationError) as error:
+        except FileNotFoundError as error:
+            if not path.exists():
+                raise DamagedPart(path, error) from error
             raise UserError(
                 f"{mark_path}: could not be read ({error}); delete {path}, it is encoded again"
             ) from None
+        except (OSError, ValidationError) as error:
+            raise DamagedPart(path, error) from error
         if mark.settings != self.fingerprint:
             raise UserError(
                 f"{path}: was encoded with settings {mark.settings}, expected {self.fingerprint}; "
                 "delete it, it is encoded again"
             )
         if mark.entry.file != shard or size != mark.entry.bytes:
-            raise UserError(
-                f"{path}: {size:,} bytes, {mark_path} says {mark.entry.bytes:,}; delete it, it is encoded again"
-            )
+            raise DamagedPart(path, f"{size:,} bytes, and {mark_path} says {mark.entry.bytes:,}")
         return mark
 
     def _mark_path(self, shard: str) -> Path:
@@ -192,7 +211,7 @@ class EncodeFolder:
         if not self.finished or record is None:
             return
         state = self.path / STATE_FOLDER
-        with try_lock(state / "lock") as alone:
+        with self._alone() as alone:
             if alone and self.finished:
                 try:
                     for name in os.listdir(self.path):
@@ -202,6 +221,8 @@ class EncodeFolder:
                         shutil.rmtree(state)
                     (self.path / RECORD_FILE).unlink(missing_ok=True)
                 except OSError as error:
+                    if error.errno == errno.ENOTEMPTY:
+                        return  # another process has just come, and will tidy when it leaves
                     raise UserError(f"{self.path}: could not be tidied: {error.strerror or error}") from error
 
     def _refuse(self, stored: dict[str, Any] | None, overwrite: bool) -> None:

@@ -28,6 +28,7 @@ from ditmoe.data.shards.sample_table import TABLE_FILE
 from ditmoe.data.shards.writer import OWNER
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import is_partial, make_folder, replacing
+from ditmoe.data.storage.parts import CLAIMS_FOLDER
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import Settings
 
@@ -100,7 +101,7 @@ class _Known:
         if path.is_symlink():  # none is ever made
             return False
         if name.endswith("/"):
-            return self.record.names(name) or (name == f"{STATE_FOLDER}/" and _holds_a_lock_alone(path))
+            return self.record.names(name) or (name == f"{STATE_FOLDER}/" and _holds_claims_alone(path))
         if not path.is_file():
             return False
         if is_partial(name):
@@ -262,9 +263,12 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
     return entry.is_dir(follow_symlinks=False)
 
 
-def _holds_a_lock_alone(folder: Path) -> bool:
-    """Whether a folder has nothing in it but an empty lock: another process has just begun to use it."""
-    return all(path.name == "lock" and path.is_file() and not path.stat().st_size for path in folder.iterdir())
+def _holds_claims_alone(folder: Path) -> bool:
+    """Whether a folder has nothing in it but claims: another process has just begun to use it."""
+    claims = folder / CLAIMS_FOLDER
+    if [path for path in folder.iterdir() if path != claims or path.is_symlink() or not path.is_dir()]:
+        return False
+    return all(name.startswith(".") for name in Claims(claims).listing().others)
 
 
 def _describes(path: Path, keys: Sequence[str]) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Final, Literal, Self
+from typing import Any, BinaryIO, Final, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -224,7 +224,12 @@ def parse_index(text: bytes, path: str) -> DatasetIndex:
 def write_index(folder: Path, index: DatasetIndex) -> None:
     """Write `folder/index.json`, whole or not at all."""
     with replacing(folder / INDEX_FILE) as file:
-        file.write(index.model_dump_json(indent=1).encode() + b"\n")
+        put_index(index, file)
+
+
+def put_index(index: DatasetIndex, file: BinaryIO) -> None:
+    """Write an index to an open file."""
+    file.write(index.model_dump_json(indent=1).encode() + b"\n")
 
 
 def _plain_name(file: str, suffix: str) -> str:

@@ -164,6 +164,11 @@ class Claims:
                 _remove(path)
             raise
 
+    def any_held(self, prefix: str) -> bool:
+        """Whether a process that lives holds a claim on any name that begins so."""
+        names = [name for name in self.listing().claims if name.startswith(prefix)]
+        return any(self.holder(name) is not None for name in names)
+
     def holder(self, name: str) -> str | None:
         """Who holds the claim on `name`, for people to read; None: nobody that lives."""
         numbers = self.listing().claims.get(name)
@@ -198,7 +203,11 @@ class Claims:
         draft = self.folder / f".{token}"
         try:
             try:
-                draft.write_bytes(content)
+                try:
+                    draft.write_bytes(content)
+                except FileNotFoundError:  # somebody has removed the folder, which held nothing
+                    make_folder(self.folder)
+                    draft.write_bytes(content)
                 os.link(draft, path)
             except FileExistsError:
                 return False

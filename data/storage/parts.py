@@ -31,7 +31,7 @@ Found = TypeVar("Found")
 Result = TypeVar("Result")
 
 Progress = Callable[[int], None]
-"""Called with the number of parts that are there."""
+"""Called with the number of parts that are there, or with what they count for."""
 
 WAIT_SECONDS: Final = 0.2
 """Between two looks at the folder."""
@@ -69,6 +69,12 @@ class Parts(Generic[Made, Found, Result]):
     """What follows from all parts, which come in their order, each read when it is asked for."""
     claims_folder: Path | None = None
     """Where those at work say what they are at, and keep their drafts; None: in `folder`."""
+    sizes: Sequence[int] | None = None
+    """What each part counts for in progress; None: 1."""
+
+    def size(self, of: Iterable[int]) -> int:
+        """What some parts count for."""
+        return sum(1 if self.sizes is None else self.sizes[part] for part in of)
 
     @property
     def claims(self) -> Claims:
@@ -143,7 +149,7 @@ def make_parts(
     Args:
         rank: this process among `ranks`; any number of further processes may help.
         only: these parts; None: all.
-        on_progress: told how many of them are there, at the start and whenever this process knows more.
+        on_progress: told what those that are there count for, at the start and whenever this process knows more.
 
     Returns:
         The number of parts that this process made.
@@ -157,7 +163,8 @@ def make_parts(
     while True:
         there = set(list_folder(parts.folder))
         missing = [part for part in wanted if parts.names[part] not in there]
-        on_progress(len(wanted) - len(missing))
+        done = parts.size(wanted) - parts.size(missing)
+        on_progress(done)
         listing = claims.listing()
         if not missing:
             _clean(parts, wanted, listing)
@@ -174,8 +181,10 @@ def make_parts(
                 if claim is not None and not parts.path(part).exists():
                     _remove_drafts(parts, [part], listing)
                     with _failure_told(parts, part):
-                        made_now += parts.make_one(part, claim.held)
-                    on_progress(len(wanted) - len(missing) + made_now)
+                        mine = parts.make_one(part, claim.held)
+                    made_now += mine
+                    done += parts.size([part]) if mine else 0
+                    on_progress(done)
             # Not before: one that is slow to look would never come to the end of what others hold.
             if made_now and time.monotonic() >= look_again:
                 break

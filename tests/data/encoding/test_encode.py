@@ -18,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ditmoe.data.encoding.encode import encode
+from ditmoe.data.encoding.folder import ENCODER
 from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
 from ditmoe.data.encoding.vae import Vae, load_vae, read_facts
 from ditmoe.data.making.pack import PackSettings, pack
@@ -30,7 +31,6 @@ from ditmoe.data.shards.index import DatasetIndex, load_index, write_index
 from ditmoe.data.shards.latents import decode_latent, latent_extension
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
 from ditmoe.data.shards.writer import ShardLimits
-from ditmoe.data.storage.sharing import try_lock
 from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.errors import UserError
 
@@ -206,6 +206,7 @@ def _encode(source: Path, out: Path, vae: Path, rank: int, dies_at: int) -> None
         return call
 
     os.replace, os.fsync, os.open, os.unlink = map(mortal, (os.replace, os.fsync, os.open, os.unlink))
+    os.link, os.scandir = map(mortal, (os.link, os.scandir))
     Vae.encode_moments = mortal(Vae.encode_moments)  # type: ignore[method-assign, assignment]
     encoding = prepare_encoding(source, out, read_facts(vae), EncodeSettings())
     if encoding.folder.begin(False):
@@ -277,8 +278,8 @@ def test_other_settings_are_refused_and_replaced_only_on_request(
     ):
         run(shapes, out, vae_folder, replace(plain, format="npy"))
     assert load_index(out) == index
-    with try_lock(out / "encoding" / "lock", shared=True) as held:  # as another process that is at it
-        assert held
+    with begun.folder.claims.taken(f"{ENCODER}another") as claim:  # as another process that is at it
+        assert claim is not None
         with pytest.raises(UserError, match="other processes are encoding into it"):
             run(shapes, out, vae_folder, replace(plain, format="npy", overwrite=True))
     assert run(shapes, out, vae_folder, replace(plain, format="npy", overwrite=True)) != index
@@ -298,6 +299,32 @@ def test_a_shard_of_other_settings_is_not_taken_over(shapes: Path, vae_folder: P
     (out / shard).unlink()
     run(shapes, tmp_path / "other", vae_folder, EncodeSettings(dtype="float32"))
     encode(encoding, CPU)
+
+
+def test_damaged_shards_and_marks_of_an_unfinished_encode_are_made_anew(
+    shapes: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    run(shapes, tmp_path / "whole", vae_folder)
+    out = tmp_path / "out"
+    encoding = prepare_encoding(shapes, out, read_facts(vae_folder), EncodeSettings())
+    encoding.folder.begin(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ditmoe.data.encoding.encode.finish", lambda *arguments: pytest.fail("stop here"))
+        with pytest.raises(pytest.fail.Exception):
+            encode(encoding, CPU)
+    first, second, _ = sorted(out.glob("*.tar"))
+    first.write_bytes(first.read_bytes()[:1000])
+    (out / "encoding" / f"{second.name}.json").write_text("{")
+    encode(encoding, CPU)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_progress_counts_images_by_whole_looks(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:
+    encoding = prepare_encoding(shapes, tmp_path / "out", read_facts(vae_folder), EncodeSettings())
+    encoding.folder.begin(False)
+    told: list[int] = []
+    encode(encoding, CPU, on_progress=told.append)
+    assert told[0] == 0 and told[-1] == 30 and told == sorted(told)
 
 
 def test_one_that_was_killed_while_clearing_is_begun_anew(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:

@@ -113,9 +113,13 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
     assert evaluation["sampler"]["seed"] == 3 and evaluation["sampler"]["precision"] == "fp32"
     assert result["real"] == {
         "name": "digits",
-        "folder": str(shards),
+        "place": str(shards),
+        "index": None,
         "images": 1797,
+        "of": 1797,
+        "choice": {},
         "fingerprint": job.real.fingerprint,
+        "left_out": {"samples": 0, "shards": [], "first": []},
     }
     assert not list((job.folder / "features").rglob("*.npz"))
     shown = "\n".join(table(metrics, "classifier"))
