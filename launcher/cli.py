@@ -16,6 +16,7 @@ from ditmoe.launcher.local.failures import record_failure
 from ditmoe.launcher.local.signals import end_with_parent
 from ditmoe.launcher.local.terminal import let_go, prepare_streams
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import message_lines
 
 INTERRUPTED: Final = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -106,7 +107,7 @@ def main() -> None:
         sys.exit(_run())
     except UserError as error:
         if not record_failure(str(error), USER_ERROR):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {message_lines(str(error))}", file=sys.stderr)
         _end(USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print, normal
 
 MAX_CLASSES: Final = 100_000
 """Labels of more classes are taken for something else, such as captions or identifiers."""
@@ -26,11 +27,12 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         raise UserError(f"{path}: could not be read: {error}") from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: expected the name of each class, one per line or as a JSON list of strings")
+    names = [normal(name) for name in names]
     while names and not names[-1]:
         names.pop()
     first: dict[str, int] = {}
     for label, name in enumerate(names):
-        if not name or not name.isprintable():
+        if not name or not is_fit_to_print(name):
             raise UserError(
                 f"{path}: the name of class {label} is {name!a}, expected characters that can be printed"
             )
@@ -50,7 +52,7 @@ def as_number(value: Any) -> int | None:
 
 
 def as_name(value: Any) -> str | None:
-    """Text that may name a class; null: it is none, as −1 and 2.5 are not."""
-    if not isinstance(value, str) or not value or not value.isprintable() or _NUMBER.fullmatch(value):
+    """Text that may name a class, composed as names are stored; null: it is none, as −1 and 2.5 are not."""
+    if not isinstance(value, str) or not value or not is_fit_to_print(value) or _NUMBER.fullmatch(value):
         return None
-    return value
+    return normal(value)

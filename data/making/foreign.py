@@ -26,6 +26,7 @@ from ditmoe.data.storage.files import make_folder
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print
 
 REMARKS_SHOWN: Final = 5
 
@@ -102,7 +103,7 @@ def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
     size, channels = survey.form
     name = settings.name or folder.resolve().name
     index = DatasetIndex(
-        name=name if name.isprintable() and name else "dataset",
+        name=name if is_fit_to_print(name) and name else "dataset",
         image_size=size,
         channels=channels,
         num_classes=len(survey.class_names),

@@ -138,10 +138,11 @@ class _Look:
 
 def checked_label(value: object) -> str | int:
     """A label as it may be counted. BadSample when it is neither a number nor a name."""
-    if as_number(value) is None and as_name(value) is None:
+    name = as_name(value)
+    if as_number(value) is None and name is None:
         raise BadSample(f"label is {str(value)[:_LONGEST_SHOWN]!a}, expected an integer from 0 on, or a name")
     assert isinstance(value, str | int)
-    return value
+    return name or value
 
 
 def reading_rules(image_size: int, channels: int, crop: bool) -> DatasetIndex:

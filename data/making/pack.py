@@ -22,6 +22,7 @@ from ditmoe.data.shards.writer import PackedSample, ShardLimits, write_shards
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print, printable
 from ditmoe.model.randomness import permutation
 
 JPEG_QUALITY: Final = 95
@@ -97,7 +98,7 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
             raise UserError(f"{out}: none of the {len(order):,} images could be used; {packing.skipped[0]}")
         height, _, channels = packing.shape
         index = DatasetIndex(
-            name=source.name if source.name.isprintable() and source.name else name,
+            name=source.name if is_fit_to_print(source.name) and source.name else name,
             image_size=height,
             channels=channels,
             num_classes=len(source.class_names),
@@ -199,4 +200,4 @@ def _read_and_encode(source: Source, settings: PackSettings, number: int) -> _En
 
 def _origin(metadata: dict[str, Any]) -> str:
     number = f", number {metadata['number']}" if "number" in metadata else ""
-    return f"{metadata['source']}{number}"
+    return printable(f"{metadata['source']}{number}")

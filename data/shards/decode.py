@@ -24,6 +24,7 @@ from ditmoe.data.shards.images import (
     to_array,
 )
 from ditmoe.data.shards.index import DatasetIndex, LabelRule
+from ditmoe.model.outside.text import normal
 
 PICTURE_FORMATS: Final = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Extension → the one Pillow format that its bytes may be in."""
@@ -105,9 +106,10 @@ def decode_label(data: bytes | None, index: DatasetIndex) -> int:
     """The label in the member that the index's rule names. BadSample when missing or outside the classes."""
     value = label_value(data, index.label)
     if index.label.by_name:
-        if value not in index.class_names:
+        name = value if value in index.class_names or not isinstance(value, str) else normal(value)
+        if name not in index.class_names:
             raise BadSample(f"label is {str(value)[:40]!r}, expected one of the {index.num_classes} class names")
-        return index.class_names.index(str(value))
+        return index.class_names.index(str(name))
     text = str(value)
     if isinstance(value, bool | float) or not text.isascii() or not text.isdigit() or len(text) > 18:
         raise BadSample(f"label is {text[:40]!r}, expected an integer from 0 to {index.num_classes - 1}")

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.storage.files import open_regular, replacing
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print
 from ditmoe.model.settings import Settings
 
 INDEX_FILE: Final = "index.json"
@@ -123,7 +124,7 @@ class DatasetIndex(Settings):
     @classmethod
     def _check_printable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for name in (value,) if isinstance(value, str) else value:
-            if not name.isprintable():  # names reach terminals, pages and log files
+            if not is_fit_to_print(name):  # names reach terminals, pages and log files
                 raise ValueError(f"{name!a} cannot be printed")
         return value
 

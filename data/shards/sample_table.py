@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.shards.index import DatasetIndex, SampleTable
+from ditmoe.data.storage.arrays import UNREADABLE, named_arrays
 from ditmoe.data.storage.files import open_regular, replacing
 from ditmoe.model.errors import UserError
 
@@ -46,9 +46,9 @@ def parse_table(data: bytes, index: DatasetIndex, path: str) -> SampleColumns:
     if hashlib.sha256(data).hexdigest() != index.samples.sha256:
         raise UserError(f"{path}: checksum mismatch: not the table that index.json was written with")
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        with named_arrays(io.BytesIO(data)) as stored:
             arrays = dict(stored)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: could not be read: {error}") from error
     label_N, score_N = arrays.get("label"), arrays.get("score")
     if label_N is None or label_N.shape != (index.total,) or label_N.dtype != np.int32:

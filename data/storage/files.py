@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditmoe.model.errors import UserError
-from ditmoe.model.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
+from ditmoe.model.outside.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
 
 __all__ = ["is_partial", "make_folder", "open_regular", "read_settings", "remove_abandoned", "replacing"]
 

@@ -11,6 +11,7 @@ from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.shards.sample_table import SampleColumns
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import normal
 from ditmoe.model.randomness import permutation
 
 LEFT_OUT = -1
@@ -52,7 +53,7 @@ def map_classes(
             )
         else:
             named[label] = target
-    same = index.class_names == tuple(run_names)
+    same = list(map(normal, index.class_names)) == list(map(normal, run_names))
     label_of = np.full(index.num_classes, LEFT_OUT, dtype=np.int64)
     for label, name in enumerate(index.class_names):
         target = named.get(label, label if same else name)
@@ -144,6 +145,8 @@ def _by_shard(used: NDArray[np.bool_], per_shard: Sequence[int], label_of: NDArr
 def _label(value: str | int, names: Sequence[str]) -> int | str:
     """The label that a name or number stands for, or why it stands for none."""
     text = str(value)
+    if text not in names:
+        text, names = normal(text), [normal(name) for name in names]
     if text in names:
         return names.index(text) if list(names).count(text) == 1 else "the name of several classes"
     if text.isascii() and text.isdigit() and int(text) < len(names):

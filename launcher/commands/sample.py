@@ -108,18 +108,19 @@ def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
         UserError: a part is neither; names all such parts.
     """
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.text import normal
 
     if text is None:
         total = len(names)
         shown = min(total, MOST_DEFAULT_CLASSES)
         return [place * total // shown for place in range(shown)]
     chosen, wrong = [], []
-    label_of = {name: label for label, name in reversed(list(enumerate(names)))}
+    label_of = {normal(name): label for label, name in reversed(list(enumerate(names)))}
     longest = max(name.count(",") for name in names) + 1
     parts = text.split(",")
     while parts:
         for length in range(min(longest, len(parts)), 0, -1):
-            part = ",".join(parts[:length]).strip()
+            part = normal(",".join(parts[:length]).strip())
             if part in label_of:
                 break
         del parts[:length]

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from ditmoe.model.files import replacing
+from ditmoe.model.outside.files import replacing
+from ditmoe.model.outside.text import message_lines
 
 FAILURE_VARIABLE: Final = "DITMOE_FAILURE_FILE"
 """Environment variable of a started process: the file it writes its failure to."""
@@ -42,7 +43,7 @@ def record_failure(message: str, code: int) -> bool:
     with replacing(Path(path)) as file:
         file.write(json.dumps(asdict(failure)).encode())
     if os.environ.get("RANK") != "0":
-        print(message, file=sys.stderr)
+        print(message_lines(message) if code == 2 else message, file=sys.stderr)
     return True
 
 

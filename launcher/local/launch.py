@@ -20,6 +20,7 @@ from typing import Any, Final
 from ditmoe.data.storage.stopping import STOP_SIGNALS
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failure
 from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
+from ditmoe.model.outside.text import message_lines, printable
 
 PROGRAM: Final = (sys.executable, "-m", "ditmoe.launcher")
 GRACE_SECONDS: Final = 10.0
@@ -184,13 +185,13 @@ class _Group:
         """Show why a rank failed; its exit code."""
         code = failure.code if failure is not None else rank.process.returncode
         if failure is not None and failure.code == 2:
-            print(f"error: {failure.message}", file=sys.stderr)
+            print(f"error: {message_lines(failure.message)}", file=sys.stderr)
             return code
         if failure is not None and rank.log_path is None:
             print(failure.message, file=sys.stderr)
         if rank.log_path is not None:
             for line in _tail(rank.log_path, rank.log_start):
-                print(f"[rank {rank.number}] {line}", file=sys.stderr)
+                print(f"[rank {rank.number}] {printable(line)}", file=sys.stderr)
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (the system kills so when memory runs out)" if name == "SIGKILL" else ""

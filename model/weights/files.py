@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ditmoe.model.errors import UserError
-from ditmoe.model.files import replacing
+from ditmoe.model.outside.files import replacing
 from ditmoe.model.weights.untrusted import first_problem, leads_out, parse_json, read_file, regular_file_bytes
 
 PT_SUFFIXES = (".pt", ".pth", ".ckpt")

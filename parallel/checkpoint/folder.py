@@ -25,7 +25,7 @@ from torch import Tensor
 from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.files import sync_folder, temporary_beside
+from ditmoe.model.outside.files import sync_folder, temporary_beside
 from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
 from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, Part, marker_text, read_marker

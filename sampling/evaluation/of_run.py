@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.progress import show_progress
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import normal
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
 from ditmoe.sampling.drawing.generate import Generated, generate
@@ -288,7 +289,7 @@ def _other_classes(info: CheckpointInfo, real: Reference) -> tuple[str, ...]:
     """A warning where the classes of the real images have other names than those that the network learned."""
     learned = info.dataset.get("class_names") or []
     for label, (expected, found) in enumerate(zip(learned, real.index.class_names, strict=False)):
-        if expected != found:
+        if normal(expected) != normal(found):
             return (
                 f"class {label} is {found} in {real.where} and {expected} in the network's training: "
                 "what is recognised, and figures by class, mean something only if the classes are the same",

@@ -9,6 +9,7 @@ from ditmoe.data.making.sources.base import SourceImage
 from ditmoe.data.shards.images import BadImage, load_pixels, open_image, photograph_to_rgb, to_array
 from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print, normal, printable
 
 FORMATS: Final = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".bmp": "BMP"}
 """File suffix → Pillow format. A file's true format may be any of them: photographs are often misnamed."""
@@ -31,12 +32,20 @@ class ImageFolder:
         self._seen: set[str] = set()
         self._class_of: dict[str, str] = {}
         """Folder, without links → class."""
-        self.class_names = tuple(self._class_folders())
-        if not self.class_names:
+        folders = self._class_folders()
+        self.class_names = tuple(map(normal, folders))
+        if not folders:
             raise UserError(f"{folder}: has no sub-folders; expected one per class, with the images inside")
         self._files: list[tuple[str, int]] = []
         empty = []
-        for label, name in enumerate(self.class_names):
+        first: dict[str, str] = {}
+        for name in folders:
+            if first.setdefault(normal(name), name) != name:
+                raise UserError(
+                    f"{folder}: two class folders are called {normal(name)}, once with letters composed of others "
+                    f"({first[normal(name)]!a} and {name!a}); rename one, or move its images to the other"
+                )
+        for label, name in enumerate(folders):
             before = len(self._files)
             self._files += [(file, label) for file in self._images_below(name)]
             if len(self._files) == before:
@@ -55,7 +64,7 @@ class ImageFolder:
             raise UserError(f"{self._folder}: could not be read: {error.strerror or error}") from error
         for entry in entries:
             if is_directory(entry.path) and self._is_of_the_source(str(self._folder), entry.name):
-                if not entry.name.isprintable():  # a name in no known encoding among them
+                if not is_fit_to_print(entry.name):  # a name in no known encoding among them
                     raise UserError(
                         f"{self._folder}: the class folder {entry.name!a} cannot be printed; rename it"
                     )
@@ -118,9 +127,9 @@ class ImageFolder:
                 image = load_pixels(open_image(stream, tuple(sorted(set(FORMATS.values())))))
                 return SourceImage(to_array(photograph_to_rgb(image)), label, {"source": file})
         except BadImage as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{printable(path)}: {error}") from error
         except OSError as error:
-            raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
+            raise UserError(f"{printable(path)}: could not be read: {error.strerror or error}") from error
 
     def remarks(self) -> list[str]:
         """The files that are no images."""
@@ -147,4 +156,4 @@ def refuse_unreadable(error: OSError) -> None:
 
 
 def _unreadable(error: OSError) -> UserError:
-    return UserError(f"{error.filename}: could not be read: {error.strerror or error}")
+    return UserError(f"{printable(error.filename)}: could not be read: {error.strerror or error}")

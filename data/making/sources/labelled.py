@@ -15,6 +15,7 @@ from ditmoe.data.making.sources.folder import FORMATS, refuse_unreadable
 from ditmoe.data.shards.images import BadImage, load_pixels, open_image, photograph_to_rgb, to_array
 from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print
 
 _PROBLEMS_SHOWN: Final = 20
 
@@ -168,14 +169,14 @@ def _row(where: str, values: dict[str, Any]) -> _Row:
     """One row. ValueError saying what is wrong with it."""
     others = dict(values)
     file, label, score = others.pop("file", None), others.pop("label", None), others.pop("score", None)
-    if not isinstance(file, str) or not file or not file.isprintable():
+    if not isinstance(file, str) or not file or not is_fit_to_print(file):
         raise ValueError(f"file is {file!a}, expected the path of an image in the folder")
     parts = PurePosixPath(file)
     if parts.is_absolute() or ".." in parts.parts:
         raise ValueError(f"file is {file!a}, which leads out of the folder")
     if as_number(label) is None and as_name(label) is None:
         raise ValueError(f"label is {str(label)[:40]!a}, expected a number from 0 on, or a name")
-    return _Row(where, str(parts), label, _score(score), others)
+    return _Row(where, str(parts), as_name(label) or label, _score(score), others)
 
 
 def _score(value: Any) -> float | None:

@@ -1,7 +1,6 @@
 """Images and labels in one .npz file, such as the `samples.npz` that evaluations write and read."""
 
-import zipfile
-import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,11 @@ from numpy.typing import NDArray
 
 from ditmoe.data.making.class_names import MAX_CLASSES
 from ditmoe.data.making.sources.base import SourceImage
+from ditmoe.data.shards.images import describe
+from ditmoe.data.storage.arrays import UNREADABLE, named_arrays
+from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_fit_to_print, normal, printable
 
 
 class Npz:
@@ -26,15 +29,17 @@ class Npz:
         self._path = path
         self.name = path.stem
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with open_regular(path) as file, named_arrays(file) as arrays:
                 image_NHWC = _take(path, arrays, "images", "arr_0")
                 label_N = _take(path, arrays, "labels", "arr_1")
                 names = arrays.get("class_names")
-        except ValueError as error:
+        except OSError as error:
+            raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
+        except UNREADABLE as error:
+            text = describe(error).splitlines()[0]
             # numpy's words for an array of objects: "Object arrays cannot be loaded when allow_pickle=False"
-            raise UserError(f"{path}: {error} (pickled objects are never read)") from error
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-            raise UserError(f"{path}: not a readable .npz file: {error}") from error
+            pickled = " (pickled objects are never read)" if "pickle" in text else ""
+            raise UserError(f"{path}: not a readable .npz file: {text}{pickled}") from error
 
         if image_NHWC.dtype != np.uint8 or image_NHWC.ndim not in (3, 4):
             raise UserError(
@@ -69,10 +74,10 @@ class Npz:
                 f"{self._path}: class_names are {names.dtype} {list(names.shape)}, "
                 f"expected at least {classes} strings, as the largest label is {classes - 1}"
             )
-        unprintable = [name for name in names.tolist() if not name.isprintable()]
+        unprintable = [name for name in names.tolist() if not is_fit_to_print(name)]
         if unprintable:
             raise UserError(f"{self._path}: the class name {unprintable[0]!a} cannot be printed; rename it")
-        return tuple(names.tolist())
+        return tuple(map(normal, names.tolist()))
 
     def __len__(self) -> int:
         return len(self._label_N)
@@ -88,9 +93,9 @@ class Npz:
         return [f"{len(absent)} classes without images, the first is {absent[0]}"] if len(absent) else []
 
 
-def _take(path: Path, arrays: Any, *names: str) -> NDArray[Any]:
+def _take(path: Path, arrays: Mapping[str, NDArray[Any]], *names: str) -> NDArray[Any]:
     for name in names:
         if name in arrays:
-            array: NDArray[Any] = arrays[name]
-            return array
-    raise UserError(f"{path}: has no `{'` or `'.join(names)}`; it has {', '.join(arrays) or 'nothing'}")
+            return arrays[name]
+    has = ", ".join(map(printable, arrays)) or "nothing"
+    raise UserError(f"{path}: has no `{'` or `'.join(names)}`; it has {has}")

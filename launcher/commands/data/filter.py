@@ -33,11 +33,12 @@ def command(
     from ditmoe.data.making.filtering import FilterSettings, filter_shards
     from ditmoe.data.shards.writer import ShardLimits
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.text import is_fit_to_print
 
     assert by == "score"
     if keep is None and min_score is None:
         raise UserError("neither --keep nor --min-score is given: there is nothing to filter by")
-    if name is not None and not (name.strip() and name.isprintable()):
+    if name is not None and not (name.strip() and is_fit_to_print(name)):
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     limits = ShardLimits(samples=shard_samples, bytes=shard_size * 2**20)
     settings = FilterSettings(1.0 if keep is None else keep, min_score, limits, name, overwrite)

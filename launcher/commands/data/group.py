@@ -90,10 +90,11 @@ def pack(
     from ditmoe.data.making.sources.opening import open_source
     from ditmoe.data.shards.writer import ShardLimits
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.text import is_fit_to_print, printable
 
     if channels not in (None, 1, 3):
         raise UserError(f"--channels is {channels}, expected 1 (grey) or 3 (RGB)")
-    if name is not None and not (name.strip() and name.isprintable()):
+    if name is not None and not (name.strip() and is_fit_to_print(name)):
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     refuse_overlap(source, out, labels, class_names)
     opened = open_source(
@@ -125,7 +126,7 @@ def pack(
         ),
     )
     for problem in result.skipped:
-        typer.echo(f"left out: {problem}", err=True)
+        typer.echo(printable(f"left out: {problem}"), err=True)
     index = result.index
     if result.skipped:
         typer.echo(f"{counted(len(result.skipped), 'image')} left out", err=True)
@@ -148,10 +149,11 @@ def verify(
 ) -> None:
     """Read every sample, list every problem by shard and key; exit code 2 if there is any."""
     from ditmoe.data.making.verify import verify as verify_folder
+    from ditmoe.model.outside.text import printable
 
     report = verify_folder(folder, workers, index)
     for problem in report.problems:
-        typer.echo(problem)
+        typer.echo(printable(problem))
     facts = report.index
     if report.problems:
         typer.echo(f"{folder}: {counted(len(report.problems), 'problem')}")

@@ -63,10 +63,11 @@ def command(
     from ditmoe.data.making.class_names import read_class_names
     from ditmoe.data.making.foreign import ForeignSettings, index_foreign, remarks
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.text import is_fit_to_print, printable
 
     if channels not in (None, 1, 3):
         raise UserError(f"--channels is {channels}, expected 1 (grey) or 3 (RGB)")
-    if name is not None and not (name.strip() and name.isprintable()):
+    if name is not None and not (name.strip() and is_fit_to_print(name)):
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     names = None if class_names is None else read_class_names(class_names)
     for remark in remarks(folder):
@@ -88,7 +89,7 @@ def command(
         ),
     )
     for problem in result.problems:
-        typer.echo(problem if result.index is None else f"left out: {problem}", err=True)
+        typer.echo(printable(problem if result.index is None else f"left out: {problem}"), err=True)
     index = result.index
     if index is None:
         raise UserError(

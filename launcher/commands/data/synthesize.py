@@ -83,6 +83,7 @@ def command(
     from ditmoe.data.storage.progress import show_progress
     from ditmoe.launcher.commands.sample import choose_classes
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.text import is_fit_to_print
     from ditmoe.parallel.checkpoint.folder import read_info
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import default_cache
@@ -92,7 +93,7 @@ def command(
     from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
     from ditmoe.sampling.synthesis.plan import SynthesisOptions, class_names_of, prepare_synthesis
 
-    if name is not None and not (name.strip() and name.isprintable()):
+    if name is not None and not (name.strip() and is_fit_to_print(name)):
         raise UserError(f"--name is {name!a}, expected at least one character, and none that cannot be printed")
     checkpoint = find_checkpoint(source, step)
     names = class_names_of(read_info(checkpoint))

@@ -25,7 +25,7 @@ from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.data.storage import files as files_module
 from ditmoe.data.storage.files import remove_abandoned, replacing
 from ditmoe.model.errors import UserError
-from ditmoe.model.files import temporary_beside
+from ditmoe.model.outside.files import temporary_beside
 
 QUICK = PackSettings(count=12, limits=ShardLimits(samples=5))
 

@@ -28,7 +28,7 @@ from ditmoe.data.stream.config import DataConfig
 from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.samples import SampleReader
 from ditmoe.model.errors import UserError
-from ditmoe.model.files import temporary_beside
+from ditmoe.model.outside.files import temporary_beside
 
 
 def read_all(folder: Path) -> dict[str, tuple[np.ndarray, int]]:

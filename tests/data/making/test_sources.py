@@ -1,10 +1,12 @@
 """Each kind of source: what it holds, and what it says about wrong input."""
 
 import errno
+import hashlib
 import os
 import shutil
 import socket
 import warnings
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ditmoe.data.making.class_names import read_class_names
 from ditmoe.data.making.sources.digits import Digits
 from ditmoe.data.making.sources.folder import ImageFolder
 from ditmoe.data.making.sources.labelled import LabelledFolder
@@ -21,6 +24,8 @@ from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.making.sources.shapes import MOST_CLASSES, Shapes
 from ditmoe.data.making.verify import verify
 from ditmoe.data.shards.images import BadImage, centre_crop, open_image, prepare, to_network_range, to_uint8
+from ditmoe.data.shards.index import SampleTable, load_index
+from ditmoe.data.shards.sample_table import read_table
 from ditmoe.model.errors import UserError
 
 
@@ -314,3 +319,78 @@ def test_class_names_of_an_npz_can_be_printed(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", **arrays, class_names=np.array(["a", "b\x1b[2J"]))
     with pytest.raises(UserError, match=r"x\.npz: the class name 'b\\x1b\[2J' cannot be printed"):
         Npz(tmp_path / "x.npz")
+
+
+def test_names_of_every_script_are_names_and_forms_of_one_are_one(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "photos")
+    shutil.copytree(root / "ant", root / "日本\u3000語")
+    shutil.copytree(root / "ant", root / "cafe\u0301")
+    source = ImageFolder(root)
+    assert source.class_names == ("ant", "café", "moth", "zebra", "日本\u3000語")
+    assert "cafe\u0301" in source.read(4).metadata["source"]  # where it lies stays as it is
+    shutil.copytree(root / "ant", root / "café")
+    with pytest.raises(UserError, match=r"two class folders are called café"):
+        ImageFolder(root)
+
+
+def test_labels_match_class_names_in_any_form(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    (tmp_path / "list.csv").write_text("file,label\na.png,cafe\u0301\nb.png,café\n")
+    assert LabelledFolder(tmp_path, tmp_path / "list.csv").class_names == ("café",)
+    (tmp_path / "names.txt").write_text("cafe\u0301\nx\u3000y\n")
+    names = read_class_names(tmp_path / "names.txt")
+    assert names == ("café", "x\u3000y")
+    source = LabelledFolder(tmp_path, tmp_path / "list.csv", names)
+    assert [source.read(number).label for number in range(2)] == [0, 0]
+
+
+def broken_archives(folder: Path) -> dict[str, bytes]:
+    """Files named .npz that are none, or not of arrays."""
+    plain = {"images": np.zeros((2, 4, 4), np.uint8), "labels": np.arange(2)}
+    np.save(folder / "one.npy", plain["images"])
+    made = {"an npy by that name": (folder / "one.npy").read_bytes(), "empty": b"", "text": b"no archive"}
+    for name, members in {
+        "a member that is no array": {"images": b"text", "labels.npy": b"\x93NUMPY"},
+        "a header that is no header": {"images.npy": b"\x93NUMPY\x01\x00\x04\x00{{{{"},
+        "nothing in a member": {"images.npy": b""},
+    }.items():
+        with zipfile.ZipFile(folder / "x.zip", "w") as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+        made[name] = (folder / "x.zip").read_bytes()
+    np.savez(folder / "good.npz", **plain)
+    good = (folder / "good.npz").read_bytes()
+    encrypted = bytearray(good)
+    for start, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        place = -1
+        while (place := good.find(start, place + 1)) >= 0:
+            encrypted[place + flags] |= 1
+    made["encrypted"] = bytes(encrypted)
+    packed = bytearray(good)
+    for start, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        place = -1
+        while (place := good.find(start, place + 1)) >= 0:
+            packed[place + method] = 97
+    made["packed in an unknown way"] = bytes(packed)
+    made["truncated"] = good[:-40]
+    return made
+
+
+def test_a_broken_npz_is_one_message(tmp_path: Path) -> None:
+    for case, data in broken_archives(tmp_path).items():
+        (tmp_path / "x.npz").write_bytes(data)
+        with pytest.raises(UserError, match=r"x\.npz: not a readable \.npz file: ") as refused:
+            Npz(tmp_path / "x.npz")
+        assert "\n" not in str(refused.value), case
+
+
+def test_a_broken_table_is_one_message(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "cases").mkdir()
+    index = load_index(digits)
+    for case, data in broken_archives(tmp_path / "cases").items():
+        (digits / "samples.npz").write_bytes(data)
+        table = SampleTable(sha256=hashlib.sha256(data).hexdigest())
+        with pytest.raises(UserError, match=r"samples\.npz: could not be read: "):
+            read_table(digits, index.model_copy(update={"samples": table}))
+            pytest.fail(case)

@@ -1,0 +1,41 @@
+"""Text that strangers wrote: which of it may be shown as it is, and how the rest is shown."""
+
+import re
+import unicodedata
+from typing import Final
+
+_CONTROLLING: Final = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of characters that move a cursor or end a line, and of bytes in no known encoding."""
+_REORDERING: Final = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Turn the direction of what follows, so that a name reads as another."""
+
+
+def is_fit_to_print(text: str) -> bool:
+    """Whether a name can be shown: it controls no terminal. Spaces and joiners of every script are fit."""
+    return text.isprintable() or not any(map(_is_unfit, text))
+
+
+def printable(text: object) -> str:
+    """Text in one line, with `\\n`, `\\x1b` and the like in place of what is not fit to print."""
+    shown = str(text)
+    if is_fit_to_print(shown):
+        return shown
+    return "".join(ascii(character)[1:-1] if _is_unfit(character) else character for character in shown)
+
+
+def message_lines(text: str) -> str:
+    """A message of one or several lines as a terminal may show it.
+
+    Lines after the first are indented: whatever a name in the message holds, no line passes for another message.
+    """
+    first, *others = re.split(r"\r?\n", text)
+    return "\n".join([printable(first), *(f"  {printable(line)}" for line in others)])
+
+
+def normal(name: str) -> str:
+    """A name with each letter composed (NFC), as names are stored: file systems and programs differ in it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_unfit(character: str) -> bool:
+    return unicodedata.category(character) in _CONTROLLING or character in _REORDERING
