@@ -44,7 +44,7 @@ def command(
     import torch
 
     from ditmoe.model.errors import UserError
-    from ditmoe.sampling.drawing.generate import generate
+    from ditmoe.sampling.drawing.generate import check_finite, generate
     from ditmoe.sampling.drawing.picture import image_grid, save_picture
     from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.network.load import home_of, load_model
@@ -72,6 +72,7 @@ def command(
     start = time.perf_counter()
     images = generate(model, labels, numbers, config, min(batch, count), progress_on_terminal(count))
     seconds = time.perf_counter() - start
+    check_finite(images.finite_N, numbers)
 
     columns = min(len(chosen), count) if len(chosen) > 1 else min(count, 8)
     captions = [model.class_names[label] for label in chosen[:columns]] if len(chosen) > 1 else []

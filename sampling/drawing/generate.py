@@ -23,6 +23,7 @@ from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.levels import NoisePosterior
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import NOT_FINITE
 
 
 class GeneratedFloats(NamedTuple):
@@ -45,6 +46,8 @@ class Generated(NamedTuple):
     """Of an image through the network: two under guidance."""
     chains: ChainImages | None = None
     """Of chains also the way to each image."""
+    finite_N: Tensor | None = None
+    """False where an image had NaN or infinity in it, and is plain grey instead; None: all are finite."""
 
     @property
     def nfe(self) -> float:
@@ -107,15 +110,16 @@ def generate(
         state_file: where unfinished chains are kept; None: nowhere.
 
     Raises:
-        UserError: as `generate_float`; an image is not finite; there is no classifier for chains, or what was kept
-            is of others.
+        UserError: as `generate_float`; a sample of a chain is not finite, for then its chain is lost; there is no
+            classifier for chains, or what was kept is of others.
     """
     config = config.resolved(model.objective_config)
     passes = 1 if config.cfg_scale == 1 else 2
     if not config.chains:
         images = generate_float(model, labels, image_numbers, config, batch, progress)
-        check_finite(images.image_NCHW, image_numbers)
-        return Generated(_as_bytes(images.image_NCHW), images.nfe_N, passes)
+        finite_N = _finite(images.image_NCHW)
+        image_NCHW = torch.where(finite_N[:, None, None, None], images.image_NCHW, 0.0)
+        return Generated(_as_bytes(image_NCHW), images.nfe_N, passes, finite_N=finite_N)
     labels = _checked_labels(model, labels, image_numbers, config)
     device = next(model.network.parameters()).device
     if posterior is None:
@@ -125,7 +129,7 @@ def generate(
 
     def to_bytes(x_BCHW: Tensor, chain_numbers: Sequence[int]) -> Tensor:
         pixels_BCHW = (x_BCHW if vae is None else vae.decode(x_BCHW)).float().cpu()
-        check_finite(pixels_BCHW, chain_numbers, "a sample of chain")
+        check_finite(_finite(pixels_BCHW), chain_numbers, "a sample of chain")
         return _as_bytes(pixels_BCHW)
 
     with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
@@ -214,14 +218,17 @@ def draw(
     return integrate(denoiser, initial_BCHW * start.deviation, sigma_B, label_B, noise, config)
 
 
-def check_finite(image_NCHW: Tensor, image_numbers: Sequence[int], what: str = "image") -> None:
-    """UserError naming the first image that has NaN or infinity in it: bytes would not show it."""
-    bad = (~image_NCHW.isfinite().flatten(1).all(1)).nonzero()
-    if len(bad):
+def check_finite(finite_N: Tensor | None, image_numbers: Sequence[int], what: str = "image") -> None:
+    """UserError naming the first image that had NaN or infinity in it: bytes would not show it."""
+    bad = [] if finite_N is None else (~finite_N).nonzero()[:, 0].tolist()
+    if bad:
         raise UserError(
-            f"{what} {image_numbers[int(bad[0])]} is not finite, and neither are {len(bad) - 1} others: "
-            "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"
+            f"{what} {image_numbers[bad[0]]} is not finite, and neither are {len(bad) - 1} others: {NOT_FINITE}"
         )
+
+
+def _finite(image_NCHW: Tensor) -> Tensor:
+    return image_NCHW.isfinite().flatten(1).all(1)
 
 
 def _as_bytes(image_NCHW: Tensor) -> Tensor:

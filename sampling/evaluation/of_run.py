@@ -257,7 +257,8 @@ def drawn_images(images: Generated) -> DrawnImages:
     """Images as a chunk keeps them."""
     image_NHWC, nfe_N = images.image_NHWC.numpy(), images.nfe_N.numpy()
     if images.chains is None:
-        return DrawnImages(image_NHWC, nfe_N)
+        finite_N = None if images.finite_N is None else images.finite_N.numpy()
+        return DrawnImages(image_NHWC, nfe_N, finite_N=finite_N)
     return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy())
 
 

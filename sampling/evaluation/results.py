@@ -19,8 +19,11 @@ from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.scores import ChunkDescriptions, RealStatistics, score
+from ditmoe.sampling.settings.names import NOT_FINITE
 
 METRICS_FORMAT: Final = 1
+NUMBERS_SHOWN: Final = 20
+"""Images that are not finite and are named."""
 WEAK_ACCURACY: Final = 0.5
 """Held-out accuracy of the feature classifier below which the figures in its features carry a warning."""
 
@@ -44,7 +47,8 @@ def write_results(
     Args:
         samples_per_chain: None: they are no chains.
     """
-    write_samples(folder / "samples.npz", store)
+    not_finite = store.not_finite()
+    write_samples(folder / "samples.npz", store, store.count - len(not_finite))
     result: dict[str, Any] = {
         "request": request,
         "network": {
@@ -56,6 +60,17 @@ def write_results(
         "real": real.facts(statistics.left_out),
         **score(descriptions, statistics),
     }
+    result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
+    if not_finite:
+        result["warnings"].append(
+            f"{len(not_finite):,} of {store.count:,} images are not finite and take no part, such as image "
+            f"{not_finite[0]}: {NOT_FINITE}"
+        )
+    left_out = result["real"]["left_out"]
+    if left_out["samples"]:
+        result["warnings"].append(
+            f"{left_out['samples']:,} real images cannot be used and take no part, such as {left_out['first'][0]}"
+        )
     result["warnings"] += warnings
     if isinstance(network, Classifier):
         result["warnings"] += _weak_features(network, real.index.num_classes)
@@ -69,7 +84,7 @@ def write_results(
         drawn = store.read(chunk)
         sheets.add(drawn.image_NHWC, drawn.label_N)
         of_class += np.bincount(drawn.label_N, minlength=len(of_class))
-        if judged is not None:
+        if judged is not None and len(drawn.label_N):
             hits = judged.read(chunk)["predicted"] == drawn.label_N
             right += np.bincount(drawn.label_N[hits], minlength=len(right))
     if recogniser is not None:
@@ -112,8 +127,10 @@ def _weak_features(network: Classifier, classes: int) -> list[str]:
     return []
 
 
-def write_samples(path: Path, store: ChunkStore) -> None:
+def write_samples(path: Path, store: ChunkStore, count: int) -> None:
     """`arr_0` uint8 [N, H, W, 3] (one channel is repeated to three) and `arr_1` labels int64 [N].
+
+    `count` is the number of images that are finite: the others are not in it.
 
     One chunk is in memory at a time: 50,000 images of 256² are 10 GB.
     """
@@ -128,7 +145,7 @@ def write_samples(path: Path, store: ChunkStore) -> None:
             yield np.ascontiguousarray(to_colour(drawn.image_NHWC)).tobytes()
 
     with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _write_array(archive, "arr_0", (store.count, height, width, 3), np.dtype(np.uint8), images())
+        _write_array(archive, "arr_0", (count, height, width, 3), np.dtype(np.uint8), images())
         label_N = np.concatenate(labels)
         _write_array(archive, "arr_1", label_N.shape, label_N.dtype, iter([label_N.tobytes()]))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
 from ditmoe.data.storage.claims import list_folder
 from ditmoe.data.storage.parts import DamagedPart, Parts, Progress, make_parts
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.settings.names import NOT_FINITE
 
 
 class DrawnImages(NamedTuple):
@@ -28,7 +29,12 @@ class DrawnImages(NamedTuple):
     """Of chains: σ of the state that was denoised."""
     trace_NT: NDArray[np.float32] | None = None
     """Of chains: σ after each step since the sample before."""
+    finite_N: NDArray[np.bool_] | None = None
+    """False for an image with NaN or infinity in it, which is counted and takes no part; None: all are finite."""
 
+
+MOST_NOT_FINITE: Final = 0.01
+"""Share of a job's images that may be not finite; one of them always may."""
 
 DrawChunk = Callable[[list[int], NDArray[np.int64]], DrawnImages]
 """(numbers of the images, their labels) → images."""
@@ -36,10 +42,12 @@ DrawChunk = Callable[[list[int], NDArray[np.int64]], DrawnImages]
 
 @dataclass(frozen=True)
 class Chunk:
-    """The images of one chunk."""
+    """The images of one chunk that are finite."""
 
     image_NHWC: NDArray[np.uint8]
     label_N: NDArray[np.int64]
+    number_N: NDArray[np.int64]
+    """Their numbers in the job."""
     sigma_N: NDArray[np.float32] | None = None
     """As in `DrawnImages`."""
     trace_NT: NDArray[np.float32] | None = None
@@ -95,6 +103,32 @@ class ChunkStore:
         """
         return self._read(chunk) if self.draw is None else self._parts.load(chunk)
 
+    def not_finite(self) -> list[int]:
+        """The numbers of all images that are not finite. UserError as `read`, or when there are too many."""
+        found: list[int] = []
+        for chunk in range(self.chunks):
+            kept = set(self._finite(chunk).tolist())
+            found += [number for number in self.numbers(chunk) if number not in kept]
+        self.check_finite(found)
+        return found
+
+    def _finite(self, chunk: int) -> NDArray[np.int64]:
+        """The numbers of a chunk's images that are finite."""
+        try:
+            finite_N = read_arrays(self.path(chunk), ["finite"])["finite"]
+        except DamagedPart:  # or of a version that did not say
+            return self.read(chunk).number_N
+        return np.array(self.numbers(chunk), dtype=np.int64)[finite_N]
+
+    def check_finite(self, numbers: Sequence[int]) -> None:
+        """UserError when more images than a few are not finite: what is left would be another distribution."""
+        most = max(1, int(self.count * MOST_NOT_FINITE))
+        if len(numbers) > most:
+            raise UserError(
+                f"{len(numbers):,} of {self.count:,} images are not finite, such as image {numbers[0]}; expected "
+                f"{most:,} at most: {NOT_FINITE}"
+            )
+
     def nfe(self) -> float | None:
         """Evaluations of the denoiser per image, on average over all chunks; None: they were not counted.
 
@@ -149,7 +183,9 @@ class ChunkStore:
         assert self.draw is not None and self.labels_of is not None
         numbers = self.numbers(chunk)
         label_N = self.labels_of(numbers)
-        image_NHWC, nfe_N, sigma_N, trace_NT = self.draw(numbers, label_N)
+        image_NHWC, nfe_N, sigma_N, trace_NT, finite_N = self.draw(numbers, label_N)
+        finite_N = np.ones(len(numbers), dtype=bool) if finite_N is None else finite_N
+        self.check_finite([number for number, finite in zip(numbers, finite_N, strict=True) if not finite])
         assert image_NHWC.dtype == np.uint8 and image_NHWC.ndim == 4, (image_NHWC.dtype, image_NHWC.shape)
         assert len(image_NHWC) == len(label_N) == len(numbers)
         arrays: Arrays = {
@@ -157,6 +193,7 @@ class ChunkStore:
             "labels": label_N,
             "first": np.array(numbers[0], dtype=np.int64),
             "settings": np.array(self.settings),
+            "finite": finite_N,
             "nfe": np.empty(0, dtype=np.int64) if nfe_N is None else nfe_N,
         }
         if sigma_N is not None and trace_NT is not None:
@@ -181,4 +218,11 @@ class ChunkStore:
             raise UserError(
                 f"{path}: images are {images.dtype} of shape {images.shape}; expected uint8 [N, H, W, C]"
             )
-        return Chunk(images, labels, stored.get("sigma"), stored.get("trace"))
+        finite_N = stored.get("finite", np.ones(len(images), dtype=bool))
+        if finite_N.dtype != np.bool_ or finite_N.shape != (len(images),):
+            raise DamagedPart(path, ValueError(f"finite is {finite_N.dtype} of shape {finite_N.shape}"))
+        arrays = (images, labels, np.array(numbers, dtype=np.int64), stored.get("sigma"), stored.get("trace"))
+        if finite_N.all():
+            return Chunk(*arrays)
+        kept: list[Any] = [None if each is None else each[finite_N] for each in arrays]
+        return Chunk(*kept)

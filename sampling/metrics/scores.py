@@ -159,7 +159,7 @@ class ChunkDescriptions:
         self._parts: Parts[Arrays, Arrays, None] = Parts(
             folder,
             names,
-            lambda chunk: describe_images(store.read(chunk).image_NHWC),
+            lambda chunk: _described(store.read(chunk).image_NHWC, describe_images),
             write_arrays,
             lambda chunk: read_arrays(folder / names[chunk]),
             lambda found: None,
@@ -174,14 +174,19 @@ class ChunkDescriptions:
         return self._parts.load(chunk)
 
     def read_all(self) -> Iterator[Arrays]:
-        """What was said of each chunk, in their order."""
-        return map(self.read, range(len(self._parts.names)))
+        """What was said of each chunk that has images, in their order."""
+        return filter(None, map(self.read, range(len(self._parts.names))))
 
     def remove(self) -> None:
         """Delete the files: they are large, and made again from the chunks."""
         shutil.rmtree(self._parts.folder)
         if not any(self._parts.folder.parent.iterdir()):
             self._parts.folder.parent.rmdir()
+
+
+def _described(image_NHWC: NDArray[np.uint8], describe_images: Callable[[NDArray[np.uint8]], Arrays]) -> Arrays:
+    """Nothing where a chunk has no images, because none is finite."""
+    return describe_images(image_NHWC) if len(image_NHWC) else {}
 
 
 def describe_with(network: FeatureNetwork) -> Callable[[NDArray[np.uint8]], Arrays]:

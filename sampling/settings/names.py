@@ -38,3 +38,8 @@ CHAIN_PREFIX: Final = "dlg:"
 
 FeatureName = Literal["classifier", "inception"]
 """The network whose features images are compared by."""
+
+NOT_FINITE: Final = (
+    "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"
+)
+"""Why images have NaN or infinity in them, and what helps."""

@@ -50,6 +50,7 @@ from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.quality import Scorer, make_scorer
 from ditmoe.sampling.network.load import LoadedModel, load_model
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
+from ditmoe.sampling.settings.names import NOT_FINITE
 from ditmoe.sampling.synthesis.plan import Synthesis, check_out, read_plan
 
 SHARDS_PER_ROUND: Final = 16
@@ -215,6 +216,8 @@ class _Shard(NamedTuple):
     """The images of a shard, scored."""
 
     number: int
+    number_N: NDArray[np.int64]
+    """Of its images: those that are finite."""
     image_NHWC: NDArray[np.uint8]
     label_N: NDArray[np.int64]
     score_N: NDArray[np.float32] | None
@@ -226,11 +229,15 @@ def _shards(synthesis: Synthesis, store: ChunkStore, scorer: Scorer | None) -> P
     def make(number: int) -> _Shard:
         numbers = synthesis.numbers(number)
         chunks = [store.read(chunk) for chunk in synthesis.chunks_of(number)]
-        first = synthesis.chunks_of(number)[0] * store.size
-        rows = slice(numbers[0] - first, numbers[-1] + 1 - first)
-        image_NHWC = np.concatenate([chunk.image_NHWC for chunk in chunks])[rows]
-        label_N = synthesis.labels_of(numbers)
-        return _Shard(number, image_NHWC, label_N, None if scorer is None else scorer(image_NHWC, label_N))
+        number_N = np.concatenate([chunk.number_N for chunk in chunks])
+        rows = (numbers[0] <= number_N) & (number_N <= numbers[-1])
+        image_NHWC, number_N = np.concatenate([chunk.image_NHWC for chunk in chunks])[rows], number_N[rows]
+        if not len(number_N):
+            raise UserError(f"none of the images {numbers[0]} to {numbers[-1]} is finite: {NOT_FINITE}")
+        label_N = synthesis.labels_of(number_N.tolist())
+        return _Shard(
+            number, number_N, image_NHWC, label_N, None if scorer is None else scorer(image_NHWC, label_N)
+        )
 
     def write(shard: _Shard, file: BinaryIO) -> None:
         _write_shard(synthesis, shard, None if scorer is None else dict(scorer.description), file)
@@ -249,7 +256,7 @@ def _shards(synthesis: Synthesis, store: ChunkStore, scorer: Scorer | None) -> P
 
 def _write_shard(synthesis: Synthesis, shard: _Shard, scorer: dict[str, Any] | None, file: BinaryIO) -> None:
     """Write a shard to an open file, and its record."""
-    numbers, plan = synthesis.numbers(shard.number), synthesis.plan
+    numbers, plan = shard.number_N.tolist(), synthesis.plan
     provenance = {"checkpoint": plan["checkpoint"], "sampler": plan["sampler"], "batch": plan["batch"]}
     if scorer is not None:
         provenance["scorer"] = scorer
@@ -275,6 +282,7 @@ def _write_shard(synthesis: Synthesis, shard: _Shard, scorer: dict[str, Any] | N
     record = {
         "entry": entry.model_dump(),
         "shape": list(shard.image_NHWC.shape[1:]),
+        "not_finite": sorted({*synthesis.numbers(shard.number)} - {*numbers}),
         "scores": None if shard.score_N is None else [float(score) for score in shard.score_N],
     }
     path = synthesis.record_path(shard.number)
@@ -289,7 +297,11 @@ def _read_record(synthesis: Synthesis, shard: int) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(record_path.read_bytes())
         entry, size = ShardEntry.model_validate(record["entry"]), path.stat().st_size
-        if (entry.file, entry.bytes) != (path.name, size) or not {"shape", "scores"} <= record.keys():
+        if (entry.file, entry.bytes) != (path.name, size) or not {
+            "shape",
+            "scores",
+            "not_finite",
+        } <= record.keys():
             raise ValueError(f"{size:,} bytes, and its record says {entry.bytes:,}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedPart(path, error) from error
@@ -309,7 +321,9 @@ def _remove_chunks(synthesis: Synthesis, chunks: list[int]) -> None:
 def _finish(synthesis: Synthesis, records: list[dict[str, Any]]) -> None:
     """Write the table, the contact sheet and, last, the index."""
     out = synthesis.out
-    label_N = synthesis.labels_of(list(range(synthesis.count))).astype(np.int32)
+    not_finite = [number for record in records for number in record["not_finite"]]
+    synthesis.store.check_finite(not_finite)
+    label_N = synthesis.labels_of(sorted({*range(synthesis.count)} - {*not_finite})).astype(np.int32)
     scores = [score for record in records for score in record["scores"] or []]
     height, width, channels = records[0]["shape"]
     assert height == width
@@ -332,13 +346,13 @@ def _first_images(
     """The first images of each class that the contact sheet has room for."""
     shown: dict[int, list[tuple[str, bytes]]] = {}
     wanted = np.sort(np.concatenate([np.flatnonzero(label_N == label)[:COLUMNS] for label in range(ROWS)]))
-    extension, size = synthesis.plan["format"], synthesis.options.shard_samples
-    for number, entry in enumerate(index.shards):
-        places = [int(place) for place in wanted if place // size == number]
+    extension = synthesis.plan["format"]
+    for first, entry in zip(np.cumsum([0, *index.samples_per_shard]).tolist(), index.shards, strict=False):
+        places = [int(place) for place in wanted if first <= place < first + entry.samples]
         if places:
             shard = Shard.at(synthesis.out / entry.file, entry)
             for place in places:
-                image = shard.read(place - number * size, extension) or b""
+                image = shard.read(place - first, extension) or b""
                 shown.setdefault(int(label_N[place]), []).append((extension, image))
             shard.close()
     return shown

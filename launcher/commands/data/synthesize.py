@@ -169,6 +169,8 @@ def command(
             f"in {counted(len(set(synthesis.plan['classes'])), 'class', 'classes')}: "
             f"{counted(len(made.shards), 'shard')}, {made.total_bytes / 2**20:,.1f} MiB"
         )
+        if made.total < count:
+            typer.echo(f"{count - made.total:,} of {count:,} images are not finite and left out", err=True)
         for line in _scores(out):
             typer.echo(line)
         typer.echo(f"  dataset  {out}")

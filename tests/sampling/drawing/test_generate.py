@@ -7,7 +7,13 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
-from ditmoe.sampling.drawing.generate import check_finite, default_labels, generate, generate_float
+from ditmoe.sampling.drawing.generate import (
+    GeneratedFloats,
+    check_finite,
+    default_labels,
+    generate,
+    generate_float,
+)
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.settings.config import SamplerConfig
 
@@ -152,10 +158,17 @@ def test_defaults():
     assert SamplerConfig(sampler="heun").resolved(ddpm).schedule == "karras"
 
 
-def test_images_that_are_not_finite_are_an_error():
-    images = torch.zeros(4, 1, 2, 2)
-    check_finite(images, range(4))
-    images[2, 0, 1, 1] = float("nan")
-    images[3, 0, 0, 0] = float("inf")
+def test_images_that_are_not_finite_are_told_from_others(model, monkeypatch):
+    def drawn(*arguments):
+        images = torch.zeros(4, 1, 2, 2)
+        images[2, 0, 1, 1] = float("nan")
+        images[3, 0, 0, 0] = float("inf")
+        return GeneratedFloats(images, torch.ones(4, dtype=torch.int64))
+
+    monkeypatch.setattr("ditmoe.sampling.drawing.generate.generate_float", drawn)
+    images = generate(model, None, range(10, 14), SamplerConfig(steps=1), batch=4)
+    assert images.finite_N.tolist() == [True, True, False, False]
+    assert images.image_NHWC.flatten().tolist() == [128] * 16 and images.image_NHWC.dtype == torch.uint8
+    check_finite(images.finite_N[:2], range(2))
     with pytest.raises(UserError, match="image 12 is not finite, and neither are 1 others"):
-        check_finite(images, range(10, 14))
+        check_finite(images.finite_N, range(10, 14))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.data.storage.claims import Claims
+from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Evaluation, Job
 from ditmoe.sampling.evaluation.results import table
@@ -22,6 +24,7 @@ from ditmoe.sampling.evaluation.run_job import default_chunk, run_job, stored_re
 from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
+from ditmoe.sampling.metrics.reference import open_reference
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import run_forked
 from tests.sampling.small_run import images_of
@@ -121,6 +124,7 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
         "fingerprint": job.real.fingerprint,
         "left_out": {"samples": 0, "shards": [], "first": []},
     }
+    assert result["not_finite"] == {"images": 0, "first": []}
     assert not list((job.folder / "features").rglob("*.npz"))
     shown = "\n".join(table(metrics, "classifier"))
     assert "floor" in shown and "39 NFE" in shown and "held-out" in shown
@@ -255,3 +259,55 @@ def test_two_processes_score_as_one(tmp_path: Path, shards: Path, cache: Path) -
     job = make_job(out, shards, cache)
     two = json.loads((job.folder / "metrics.json").read_text())
     assert two["results"] == alone["results"]
+
+
+def test_images_that_are_not_finite_take_no_part_and_are_counted(
+    tmp_path: Path, shards: Path, cache: Path
+) -> None:
+    class Overflowing(Copyist):
+        """A network some of whose images are lost."""
+
+        def __init__(self, lost: set[int]) -> None:
+            super().__init__(shards)
+            self.lost = lost
+
+        def __call__(self, numbers: list[int], label_N: np.ndarray) -> DrawnImages:
+            finite_N = np.array([number not in self.lost for number in numbers])
+            return super().__call__(numbers, label_N)._replace(finite_N=finite_N)
+
+    # A whole chunk of two, and one of another.
+    job = make_job(tmp_path, shards, cache, count=300, chunk=2, recogniser=False)
+    metrics = run_job(job, Overflowing({4, 5, 100}))
+    result = metrics["results"]["classifier"]
+    assert result["drawn_images"] == 297 and result["not_finite"] == {"images": 3, "first": [4, 5, 100]}
+    assert "3 of 300 images are not finite and take no part, such as image 4: guidance" in "".join(
+        result["warnings"]
+    )
+    with np.load(job.folder / "samples.npz", allow_pickle=False) as samples:
+        labels = job.evaluation.labels_of([n for n in range(300) if n not in (4, 5, 100)])
+        assert samples["arr_1"].tolist() == labels.tolist() and len(samples["arr_0"]) == 297
+    assert stored_result(job) == metrics
+    with pytest.raises(UserError, match=r"4 of 300 images are not finite, such as image 4; expected 3 at most"):
+        run_job(make_job(tmp_path / "b", shards, cache, count=300, chunk=100), Overflowing({4, 5, 100, 200}))
+    with pytest.raises(UserError, match=r"100 of 300 images are not finite, such as image 0"):
+        run_job(make_job(tmp_path / "c", shards, cache, count=300, chunk=100), Overflowing(set(range(300))))
+
+
+def test_real_images_that_cannot_be_used_are_named_in_the_metrics(
+    tmp_path: Path, shards: Path, cache: Path
+) -> None:
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    tar = sorted(copy.glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\x00PNG", 1))
+    skipping = open_reference(SourceConfig(path=str(copy), on_error="skip"))
+    job = replace(make_job(tmp_path, shards, tmp_path / "cache", recogniser=False), real=skipping)
+    result = run_job(job, Copyist(shards))["results"]["classifier"]
+    assert result["real_images"] == result["real"]["images"] == 1796 and result["real"]["of"] == 1797
+    left_out = result["real"]["left_out"]
+    assert (
+        left_out["samples"] == 1
+        and "sample" in left_out["first"][0]
+        and "not a readable PNG" in left_out["first"][0]
+    )
+    assert "1 real images cannot be used and take no part, such as" in "".join(result["warnings"])
+    assert result["network"]["held_out_images"] + result["network"]["trained_on"] == 1796

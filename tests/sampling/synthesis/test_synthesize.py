@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from itertools import count
 from multiprocessing.context import ForkProcess
@@ -484,3 +485,19 @@ def test_another_scoring_network_is_noticed_at_resume(shared: Path, tmp_path: Pa
     path.write_text(path.read_text().replace('"network": "', '"network": "0'))
     with pytest.raises(UserError, match="was begun with another scoring network"):
         synthesize(synthesis, drawer(synthesis, CPU))
+
+
+def test_images_that_are_not_finite_are_left_out(shared: Path, tmp_path: Path) -> None:
+    synthesis = prepare_synthesis(options_for(shared, tmp_path / "out"))
+    draw = drawer(synthesis, CPU)
+
+    def overflowing(numbers: list[int], label_N: np.ndarray) -> DrawnImages:
+        return draw(numbers, label_N)._replace(finite_N=np.array([number != 13 for number in numbers]))
+
+    index = synthesize(synthesis, overflowing)
+    assert [entry.samples for entry in index.shards] == [12, 11, 12, 9] and not verify(tmp_path / "out").problems
+    table = read_table(tmp_path / "out", index)
+    assert table is not None
+    assert table.label_N.tolist() == [number % 10 for number in range(45) if number != 13]
+    with closing(Shard.at(tmp_path / "out" / index.shards[1].file, index.shards[1])) as shard:
+        assert "00000013" not in shard.keys and "00000014" in shard.keys
