@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic_core import ErrorDetails
 
 LONGEST_NAME: Final = 255
 """Bytes of a file's name, on all common file systems."""
@@ -15,6 +16,11 @@ MOST_IMAGES: Final = 2**24
 """Images of a step, or of anything that is held at once."""
 MOST_STEPS: Final = 10**11
 """Steps of anything: times the images of a step they are still a number of 63 bits."""
+
+
+def message_of(problem: ErrorDetails) -> str:
+    """What one of pydantic's problems says: of our own checks their words alone."""
+    return problem["msg"].removeprefix("Value error, ")
 
 
 class Settings(BaseModel):

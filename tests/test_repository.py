@@ -145,6 +145,13 @@ def test_the_search_for_forbidden_words(text: str, forbidden: bool) -> None:
     assert any(pattern.search(text) for pattern in FORBIDDEN) == forbidden
 
 
+def test_messages_of_pydantic_are_told_in_our_words() -> None:
+    """Through `message_of` alone: what others told began with `Value error,`."""
+    raw = re.compile(r"""\[(["'])msg\1\]""")
+    found = {str(path.relative_to(ROOT)) for path, text in text_files().items() if raw.search(text)}
+    assert {name for name in found if name.endswith(".py")} == {"model/settings.py"}
+
+
 def constraints() -> dict[str, str]:
     """Canonical name → version."""
     found = {}

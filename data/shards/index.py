@@ -11,7 +11,7 @@ from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.storage.files import open_regular, replacing
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import is_fit_to_print
-from ditmoe.model.settings import Settings
+from ditmoe.model.settings import Settings, message_of
 
 INDEX_FILE: Final = "index.json"
 FORMAT_VERSION: Final = 2
@@ -217,7 +217,7 @@ def parse_index(text: bytes, path: str) -> DatasetIndex:
         return DatasetIndex.model_validate(values)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'index'}: {problem['msg']}" for problem in error.errors()
+            f"{'.'.join(map(str, problem['loc'])) or 'index'}: {message_of(problem)}" for problem in error.errors()
         ]
         raise UserError(f"{path}: " + "; ".join(problems)) from error
 

@@ -17,6 +17,7 @@ from ditmoe.data.places.place import SCHEME
 from ditmoe.data.places.redaction import HIDDEN, PIPE, shown_place, without_secrets
 from ditmoe.data.stream.config import DataConfig, SourceConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.settings import message_of
 
 OPENED_UNASKED: Final = (
     "http",
@@ -127,7 +128,7 @@ def remembered_data(config: Mapping[str, Any], origin: str, option: str = "--dat
     try:
         return RememberedData(DataConfig.model_validate(stored), origin, option)
     except ValidationError as error:  # its own text quotes values, and with them passwords
-        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        problems = [f"{'.'.join(map(str, each['loc']))}: {message_of(each)}" for each in error.errors()]
         raise UserError(f"{origin}: its section `data` cannot be read: {'; '.join(problems[:3])}") from None
 
 

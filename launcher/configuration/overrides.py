@@ -74,24 +74,31 @@ def _set(model: type[BaseModel], values: dict[Any, Any], path: list[str], value:
 
 
 def suggestion(model: type[BaseModel], path: list[str], known: int) -> str:
-    """`did you mean optim.lr?` for a path of which the first `known` keys exist; or the keys there are."""
-    wanted, parent = ".".join(path), path[:known]
+    """`did you mean optim.lr?` for a path of which the first `known` keys exist; or the keys there are.
+
+    Keys of the same section come first, then keys elsewhere with that very name, then with one like it. Dotted
+    paths are never compared whole: two keys of a long section would be alike whatever they are called.
+    """
+    parent = path[:known]
     prefix = ".".join(parent) + "." if parent else ""
     section = section_of(annotation_at(model, parent))
     if section is None:
         return f"{'.'.join(parent)} has no keys below it"
     siblings = list(section.model_fields)
-    nearest = difflib.get_close_matches(path[known], siblings, n=1, cutoff=0.6)
-    if nearest:
+    if nearest := difflib.get_close_matches(path[known], siblings, n=1, cutoff=0.6):
         return f"did you mean {shortened('.'.join([*parent, nearest[0], *path[known + 1 :]]))}?"
-    keys = [key for key, _ in walk(model)]
-    same_leaf = [key for key in keys if key.rpartition(".")[2] == path[-1]]
-    if same_leaf:
-        return f"did you mean {' or '.join(same_leaf[:3])}?"
-    close = difflib.get_close_matches(wanted, keys, n=1, cutoff=0.75)
-    if not close:
-        leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
-        close = [leaves[leaf] for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8)]
-    if close and close[0] != ".".join(parent):
-        return f"did you mean {close[0]}?"
+    # `activation.checkpointing`, or its first word alone, for `activation_checkpointing`.
+    longer = [name for name in siblings if name.startswith(f"{path[known]}_")]
+    if (
+        joined := longer[:1]
+        if len(longer) == 1
+        else difflib.get_close_matches("_".join(path[known:]), siblings, n=1, cutoff=0.8)
+    ):
+        return f"did you mean {prefix}{joined[0]}?"
+    leaves: dict[str, list[str]] = {}
+    for key, _ in walk(model):
+        leaves.setdefault(key.rpartition(".")[2], []).append(key)
+    for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8):
+        if elsewhere := [key for key in leaves[leaf] if key != ".".join(parent)]:
+            return f"did you mean {' or '.join(elsewhere[:3])}?"
     return f"expected one of {', '.join(prefix + name for name in siblings)}"

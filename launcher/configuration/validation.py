@@ -14,6 +14,7 @@ from ditmoe.data.places.redaction import without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, expected_at, section_of
 from ditmoe.launcher.configuration.overrides import suggestion
 from ditmoe.launcher.configuration.yaml_reader import shortened
+from ditmoe.model.settings import message_of
 
 MOST_LINES: Final = 50
 """Problems of one section that are told one by one."""
@@ -90,7 +91,7 @@ def _line(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetai
     if error["type"] == "missing":
         return f"{key} is missing; expected {expected_at(model, path)}"
     if error["type"] == "value_error":
-        message = str(error.get("ctx", {}).get("error", error["msg"]))
+        message = message_of(error)
         if section_of(annotation_at(model, path)) is not None:
             return f"{key}: {message}"
         told = shown(error["input"]) in message

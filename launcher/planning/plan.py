@@ -11,6 +11,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.sections import TrainConfig
 from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
+from ditmoe.model.settings import message_of
 from ditmoe.parallel.config import ParallelConfig
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.estimate import Machine, Plan
@@ -59,7 +60,7 @@ def _legality(config: RunConfig) -> Callable[[Layout, Workload], list[str]]:
                 activation_checkpointing=workload.recompute,
             )
         except ValidationError as error:
-            return [f"parallel.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            return [f"parallel.{'.'.join(map(str, e['loc']))}: {message_of(e)}" for e in error.errors()]
         train: TrainConfig = config.train.model_copy(update={"micro_batch": layout.micro_batch})
         return layout_problems({**sections, "parallel": parallel, "train": train}, layout.processes)
 

@@ -21,6 +21,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.errors import UserError
+from ditmoe.model.settings import message_of
 from ditmoe.model.weights.untrusted import first_problem
 from ditmoe.parallel.checkpoint.folder import (
     CheckpointInfo,
@@ -176,7 +177,7 @@ class RunFolder:
             if not problems:
                 return RunConfig.model_validate(values)
         except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            problems = [f"{'.'.join(map(str, e['loc']))}: {message_of(e)}" for e in error.errors()]
         raise UserError(problem_list(f"{self.config}: not the configuration of a run of this version", problems))
 
     def _locked_message(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.settings import message_of
 
 MOST_NESTING: Final = 32
 """Levels of lists and mappings within each other; a run's configuration has about six."""
@@ -50,7 +51,7 @@ def first_problem(error: ValidationError) -> str:
     """The first thing that a schema found wrong: where, what was found, and what was expected."""
     found = error.errors(include_url=False)[0]
     where = ".".join(_shown(str(part)) for part in found["loc"])
-    text = _shown(found["msg"].removeprefix("Value error, "), 4 * _SHOWN)
+    text = _shown(message_of(found), 4 * _SHOWN)
     if found["type"] in ("value_error", "missing"):
         return f"{where}: {text}" if where else text
     return f"{where} = {_shown(repr(found['input']))}: {text}"

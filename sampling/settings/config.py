@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, Self, cast
+from typing import Any, ClassVar, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, Settings
+from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, Settings, message_of
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
 
@@ -128,7 +128,7 @@ def sampler_from_options(*, dlg: Sequence[str] = (), **options: Any) -> SamplerC
         config = SamplerConfig.model_validate({**options, "dlg": settings})
     except ValidationError as error:
         for problem in error.errors():
-            message, where = problem["msg"].removeprefix("Value error, "), problem["loc"]
+            message, where = message_of(problem), problem["loc"]
             if where[:1] == ("dlg",) and len(where) > 1:
                 problems.append(f"--dlg {where[1]}={problem['input']}: {message}")
             elif where and where != ("dlg",):
@@ -162,6 +162,32 @@ def _chain_settings(given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return settings, problems
 
 
+class PreviewSampler(SamplerConfig):
+    """How a preview is drawn: by an integrator alone."""
+
+    sampler: IntegratorName | None = None
+    """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
+    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
+    runs, `euler` for flow runs."""
+    steps: int = Field(default=50, ge=1, le=10**6)
+    """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """To be left out: a preview is drawn by the network that trains, in `train.precision`."""
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    """Image i is a function of (seed, i) alone."""
+    dlg: ClassVar[DlgConfig] = DlgConfig()  # type: ignore[misc]
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _check_sampler(cls, sampler: Any) -> Any:
+        if isinstance(sampler, str) and sampler.startswith(CHAIN_PREFIX):
+            raise ValueError(
+                "chains want a noise-level classifier, which is trained after the run;"
+                f" expected {sampler.removeprefix(CHAIN_PREFIX)}"
+            )
+        return sampler
+
+
 class PreviewConfig(Settings):
     """The grid of fixed seeds and classes that training draws from the EMA."""
 
@@ -169,17 +195,7 @@ class PreviewConfig(Settings):
     """Steps between two grids; null: none."""
     images: int = Field(default=16, ge=1, le=10_000)
     """Images of a grid; their classes go round all classes."""
-    sampler: SamplerConfig = SamplerConfig(steps=50)
+    sampler: PreviewSampler = PreviewSampler()
     """How they are drawn."""
     vae: Path | None = None
     """Folder in which the VAE of the data's latents lies now; null: where it lay when they were encoded."""
-
-    @field_validator("sampler")
-    @classmethod
-    def _check_sampler(cls, sampler: SamplerConfig) -> SamplerConfig:
-        if sampler.chains:
-            raise ValueError(
-                f"sampler = {sampler.sampler}: chains want a noise-level classifier, which is trained after the "
-                f"run; expected {sampler.integrator}"
-            )
-        return sampler

@@ -37,7 +37,8 @@ from ditmoe.sampling.jobs.workers import CPU
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.quality import ScoreSettings, plain_settings
 from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_run
-from ditmoe.sampling.network.load import Weights, find_checkpoint, find_decoder, home_of
+from ditmoe.sampling.network.denoiser import check_guidance
+from ditmoe.sampling.network.load import Weights, complete_config, find_checkpoint, find_decoder, home_of
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 
 LARGEST_CHUNK: Final = 256
@@ -179,6 +180,7 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
     home = home_of(path).resolve()
     real = _reference(options, info, (size, channels, len(names)))
     batch = min(options.batch, options.count)
+    check_guidance(complete_config(info.model, info), options.sampler)
     sampler = options.sampler.resolved(info.objective)
     samples = sampler.images_per_unit
     plan = {

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from ditmoe.launcher.configuration.fields import expected, walk
+from ditmoe.launcher.configuration.overrides import apply_overrides
 from ditmoe.launcher.configuration.resolve import config_yaml, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.configuration.yaml_reader import parse_yaml
@@ -87,6 +88,16 @@ def test_no_message_hides_another(write_config: Write) -> None:
             "preview.sampler.seeds = 3: no such key; did you mean preview.sampler.seed?",
         ),
         ({"lr": 1}, "lr = 1: no such key; did you mean optim.lr?"),
+        (
+            {"preview": {"sampler": {"sampler": "dlg:kar1"}}},
+            "preview.sampler.sampler = 'dlg:kar1': chains want a noise-level classifier, which is trained after"
+            " the run; expected kar1",
+        ),
+        (
+            {"parallel": {"expert": 2, "activation": {"checkpointing": True}}},
+            "parallel.activation = {'checkpointing': True}: no such key; did you mean"
+            " parallel.activation_checkpointing?",
+        ),
     ],
 )
 def test_values(write_config: Write, section: dict[str, object], line: str | None) -> None:
@@ -212,6 +223,26 @@ def test_overrides(write_config: Write) -> None:
     assert config.run.dir == Path("elsewhere")
     assert config.data.sources[0].path == "x=y"
     assert config.deepspeed == {"zero_optimization": {"overlap_comm": False}}
+
+
+@pytest.mark.parametrize("key", ["preview.sampler.grid", "preview.sampler.dlg.skip", "preview.sampler.dlg"])
+def test_a_hint_is_no_key_that_only_its_section_is_alike_with(write_config: Write, key: str) -> None:
+    """`preview.sampler.grid` was answered with `preview.sampler.dlg`, which previews refuse."""
+    (line,) = problems(write_config(), f"{key}=3")
+    assert line.startswith(
+        f"{key}=3: no such key; expected one of preview.sampler.sampler, preview.sampler.steps,"
+    )
+
+
+def test_every_misspelt_key_is_answered_with_itself_or_one_of_its_section(write_config: Write) -> None:
+    """A letter less: the hint is the key, or another key as near to what was written."""
+    for key in (key for key, _ in walk(RunConfig) if ".0" not in key and len(key.rpartition(".")[2]) > 3):
+        section, _, leaf = key.rpartition(".")
+        wrong = ".".join(filter(None, (section, leaf[:2] + leaf[3:])))
+        _, lines = apply_overrides(RunConfig, {}, [f"{wrong}=1"])
+        if not lines:
+            continue  # free keys of a section
+        assert f"did you mean {key}?" in lines[0], lines
 
 
 def test_wrong_overrides(write_config: Write) -> None:

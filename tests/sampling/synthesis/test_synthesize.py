@@ -86,6 +86,20 @@ def options_for(shared: Path, out: Path, **changes: object) -> SynthesisOptions:
     )
 
 
+def test_guidance_that_does_not_fit_is_told_before_anything_starts(shared: Path, tmp_path: Path) -> None:
+    path = checkpoint_path(tmp_path / "run", 0)
+    model = MODEL.model_copy(update={"label_dropout": 0.0})
+    write_weights_checkpoint(path, model, ObjectiveConfig(), canonical_state(DiT(model)), None)
+    for sampler, words in (
+        (SamplerConfig(steps=2, cfg_scale=2), "has no null class; expected cfg_scale = 1"),
+        (SamplerConfig(steps=2, cfg_channels=3), "expected at most the model's 1 channels"),
+    ):
+        options = options_for(shared, tmp_path / "out", source=path, sampler=sampler)
+        with pytest.raises(UserError, match=words):
+            prepare_synthesis(options)
+    assert not (tmp_path / "out").exists()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """Name → bytes of all that is in a finished folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
