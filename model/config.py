@@ -9,6 +9,12 @@ from ditmoe.model.settings import MOST_IMAGES, Settings
 
 MOST_TOKENS_PER_SIDE: Final = 256
 """Attention over the tokens of a larger square would take more memory than a GPU has."""
+BALANCES: Final[dict[str, dict[str, Any]]] = {
+    "paper": {"balance_weight": 0.005, "balance_group": 0},
+    "published-code": {"balance_weight": 0.01, "balance_group": 32},
+}
+"""`model.balance` → the keys that it stands for. The paper's sums are over "T tokens" and leave open of which
+images; its code takes both means over whatever a device holds."""
 
 
 class ModelConfig(Settings):
@@ -42,19 +48,26 @@ class ModelConfig(Settings):
     """The network puts out 2·channels; DDPM reads the second half as the variance, flow ignores it."""
     label_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Share of training labels replaced by the null class, for classifier-free guidance."""
+    balance: Literal["paper", "published-code"] = "paper"
+    """What `balance_weight` and `balance_group` are where they are left out. `paper`: 0.005, over the global
+    batch; `published-code`: 0.01, over 32 images, which stand for a device's batch."""
     balance_weight: float = Field(default=0.005, ge=0)
-    """α of the balance loss (paper: 0.005; published code: 0.01)."""
-    balance_group: int = Field(default=1, ge=1, le=MOST_IMAGES)
-    """Consecutive samples of the global order over which the balance loss takes its two means.
+    """α of the balance loss."""
+    balance_group: int = Field(default=0, ge=0, le=MOST_IMAGES)
+    """Consecutive samples of the global order over which the balance loss takes its means.
 
-    1 is each sample by itself. Any divisor of `train.micro_batch`, or the whole global micro-step
-    (`micro_batch` × data ranks), which is then reduced over the ranks."""
+    0: the whole global batch, with the experts' shares of the step before. 1: each sample by itself. Or any
+    divisor of `train.micro_batch`, or the whole global micro-step (`micro_batch` × data ranks), reduced over the
+    ranks."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        """Take what is left out from the preset; an unreadable preset is left to its own field's check."""
-        if not isinstance(values, dict) or values.get("preset") is None:
+        """Take what is left out from the presets; an unreadable one is left to its own field's check."""
+        if not isinstance(values, dict):
+            return values
+        values = {**BALANCES.get(str(values.get("balance")), {}), **values}
+        if values.get("preset") is None:
             return values
         try:
             preset = parse_preset(str(values["preset"]))

@@ -123,16 +123,16 @@ def check_batch(parallel: ParallelConfig, train: TrainConfig, processes: int | N
 def check_balance_group(
     model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, processes: int | None
 ) -> list[str]:
-    """The balance loss's means are over parts of a rank's micro-batch, or over the whole micro-step."""
+    """The balance loss's means are over the batch, parts of a rank's micro-batch, or the whole micro-step."""
     data = _data_ranks(parallel, processes)
-    if not model.experts or data is None or check_batch(parallel, train, processes):
+    if not model.experts or not model.balance_group or data is None or check_batch(parallel, train, processes):
         return []
     micro = train.micro_batch or train.batch // data
     if micro % model.balance_group == 0 or model.balance_group == micro * data:
         return []
     return [
         f"model.balance_group = {model.balance_group} must divide train.micro_batch = {micro}, or be the whole"
-        f" micro-step, train.micro_batch × parallel.data = {micro * data}"
+        f" micro-step, train.micro_batch × parallel.data = {micro * data}, or 0, the whole batch"
     ]
 
 

@@ -27,7 +27,9 @@ FROM_THEN_ON: Final = (
     "optim",
     "ema",
     "model.label_dropout",
+    "model.balance",
     "model.balance_weight",
+    "model.balance_group",
     "train.skip_steps",
 )
 """Keys, with all below them, that may change when a run is resumed, and change its loss curve from there on."""

@@ -55,7 +55,7 @@ class Feed:
             start=start,
             micro_batch=layout.micro_batch,
             ranks=layout.data,
-            group=config.model.balance_group if config.model.experts else 1,
+            group=max(config.model.balance_group, 1) if config.model.experts else 1,
         )
         sees_samples = layout.stage(rank) in (0, layout.pipe - 1)
         self._stream = open_stream(dataset, self.dealing, layout.data_rank(rank)) if sees_samples else None

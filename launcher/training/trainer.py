@@ -143,6 +143,9 @@ class Trainer:
         self.resumed = None if info is None else info.path
         self.images = 0 if info is None else info.images
         sums = {} if info is None else dict(info.sums)
+        load_LN = sums.pop("expert_load", None)
+        if load_LN is not None:
+            self.engine.keep_load(torch.tensor(load_LN, dtype=torch.float64))
         self.ledger = SkipLedger(self.dataset, sums.pop("skips", {}))
         self.unreported: list[Skip] = []
         """This rank's skips since the last record."""
@@ -292,7 +295,9 @@ class Trainer:
                 " raise train.checkpoint_every to avoid that"
             )
         self._count_skips()
+        load_LN = self.engine.load_LN
         sums = {**self.sums.plain(), "skips": self.ledger.plain()}
+        sums["expert_load"] = None if load_LN is None else load_LN.tolist()
         return self.saver.save(
             self.engine, self.images, sums, kept_in_checkpoint(self.config.plain()), self.dataset.facts
         )

@@ -2,8 +2,13 @@
 
 α · Σ_i f_i·P_i, where f_i = N · (share of the assignments that go to expert i) and P_i is the mean router
 probability of expert i (arXiv 2407.11633, §3.2; Fedus et al., arXiv 2101.03961, eq. 4). Being a product of two
-means it depends on the set they are taken over: groups of `group` consecutive samples of the global order,
-never "what this rank happens to hold".
+means it depends on the set they are taken over: the whole global batch, or groups of `group` consecutive samples
+of the global order, never "what this rank happens to hold".
+
+Over a small set the loss asks of every image that its tokens use all experts alike, which keeps experts from
+specialising; over the global batch it asks that of the batch alone (arXiv 2501.11873). A batch is computed in
+micro-batches, and the backward pass of the first needs the shares f of all: so f, which has no gradient, is that
+of the step before. It moves little from one step to the next.
 
 The gradient is added where the router's scores leave the layer, so nothing has to cross layers, pipeline
 stages or the engine that replaces the layer.
@@ -43,6 +48,9 @@ class BalanceLoss:
         self.weight = weight
         self.tokens_per_sample = tokens_per_sample
         self.group = group
+        """0: the global batch."""
+        self.batch_share_N: Tensor | None = None
+        """For the global batch: the experts' shares of the assignments in the step before, float32, sum 1."""
         self.gradient_scale = 1.0
         """What the training loss of a micro-batch is multiplied by before its backward pass."""
         self.sum_over_ranks: Callable[[Tensor], Tensor] | None = None
@@ -72,9 +80,12 @@ class BalanceLoss:
         if not torch.is_grad_enabled():
             return scores_TK  # sampling: any number of images, which need not make whole groups
         samples = probabilities_TN.shape[0] // self.tokens_per_sample
-        local_group = min(self.group // self.ranks, samples)
+        local_group = min(self.group // self.ranks, samples) or samples
         by_group = (samples // local_group, local_group * self.tokens_per_sample, self.experts)
-        share_GN = chosen.view(by_group).mean(1) / selected_TK.shape[1]
+        if self.group == 0:
+            share_GN = self._share_of_batch(probabilities_TN)
+        else:
+            share_GN = chosen.view(by_group).mean(1) / selected_TK.shape[1]
         if self.sum_over_ranks is not None:
             share_GN = self.sum_over_ranks(share_GN) / self.ranks
         mean_GN = probabilities_TN.view(by_group).mean(1)
@@ -84,3 +95,9 @@ class BalanceLoss:
             return scores_TK
         carried: Tensor = _WithGradientOf.apply(scores_TK, loss, self.gradient_scale)  # type: ignore[no-untyped-call]
         return carried
+
+    def _share_of_batch(self, probabilities_TN: Tensor) -> Tensor:
+        """The shares of the step before, `[1, N]`; in the first step all alike, which has no gradient."""
+        if self.batch_share_N is None:
+            return torch.full_like(probabilities_TN[:1], 1 / self.experts)
+        return self.batch_share_N.unsqueeze(0)

@@ -81,6 +81,8 @@ class TrainingEngine:
             extra: the configuration's `deepspeed` section.
         """
         self.layout = layout
+        self.load_LN: Tensor | None = None
+        """Share of layer l's assignments that expert n got in the last update, float64 `[L, N]`; first None."""
         self.device = device
         self.step = 0
         self._network = network
@@ -120,7 +122,7 @@ class TrainingEngine:
 
         for balance in self._passes.layers.values():
             balance.gradient_scale = 1.0 / self.layout.accumulation
-            if balance.group > self.layout.micro_batch:
+            if balance.group > self.layout.micro_batch:  # never 0, the global batch
                 balance.ranks = self.layout.data
                 balance.sum_over_ranks = sum_over_ranks
 
@@ -143,6 +145,7 @@ class TrainingEngine:
             raise NonFiniteLossError(seen.loss)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
+        self.keep_load(seen.load_LN)
         self._passes.step()
         if check is not None:
             check.finish(self._grad_norm(), self._optim.clip)
@@ -156,6 +159,13 @@ class TrainingEngine:
             grad_norm=self._grad_norm(),
             requests=seen.requests,
         )
+
+    def keep_load(self, load_LN: Tensor) -> None:
+        """Balance the next step by what the experts got in this one, where that is over the global batch."""
+        self.load_LN = load_LN
+        load_on_device_LN = load_LN.to(self.device, torch.float32)
+        for number, balance in self._passes.layers.items():
+            balance.batch_share_N = load_on_device_LN[number]
 
     def skip_step(self, stop_requested: bool) -> int:
         """Let a step pass without an update: weights, moments and EMA stay as they are; a collective call.

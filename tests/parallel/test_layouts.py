@@ -22,6 +22,7 @@ BF16: Final = 0.01
 MAIN: Final = {"clip": 0.3}
 DDPM: Final = {"objective": "ddpm", "steps": 8}
 GROUP: Final = {"steps": 6, "balance_group": 8}
+BATCH: Final = {"steps": 6, "balance_group": 0}
 STARVED: Final = {"steps": 6, "experts": 8, "starved": True}
 DENSE: Final = {"experts": 0, "steps": 6}
 
@@ -56,6 +57,9 @@ CASES: Final[dict[str, tuple[int, Result]]] = {
     "ddpm, 4 stages": (4, {**DDPM, "pipe": 4, "depth": 5, "micro_batch": 1}),
     "ddpm, 5 blocks": (1, {**DDPM, "depth": 5, "micro_batch": 8}),
     "group over two ranks of two stages": (4, {**GROUP, "pipe": 2, "expert": 2, "micro_batch": 4}),
+    "batch reference": (1, {**BATCH, "micro_batch": 8, "zero": 0}),
+    "batch, accumulation 4": (2, {**BATCH, "micro_batch": 1, "expert": 2, "checkpointing": True}),
+    "batch, two ranks of two stages": (4, {**BATCH, "pipe": 2, "expert": 2, "micro_batch": 2}),
     "starved reference": (1, {**STARVED, "zero": 0}),
     "starved, expert 2": (2, {**STARVED, "expert": 2, "zero": 2}),
     "starved, 2 stages, expert 2": (4, {**STARVED, "expert": 2, "pipe": 2}),
@@ -120,6 +124,15 @@ def test_balance_loss_over_the_global_micro_step(results: dict[str, Result]) -> 
     assert abs(own[0, 1] / reference[0, 1] - 1) > 1e-4, "the group makes no difference here"
     for name in ("group over four ranks", "group over two ranks of two stages"):
         assert_same_curve(results[name], results["group reference"])
+
+
+def test_balance_loss_over_the_global_batch(results: dict[str, Result]) -> None:
+    """Whatever the micro-batch; in the first step the shares count as alike, so that each layer's loss is α."""
+    own, reference = curve(results["own group"]), curve(results["batch reference"])
+    assert abs(own[2, 1] / reference[2, 1] - 1) > 1e-4, "the set makes no difference here"
+    assert reference[0, 1] == pytest.approx(3 * 0.05)
+    for name in ("batch, accumulation 4", "batch, two ranks of two stages"):
+        assert_same_curve(results[name], results["batch reference"])
 
 
 @pytest.mark.parametrize("name", ["starved, expert 2", "starved, 2 stages, expert 2"])

@@ -147,6 +147,7 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if case["load"]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
+        engine.keep_load(torch.tensor(info.sums["expert_load"], dtype=torch.float64))
     try:
         with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
             result = train(engine, saver, case, device)
@@ -205,10 +206,26 @@ def doubled_gradient() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def infinite_gradient() -> Iterator[None]:
+    """Let one gradient be infinite on the last rank, while the loss is finite."""
+
+    def start(passes: Any, *arguments: Any) -> Any:
+        engine = deepspeed_engine.start_deepspeed(passes, *arguments)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            last = list(passes.network.parameters())[-1]
+            last.register_hook(lambda gradient: gradient / 0)
+        return engine
+
+    with patch.object(training_engine, "start_deepspeed", start):
+        yield
+
+
 FAULTS: dict[str | None, Callable[[], AbstractContextManager[None]]] = {
     None: nullcontext,
     "exchanged names": exchanged_names,
     "doubled gradient": doubled_gradient,
+    "infinite gradient": infinite_gradient,
 }
 """What a case may do to an engine while it is made."""
 
@@ -266,7 +283,9 @@ def tensor_ranks_alike(engine: TrainingEngine) -> bool:
 
 def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -> None:
     config = {"model": make_config(case).model_dump(), "objective": {"kind": case["objective"]}}
-    saver.save(engine, engine.step * case["batch"], {}, config, {"name": "test"})
+    assert engine.load_LN is not None
+    sums = {"expert_load": engine.load_LN.tolist()}
+    saver.save(engine, engine.step * case["batch"], sums, config, {"name": "test"})
 
 
 def main() -> None:

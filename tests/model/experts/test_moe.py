@@ -100,6 +100,33 @@ def test_balance_loss_and_its_gradient(group: int) -> None:
     assert layer.balance.last_load_N is not None and layer.balance.last_load_N.sum() == TOKENS * ACTIVE
 
 
+def test_over_the_global_batch_micro_batches_add_up() -> None:
+    """With given shares each micro-batch adds its part of one gradient; with the batch's own, of the exact one."""
+    alpha, x_BTD = 0.02, torch.randn(4, TOKENS // 4, HIDDEN)
+
+    def gradient(group: int, parts: int, share_N: Tensor | None) -> tuple[Tensor, float]:
+        layer = make_layer(alpha, group)
+        layer.balance.gradient_scale = 1 / parts
+        layer.balance.batch_share_N = share_N
+        losses = []
+        for part in x_BTD.chunk(parts):
+            (0 * layer(part).sum()).backward()
+            losses.append(float(layer.balance.recorded()[0]))
+        assert layer.gate.weight.grad is not None
+        return layer.gate.weight.grad, sum(losses) / parts
+
+    layer = make_layer(alpha, group=4)
+    layer(x_BTD)
+    _, load_N = layer.balance.recorded()
+    exact, loss = gradient(4, 1, None)
+    for parts in (1, 2, 4):
+        found, found_loss = gradient(0, parts, load_N / load_N.sum())
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-8)
+        assert found_loss == pytest.approx(loss, rel=1e-5)
+    first, first_loss = gradient(0, 2, None)
+    assert first_loss == pytest.approx(alpha) and first.abs().max() < 1e-3 * exact.abs().max()
+
+
 @pytest.mark.parametrize("images", [1, 3, 4, 6])
 def test_sampling_takes_any_number_of_images(images: int) -> None:
     """Groups are a matter of training: what is drawn at once need not be a multiple of one."""

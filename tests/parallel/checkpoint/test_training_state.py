@@ -47,12 +47,13 @@ Runner = Callable[..., list[dict[str, Any]]]
 def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runner, tmp_path: Path) -> None:
     folders = {zero: tmp_path / f"zero-{zero}" for zero in range(4)}
     # With closed gates the key biases stay at zero: open, AdamW scales up what is rounding noise in them.
-    start = {"expert": 2, "awake": False}
+    # The balance loss over the global batch needs the experts' shares of the last step before.
+    start = {"expert": 2, "awake": False, "balance_group": 0}
     first = [{**start, "zero": zero, "steps": 4, "save": str(path)} for zero, path in folders.items()]
     # These are written when the run is over already: what they hold was copied after the fourth step.
     late = {zero: tmp_path / f"late-{zero}" for zero in folders}
     whole = [{**start, "zero": zero, "steps": 8, "save": str(path), "save_at": 4} for zero, path in late.items()]
-    later = [{"zero": zero, "expert": 2, "steps": 8, "load": str(path)} for zero, path in folders.items()]
+    later = [{**start, "zero": zero, "steps": 8, "load": str(path)} for zero, path in folders.items()]
     results = run_cases(2, first + whole + later)
     for zero in folders:
         uninterrupted, continued = results[4 + zero], results[8 + zero]
@@ -61,7 +62,10 @@ def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runne
         early, later_on = (read_info(checkpoint_path(run[zero], 4)) for run in (folders, late))
         assert early.files == later_on.files and early.fingerprint == later_on.fingerprint, f"ZeRO {zero}"
     # The same files, read by another world: one process, and ZeRO stages that did not write them.
-    moved = [{"zero": (zero + 2) % 4, "steps": 8, "load": str(path)} for zero, path in folders.items()]
+    moved = [
+        {**start, "expert": 1, "zero": (zero + 2) % 4, "steps": 8, "load": str(path)}
+        for zero, path in folders.items()
+    ]
     for zero, result in zip(folders, run_cases(1, moved), strict=True):
         expected = np.array(results[4 + zero]["curve"])[4:]
         assert np.max(np.abs(np.array(result["curve"]) / expected - 1)) <= 1e-5, f"from ZeRO {zero}"

@@ -63,6 +63,15 @@ def test_a_surprise_ends_the_run_with_a_message(run_cases: Runner) -> None:
             assert "blocks.1.attn.proj.weight differs by" in message, message
 
 
+@pytest.mark.timeout(280)
+def test_an_infinite_gradient_is_not_passed_over(run_cases: Runner) -> None:
+    """DeepSpeed leaves out such a step by itself; the norm that it reports then tells of it, on every stage."""
+    cases = [{"zero": zero, "steps": 1, "depth": 2, "fault": "infinite gradient"} for zero in range(4)]
+    for case, result in zip(cases, run_cases(2, cases), strict=True):
+        ((loss, _, norm),) = result["curve"]
+        assert np.isfinite(loss) and not np.isfinite(norm), case
+
+
 def test_numbers_tell_places_apart() -> None:
     values = torch.zeros(LENGTH + 100, dtype=torch.bfloat16)
     for stretch, numbers in stretches("a", 7, values):
