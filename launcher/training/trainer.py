@@ -42,6 +42,7 @@ from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResul
 from ditmoe.parallel.ranks import own_device
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.sampling.drawing.picture import save_picture
+from ditmoe.sampling.integrators.few_steps import noise_warnings
 
 
 def run_training(config: RunConfig) -> int:
@@ -172,6 +173,9 @@ class Trainer:
         self.report.log(self.layout.picture(config.model.experts, self.stages))
         if self.layout.accumulation > 1:
             self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
+        if config.preview.every is not None:
+            for warning in noise_warnings(config.preview.sampler.resolved(config.objective)):
+                self.report.log(f"warning: previews: {warning}")
 
     def train(self) -> None:
         """Step until the run is complete or a stop is asked for on any rank."""

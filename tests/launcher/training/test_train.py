@@ -522,9 +522,11 @@ def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], layo
     for every in ("null", "2"):
         config = make_config(f"every-{every}")
         overrides = (*layout.split(), "train.steps=6", f"preview.every={every}", "preview.sampler.steps=3")
-        result = train(config, *overrides, "preview.images=5")
+        result = train(config, *overrides, "preview.images=5", "preview.sampler.sampler=heun")
         assert result.returncode == 0, result.stderr
         curves.append(curve(config.with_suffix("")))
+        told = "warning: previews: heun with 3 steps" in (config.with_suffix("") / "log.txt").read_text()
+        assert told == (every == "2")
     assert curves[0] == curves[1]
     assert sorted(path.name for path in (config.with_suffix("") / "samples").iterdir()) == [
         f"preview-step-{step:08d}.png" for step in (2, 4, 6)

@@ -29,7 +29,7 @@ def noise_left(config: SamplerConfig, from_chains: bool = False) -> float:
     start = start_of(denoiser, config)
     sigma, x = start.sigma, noise * start.deviation
     if from_chains:
-        sigma, x = 1.0, DATA.sample(IMAGES, seed=2).view_as(noise) + noise
+        sigma, x = 2.0, DATA.sample(IMAGES, seed=2).view_as(noise) + 2 * noise
     drawn = integrate(
         denoiser,
         x,
