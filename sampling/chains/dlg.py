@@ -129,10 +129,11 @@ class Dlg:
                 chains = chains.with_rows(due_R, self._begin(chains.rows(due_R)))
         before = self.denoiser.nfe
         trace: list[Tensor] = []
+        step_size_B = self._step_size(chains.label_B)
         for _ in range(self.config.thin):
             best = State(chains.x_BCHW, chains.sigma_B)  # the state before a stretch is the first to choose from
             for _ in range(self.config.skip):
-                chains = self._step(chains, self._step_size(chains.label_B), self.config.step_rule)
+                chains = self._step(chains, step_size_B, self.config.step_rule)
                 now = State(chains.x_BCHW, chains.sigma_B)
                 trace.append(now.sigma_B)
                 best = smaller(best, now) if self.config.select == "smallest" else now
@@ -182,8 +183,9 @@ class Dlg:
         chains = replace(chains, x_BCHW=x_BCHW, sigma_B=sigma_B, velocity_BCHW=velocity_BCHW)
         for _ in range(config.burn_in_first):
             chains = self._step(chains, torch.full_like(sigma_B, config.burn_in_step_size), "constant")
+        step_size_B = self._step_size(chains.label_B)
         for _ in range(config.burn_in):
-            chains = self._step(chains, self._step_size(chains.label_B), config.step_rule)
+            chains = self._step(chains, step_size_B, config.step_rule)
         spent_B = _spent(drawn) + self.denoiser.nfe - before
         return replace(chains, initial_nfe_B=chains.initial_nfe_B + spent_B)
 
@@ -213,7 +215,7 @@ class Dlg:
         )
 
     def _step_size(self, label_B: Tensor) -> Tensor:
-        """η of each chain, float64 `[B]`."""
+        """η of each chain, float64 `[B]`; to be asked once for many steps, as it is copied to the device."""
         scales = torch.tensor(self.config.class_scales or (1.0,), dtype=torch.float64, device=label_B.device)
         scale_B = scales[label_B] if self.config.class_scales else scales.expand(len(label_B))
         return self.config.step_size * scale_B
