@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from ditmoe.model.randomness import generator
 
@@ -110,10 +111,11 @@ def _modes(
     # Centred, so that distances are not lost in a common offset.
     origin_F = np.asarray(real_features_NF, dtype=np.float64).mean(axis=0)
     real_NF = real_features_NF - origin_F
-    found = KMeans(clusters, n_init=1, random_state=0).fit(real_NF)
-    centre_GF = np.asarray(found.cluster_centers_, dtype=np.float64)
-    drawn_MF = features_CSF.reshape(-1, features) - origin_F
-    distance_MG = np.square(centre_GF).sum(axis=1) - 2 * drawn_MF @ centre_GF.T
+    with threadpool_limits(1):  # several threads add up a centre in the order in which they are done
+        found = KMeans(clusters, n_init=1, random_state=0).fit(real_NF)
+        centre_GF = np.asarray(found.cluster_centers_, dtype=np.float64)
+        drawn_MF = features_CSF.reshape(-1, features) - origin_F
+        distance_MG = np.square(centre_GF).sum(axis=1) - 2 * drawn_MF @ centre_GF.T
     return found.labels_.astype(np.int64), distance_MG.argmin(axis=1).reshape(chains, samples)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ditmoe.data.making.pack import PackSettings, pack
@@ -229,6 +230,19 @@ def test_default_chunks_are_whole_batches_enough_for_all() -> None:
     assert default_chunk(50_000, 500, 1) == 500
 
 
+def test_batches_and_chunks_are_not_in_the_figures(tmp_path: Path, shards: Path, cache: Path) -> None:
+    results = []
+    for chunk, batch, threads in ((32, 64, 1), (7, 5, 2), (200, 13, 3)):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            job = make_job(tmp_path / str(chunk), shards, cache, chunk=chunk, batch=batch)
+            results.append(run_job(job, Copyist(shards))["results"])
+        finally:
+            torch.set_num_threads(before)
+    assert results[0] == results[1] == results[2]
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -251,7 +265,11 @@ def test_two_processes_score_as_one(tmp_path: Path, shards: Path, cache: Path) -
     program, out = tmp_path / "program.py", tmp_path / "two"
     program.write_text(PROGRAM)
     out.mkdir()
-    arguments = [str(path) for path in (program, Path(__file__).parent, out, shards, cache)]
+    # With statistics of their own: those that two processes make are those of one, to the last bit.
+    (tmp_path / "cache").mkdir()
+    for classifier in cache.glob("classifier-*"):
+        shutil.copy(classifier, tmp_path / "cache")
+    arguments = [str(path) for path in (program, Path(__file__).parent, out, shards, tmp_path / "cache")]
     done = run_forked(arguments, tmp_path / "output", processes=2, seconds=120)
     assert done.returncode == 0, done.stderr
     drawn = [(out / f"drawn-{rank}").read_text().split() for rank in range(2)]
