@@ -40,19 +40,25 @@ class BestCheckpoints:
 
 def losses(stats: Path, steps: Sequence[int], window: int) -> dict[int, float]:
     """Step → mean of `loss` over the records of the last `window` steps up to it; left out where there is none."""
-    records = [json.loads(line) for line in _whole_lines(stats)]
-    found = {
-        step: [r["loss"] for r in records if step - window < r["step"] <= step and r.get("loss") is not None]
-        for step in steps
-    }
+    records = [record for line in _whole_lines(stats) if (record := _step_and_loss(line)) is not None]
+    found = {step: [loss for at, loss in records if step - window < at <= step] for step in steps}
     return {step: fmean(values) for step, values in found.items() if values}
+
+
+def _step_and_loss(line: str) -> tuple[int, float] | None:
+    """Of a record; None where it has no loss, or is damaged: no file of figures may end a run."""
+    try:
+        record = json.loads(line)
+        return int(record["step"]), float(record["loss"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _whole_lines(file: Path) -> list[str]:
     """Lines of a file that another thread may be appending to."""
-    if not file.exists():
+    if not file.is_file():
         return []
-    return file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+    return file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0].splitlines()
 
 
 def evaluated(evaluations: Path, metric: str, paths: Sequence[Path]) -> dict[int, float]:
@@ -89,7 +95,7 @@ def _figures(evaluations: Path, metric: str) -> Iterator[tuple[float, str, str, 
                 if isinstance(figure, int | float) and math.isfinite(figure):
                     fingerprint = str(evaluation["weights"]).removesuffix(f"-{evaluation['which']}")
                     yield written, _settings(evaluation, name, result), fingerprint, float(figure)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
 
 

@@ -23,6 +23,7 @@ from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.best import BestCheckpoints
 from ditmoe.launcher.training.feed import Feed, StepBatch
+from ditmoe.launcher.training.kept_sums import kept_sums
 from ditmoe.launcher.training.preview import draw_preview
 from ditmoe.launcher.training.report import Reporter
 from ditmoe.launcher.training.run_folder import RunFolder
@@ -143,7 +144,7 @@ class Trainer:
             raise _other_data(info, changed)
         self.resumed = None if info is None else info.path
         self.images = 0 if info is None else info.images
-        sums = {} if info is None else dict(info.sums)
+        sums = {} if info is None else kept_sums(info)
         load_LN = sums.pop("expert_load", None)
         if load_LN is not None:
             self.engine.keep_load(torch.tensor(load_LN, dtype=torch.float64))

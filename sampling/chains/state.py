@@ -19,6 +19,7 @@ from torch import Tensor
 from ditmoe.data.storage.files import make_folder, replacing
 from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.untrusted import parse_json
 
 FORMAT_VERSION: Final = 1
 _BESIDE: Final = "beside/"
@@ -139,7 +140,7 @@ def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -
     """
     try:
         with safe_open(path, framework="pt") as stored:
-            facts = json.loads(stored.metadata()["dlg"])
+            facts = parse_json(stored.metadata()["dlg"])
             found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             beside = {
                 name.removeprefix(_BESIDE): tensor for name, tensor in found.items() if name.startswith(_BESIDE)
@@ -148,6 +149,8 @@ def load_chains(path: Path, identity: str, device: str | torch.device = "cpu") -
             required = {field.name for field in fields(Chains) if field.default is MISSING}
             if not required <= state.keys():
                 raise KeyError(", ".join(sorted(required - state.keys())))
+            if unknown := state.keys() - {field.name for field in fields(Chains)}:
+                raise KeyError(", ".join(sorted(unknown)))
         version, found = facts["version"], facts["identity"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no state of chains can be read from it ({error})") from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ditmoe.data.storage.files import replacing
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.untrusted import parse_json
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 from ditmoe.sampling.network.denoiser import column, make_denoiser
 from ditmoe.sampling.network.load import complete_config, home_of
@@ -31,6 +32,7 @@ WEIGHTS_FILE: Final = "classifier.safetensors"
 FACTS_FILE: Final = "classifier.json"
 PICTURE_FILE: Final = "calibration.png"
 WIDTHS: Final = (32, 64, 128, 256)
+MOST_LEVELS: Final = 100_000
 CELLS: Final = 4
 """Side that images are reduced to before the linear layer: that of a 32×32 image after three halvings."""
 
@@ -183,19 +185,19 @@ def load_noise_classifier(
         )
     try:
         with safe_open(path, framework="pt") as stored:
-            facts = json.loads(stored.metadata()["facts"])
+            facts = parse_json(stored.metadata()["facts"])
             space = _space_from(facts.pop("space"))
+            problems = _differences(space, expected)
+            if problems:
+                raise UserError(
+                    f"{path}: trained for another space: {'; '.join(problems)}; "
+                    "train it again with: ditmoe noise-classifier train RUN --overwrite"
+                )
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         network = NoiseNetwork(space.shape[0], space.shape[1], space.levels)
         network.load_state_dict(state)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise UserError(f"{path}: unreadable noise-level classifier ({error}); train it again") from error
-    problems = _differences(space, expected)
-    if problems:
-        raise UserError(
-            f"{path}: trained for another space: {'; '.join(problems)}; "
-            "train it again with: ditmoe noise-classifier train RUN --overwrite"
-        )
     digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
     network = network.eval().requires_grad_(False).to(device)
     return NoiseClassifier(network, space, facts, space.level_N.to(device), digest[:16])
@@ -203,6 +205,8 @@ def load_noise_classifier(
 
 def _space_from(values: Mapping[str, Any]) -> NoiseSpace:
     channels, height, width = map(int, values["shape"])
+    if not 2 <= int(values["levels"]) <= MOST_LEVELS:
+        raise ValueError(f"levels is {values['levels']}, expected 2 to {MOST_LEVELS}")
     return NoiseSpace(
         (channels, height, width),
         str(values["objective"]),

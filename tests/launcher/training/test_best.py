@@ -55,7 +55,8 @@ def test_mean_loss_of_the_last_steps(tmp_path: Path) -> None:
     file = tmp_path / "stats.jsonl"
     assert losses(file, [4], 4) == {}
     records = [{"step": step, "loss": loss} for step, loss in ((2, 4.0), (4, 2.0), (6, None), (8, 1.0), (10, 9.0))]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 12, "lo')
+    damaged = 'nonsense\n{"step": "x", "loss": 1}\n[]\n\x00\n'
+    file.write_text("".join(json.dumps(record) + "\n" for record in records) + damaged + '{"step": 12, "lo')
     assert losses(file, [4, 8, 10, 14], 4) == {4: 3.0, 8: 1.0, 10: 5.0}
 
 

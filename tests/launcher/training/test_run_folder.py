@@ -11,10 +11,12 @@ import pytest
 
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
+from ditmoe.launcher.training.kept_sums import kept_sums
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import checkpoint_path
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER, marker_text
+from tests.markers import change_marker
 
 Write = Callable[..., Path]
 
@@ -256,3 +258,32 @@ def test_weights_without_an_optimiser_in_a_run_folder(
     (checkpoint_path(run, 0) / MARKER).rename(tmp_path / MARKER)
     with pytest.raises(UserError, match=rf"{tmp_path}: holds weights and ema without"):
         RunFolder(tmp_path).check(config())
+
+
+@pytest.mark.parametrize(
+    ("sums", "problem"),
+    [
+        ({"steps": -1}, "steps = -1"),
+        ({"loss": "much"}, "loss = 'much'"),
+        ({"loss": float("inf")}, "loss = inf"),
+        ({"skips": {"a": 3}}, "skips.a = 3"),
+        ({"skips": {"a": {"total": 1, "by_epoch": {"x": 1}}}}, "skips.a.by_epoch.x"),
+        ({"skips": {"a": {"total": 1, "by_epoch": {}}}}, "skips.a.by_epoch"),
+        ({"other": 1}, "other = 1"),
+        ({"expert_load": [[0.5] * 4]}, "expert_load is not of 2 blocks of 4 experts"),
+    ],
+)
+def test_sums_that_no_run_keeps(
+    tmp_path: Path, config: Callable[..., RunConfig], sums: dict[str, object], problem: str
+) -> None:
+    good = {
+        "steps": 2,
+        "loss": 1,
+        "expert_load": [[0.25] * 4] * 2,
+        "skips": {"a": {"total": 1, "by_epoch": {"0": 1}}},
+    }
+    path = write_checkpoint(tmp_path, config(), 4, sums=good)
+    assert kept_sums(read_info(path)) == good
+    change_marker(path, lambda facts: facts["sums"].update(sums))
+    with pytest.raises(UserError, match=f"checkpoint.json: sums cannot be read \\({problem}"):
+        kept_sums(read_info(path))

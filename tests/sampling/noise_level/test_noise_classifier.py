@@ -31,6 +31,7 @@ from ditmoe.sampling.noise_level.classifier import (
 )
 from ditmoe.sampling.noise_level.levels import log_uniform_levels
 from ditmoe.sampling.noise_level.training import NoiseTraining, train_noise_classifier, training_dataset
+from tests.markers import change_marker
 
 MODEL = ModelConfig(depth=1, hidden=16, heads=2, patch=4, experts=0, image_size=8, channels=1, num_classes=10)
 CPU = torch.device("cpu")
@@ -157,11 +158,12 @@ def test_a_checkpoint_starts_no_command(info, shards, tmp_path):
     run = of_run(info, shards)
     command = f"pipe:touch {tmp_path}/OWNED; cat {shards}/{{}}"
     write_weights_checkpoint(tmp_path / "copied", MODEL, ObjectiveConfig(), canonical_state(DiT(MODEL)), None)
-    marker = tmp_path / "copied/checkpoint.json"
-    facts = json.loads(marker.read_text())
-    facts["config"]["data"] = {"sources": [{"path": command}]}
-    facts["dataset"] |= run.dataset
-    marker.write_text(json.dumps(facts))
+
+    def tamper(facts):
+        facts["config"]["data"] = {"sources": [{"path": command}]}
+        facts["dataset"] |= run.dataset
+
+    change_marker(tmp_path / "copied", tamper)
     result = CliRunner().invoke(app, ["train", str(tmp_path / "copied"), "--steps", "1", "--workers", "0"])
     assert isinstance(result.exception, UserError)
     assert "a command, which is never started on a checkpoint's word; name the source with --data" in str(
