@@ -24,6 +24,8 @@ from ditmoe.model.weights.untrusted import parse_json, read_file
 CONFIG_FILE: Final = "config.json"
 MOST_CONFIG_BYTES: Final = 2**20
 WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
+INDEX_SUFFIX: Final = ".index.json"
+"""Of a list of several weights files."""
 CLASS: Final = "AutoencoderKL"
 DECODED_IMAGES: Final = 8
 """Most images that a GPU decodes at once, …"""
@@ -101,6 +103,9 @@ def read_facts(path: Path) -> VaeFacts:
         others = sorted(file.name for file in path.iterdir() if file.suffix in _WEIGHTS)
         pickle = " (a pickle is never read)" if any(not name.endswith(".safetensors") for name in others) else ""
         raise UserError(f"{path}: has {', '.join(others) or 'no weights'}{pickle}; expected {WEIGHTS_FILE}")
+    parts = sorted(file.name for file in path.iterdir() if file.name.endswith(INDEX_SUFFIX))
+    if parts:  # diffusers would load what it lists, under the checksum of the one file
+        raise UserError(f"{path}: has {parts[0]} beside {WEIGHTS_FILE}; expected the weights in one file alone")
     try:
         with weights.open("rb") as file:
             weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()

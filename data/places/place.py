@@ -18,7 +18,7 @@ from ditmoe.data.places.faults import ShardFault
 from ditmoe.data.places.redaction import PIPE
 from ditmoe.data.places.transports.base import Refused, Stop, Transport
 from ditmoe.data.shards.index import ShardEntry
-from ditmoe.data.storage.files import make_folder
+from ditmoe.data.storage.files import make_folder, open_regular, regular_descriptor
 from ditmoe.model.errors import UserError
 
 SMALL_FILE: Final = 2**30
@@ -66,7 +66,7 @@ class LocalPlace:
         """As every place."""
         path = self.folder / name
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 data = file.read(SMALL_FILE + 1)
         except OSError as error:
             raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
@@ -167,7 +167,7 @@ def open_place(
 def open_file(path: Path, name: str) -> int:
     """A local shard, opened for reading. ShardFault when it cannot be; UserError at the limit of open files."""
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return regular_descriptor(path)
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise UserError(

@@ -42,11 +42,16 @@ def remove_abandoned(folder: Path) -> None:
 
 def open_regular(path: str | Path) -> io.BufferedReader:
     """Open a file for reading. OSError, and at once, when it is a pipe, a device, or anything else but a file."""
+    return open(regular_descriptor(path), "rb")
+
+
+def regular_descriptor(path: str | Path) -> int:
+    """A descriptor of a file for reading, which the caller closes. OSError as `open_regular`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return open(descriptor, "rb")
+    return descriptor
 
 
 def make_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ from ditmoe.data.places.place import LocalPlace, Place, open_place
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, file_problems, load_index, parse_index
 from ditmoe.data.shards.sample_table import SampleColumns, digest_of_members, parse_table
+from ditmoe.data.storage.files import open_regular
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.selection import Selection, map_classes, select
 from ditmoe.model.errors import UserError
@@ -121,6 +122,7 @@ def reading_digest(index: DatasetIndex) -> str:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror or error}") from error

@@ -87,6 +87,16 @@ def test_weights_come_from_safetensors_alone(make_vae: Callable[..., Path], tmp_
         load_vae(read_facts(folder))
 
 
+def test_a_list_of_weights_beside_the_one_file_is_refused(make_vae: Callable[..., Path], tmp_path: Path) -> None:
+    """diffusers would load what it lists, and the checksum is of the one file."""
+    folder, other = make_vae(tmp_path / "a"), make_vae(tmp_path / "b", seed=1)
+    (folder / "other.safetensors").write_bytes((other / WEIGHTS_FILE).read_bytes())
+    names = dict.fromkeys(load_file(other / WEIGHTS_FILE), "other.safetensors")
+    (folder / f"{WEIGHTS_FILE}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    with pytest.raises(UserError, match=r"has diffusion_pytorch_model.safetensors.index.json beside diffusion_"):
+        load_vae(read_facts(folder))
+
+
 def test_another_vae_than_that_of_the_data_is_refused(
     vae_folder: Path, make_vae: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from ditmoe.data.places.place import Place, RemotePlace, open_place
 from ditmoe.data.places.reader import Shard
 from ditmoe.data.places.transports.base import Ended, Refused, Reply, Stop
 from ditmoe.data.shards.index import ShardEntry, load_index
+from ditmoe.data.stream.config import SourceConfig
+from ditmoe.data.stream.source import open_source
 from ditmoe.model.errors import UserError
 
 DATA = bytes(range(256)) * 2000
@@ -64,6 +66,18 @@ def test_a_local_shard_is_opened_where_it_is(folder: Path) -> None:
     assert raised.value.shard == place.where(NAME) == str(folder / NAME)
     with pytest.raises(UserError, match=r"other\.json: could not be read: No such file"):
         place.read("other.json")
+
+
+def test_a_pipe_by_the_name_of_a_file_does_not_hang(tmp_path: Path) -> None:
+    for name in ("a.tar", "index.json"):
+        os.mkfifo(tmp_path / name)
+    place, _ = place_at(str(tmp_path))
+    with pytest.raises(ShardFault, match=r"a\.tar: could not be opened: not a regular file"):
+        place.open(ENTRY.model_copy(update={"file": "a.tar"}))
+    with pytest.raises(UserError, match=r"index\.json: could not be read: not a regular file"):
+        place.read("index.json")
+    with pytest.raises(UserError, match=r"index\.json: could not be read: not a regular file"):
+        open_source(SourceConfig(path=str(tmp_path), index=tmp_path / "index.json"))
 
 
 def test_every_place_gives_the_same_shard(digits: Path, rewrite: Callable[..., str]) -> None:

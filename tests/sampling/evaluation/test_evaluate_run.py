@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -220,3 +221,21 @@ def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert default_cache() == tmp_path / "ditmoe"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "ditmoe"
+
+
+def test_a_copied_run_starts_no_command_and_shows_no_secret(run: Path, shards: Path, tmp_path: Path) -> None:
+    options = options_for(run, None)
+    for path, reason in (
+        (f"pipe:touch {tmp_path}/OWNED; cat {shards}/{{}}", "pipe:touch …: a command, which is never started"),
+        ("https://user:secret@host/x?token=secret", "https://…@host/x.…: an address with a password"),
+        ("simplecache::sftp://host/x", "simplecache::…, which is not opened"),
+    ):
+
+        def remember(facts: dict[str, Any], path: str = path) -> None:
+            facts["config"]["data"] = {"sources": [{"path": path}]}
+
+        change_marker(checkpoint_path(run, 0), remember)
+        with pytest.raises(UserError, match=reason) as raised:
+            prepare_job(options)
+        assert "secret" not in str(raised.value) and str(tmp_path / "OWNED") not in str(raised.value)
+    assert not (tmp_path / "OWNED").exists()
