@@ -7,12 +7,13 @@ import importlib
 import os
 import sys
 import traceback
+from contextlib import suppress
 from typing import Any, Final, NamedTuple, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from ditmoe.launcher.local.failures import record_failure
+from ditmoe.launcher.local.failures import record_failure, refusal
 from ditmoe.launcher.local.signals import end_with_parent
 from ditmoe.launcher.local.terminal import let_go, prepare_streams
 from ditmoe.model.errors import UserError
@@ -106,19 +107,27 @@ def main() -> None:
     try:
         sys.exit(_run())
     except UserError as error:
-        if not record_failure(str(error), USER_ERROR):
-            print(f"error: {message_lines(str(error))}", file=sys.stderr)
-        _end(USER_ERROR)
+        _end_with_message(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _end(INTERRUPTED)
     except BrokenPipeError:
         let_go(sys.stdout)  # its reader, such as `head`, has seen enough
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        refused = refusal(error) if isinstance(error, OSError) else None
+        if refused is not None:
+            _end_with_message(refused)
         if not record_failure(traceback.format_exc(), 1):
             traceback.print_exc()
         _end(1)
+
+
+def _end_with_message(message: str) -> NoReturn:
+    """End with a user's mistake: shown here, or by the process that started this one."""
+    if not record_failure(message, USER_ERROR):
+        print(f"error: {message_lines(message)}", file=sys.stderr)
+    _end(USER_ERROR)
 
 
 def _end(code: int) -> NoReturn:
@@ -129,8 +138,9 @@ def _end(code: int) -> NoReturn:
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):  # it goes nowhere, as on a full disk
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -17,7 +17,8 @@ def command(
         typer.Argument(help="Keys to set, such as train.batch=2048 train.precision=fp32.", metavar="KEY=VALUE"),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="GPUs of the whole run. [default: the configuration's layout]")
+        int | None,
+        typer.Option(min=1, max=2**20, help="GPUs of the whole run. [default: the configuration's layout]"),
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, b200, a100-40, a100-80, l40s or rtx4090.")] = "h100",
     memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU. [default: of its kind]")] = None,

@@ -4,6 +4,7 @@ When one rank fails, the others fail after it with broken connections. Each writ
 a file of its own; the starting process shows the earliest.
 """
 
+import errno
 import json
 import os
 import sys
@@ -12,11 +13,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import replacing
 from ditmoe.model.outside.text import message_lines
 
 FAILURE_VARIABLE: Final = "DITMOE_FAILURE_FILE"
 """Environment variable of a started process: the file it writes its failure to."""
+
+REFUSALS: Final = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE),
+    }
+)
+"""What the system says when a place or a limit of the user's does not allow what the program is asked for."""
+
+
+def refusal(error: OSError) -> str | None:
+    """The user's message for what the system refused; None where the program is at fault."""
+    if error.errno not in REFUSALS:
+        return None
+    if error.filename is None:
+        return f"{error.strerror}: a file could not be written or opened"
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 @dataclass(frozen=True)
@@ -40,8 +59,11 @@ def record_failure(message: str, code: int) -> bool:
     if path is None:
         return False
     failure = Failure(message, code, time.monotonic())
-    with replacing(Path(path)) as file:
-        file.write(json.dumps(asdict(failure)).encode())
+    try:
+        with replacing(Path(path)) as file:
+            file.write(json.dumps(asdict(failure)).encode())
+    except UserError:
+        return False  # as on a full disk, which may be why it failed: then it says so itself
     if os.environ.get("RANK") != "0":
         print(message_lines(message) if code == 2 else message, file=sys.stderr)
     return True

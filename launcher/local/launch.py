@@ -20,6 +20,7 @@ from typing import Any, Final
 from ditmoe.data.storage.stopping import STOP_SIGNALS
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failure
 from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
+from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import message_lines, printable
 
 PROGRAM: Final = (sys.executable, "-m", "ditmoe.launcher")
@@ -56,7 +57,7 @@ def spawn(
         0 when all ended well; the code of the first that failed (128 + N when signal N ended it), after its
         message was shown and the others were ended; 128 + N when signal N to this process ended them early.
     """
-    with tempfile.TemporaryDirectory(prefix="ditmoe-launch-") as scratch:
+    with _scratch_folder() as scratch:
         group = _Group(Path(scratch), log_dir or Path(scratch), grace)
         base = _environment(processes, threads, environment or {})
         # What is ignored stays so: nohup ignores SIGHUP.
@@ -70,6 +71,14 @@ def spawn(
             group.kill()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _scratch_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A folder for what ranks tell this process. UserError where the system has no place for one."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="ditmoe-launch-", ignore_cleanup_errors=True)
+    except OSError as error:  # FileNotFoundError where none of the usual folders can be written
+        raise UserError(f"TMPDIR: no folder for temporary files could be made: {error.strerror}") from error
 
 
 @dataclass

@@ -38,25 +38,20 @@ def let_go(stream: TextIO) -> None:
 
 
 class _Unheard(io.TextIOWrapper):
-    """Standard error: there is nobody else to tell when it cannot be written."""
+    """Standard error: there is nobody else to tell when it cannot be written, closed or on a full disk."""
 
     def write(self, text: str, /) -> int:
         try:
             return super().write(text)
-        except OSError as error:
-            self._give_up(error)
+        except OSError:
+            let_go(self)
             return len(text)
 
     def flush(self) -> None:
         try:
             super().flush()
-        except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        if error.errno not in CLOSED:
-            raise error
-        let_go(self)
+        except OSError:
+            let_go(self)
 
 
 def is_closed(error: OSError) -> bool:

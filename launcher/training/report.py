@@ -3,9 +3,10 @@
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Final, Self, TextIO
 
@@ -62,6 +63,8 @@ class Reporter:
         self._keys: TextIO | None = None
         # purge_step hides what an interrupted run wrote of the steps that are now repeated.
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._thread_failed = threading.excepthook
+        threading.excepthook = self._leave_to_next_write
         self._bar: tqdm[Any] | None = None
         if self._terminal.isatty():
             self._bar = tqdm(total=steps, initial=step, file=self._terminal, unit="step", dynamic_ncols=True)
@@ -69,15 +72,20 @@ class Reporter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # What ends the run is told, and not what a full disk says again to the rest of the buffers.
+        with suppress(OSError) if kind is not None else nullcontext():
+            self.close()
 
     def close(self) -> None:
         """Finish all files."""
         if self._bar is not None:
             with self._while_read():
                 self._bar.close()
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._thread_failed
         self._files.close()
 
     def log(self, message: str) -> None:
@@ -139,6 +147,11 @@ class Reporter:
     def _open(self, path: Path) -> TextIO:
         # Names of files need not be text that UTF-8 has.
         return self._files.enter_context(open(path, "a", encoding="utf-8", errors="backslashreplace"))
+
+    def _leave_to_next_write(self, failed: threading.ExceptHookArgs) -> None:
+        """Print no traceback where TensorBoard's thread cannot write: the next write here raises the same."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._thread_failed(failed)
 
     def _tell(self, text: str) -> None:
         """Write to the terminal, as long as somebody reads it."""

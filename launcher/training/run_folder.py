@@ -80,8 +80,11 @@ class RunFolder:
                     " such as NFS, or Lustre mounted with -o flock"
                 ) from error
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
+            except OSError as error:
+                raise UserError(f"{self.lock_file}: could not be written: {error.strerror}") from error
             yield
         finally:
             _held.discard(descriptor)

@@ -1,6 +1,7 @@
 """Every layout of a number of GPUs, and the fastest that fits."""
 
 from collections.abc import Callable, Iterable, Iterator
+from math import isqrt
 
 from ditmoe.model.config import ModelConfig
 from ditmoe.parallel.layout import Layout
@@ -30,7 +31,8 @@ def candidates(config: ModelConfig, gpus: int, batch: int, offload: bool = False
 
 def divisors(number: int) -> list[int]:
     """All of them, from 1 up."""
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, isqrt(number) + 1) if number % candidate == 0]
+    return sorted({*small, *(number // candidate for candidate in small)})
 
 
 def search(

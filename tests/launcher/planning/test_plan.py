@@ -24,6 +24,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.parallel.planner.anatomy import Anatomy, Weight
 from ditmoe.parallel.planner.estimate import Machine, Plan
 from ditmoe.parallel.planner.gpus import GPUS, tflops_of_device
+from ditmoe.parallel.planner.search import divisors
 
 ROOT = Path(__file__).resolve().parents[3]
 PUBLISHED = sorted((ROOT / "configs").glob("dit-*.yaml"))
@@ -97,6 +98,14 @@ def test_4096_gpus_take_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     found = plans(load_config(LARGEST, ["train.batch=4096"]), 4096, Machine(GPUS["h100"]))
     assert {entry.layout.pipe for entry in found} > {1, 8, 32}
     assert len(found) < walks.total() < 12 * len(found)
+
+
+def test_any_number_of_gpus_is_answered() -> None:
+    for number in (1, 2, 12, 97, 4096, 30_030, 65_536):
+        assert divisors(number) == [each for each in range(1, number + 1) if number % each == 0]
+    assert len(divisors(2**24)) == 25
+    done = plan(str(LARGEST), "--gpus", str(2**60))
+    assert done.exit_code == 2 and "--gpus" in done.output
 
 
 def test_plan_counts_with_given_machines(write_config: Write) -> None:

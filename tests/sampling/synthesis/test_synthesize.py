@@ -162,7 +162,9 @@ def test_images_are_those_of_their_numbers_with_label_score_and_provenance(share
     assert facts["provenance"]["scorer"]["network"] == classifier.fingerprint
 
 
-def test_two_processes_write_the_bytes_of_one(shared: Path, tmp_path: Path) -> None:
+def test_two_processes_write_the_bytes_of_one(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["synthesize", "--from", str(shared / "run"), "--count", "45", "--steps", "2", "--batch", "4"]
     arguments += [
         "--shard-samples",
@@ -187,10 +189,9 @@ def test_two_processes_write_the_bytes_of_one(shared: Path, tmp_path: Path) -> N
     assert "  scores   median 0." in one.output and str(tmp_path / "one" / "preview.png") in one.output
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     # Repeating a finished command shows the result.
-    started = time.monotonic()
+    monkeypatch.setattr("ditmoe.launcher.local.launch.spawn", None)  # nothing is started for that
     again = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
     assert again.exit_code == 0 and "synthesised 45 images" in again.output
-    assert time.monotonic() - started < 2
 
 
 def all_of(synthesis: Synthesis, seconds: float) -> Callable[[], list[ForkProcess]]:
