@@ -1,0 +1,57 @@
+"""The Python of the pages runs as it is printed, on small stand-ins for the runs, shards and weights that it names."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ditmoe.model import presets
+from ditmoe.model.canonical import canonical_state
+from ditmoe.model.count import preset_config
+from ditmoe.model.dit import DiT
+from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```(?:python|py)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def examples() -> list[Any]:
+    """A page, and the text of one of its examples."""
+    return [
+        pytest.param(text, id=f"{page.name}-{number}")
+        for page in PAGES
+        for number, text in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+    ]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small things under the names that the pages use."""
+    folder = tmp_path_factory.mktemp("examples")
+    write_run(folder / "runs" / "demo")
+    write_noise_classifier(folder / "runs" / "demo")
+    write_digits(folder / "shards" / "photos")
+    return folder
+
+
+@pytest.mark.parametrize("text", examples())
+def test_an_example_runs(text: str, stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(stand_ins)
+    # A network of the largest size that a page loads takes gigabytes; its weights' names are the same in a small one.
+    monkeypatch.setitem(presets.SIZES, "XL", (2, 32, 2))
+    weights = stand_ins / "dit_moe_xl_8E2A.pt"
+    if weights.name in text:
+        torch.save(canonical_state(DiT(preset_config("DiT-XL/2-8E2A", 256))), weights)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small are slower on several, and far slower on a busy machine
+    try:
+        exec(compile(text, "example", "exec"), {"__name__": "__main__"})
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_pages_have_examples() -> None:
+    assert {parameter.id.partition(".")[0] for parameter in examples()} >= {"sample", "dmcmc", "models", "data"}
