@@ -1,4 +1,4 @@
-"""The Python of the pages runs as it is printed, on small stand-ins for the runs, shards and weights that it names."""
+"""The Python of the pages runs as it is printed, on small stand-ins for the runs and weights that it names."""
 
 import re
 from pathlib import Path
@@ -40,7 +40,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("text", examples())
 def test_an_example_runs(text: str, stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(stand_ins)
-    # A network of the largest size that a page loads takes gigabytes; its weights' names are the same in a small one.
+    # A network of the size that a page loads takes gigabytes; a small one's weights have the same names.
     monkeypatch.setitem(presets.SIZES, "XL", (2, 32, 2))
     weights = stand_ins / "dit_moe_xl_8E2A.pt"
     if weights.name in text:
