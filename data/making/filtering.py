@@ -1,9 +1,7 @@
 """Filtering: the samples of a dataset with the best scores, class by class, copied as they are into new shards."""
 
-import hashlib
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -13,16 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe.data.making.copying import SampleCopy
 from ditmoe.data.making.ownership import claimed
-from ditmoe.data.making.preview import COLUMNS, ROWS, write_preview
-from ditmoe.data.places.reader import Shard
-from ditmoe.data.shards.decode import BadSample, image_extension
-from ditmoe.data.shards.index import DatasetIndex, ShardEntry, check_files, load_index, write_index
-from ditmoe.data.shards.names import is_plain_key
+from ditmoe.data.making.preview import write_preview
+from ditmoe.data.shards.index import DatasetIndex, check_files, load_index, write_index
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
-from ditmoe.data.shards.writer import ReadySample, ShardLimits, write_shards
-from ditmoe.data.storage.files import open_regular
-from ditmoe.data.storage.progress import track
+from ditmoe.data.shards.writer import ShardLimits, write_shards
 from ditmoe.model.errors import UserError
 
 
@@ -119,7 +113,7 @@ def filter_shards(
     if problems:
         raise UserError("\n".join(problems))
     kept = SampleColumns(samples.label_N[chosen], samples.score_N[chosen])
-    copy = _Copy(folder, index, chosen, kept.label_N)
+    copy = SampleCopy(folder, index, chosen, kept.label_N, "filtering")
     name = settings.name or f"{index.name}-filtered"
     file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
     sources = [folder, index_folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
@@ -132,87 +126,3 @@ def filter_shards(
             write_preview(out, new, copy.first_of_class)
         write_index(out, new)
     return FilterResult(new, figures)
-
-
-class _Copy:
-    """The chosen samples on their way."""
-
-    def __init__(
-        self, folder: Path, index: DatasetIndex, chosen: NDArray[np.int64], label_N: NDArray[np.int32]
-    ) -> None:
-        self._folder, self._index, self._label_N = folder, index, label_N
-        starts = np.concatenate([[0], np.cumsum(index.samples_per_shard)])
-        places = np.searchsorted(chosen, starts)
-        self._numbers = [chosen[a:b] for a, b in pairwise(places)]
-        """Numbers of the chosen samples of each shard."""
-        self._starts = starts
-        self.first_of_class: dict[int, list[tuple[str, bytes]]] = {}
-        """What the contact sheet shows."""
-
-    def samples(self) -> Iterator[ReadySample]:
-        """The chosen samples in order. UserError when a shard is damaged."""
-        as_they_are = self._keys_can_stay()
-        done = 0
-        for number, entry in enumerate(track(self._index.shards, len(self._index.shards), "filtering", "shards")):
-            if not len(self._numbers[number]):
-                continue
-            self._check(entry)
-            shard = Shard.at(self._folder / entry.file, entry)
-            try:
-                for sample in self._numbers[number].tolist():
-                    member = sample - int(self._starts[number])
-                    contents = self._members(shard, member)
-                    unwritable = [name for name in contents if not name or name.startswith("_")]
-                    if unwritable:
-                        raise UserError(
-                            f"{shard.where(member)}: has a member with the extension {unwritable[0]!a}, "
-                            "which cannot be copied"
-                        )
-                    self._keep_for_preview(int(self._label_N[done]), contents, shard.where(member))
-                    yield ReadySample(shard.keys[member] if as_they_are else f"{sample:08d}", contents)
-                    done += 1
-            finally:
-                shard.close()
-
-    def _members(self, shard: Shard, member: int) -> dict[str, bytes]:
-        try:
-            return {name: shard.read(member, name) or b"" for name in shard.extensions(member)}
-        except BadSample as error:
-            raise UserError(f"{shard.where(member)}: {error}") from error
-
-    def _keys_can_stay(self) -> bool:
-        """Whether the chosen samples' keys are plain and differ; otherwise their numbers become their keys."""
-        seen: set[str] = set()
-        for number, entry in enumerate(self._index.shards):
-            if not len(self._numbers[number]):
-                continue
-            shard = Shard.at(self._folder / entry.file, entry)
-            shard.close()
-            for sample in self._numbers[number].tolist():
-                key = shard.keys[sample - int(self._starts[number])]
-                if key in seen or not is_plain_key(key):
-                    return False
-                seen.add(key)
-        return True
-
-    def _check(self, entry: ShardEntry) -> None:
-        """UserError when a shard's bytes changed: the copies would get a good checksum."""
-        path = self._folder / entry.file
-        try:
-            with open_regular(path) as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
-        if sha256 != entry.sha256:
-            raise UserError(
-                f"{path}: checksum mismatch: sha256 {sha256[:12]}…, and index.json says {entry.sha256[:12]}…"
-            )
-
-    def _keep_for_preview(self, label: int, contents: dict[str, bytes], where: str) -> None:
-        kept = self.first_of_class.setdefault(label, [])
-        if self._index.latents is None and label < ROWS and len(kept) < COLUMNS:
-            try:
-                extension = image_extension(contents)
-            except BadSample as error:
-                raise UserError(f"{where}: {error}") from error
-            kept.append((extension, contents[extension]))

@@ -18,6 +18,7 @@ import numpy as np
 from ditmoe.data.making.class_names import MAX_CLASSES, as_number
 from ditmoe.data.making.foreign_shards import ShardFacts, SurveyRules, find_label_rule, parse_key, survey_shard
 from ditmoe.data.making.ownership import OLD_LOCK_FILE, look_through, read_record
+from ditmoe.data.making.reshuffle import class_mix
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index, write_index
 from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
 from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table
@@ -26,7 +27,7 @@ from ditmoe.data.storage.files import make_folder
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import is_fit_to_print
+from ditmoe.model.outside.text import is_fit_to_print, printable
 
 REMARKS_SHOWN: Final = 5
 
@@ -55,6 +56,8 @@ class ForeignSettings:
     """The dataset's name; null: the folder's."""
     overwrite: bool = False
     """Replace an index that is there."""
+    check_images: bool = False
+    """Decode every image, not the first of each tar alone."""
     skip_unreadable: bool = False
     """Leave out damaged tars, and samples that cannot be used, instead of writing nothing."""
 
@@ -68,6 +71,10 @@ class ForeignResult:
     problems: list[str]
     """One line each, with shard and key."""
     samples_left_out: int
+    others: list[str]
+    """Keys of entries of the tars that are no samples."""
+    warnings: list[str] = field(default_factory=list)
+    """What may not be as the user thinks, one line each."""
 
 
 def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
@@ -86,6 +93,7 @@ def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
         score_key=None if settings.score is None else parse_key("--score", settings.score),
         image_size=settings.image_size,
         channels=settings.channels,
+        check_images=settings.check_images,
     )
     surveyed = in_order(partial(survey_shard, folder, rules), files, settings.workers)
     facts = list(track(surveyed, len(files), "indexing", "shards"))
@@ -94,7 +102,7 @@ def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
     survey.settle_classes()
     survey.settle_scores(rules)
     if survey.problems and not settings.skip_unreadable:
-        return ForeignResult(None, survey.problems, 0)
+        return ForeignResult(None, survey.problems, 0, survey.others)
     used = int((survey.label_N >= 0).sum())
     if not used:
         first = f"; {survey.problems[0]}" if survey.problems else ""
@@ -115,7 +123,10 @@ def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
         left_out=tuple(file for file, each in zip(files, facts, strict=True) if each.entry is None),
     )
     write_index(out, index)
-    return ForeignResult(index, survey.problems, len(survey.label_N) - used)
+    left_out = len(survey.label_N) - used - len(survey.others)
+    mix = class_mix(index, survey.table())
+    warnings = [f"{mix}; `ditmoe data reshuffle {folder} OUT` deals them out anew"] if mix.poor else []
+    return ForeignResult(index, survey.problems, left_out, survey.others, warnings)
 
 
 def list_tars(folder: Path) -> tuple[list[str], list[str]]:
@@ -204,6 +215,7 @@ class _Survey:
 
     def __post_init__(self) -> None:
         self.problems = [problem for each in self.facts for problem in each.problems]
+        self.others = [key for each in self.facts for key in each.others]
         self.label_N = np.empty(0, np.int32)
         """Label of each sample, in the index's order; −1: it cannot be used. Empty until classes are settled."""
 
@@ -213,11 +225,15 @@ class _Survey:
         return SampleColumns(self.label_N, None if np.isnan(score_N).all() else score_N)
 
     def settle_form(self, rules: SurveyRules) -> None:
-        """The images' side and channels; a tar whose first image is of another is a problem."""
-        known = [each.form for each in self.facts if each.form is not None]
-        if not known:
-            raise UserError(f"{self.folder}: the first image of no tar can be used; {self.problems[0]}")
-        self.form = known[0]
+        """The images' side and channels, as most have them; those of another form are problems."""
+        counts: Counter[tuple[int, int]] = Counter()
+        for each in self.facts:
+            codes, found = np.unique(each.form_N[each.form_N >= 0], return_counts=True)
+            counts.update({each.forms[code]: int(n) for code, n in zip(codes, found.tolist(), strict=True)})
+        if not counts:
+            known = self.problems or [f"there is none among {', '.join(map(printable, self.others[:5]))}"]
+            raise UserError(f"{self.folder}: no image that was decoded can be used; {known[0]}")
+        ((self.form, _),) = counts.most_common(1)
         size, channels = self.form
         if rules.channels not in (None, channels):
             raise UserError(
@@ -225,11 +241,13 @@ class _Survey:
                 f"give --image-size too (such as {size}), and they are converted when they are read"
             )
         for number, each in enumerate(self.facts):
-            if each.form not in (None, self.form):
-                assert each.form is not None
-                found, expected = (f"{side}×{side}×{depth}" for side, depth in (each.form, self.form))
-                reason = f"is {found} where the first image was {expected}; give --image-size to bring all to one"
-                self._reject(number, {0: reason})
+            reasons = {}
+            for place in np.flatnonzero((each.form_N >= 0) & (each.code_N >= 0)).tolist():
+                form = each.forms[each.form_N[place]]
+                if form != self.form:
+                    has, expected = (f"{side}×{side}×{depth}" for side, depth in (form, self.form))
+                    reasons[place] = f"is {has} where most are {expected}; give --image-size to bring all to one"
+            self._reject(number, reasons)
 
     def settle_classes(self) -> None:
         """Whether labels are numbers or names, the classes, and each sample's label."""

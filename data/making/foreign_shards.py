@@ -1,4 +1,4 @@
-"""One tar that others made, looked through: labels, scores and a checksum; only its first image is decoded."""
+"""One tar that others made, looked through: labels, scores and a checksum; its first image is decoded, or all."""
 
 import hashlib
 import io
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ditmoe.data.making.class_names import as_name, as_number
 from ditmoe.data.shards.decode import (
+    IMAGE_EXTENSIONS,
     PICTURE_FORMATS,
     BadSample,
     decode_image,
@@ -41,6 +42,8 @@ class SurveyRules(NamedTuple):
     """Images are brought to it when they are read; null: they are squares of one size."""
     channels: int | None
     """Channels to convert to; null: as the first image has them, with an `image_size` 3."""
+    check_images: bool = False
+    """Decode every image, not the first of each tar alone."""
 
     @property
     def crop(self) -> bool:
@@ -59,16 +62,21 @@ class ShardFacts(NamedTuple):
     """Which of `values` each sample has; −1: none that could be used."""
     score_N: NDArray[np.float32]
     """Quality, NaN where a sample has none."""
-    form: tuple[int, int] | None
-    """Side in pixels and channels of the first image; null: it is not known."""
+    forms: list[tuple[int, int]]
+    """The distinct forms of the images that were decoded: side in pixels, channels."""
+    form_N: NDArray[np.int32]
+    """Which of `forms` each sample has; −1: it was not decoded, or could not be."""
     problems: list[str]
     """One line each, with shard and key."""
+    others: list[str]
+    """Keys of entries with neither image nor label, which are no samples."""
 
 
 def survey_shard(folder: Path, rules: SurveyRules, file: str) -> ShardFacts:
     """Look through one tar. What is wrong with it is among its `problems`."""
     path = folder / file
-    nothing = ShardFacts(None, [], np.empty(0, np.int32), np.empty(0, np.float32), None, [])
+    empty = np.empty(0, np.int32)
+    nothing = ShardFacts(None, [], empty, np.empty(0, np.float32), [], empty, [], [])
     try:
         with open(path, "rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -86,9 +94,15 @@ def survey_shard(folder: Path, rules: SurveyRules, file: str) -> ShardFacts:
         list(look.number_of),
         np.array(look.codes, dtype=np.int32),
         np.array(look.scores, dtype=np.float32),
-        look.form,
+        list(look.number_of_form),
+        np.array(look.form_codes, dtype=np.int32),
         look.problems,
+        look.others,
     )
+
+
+class _NoSample(Exception):
+    """There is nothing here to read."""
 
 
 class _Look:
@@ -99,23 +113,32 @@ class _Look:
         self.number_of: dict[str | int, int] = {}
         self.codes: list[int] = []
         self.scores: list[float] = []
-        self.form: tuple[int, int] | None = None
+        self.number_of_form: dict[tuple[int, int], int] = {}
+        self.form_codes: list[int] = []
         self.problems: list[str] = []
+        self.others: list[str] = []
 
     def at(self, key: str, members: dict[str, Extent]) -> None:
-        """Take one sample's label and score, and of the first the form of the image."""
-        code, score = -1, math.nan
+        """Take one sample's label and score, and the form of its image where that is decoded."""
+        code, form, score = -1, -1, math.nan
         try:
+            if not members.keys() & {*IMAGE_EXTENSIONS, self._rules.label.extension}:
+                self.others.append(key)  # such as README
+                raise _NoSample
             extension = image_extension(members)
-            if not self.codes:
-                self.form = self._decode(extension, members[extension])
+            if self._rules.check_images or not self.number_of_form:
+                found = self._decode(extension, members[extension])
+                form = self.number_of_form.setdefault(found, len(self.number_of_form))
             value = checked_label(label_value(self._read(members, self._rules.label.extension), self._rules.label))
             if self._rules.score_key is not None:
                 score = _score(self._read(members, "json"), self._rules.score_key)
             code = self.number_of.setdefault(value, len(self.number_of))
         except BadSample as error:
             self.problems.append(f"{self._path}, sample {key}: {error}")
+        except _NoSample:
+            pass
         self.codes.append(code)
+        self.form_codes.append(form)
         self.scores.append(score)
 
     def _read(self, members: dict[str, Extent], extension: str) -> bytes | None:
@@ -225,8 +248,11 @@ def find_label_rule(path: Path, wanted: str | None) -> LabelRule:
                 return rule
             except BadSample:
                 continue
-        listed = _describe(contents.members[0], partial(read, contents.members[0]))
-    key, has = contents.keys[0], f"has {listed}"
+        # What has an image is a sample; README and the like come before the first.
+        looked_at = contents.members[:SAMPLES_LOOKED_AT]
+        first = next((n for n, each in enumerate(looked_at) if any(e in each for e in IMAGE_EXTENSIONS)), 0)
+        listed = _describe(looked_at[first], partial(read, looked_at[first]))
+    key, has = contents.keys[first], f"has {listed}"
     if wanted is None:
         raise UserError(
             f"{path}, sample {key}: {has}, and no .cls with a label; say with --label where labels stand"

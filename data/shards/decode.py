@@ -22,6 +22,7 @@ from ditmoe.data.shards.images import (
     photograph_to_rgb,
     prepare,
     to_array,
+    upright,
 )
 from ditmoe.data.shards.index import DatasetIndex, LabelRule
 from ditmoe.model.outside.text import normal
@@ -63,7 +64,7 @@ def decode_image(extension: str, data: bytes, index: DatasetIndex) -> ImageArray
             return prepare(to_array(photograph_to_rgb(image)), index.image_size, index.channels)
         image = open_image(io.BytesIO(data), (PICTURE_FORMATS[extension],))
         _check_picture(image, index)
-        return to_array(load_pixels(image))
+        return to_array(upright(load_pixels(image)))
     except BadImage as error:
         raise BadSample(str(error)) from error
 

@@ -57,6 +57,16 @@ def describe(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF says. BadImage when that cannot be read, so that how it lies is not known."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # as above: SyntaxError, struct.error …
+        raise BadImage(f"damaged EXIF data: {describe(error)}") from error
+
+
 def photograph_to_rgb(image: Image.Image) -> Image.Image:
     """Bring any 8-bit picture to RGB: turned as its EXIF says, transparency laid over white.
 
@@ -64,17 +74,12 @@ def photograph_to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith(("I", "F")):
         raise BadImage(f"mode {image.mode}: more than 8 bits per channel; convert it to 8 bits first")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            upright = ImageOps.exif_transpose(image)
-    except Exception as error:  # as above: SyntaxError, struct.error …
-        raise BadImage(f"damaged EXIF data: {describe(error)}") from error
-    if upright.has_transparency_data:
-        with_alpha = upright.convert("RGBA")
+    turned = upright(image)
+    if turned.has_transparency_data:
+        with_alpha = turned.convert("RGBA")
         white = Image.new("RGBA", with_alpha.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, with_alpha).convert("RGB")
-    return upright.convert("RGB")
+    return turned.convert("RGB")
 
 
 def centre_crop(image: Image.Image, size: int) -> Image.Image:

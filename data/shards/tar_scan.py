@@ -200,6 +200,9 @@ class _Scan:
         data = self._offset + BLOCK
         if data + size > self._size:
             raise _Damaged(f"truncated tar: the data of {name!r} ends after the file")
+        if name.rpartition("/")[2].startswith("."):  # such as ._a.jpg of a Mac; webdataset skips them too
+            self._pass_on(data + _padded(size))
+            return
         key, extension = split_name(name)
         if not self.keys or self.keys[-1] != key:
             self.keys.append(key)

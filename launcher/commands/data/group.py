@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ditmoe.launcher.commands.data import encode, filter, index, synthesize
+from ditmoe.launcher.commands.data import encode, filter, index, reshuffle, synthesize
 from ditmoe.launcher.commands.data.index import LARGEST_IMAGE
 from ditmoe.launcher.commands.words import counted
 
@@ -15,6 +15,7 @@ app.command("index")(index.command)
 app.command("encode")(encode.command)
 app.command("synthesize")(synthesize.command)
 app.command("filter")(filter.command)
+app.command("reshuffle")(reshuffle.command)
 
 HISTOGRAM_ROWS = 100
 

@@ -49,6 +49,10 @@ def command(
     workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: this one.")] = 0,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: FOLDER's]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
+    check_images: Annotated[
+        bool,
+        typer.Option("--check-images", help="Decode every image, not the first of each tar alone."),
+    ] = False,
     skip_unreadable: Annotated[
         bool,
         typer.Option(
@@ -85,6 +89,7 @@ def command(
             workers=workers,
             name=name,
             overwrite=overwrite,
+            check_images=check_images,
             skip_unreadable=skip_unreadable,
         ),
     )
@@ -101,8 +106,14 @@ def command(
             f"{counted(len(index.left_out), 'shard')} and {counted(result.samples_left_out, 'sample')} left out",
             err=True,
         )
+    if result.others:
+        shown = ", ".join(map(printable, result.others[:5])) + (", …" if len(result.others) > 5 else "")
+        entries = counted(len(result.others), "entry", "entries")
+        typer.echo(f"ignored: {entries} with neither image nor label: {shown}", err=True)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     typer.echo(
-        f"indexed {counted(index.total - result.samples_left_out, 'image')}"
+        f"indexed {counted(index.total - result.samples_left_out - len(result.others), 'image')}"
         f"{' to be read as' if index.crop else ' of'} {index.image_size}×{index.image_size}×{index.channels} "
         f"in {counted(index.num_classes, 'class', 'classes')}: "
         f"{counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"

@@ -359,8 +359,7 @@ def test_images_of_another_size_are_found_by_the_first_of_each_tar(tmp_path: Pat
         write_tar(tmp_path / f"{name}.tar", [("x", {"png": picture("PNG", (size, size)), "cls": b"0"})])
     result = indexed(tmp_path)
     assert result.problems == [
-        f"{tmp_path}/b.tar, sample x: is 12×12×3 where the first image was 11×11×3; "
-        "give --image-size to bring all to one"
+        f"{tmp_path}/b.tar, sample x: is 12×12×3 where most are 11×11×3; give --image-size to bring all to one"
     ]
     indexed(tmp_path, skip_unreadable=True)
     assert labels_in(tmp_path) == [0, -1, 0] and not verify(tmp_path).problems
@@ -464,3 +463,67 @@ def test_keys_that_are_paths_elsewhere_are_not_taken_over(tmp_path: Path, vae_fo
         with tarfile.open(tmp_path / "latents" / entry.file) as tar:
             found.append(list(dict.fromkeys(name.split(".")[0] for name in tar.getnames())))
     assert found == [["00000000", "00000001", "00000002"], ["n01/0001"]]
+
+
+def test_files_that_are_no_samples_are_passed_over(tmp_path: Path) -> None:
+    """A README comes first, and a Mac puts a file with its attributes beside each."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    picture_of = picture("PNG", (8, 8))
+    for tar in range(2):
+        with tarfile.open(folder / f"{tar}.tar", "w") as archive:
+            names = ["README", "__meta__.json", ".DS_Store", "._a.png", "a.png", "._a.cls", "a.cls"]
+            for name in [*names, "._b.png", "b.png", "._b.cls", "b.cls", "sub/._c.png", "sub/c.png", "sub/c.cls"]:
+                data = picture_of if name.endswith(".png") and "._" not in name else b"1"
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    for settings in ({}, {"image_size": 4}, {"check_images": True}, {"skip_unreadable": True}):
+        result = indexed(folder, overwrite=True, **settings)
+        assert result.problems == [] and result.samples_left_out == 0
+        assert result.others == ["README", "__meta__"] * 2
+        assert labels_in(folder) == [-1, -1, 1, 1, 1] * 2
+    assert verify(folder).problems == []
+    done = CliRunner().invoke(app, ["index", str(folder), "--overwrite"])
+    assert done.exit_code == 0 and "indexed 6 images" in done.output
+    assert "ignored: 4 entries with neither image nor label: README, __meta__, README, __meta__" in done.output
+
+
+def test_every_image_can_be_checked_and_what_is_bad_is_left_out_everywhere(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    for tar in range(2):
+        samples = [(f"{tar}-{number}", {"png": picture("PNG", (8, 8)), "cls": b"0"}) for number in range(5)]
+        samples[2][1]["png"] = b"broken"
+        samples[3][1]["png"] = picture("PNG", (9, 9))
+        write_tar(folder / f"{tar}.tar", samples)
+    assert indexed(folder).problems == []  # the first of each tar is good
+    for workers in (0, 2):
+        result = indexed(folder, check_images=True, workers=workers, overwrite=True)
+        assert result.index is None and len(result.problems) == 4
+        assert "0.tar, sample 0-2: " in result.problems[0] and "1.tar, sample 1-2: " in result.problems[1]
+        assert "0.tar, sample 0-3: is 9×9×3 where most are 8×8×3" in result.problems[2]
+    indexed(folder, check_images=True, skip_unreadable=True, workers=2, overwrite=True)
+    assert labels_in(folder) == [0, 0, -1, -1, 0] * 2
+    keys, _ = epoch_of(folder)
+    assert len(set(keys)) == 6 and images_of(folder).count == 6
+    assert sum(len(batch.label_N) for batch in images_of(folder).read_all(4)) == 6
+    cropped = indexed(folder, check_images=True, skip_unreadable=True, image_size=8, overwrite=True)
+    assert labels_in(folder) == [0, 0, -1, 0, 0] * 2 and len(cropped.problems) == 2
+
+
+def test_photographs_are_turned_as_their_exif_says_with_a_size_and_without(tmp_path: Path) -> None:
+    image = Image.new("RGB", (16, 16))
+    image.paste((255, 255, 255), (0, 0, 16, 8))  # light above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise: light to the right
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", exif=exif, quality=95)
+    write_tar(tmp_path / "a.tar", [("x", {"jpg": buffer.getvalue(), "cls": b"0"})])
+    found = {}
+    for size in (None, 16):
+        indexed(tmp_path, image_size=size, overwrite=True)
+        index = load_index(tmp_path)
+        assert index.crop == (size is not None)
+        found[size] = decode_image("jpg", buffer.getvalue(), index)
+    np.testing.assert_array_equal(found[None], found[16])
+    assert found[None][:, 12:].mean() > 240 and found[None][:, :4].mean() < 15

@@ -53,6 +53,8 @@ def plain(path: Path) -> Found:
                         return keys, members, f"member {member.name!r} is not a regular file"
                     if member.offset_data + member.size > size:
                         return keys, members, f"truncated tar: the data of {member.name!r} ends after the file"
+                    if member.name.rpartition("/")[2].startswith("."):
+                        continue
                     key, extension = split_name(member.name)
                     if not keys or keys[-1] != key:
                         keys.append(key)
