@@ -180,12 +180,6 @@ class Claims:
         holder = self.holder(name)
         return "" if holder is None else f" ({holder})"
 
-    def seconds_since(self, path: Path) -> float | None:
-        """How long ago a file in the folder was written, by the file server's clock; None: it is not there."""
-        with suppress(FileNotFoundError):
-            return self._now() - path.stat().st_mtime
-        return None
-
     def _create(self, path: Path, token: str, after: str) -> bool:
         """Create a claim, whole and at once; False where another process has created it before."""
         here = _here()

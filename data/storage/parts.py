@@ -158,7 +158,8 @@ def make_parts(
         UserError: a part cannot be made, here or by another process; or the file system refuses.
     """
     wanted = range(len(parts.names)) if only is None else only
-    claims, began, made = parts.claims, time.monotonic(), 0
+    claims, made = parts.claims, 0
+    old: frozenset[str] | None = None
     make_folder(parts.folder)
     while True:
         there = set(list_folder(parts.folder))
@@ -169,7 +170,9 @@ def make_parts(
         if not missing:
             _clean(parts, wanted, listing)
             return made
-        _end_with_others(parts, missing, listing, began)
+        # Failures of earlier starts are tried again.
+        old = listing.others if old is None else old
+        _end_with_others(parts, missing, listing.others - old)
         start = len(missing) * rank // ranks
         order = missing[start:] + missing[:start]
         # What is claimed is looked into when nothing else is left: its holder may be dead.
@@ -179,8 +182,8 @@ def make_parts(
         for part in free or order:
             with claims.taken(parts.names[part], listing) as claim:
                 if claim is not None and not parts.path(part).exists():
-                    _remove_drafts(parts, [part], listing)
-                    with _failure_told(parts, part):
+                    _remove_of(parts, [part], listing, DRAFT_SUFFIX)
+                    with _failure_told(parts, part, listing):
                         mine = parts.make_one(part, claim.held)
                     made_now += mine
                     done += parts.size([part]) if mine else 0
@@ -240,54 +243,51 @@ def _writable(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _failure_told(parts: Parts[Made, Found, Result], part: int) -> Iterator[None]:
-    """Let the other processes know when a part cannot be made, and that it could where it could not before."""
-    note = parts.claims.folder / f"{parts.names[part]}{FAILURE_SUFFIX}"
+def _failure_told(parts: Parts[Made, Found, Result], part: int, listing: Listing) -> Iterator[None]:
+    """Let the other processes know when a part cannot be made; earlier failures are forgotten."""
     try:
         yield
     except UserError as error:
         with suppress(OSError):  # what is wrong may be the disk; this process tells of it in any case
-            draft = note.with_name(f".{uuid.uuid4().hex}")
+            draft = parts.claims.folder / f".{uuid.uuid4().hex}"
             draft.write_text(json.dumps(str(error)), encoding="utf-8")
-            os.replace(draft, note)
+            os.replace(draft, parts.claims.folder / f"{parts.names[part]}.{uuid.uuid4().hex}{FAILURE_SUFFIX}")
         raise
-    with suppress(OSError):
-        note.unlink(missing_ok=True)
+    finally:
+        _remove_of(parts, [part], listing, FAILURE_SUFFIX)
 
 
-def _end_with_others(
-    parts: Parts[Made, Found, Result], missing: Sequence[int], listing: Listing, began: float
-) -> None:
+def _end_with_others(parts: Parts[Made, Found, Result], missing: Sequence[int], new: frozenset[str]) -> None:
     """UserError when another process could not make one of the parts since this one began."""
-    claims = parts.claims
-    for part in missing:
-        name = f"{parts.names[part]}{FAILURE_SUFFIX}"
-        if name not in listing.others:
-            continue
-        age = claims.seconds_since(claims.folder / name)
-        if age is None or age > time.monotonic() - began:
-            continue  # of an earlier start, and tried again now
+    for file in _files_of(parts, missing, new, FAILURE_SUFFIX):
         time.sleep(FAILURE_SECONDS)
         try:
-            message = json.loads((claims.folder / name).read_bytes())
-        except (OSError, ValueError):
+            message = json.loads(file.read_bytes())
+        except (OSError, ValueError):  # made by now
             continue
         raise UserError(str(message))
 
 
-def _remove_drafts(parts: Parts[Made, Found, Result], of: Sequence[int], listing: Listing) -> None:
-    """Remove what processes that are gone left of these parts."""
-    names = {parts.names[part] for part in of}
-    for file in listing.others:
-        # NAME.<32 hexadecimal digits>.draft
-        if file.endswith(DRAFT_SUFFIX) and file.removesuffix(DRAFT_SUFFIX).rpartition(".")[0] in names:
-            with suppress(OSError):
-                (parts.claims.folder / file).unlink()
+def _files_of(
+    parts: Parts[Made, Found, Result], of: Iterable[int], names: frozenset[str], suffix: str
+) -> Iterator[Path]:
+    """The files NAME.<32 hexadecimal digits><suffix> of some parts among those in the folder of claims."""
+    wanted = {parts.names[part] for part in of}
+    for name in names:
+        if name.endswith(suffix) and name.removesuffix(suffix).rpartition(".")[0] in wanted:
+            yield parts.claims.folder / name
+
+
+def _remove_of(parts: Parts[Made, Found, Result], of: Iterable[int], listing: Listing, suffix: str) -> None:
+    for path in _files_of(parts, of, listing.others, suffix):
+        with suppress(OSError):
+            path.unlink()
 
 
 def _clean(parts: Parts[Made, Found, Result], of: Sequence[int], listing: Listing) -> None:
     """Remove what processes that were killed left of finished parts."""
-    _remove_drafts(parts, of, listing)
+    _remove_of(parts, of, listing, DRAFT_SUFFIX)
+    _remove_of(parts, of, listing, FAILURE_SUFFIX)
     for part in of:
         if parts.names[part] in listing.claims:
             with parts.claims.taken(parts.names[part], listing):
