@@ -197,9 +197,10 @@ def test_known_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process_count(3, "cpu") == 3
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert known_processes(3, "auto") == 6
     monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(UserError, match="WORLD_SIZE = nothing"):
+    with pytest.raises(UserError, match="RANK is set in the environment without WORLD_SIZE"):
         known_processes(None, "auto")
 
 

@@ -308,5 +308,5 @@ def test_several_processes_need_a_place_to_meet(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(UserError, match="WORLD_SIZE = 2 is set in the environment without MASTER_PORT"):
+    with pytest.raises(UserError, match="RANK is set in the environment without MASTER_PORT"):
         processes.join(torch.device("cpu"))
