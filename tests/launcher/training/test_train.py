@@ -448,7 +448,7 @@ def test_data_may_move_but_not_change(make_config: Callable[..., Path], shards: 
     result = train(config, "train.steps=6", f"data.sources.0.path={moved}")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "data.sources: the samples, or their order, are not those that" in result.stderr
-    assert "step-00000004 was trained on (another fingerprint)" in result.stderr
+    assert "step-00000004 was trained on (another choice of samples, shards)" in result.stderr
 
 
 @pytest.mark.timeout(120)
