@@ -6,23 +6,24 @@ without TF32 and by deterministic kernels.
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field, StrictInt, ValidationError
 from torch import Tensor
 
 from ditmoe.data.shards.images import to_network_range
 from ditmoe.data.shards.index import LatentFacts
 from ditmoe.model.errors import UserError
-from ditmoe.model.weights.untrusted import parse_json, read_file
+from ditmoe.model.weights.untrusted import first_problem, parse_json, read_file
 
 CONFIG_FILE: Final = "config.json"
 MOST_CONFIG_BYTES: Final = 2**20
+LARGEST_SCALE: Final = 1e9
 WEIGHTS_FILE: Final = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX: Final = ".index.json"
 """Of a list of several weights files."""
@@ -91,6 +92,16 @@ class Vae:
         return torch.cat(images)
 
 
+class _Sizes(BaseModel):
+    """What of a configuration decides how large a network is built; the limits are beyond any in use."""
+
+    in_channels: Annotated[StrictInt, Field(ge=1, le=1024)] = 3
+    out_channels: Annotated[StrictInt, Field(ge=1, le=1024)] = 3
+    latent_channels: Annotated[StrictInt, Field(ge=1, le=1024)] = 4
+    block_out_channels: list[Annotated[StrictInt, Field(ge=1, le=8192)]] = Field([64], min_length=1, max_length=12)
+    layers_per_block: Annotated[StrictInt, Field(ge=1, le=64)] = 1
+
+
 def read_facts(path: Path) -> VaeFacts:
     """Read the configuration of the autoencoder in a folder, and checksum its weights.
 
@@ -119,21 +130,23 @@ def read_facts(path: Path) -> VaeFacts:
         raise UserError(
             f"{path / CONFIG_FILE}: has latents_mean or latents_std; expected one scale for all channels"
         )
-    numbers = all(isinstance(number, int | float) and math.isfinite(number) for number in (scale, shift))
+    numbers = all(isinstance(number, int | float) and abs(number) < LARGEST_SCALE for number in (scale, shift))
     if not numbers or scale <= 0:
-        raise UserError(f"{path / CONFIG_FILE}: scaling_factor is {scale}, shift_factor {shift}; expected numbers")
+        found = f"scaling_factor is {repr(scale)[:40]}, shift_factor {repr(shift)[:40]}"
+        raise UserError(f"{path / CONFIG_FILE}: {found}; expected numbers")
     try:
-        return VaeFacts(
-            path=path,
-            sha256=hashlib.sha256(f"{text}\n{weights_sha256}\n".encode()).hexdigest(),
-            scale=float(scale),
-            shift=float(shift),
-            pixel_channels=int(config.get("in_channels", 3)),
-            latent_channels=int(config.get("latent_channels", 4)),
-            reduction=2 ** (len(config.get("block_out_channels", [64])) - 1),
-        )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path / CONFIG_FILE}: does not describe an {CLASS}: {error}") from error
+        sizes = _Sizes.model_validate(config)
+    except ValidationError as error:
+        raise UserError(f"{path / CONFIG_FILE}: does not describe an {CLASS}: {first_problem(error)}") from error
+    return VaeFacts(
+        path=path,
+        sha256=hashlib.sha256(f"{text}\n{weights_sha256}\n".encode()).hexdigest(),
+        scale=float(scale),
+        shift=float(shift),
+        pixel_channels=sizes.in_channels,
+        latent_channels=sizes.latent_channels,
+        reduction=2 ** (len(sizes.block_out_channels) - 1),
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -167,8 +180,9 @@ def load_vae(facts: VaeFacts, device: str | torch.device = "cpu") -> Vae:
             torch_dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"{facts.path}: could not be loaded as an {CLASS}: {error}") from error
+    except Exception as error:  # an odd configuration makes diffusers raise nearly anything
+        text = (str(error).strip() or type(error).__name__)[:1000]
+        raise UserError(f"{facts.path}: could not be loaded as an {CLASS}: {text}") from error
     problems = [
         f"{key.removesuffix('_keys')}: {', '.join(map(str, report[key][:3]))}"
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -354,7 +354,7 @@ class Trainer:
                 f"saved {saved.path}: copied in {saved.copy_seconds:.2f} s, written in {saved.write_seconds:.2f} s"
             )
         for problem in self.saver.problems():
-            self._say(f"{problem}; training goes on, and it is tried again at the next save")
+            self._say(problem)
 
     def _tell_rest(self) -> None:
         """Say what came after the last record, and so is in none."""

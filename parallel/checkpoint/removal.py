@@ -17,6 +17,8 @@ from ditmoe.parallel.checkpoint.folder import PARTIAL, discarded_name
 
 _LEFTOVER: Final = re.compile(r"step-[0-9]{8,18}(\.[a-z]+(-[0-9]+)?)?" + re.escape(PARTIAL))
 
+_AGAIN: Final = "; training goes on, and it is tried again at the next save"
+
 
 class Removal:
     """Removes checkpoints of a run; on one process alone, the one that holds the run."""
@@ -32,7 +34,7 @@ class Removal:
         try:
             os.rename(path, discarded_name(path))
         except OSError as error:
-            self._found.put(f"{path} could not be removed ({error.strerror or error})")
+            self._found.put(f"{path} could not be removed ({error.strerror or error}){_AGAIN}")
 
     def sweep(self) -> None:
         """Begin to delete all that is set aside or left over; at once done where it is still going on.
@@ -84,4 +86,4 @@ class Removal:
             try:
                 shutil.rmtree(folder)
             except OSError as error:
-                self._found.put(f"{folder} could not be removed ({error.strerror or error})")
+                self._found.put(f"{folder} could not be removed ({error.strerror or error}){_AGAIN}")

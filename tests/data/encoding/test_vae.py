@@ -2,6 +2,7 @@
 
 import ast
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_another_vae_than_that_of_the_data_is_refused(
     with pytest.raises(UserError, match=f"other: checksum is {read_facts(other).sha256}; expected {facts.sha256}"):
         find_vae(latents, other)
     gone = latents.model_copy(update={"vae": str(tmp_path / "gone")})
-    with pytest.raises(UserError, match=r"gone: no such folder.*give the folder that it lies in now with --vae"):
+    with pytest.raises(UserError, match=r"gone: no such folder.*say where it lies now with --vae FOLDER"):
         find_vae(gone)
     assert find_vae(gone, vae_folder) == facts
 
@@ -121,3 +122,25 @@ def test_diffusers_is_imported_only_to_load_one() -> None:
                 names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
                 names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
                 assert not any(name.split(".")[0] == "diffusers" for name in names), path
+
+
+def test_every_odd_value_of_a_configuration_is_one_message(tmp_path: Path, make_vae: Callable[..., Path]) -> None:
+    folder = make_vae(tmp_path)
+    file = folder / CONFIG_FILE
+    config = json.loads(file.read_text())
+    odd = (None, True, "x", "", -1, 0, 0.5, 10**9, 10**400, [], {}, [[1]], [10**12], ["DownEncoderBlock2D"] * 3)
+    changed = [{**config, key: value} for key in config for value in odd]
+    changed += [{name: value for name, value in config.items() if name != key} for key in config]
+    refused = 0
+    for each in random.Random(0).sample(changed, 120):
+        file.write_text(json.dumps(each))
+        try:
+            load_vae(read_facts(folder))
+        except UserError as error:
+            refused += 1
+            assert str(folder) in str(error) and len(str(error)) < 1500
+    assert refused > 40
+    for text in ("", "[]", "[" * 10**5, "9" * 10**5, "{}"):
+        file.write_text(text)
+        with pytest.raises(UserError, match=CONFIG_FILE):
+            read_facts(folder)

@@ -66,7 +66,7 @@ def test_a_folder_that_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         save(tmp_path, 4, removal)
     assert steps(tmp_path) == [3, 4]
     (problem,) = removal.problems()
-    assert problem == f"{checkpoint_path(tmp_path, 3)} could not be removed (Permission denied)"
+    assert problem.startswith(f"{checkpoint_path(tmp_path, 3)} could not be removed (Permission denied); training")
     save(tmp_path, 5, removal)
     assert steps(tmp_path) == [5]
 
