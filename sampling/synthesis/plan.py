@@ -30,6 +30,7 @@ from ditmoe.data.making.pack import ImageFormat
 from ditmoe.data.shards.index import INDEX_FILE
 from ditmoe.data.storage.files import read_settings
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import printable
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import classifier_fingerprint
 from ditmoe.sampling.jobs.chunks import ChunkStore
@@ -157,9 +158,9 @@ class Synthesis:
 
 
 def class_names_of(info: CheckpointInfo) -> tuple[str, ...]:
-    """The names of a checkpoint's classes, or their numbers where it has no names."""
+    """The names of a checkpoint's classes, fit to print, or their numbers where it has no names."""
     number = info.model.num_classes or info.dataset["num_classes"]
-    return tuple(str(name) for name in info.dataset.get("class_names") or range(number))
+    return tuple(printable(str(name)) for name in info.dataset.get("class_names") or range(number))
 
 
 def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
@@ -200,7 +201,7 @@ def prepare_synthesis(options: SynthesisOptions) -> Synthesis:
         else batch * max(1, LARGEST_CHUNK // batch),
         "shard_samples": options.shard_samples,
         "format": options.format,
-        "name": options.name or f"{home.name}-synthetic",
+        "name": options.name or printable(f"{home.name}-synthetic"),
         "score": plain_settings(options.score, real),
         "vae": None if decoder is None else decoder.sha256,
         **({"noise_classifier": classifier_fingerprint(info, [sampler])} if sampler.chains else {}),

@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import count
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.synthesis import make as synthesize_module
 from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
 from ditmoe.sampling.synthesis.plan import Synthesis, SynthesisOptions, prepare_synthesis
+from tests.markers import change_marker
 from tests.sampling.small_run import images_of, write_noise_classifier
 
 MODEL = ModelConfig(
@@ -516,3 +518,19 @@ def test_images_that_are_not_finite_are_left_out(shared: Path, tmp_path: Path) -
     assert table.label_N.tolist() == [number % 10 for number in range(45) if number != 13]
     with closing(Shard.at(tmp_path / "out" / index.shards[1].file, index.shards[1])) as shard:
         assert "00000013" not in shard.keys and "00000014" in shard.keys
+
+
+def test_names_of_others_that_cannot_be_printed_end_no_synthesis(shared: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(shared / "run", tmp_path / "a\x1b[31mrun")
+
+    def rename(facts: dict[str, Any]) -> None:
+        facts["dataset"]["class_names"] = [*map(str, range(9)), "ni\nne"]
+
+    change_marker(checkpoint_path(run, 0), rename)
+    options = options_for(
+        shared, tmp_path / "out", source=run, score=ScoreSettings("none"), reference=None, count=10
+    )
+    synthesis = prepare_synthesis(options)
+    index = synthesize(synthesis, drawer(synthesis, CPU))
+    assert "\x1b" not in index.name and "\n" not in index.class_names[9] and "ni" in index.class_names[9]
+    assert load_index(tmp_path / "out") == index
