@@ -1,5 +1,6 @@
 """`ditmoe convert`: published weights, safetensors and checkpoints of ours, each into any other."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -159,7 +160,7 @@ def _destination_kind(path: Path) -> Literal[".pt", ".safetensors", "checkpoint"
     if path.suffix == SAFETENSORS:
         taken.append(path.with_name(path.stem + INDEX_SUFFIX))
     for existing in taken:
-        if existing.exists():
+        if os.path.lexists(existing):
             raise UserError(f"{existing}: exists already; remove it or choose another name")
     if path.suffix == SAFETENSORS:
         return ".safetensors"

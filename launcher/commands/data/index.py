@@ -110,6 +110,8 @@ def command(
         shown = ", ".join(map(printable, result.others[:5])) + (", …" if len(result.others) > 5 else "")
         entries = counted(len(result.others), "entry", "entries")
         typer.echo(f"ignored: {entries} with neither image nor label: {shown}", err=True)
+    if skip_unreadable and not check_images:
+        typer.echo("only the first image of each tar was decoded; --check-images decodes all of them", err=True)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(

@@ -37,7 +37,7 @@ def members_of(folder: Path) -> dict[str, dict[str, bytes | None]]:
 
 @pytest.fixture
 def sorted_tars(tmp_path: Path) -> Path:
-    """200 classes of 40 images, 20 classes in each tar, one after the other."""
+    """200 classes of 10 images, 20 classes in each tar, one after the other."""
     image = picture("PNG", (4, 4))
     folder = tmp_path / "sorted"
     folder.mkdir()
@@ -48,7 +48,7 @@ def sorted_tars(tmp_path: Path) -> Path:
                 {"png": image, "cls": str(label).encode(), "txt": f"{label}-{number}".encode()},
             )
             for label in range(20 * tar, 20 * tar + 20)
-            for number in range(40)
+            for number in range(10)
         ]
         write_tar(folder / f"{tar:02d}.tar", samples)
     return folder
@@ -73,7 +73,7 @@ def test_sorted_tars_are_told_with_the_figure_and_dealt_out(
     sorted_tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DataConfig.model_fields["lanes"], "default", 4)  # as few as a larger dataset would need
-    monkeypatch.setattr(DataConfig.model_fields["shuffle"], "default", 128)
+    monkeypatch.setattr(DataConfig.model_fields["shuffle"], "default", 32)
     indexed = runner.invoke(app, ["index", str(sorted_tars)])
     assert indexed.exit_code == 0, indexed.output
     index = load_index(sorted_tars)
@@ -89,13 +89,13 @@ def test_sorted_tars_are_told_with_the_figure_and_dealt_out(
 
     for name in ("one", "two"):
         result = runner.invoke(
-            app, ["reshuffle", str(sorted_tars), str(tmp_path / name), "--shard-samples", "900"]
+            app, ["reshuffle", str(sorted_tars), str(tmp_path / name), "--shard-samples", "225"]
         )
         assert result.exit_code == 0, result.output
-    assert "reshuffled 8,000 samples into 9 shards" in result.output
+    assert "reshuffled 2,000 samples into 9 shards" in result.output
     assert f"and {fair:.0f} in a fair draw" in result.output
     new = load_index(tmp_path / "one")
-    assert [entry.samples for entry in new.shards] == [900] * 8 + [800]
+    assert [entry.samples for entry in new.shards] == [225] * 8 + [200]
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     assert members_of(tmp_path / "one") == members_of(sorted_tars)
