@@ -115,7 +115,7 @@ def main() -> None:
         let_go(sys.stdout)  # its reader, such as `head`, has seen enough
         sys.exit(1)
     except Exception as error:
-        refused = refusal(error) if isinstance(error, OSError) else None
+        refused = refusal(error)
         if refused is not None:
             _end_with_message(refused)
         if not record_failure(traceback.format_exc(), 1):

@@ -29,9 +29,16 @@ REFUSALS: Final = frozenset(
 """What the system says when a place or a limit of the user's does not allow what the program is asked for."""
 
 
-def refusal(error: OSError) -> str | None:
-    """The user's message for what the system refused; None where the program is at fault."""
-    if error.errno not in REFUSALS:
+_TORCH_WANTS_MEMORY: Final = "DefaultCPUAllocator: can't allocate memory"
+"""Of a RuntimeError, which is all that torch raises where the CPU's memory is short."""
+
+
+def refusal(error: Exception) -> str | None:
+    """The user's message for what the system refused, a file or memory; None where the program is at fault."""
+    if isinstance(error, MemoryError) or _TORCH_WANTS_MEMORY in str(error):
+        wanted = str(error).rpartition(": ")[2] or "of this process"
+        return f"not enough memory on this machine: {wanted}"
+    if not isinstance(error, OSError) or error.errno not in REFUSALS:
         return None
     if error.filename is None:
         return f"{error.strerror}: a file could not be written or opened"

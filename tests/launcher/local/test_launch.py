@@ -178,3 +178,19 @@ def test_a_second_ctrl_c_within_the_process() -> None:
         time.sleep(REPEAT_SECONDS + 0.1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.timeout(180)
+def test_a_lost_terminal_under_torchrun(tmp_path: Path) -> None:
+    """Torchrun passes SIGHUP on; its ranks stop in order, and do not die of it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [*torchrun, MISBEHAVING[1], "misbehave", "stop", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    pids(tmp_path)
+    process.send_signal(signal.SIGHUP)
+    process.wait(timeout=60)
+    assert {(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)} == {"SIGHUP"}
