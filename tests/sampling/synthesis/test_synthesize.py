@@ -534,3 +534,20 @@ def test_names_of_others_that_cannot_be_printed_end_no_synthesis(shared: Path, t
     index = synthesize(synthesis, drawer(synthesis, CPU))
     assert "\x1b" not in index.name and "\n" not in index.class_names[9] and "ni" in index.class_names[9]
     assert load_index(tmp_path / "out") == index
+
+
+def test_what_others_have_in_the_folder_and_the_real_images_stay(shared: Path, tmp_path: Path) -> None:
+    for number, name in enumerate(
+        ("work/x", "samples.npz", "preview.png", "index.json", "synthesis.json", "x.partial")
+    ):
+        out = tmp_path / f"out-{number}"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text('{"mine": 1}')
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=f"holds {name.split('/')[0]}/?, which `ditmoe` did not write"):
+                prepare_synthesis(options_for(shared, out, overwrite=overwrite))
+        assert [path for path in out.rglob("*") if path.is_file()] == [out / name]
+    before = contents(shared / "shards")
+    with pytest.raises(UserError, match=r"holds .*shards.*, which is to be read"):
+        prepare_synthesis(options_for(shared, shared / "shards", overwrite=True))
+    assert contents(shared / "shards") == before
