@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.test_imports import edges, room
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (".ci/run", "demo.sh")
@@ -85,6 +88,94 @@ def test_pages_that_are_named_exist() -> None:
     for path, text in text_files().items():
         for page in PAGE.findall(text):
             assert (ROOT / page).exists(), f"{path.relative_to(ROOT)} names {page}"
+
+
+WORD = re.compile(r"`([^`\n]+)`")
+ROW = re.compile(r"^\| `([\w./]+)` \| (.+) \| (?:`([\w./]+)`)? *\| (.*?) *\|$", re.MULTILINE)
+"""A row of the tables of floors: folder or module, what it holds, where to begin reading, its imports."""
+MODULE_PATH = re.compile(r"(?<![\w./-])[\w./-]+\.py\b")
+FLOOR_PATH = re.compile(
+    r"(?<![\w./:-])(?:ditmoe|launcher|sampling|parallel|data|model|configs|tests|docs|benchmarks)/[\w./-]*[\w/]"
+)
+
+
+def paths_named(markdown: str) -> set[str]:
+    """The files and folders of this repository that a page names in backticks."""
+    words = WORD.findall(without_code(markdown))
+    return {path for word in words for pattern in (MODULE_PATH, FLOOR_PATH) for path in pattern.findall(word)}
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if name != "CHANGELOG.md"])
+def test_paths_that_pages_name_exist(name: str) -> None:
+    """From the root, with the folder: a bare `denoiser.py` leads nobody anywhere."""
+    # The imports of the tables of floors are within their floor, and compared below.
+    page = ROW.sub(r"| `\1` | \2 | `\3` | |", (ROOT / name).read_text(encoding="utf-8"))
+    lost = {path for path in paths_named(page) if not (ROOT / path).exists()}
+    assert not lost, f"{name} names {', '.join(sorted(lost))}"
+
+
+def test_the_search_for_paths() -> None:
+    text = "`ditmoe/sampling/x.py`, `denoiser.py`, `model/dit.py` and `data/` in `python y.py`\n```\n`a.py`\n```\n"
+    assert paths_named(text) == {"ditmoe/sampling/x.py", "denoiser.py", "model/dit.py", "y.py"}
+
+
+def rooms() -> dict[str, set[str]]:
+    """Folder or module of a floor → those of its floor that it imports, by the code."""
+    found: dict[str, set[str]] = {}
+    for module, targets in edges().items():
+        own = room(module)
+        if own.endswith(("__init__.py", "__main__.py")):
+            continue
+        same_floor = {room(target) for target in targets if target.split("/")[0] == own.split("/")[0]}
+        found.setdefault(own, set()).update(same_floor - {own})
+    return {_shown(own): {_shown(target) for target in targets} for own, targets in found.items()}
+
+
+def _shown(name: str) -> str:
+    return name if name.endswith(".py") else f"{name}/"
+
+
+def test_the_tables_of_floors_are_the_code_s() -> None:
+    """Every folder and module, where to begin reading, and its imports; a row imports only rows below it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = {name: (idea, begin, cell) for name, idea, begin, cell in ROW.findall(page)}
+    actual = rooms()
+    assert sorted(rows) == sorted(actual)
+    order = list(rows)
+    for name, (idea, begin, cell) in rows.items():
+        floor = name.split("/")[0]
+        expected = ", ".join(f"`{target.split('/', 1)[1]}`" for target in sorted(actual[name]))
+        assert cell == expected, f"docs/architecture.md, the imports of {name}: expected {expected or 'none'}"
+        assert idea.strip() and (name.endswith(".py") or begin.startswith(name)), name
+        assert all(order.index(target) > order.index(name) for target in actual[name]), f"the rows of {floor}"
+
+
+def test_the_way_from_evaluate_to_the_denoiser_is_the_longest() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    told = re.search(r"`launcher/commands/`((?:\s+→\s+`sampling/\w+/`)+)", page)
+    assert told is not None
+    way = re.findall(r"`(sampling/\w+/)`", told[1])
+    actual = rooms()
+    assert all(later in actual[earlier] for earlier, later in pairwise(way))
+    begins = {
+        _shown(room(target))
+        for target in edges()["launcher/commands/evaluate.py"]
+        if target.startswith("sampling/")
+    } | {
+        _shown(room(target))
+        for target in edges()["launcher/commands/evaluate_grid.py"]
+        if target.startswith("sampling/")
+    }
+    assert way[0] in begins and way[-1] == "sampling/network/"
+
+    @cache
+    def longest(start: str) -> int:
+        """Folders from one to the denoiser's, or a negative number where no way leads there."""
+        if start == way[-1]:
+            return 1
+        return 1 + max((longest(target) for target in actual[start]), default=-99)
+
+    assert len(way) == max(map(longest, begins))
 
 
 def test_every_page_can_be_reached() -> None:
