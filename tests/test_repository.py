@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import floors
 from tests.test_imports import edges, room
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,8 +92,6 @@ def test_pages_that_are_named_exist() -> None:
 
 
 WORD = re.compile(r"`([^`\n]+)`")
-ROW = re.compile(r"^\| `([\w./]+)` \| (.+) \| (?:`([\w./]+)`)? *\| (.*?) *\|$", re.MULTILINE)
-"""A row of the tables of floors: folder or module, what it holds, where to begin reading, its imports."""
 MODULE_PATH = re.compile(r"(?<![\w./-])[\w./-]+\.py\b")
 FLOOR_PATH = re.compile(
     r"(?<![\w./:-])(?:ditmoe|launcher|sampling|parallel|data|model|configs|tests|docs|benchmarks)/[\w./-]*[\w/]"
@@ -109,7 +108,7 @@ def paths_named(markdown: str) -> set[str]:
 def test_paths_that_pages_name_exist(name: str) -> None:
     """From the root, with the folder: a bare `denoiser.py` leads nobody anywhere."""
     # The imports of the tables of floors are within their floor, and compared below.
-    page = ROW.sub(r"| `\1` | \2 | `\3` | |", (ROOT / name).read_text(encoding="utf-8"))
+    page = floors.ROW.sub(r"| `\1` | \2 | `\3` | |", (ROOT / name).read_text(encoding="utf-8"))
     lost = {path for path in paths_named(page) if not (ROOT / path).exists()}
     assert not lost, f"{name} names {', '.join(sorted(lost))}"
 
@@ -119,50 +118,34 @@ def test_the_search_for_paths() -> None:
     assert paths_named(text) == {"ditmoe/sampling/x.py", "denoiser.py", "model/dit.py", "y.py"}
 
 
-def rooms() -> dict[str, set[str]]:
-    """Folder or module of a floor → those of its floor that it imports, by the code."""
-    found: dict[str, set[str]] = {}
-    for module, targets in edges().items():
-        own = room(module)
-        if own.endswith(("__init__.py", "__main__.py")):
-            continue
-        same_floor = {room(target) for target in targets if target.split("/")[0] == own.split("/")[0]}
-        found.setdefault(own, set()).update(same_floor - {own})
-    return {_shown(own): {_shown(target) for target in targets} for own, targets in found.items()}
-
-
-def _shown(name: str) -> str:
-    return name if name.endswith(".py") else f"{name}/"
-
-
 def test_the_tables_of_floors_are_the_code_s() -> None:
     """Every folder and module, where to begin reading, and its imports; a row imports only rows below it."""
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = {name: (idea, begin, cell) for name, idea, begin, cell in ROW.findall(page)}
-    actual = rooms()
-    assert sorted(rows) == sorted(actual)
-    order = list(rows)
-    for name, (idea, begin, cell) in rows.items():
-        floor = name.split("/")[0]
-        expected = ", ".join(f"`{target.split('/', 1)[1]}`" for target in sorted(actual[name]))
-        assert cell == expected, f"docs/architecture.md, the imports of {name}: expected {expected or 'none'}"
+    page = floors.PAGE.read_text(encoding="utf-8")
+    found = floors.rows(page)
+    expected = floors.rooms()
+    assert sorted(found) == sorted(expected), "docs/architecture.md: a row for each folder and module of a floor"
+    for name, (idea, begin, _) in found.items():
         assert idea.strip() and (name.endswith(".py") or begin.startswith(name)), name
-        assert all(order.index(target) > order.index(name) for target in actual[name]), f"the rows of {floor}"
+    assert page == floors.written(page), "run: python -m tests.floors"
+    order = list(found)
+    for name, targets in expected.items():
+        assert all(order.index(target) > order.index(name) for target in targets), name
+        assert found[name][2].count("`") == 2 * len(targets), name
 
 
 def test_the_way_from_evaluate_to_the_denoiser_is_the_longest() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = floors.PAGE.read_text(encoding="utf-8")
     told = re.search(r"`launcher/commands/`((?:\s+→\s+`sampling/\w+/`)+)", page)
     assert told is not None
     way = re.findall(r"`(sampling/\w+/)`", told[1])
-    actual = rooms()
+    actual = floors.rooms()
     assert all(later in actual[earlier] for earlier, later in pairwise(way))
     begins = {
-        _shown(room(target))
+        floors.shown(room(target))
         for target in edges()["launcher/commands/evaluate.py"]
         if target.startswith("sampling/")
     } | {
-        _shown(room(target))
+        floors.shown(room(target))
         for target in edges()["launcher/commands/evaluate_grid.py"]
         if target.startswith("sampling/")
     }
