@@ -244,7 +244,7 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
 
     whole = small_chunks(tmp_path / "whole")
     for process in all_of(whole, 0)():
-        process.join(20)
+        process.join(120)
         assert process.exitcode == 0
     cut = small_chunks(tmp_path / "cut")
     start = all_of(cut, 0.01)
@@ -261,7 +261,7 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
             if process.is_alive():
                 assert process.pid is not None
                 os.kill(process.pid, signal.SIGKILL)
-            process.join(20)
+            process.join(120)
         # What is finished is not written again.
         for path in sorted((tmp_path / "cut").glob("*.tar")):
             assert there.setdefault(path, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
