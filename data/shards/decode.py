@@ -16,6 +16,7 @@ from PIL import Image
 from ditmoe.data.shards.images import (
     BadImage,
     ImageArray,
+    blaming_bytes,
     describe,
     load_pixels,
     open_image,
@@ -82,14 +83,13 @@ def _check_picture(image: Image.Image, index: DatasetIndex) -> None:
 
 def _decode_npy(data: bytes, index: DatasetIndex) -> ImageArray:
     expected = (index.image_size, index.image_size, index.channels)
-    try:
-        # The header first: an array of objects is a pickle, and a huge claimed shape must not be allocated.
+    # The header, a Python literal, first: an array of objects is a pickle, and a huge claimed shape must not be
+    # allocated.
+    with blaming_bytes(BadSample, "undecodable npy"):
         file = io.BytesIO(data)
         version = npy_format.read_magic(file)
         read_header = npy_format.read_array_header_1_0 if version == (1, 0) else npy_format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-    except Exception as error:  # the header is a Python literal, and its parser raises many types
-        raise BadSample(f"undecodable npy: {describe(error)}") from error
     if dtype.hasobject:
         raise BadSample("npy array of Python objects (a pickle), which is never read; expected uint8")
     if dtype != np.uint8:

@@ -1,6 +1,8 @@
 """Images as arrays: opening files from strangers, the ADM centre crop, and the network's range of values."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Final
 
 import numpy as np
@@ -34,6 +36,8 @@ def open_image(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
         raise BadImage(f"too many pixels, taken for a decompression bomb (limit {MAX_PIXELS:,})") from error
     except UnidentifiedImageError as error:
         raise BadImage(f"not a readable {' or '.join(formats)} image") from error
+    except MemoryError:  # says nothing of the image
+        raise
     except Exception as error:  # Pillow's parsers raise many types on bytes that are not an image
         raise BadImage(f"not a readable {' or '.join(formats)} image ({describe(error)})") from error
     if image.width * image.height > MAX_PIXELS:
@@ -45,11 +49,20 @@ def open_image(file: IO[bytes], formats: tuple[str, ...]) -> Image.Image:
 
 def load_pixels(image: Image.Image) -> Image.Image:
     """Decode the pixels of an opened image. BadImage when the bytes are damaged or end early."""
-    try:
+    with blaming_bytes(BadImage, "undecodable image"):
         image.load()
-    except Exception as error:  # as above: OSError, SyntaxError, ValueError, struct.error, zlib.error …
-        raise BadImage(f"undecodable image: {describe(error)}") from error
     return image
+
+
+@contextmanager
+def blaming_bytes(wrong: type[Exception], what: str) -> Iterator[None]:
+    """Raise `wrong` for what a parser raises on odd bytes: nearly anything; short memory is another thing."""
+    try:
+        yield
+    except (wrong, MemoryError):
+        raise
+    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error, zlib.error …
+        raise wrong(f"{what}: {describe(error)}") from error
 
 
 def describe(error: Exception) -> str:
@@ -59,12 +72,9 @@ def describe(error: Exception) -> str:
 
 def upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF says. BadImage when that cannot be read, so that how it lies is not known."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ImageOps.exif_transpose(image)
-    except Exception as error:  # as above: SyntaxError, struct.error …
-        raise BadImage(f"damaged EXIF data: {describe(error)}") from error
+    with blaming_bytes(BadImage, "damaged EXIF data"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ImageOps.exif_transpose(image)
 
 
 def photograph_to_rgb(image: Image.Image) -> Image.Image:

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ditmoe.data.shards.decode import BadSample
-from ditmoe.data.shards.images import describe
+from ditmoe.data.shards.images import blaming_bytes
 from ditmoe.data.shards.index import DatasetIndex, LatentFacts
 from ditmoe.model import randomness
 
@@ -101,12 +101,8 @@ def decode_latent(extension: str, data: bytes, index: DatasetIndex) -> tuple[Mom
     the header is judged before any number is read.
     """
     assert index.latents is not None
-    try:
+    with blaming_bytes(BadSample, f"undecodable {extension}"):  # a header is a Python literal or JSON
         header = _parse(data[: _header_length(extension, data)], extension)
-    except BadSample:
-        raise
-    except Exception as error:  # a header is a Python literal or JSON, and its parser raises many types
-        raise BadSample(f"undecodable {extension}: {describe(error)}") from error
     expected = (2, index.channels, index.image_size, index.image_size)
     dtype = index.latents.dtype
     if header.dtype != dtype:

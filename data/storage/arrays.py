@@ -66,7 +66,7 @@ def _plain_errors() -> Iterator[None]:
     """ValueError for what readers of zip files and of numpy headers raise on damaged bytes: nearly anything."""
     try:
         yield
-    except UNREADABLE:
+    except (*UNREADABLE, MemoryError):
         raise
     except Exception as error:
         raise ValueError(str(error) or type(error).__name__) from error

@@ -73,3 +73,14 @@ def read_settings(path: Path) -> dict[str, Any] | None:
             f"{path}: could not be read ({error}); choose another folder, or delete this one"
         ) from None
     return values if isinstance(values, dict) else {}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object that this program wrote and can make anew. UserError when it is not there or is damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: could not be read ({error}); delete the file, it is made anew") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a {type(values).__name__}, expected an object; delete the file")
+    return values

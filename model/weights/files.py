@@ -65,7 +65,7 @@ def read_pt(path: Path) -> tuple[dict[str, Any], str | None]:
             raise UserError(_refusal(path, sorted(refused)))
         with safe_globals([argparse.Namespace]):
             content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file makes the unpickler raise nearly anything
         named = re.findall(r"GLOBAL ([\w.]+)", str(error))

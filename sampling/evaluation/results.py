@@ -10,7 +10,8 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.files import read_object, replacing
+from ditmoe.model.errors import UserError
 from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
 from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
@@ -21,6 +22,7 @@ from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.scores import ChunkDescriptions, RealStatistics, score
 from ditmoe.sampling.settings.names import NOT_FINITE
 
+METRICS_FILE: Final = "metrics.json"
 METRICS_FORMAT: Final = 1
 NUMBERS_SHOWN: Final = 20
 """Images that are not finite and are named."""
@@ -97,11 +99,11 @@ def write_results(
             **recogniser.description,
         }
 
-    path = folder / "metrics.json"
+    path = folder / METRICS_FILE
     results = {network.name: result}
     if path.exists():
         # Scores of the same images in another network stay.
-        results = {**json.loads(path.read_text(encoding="utf-8")).get("results", {}), **results}
+        results = {**stored_results(folder), **results}
     metrics = {
         "format": METRICS_FORMAT,
         "evaluation": evaluation,
@@ -125,6 +127,15 @@ def _weak_features(network: Classifier, classes: int) -> list[str]:
             "held-out real images only: its FID says little"
         ]
     return []
+
+
+def stored_results(folder: Path) -> dict[str, Any]:
+    """The results in `metrics.json`, by feature network. UserError when the file is damaged."""
+    path = folder / METRICS_FILE
+    results = read_object(path).get("results")
+    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
+        raise UserError(f"{path}: its key `results` is damaged; delete the file, it is made anew")
+    return results
 
 
 def write_samples(path: Path, store: ChunkStore, count: int) -> None:

@@ -15,16 +15,15 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Final
 
 from ditmoe.data.storage.claims import Claims
-from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.files import read_object, replacing
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.measures import Measures
-from ditmoe.sampling.evaluation.results import write_results
+from ditmoe.sampling.evaluation.results import METRICS_FILE, stored_results, write_results
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk
@@ -32,7 +31,6 @@ from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with
 
 LARGEST_DEFAULT_CHUNK: Final = 256
-METRICS_FILE: Final = "metrics.json"
 SAMPLES_FILE: Final = "samples.npz"
 
 
@@ -45,9 +43,8 @@ def stored_result(job: Job) -> dict[str, Any] | None:
     path = job.folder / METRICS_FILE
     if not path.exists() or not (job.folder / SAMPLES_FILE).exists():
         return None
-    metrics = _read_json(path)
-    result = metrics.get("results", {}).get(job.features)
-    return metrics if result is not None and result.get("request") == job.request else None
+    result = stored_results(job.folder).get(job.features)
+    return read_object(path) if result is not None and result.get("request") == job.request else None
 
 
 def run_job(
@@ -98,7 +95,7 @@ def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) 
 def _begin(job: Job, ranks: int) -> None:
     """Refuse a folder that was started in other chunks; write down the settings."""
     path = job.folder / "evaluation.json"
-    stored = _read_json(path) if path.exists() else None
+    stored = read_object(path) if path.exists() else None
     if stored is None:
         wanted = {
             **job.evaluation.plain(),
@@ -127,7 +124,7 @@ def _run(
     check: Callable[[], None],
 ) -> dict[str, Any]:
     evaluation = job.evaluation
-    size = int(_read_json(job.folder / "evaluation.json")["chunk"])
+    size = int(read_object(job.folder / "evaluation.json")["chunk"])
     store = ChunkStore(
         job.folder / "chunks", evaluation.count, size, evaluation.fingerprint, draw, evaluation.labels_of
     )
@@ -199,14 +196,4 @@ def _run(
         )
 
     workers.on_first(write)
-    return _read_json(job.folder / METRICS_FILE)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: could not be read ({error}); delete the file, it is made anew") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a {type(values).__name__}, expected an object; delete the file")
-    return values
+    return read_object(job.folder / METRICS_FILE)

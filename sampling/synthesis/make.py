@@ -38,7 +38,7 @@ from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, ShardEntry, load_
 from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.data.shards.writer import PackedSample, write_shard
 from ditmoe.data.storage.claims import Claims, list_folder
-from ditmoe.data.storage.files import is_partial, make_folder, replacing
+from ditmoe.data.storage.files import is_partial, make_folder, read_object, replacing
 from ditmoe.data.storage.parts import CLAIMS_FOLDER, DamagedPart, Parts, Progress, make_parts
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.chains.images import StateFile, find_posterior
@@ -205,7 +205,7 @@ def _same_scorer(synthesis: Synthesis, scorer: Scorer) -> None:
     if not path.exists():
         with replacing(path) as file:
             file.write(json.dumps(described).encode())
-    elif json.loads(path.read_bytes()) != described:
+    elif read_object(path) != described:
         raise UserError(
             f"{synthesis.out}: was begun with another scoring network ({path.read_text()}, and now {described}): "
             f"{synthesis.options.cache} was changed since; delete the folder to begin again"

@@ -329,3 +329,13 @@ def test_real_images_that_cannot_be_used_are_named_in_the_metrics(
     )
     assert "1 real images cannot be used and take no part, such as" in "".join(result["warnings"])
     assert result["network"]["held_out_images"] + result["network"]["trained_on"] == 1796
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"results": []}', '{"results": {"classifier": 3}}', "[" * 100_000])
+def test_damaged_metrics_are_one_message(tmp_path: Path, shards: Path, cache: Path, damage: str) -> None:
+    job = make_job(tmp_path / "run", shards, cache)
+    job.folder.mkdir(parents=True)
+    (job.folder / "samples.npz").touch()
+    (job.folder / "metrics.json").write_text(damage)
+    with pytest.raises(UserError, match=r"metrics\.json.*delete the file"):
+        stored_result(job)
