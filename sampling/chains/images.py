@@ -49,6 +49,12 @@ class ChainImages(NamedTuple):
     """σ of the state that was denoised, float32."""
     trace_NT: Tensor
     """σ after each step since the last sample, float32."""
+    finite_N: Tensor
+    """False where an image, or the state it was made of, had NaN or infinity in it."""
+
+
+ToBytes = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""x0_BCHW → uint8 `[B, H, W, C]` on the CPU, and which of them are finite, bool `[B]` on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def draw_chain_images(
     label_N: Tensor,
     image_numbers: Sequence[int],
     shape: tuple[int, int, int],
-    to_bytes: Callable[[Tensor, Sequence[int]], Tensor],
+    to_bytes: ToBytes,
     batch: int,
     *,
     progress: Callable[[int], None] | None = None,
@@ -106,12 +112,15 @@ def draw_chain_images(
 ) -> ChainImages:
     """Draw images of chains; a chain runs as far as the last of its images that is asked for.
 
+    A chain whose state is no longer finite stays so until it starts anew (`restart_every`); it takes its turns, so
+    that the others of its batch see no difference.
+
     Args:
         config: resolved, of a sampler of chains.
         label_N: class of each image, int64, one for all images of a chain, on the device that they are drawn on.
         image_numbers: at least one, each once.
         shape: (C, H, W) of what the network draws.
-        to_bytes: (x0_BCHW, numbers of their chains) → uint8 `[B, H, W, C]` on the CPU.
+        to_bytes: makes images of what was drawn.
         batch: chains drawn at once. Another size changes them by rounding, see `dlg`.
         progress: called with the images drawn so far.
         state_file: removed when all are drawn.
@@ -178,7 +187,9 @@ class _DrawnSamples:
 
     def __init__(self, count: int, stored: dict[str, Tensor] | None = None) -> None:
         self._count = count
-        self.stored = {"drawn_N": torch.zeros(count, dtype=torch.bool)} if stored is None else stored
+        none_N = torch.zeros(count, dtype=torch.bool)
+        # Lost rather than finite: in states that were kept before there was such an entry, none is lost.
+        self.stored = {"drawn_N": none_N, "lost_N": none_N.clone(), **(stored or {})}
 
     @property
     def count(self) -> int:
@@ -191,15 +202,18 @@ class _DrawnSamples:
         group: list[int],
         spent_B: Tensor,
         wanted: dict[int, dict[int, int]],
-        to_bytes: Callable[[Tensor, Sequence[int]], Tensor],
+        to_bytes: ToBytes,
     ) -> None:
         """Keep what was asked for of a sample of each chain; what the batch was filled up with falls away."""
         place = int(sample.selected.number_B[0])
         chosen_R = [row for row, number in enumerate(group) if place in wanted[number]]
         if not chosen_R:
             return
+        image_BHWC, finite_B = to_bytes(sample.x0_BCHW)
+        finite_B = finite_B & sample.selected.x_BCHW.isfinite().flatten(1).all(1).cpu()
         found = {
-            "image_NHWC": to_bytes(sample.x0_BCHW, sample.selected.chain_B.tolist()),
+            "image_NHWC": image_BHWC,
+            "lost_N": ~finite_B,
             "nfe_N": spent_B,
             "sigma_N": sample.selected.sigma_B.float().cpu(),
             "trace_NT": sample.selected.trace_BT.float().cpu(),
@@ -214,7 +228,8 @@ class _DrawnSamples:
     def images(self) -> ChainImages:
         """All of them."""
         assert bool(self.stored["drawn_N"].all())
-        return ChainImages(*(self.stored[name] for name in ChainImages._fields))
+        stored = {**self.stored, "finite_N": ~self.stored["lost_N"]}
+        return ChainImages(*(stored[name] for name in ChainImages._fields))
 
 
 class _State(NamedTuple):

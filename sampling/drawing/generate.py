@@ -110,16 +110,14 @@ def generate(
         state_file: where unfinished chains are kept; None: nowhere.
 
     Raises:
-        UserError: as `generate_float`; a sample of a chain is not finite, for then its chain is lost; there is no
-            classifier for chains, or what was kept is of others.
+        UserError: as `generate_float`; there is no classifier for chains, or what was kept is of others.
     """
     config = config.resolved(model.objective_config)
     passes = 1 if config.cfg_scale == 1 else 2
     if not config.chains:
         images = generate_float(model, labels, image_numbers, config, batch, progress)
-        finite_N = _finite(images.image_NCHW)
-        image_NCHW = torch.where(finite_N[:, None, None, None], images.image_NCHW, 0.0)
-        return Generated(_as_bytes(image_NCHW), images.nfe_N, passes, finite_N=finite_N)
+        image_NHWC, finite_N = _as_bytes(images.image_NCHW)
+        return Generated(image_NHWC, images.nfe_N, passes, finite_N=finite_N)
     labels = _checked_labels(model, labels, image_numbers, config)
     device = next(model.network.parameters()).device
     if posterior is None:
@@ -127,10 +125,8 @@ def generate(
         posterior = find_posterior(model.info, device)
     vae = model.vae
 
-    def to_bytes(x_BCHW: Tensor, chain_numbers: Sequence[int]) -> Tensor:
-        pixels_BCHW = (x_BCHW if vae is None else vae.decode(x_BCHW)).float().cpu()
-        check_finite(_finite(pixels_BCHW), chain_numbers, "a sample of chain")
-        return _as_bytes(pixels_BCHW)
+    def to_bytes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        return _as_bytes((x_BCHW if vae is None else vae.decode(x_BCHW)).float().cpu())
 
     with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
         drawn = draw_chain_images(
@@ -145,7 +141,7 @@ def generate(
             progress=progress,
             state_file=state_file,
         )
-    return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn)
+    return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn, drawn.finite_N)
 
 
 def generate_float(
@@ -218,22 +214,20 @@ def draw(
     return integrate(denoiser, initial_BCHW * start.deviation, sigma_B, label_B, noise, config)
 
 
-def check_finite(finite_N: Tensor | None, image_numbers: Sequence[int], what: str = "image") -> None:
+def check_finite(finite_N: Tensor | None, image_numbers: Sequence[int]) -> None:
     """UserError naming the first image that had NaN or infinity in it: bytes would not show it."""
     bad = [] if finite_N is None else (~finite_N).nonzero()[:, 0].tolist()
     if bad:
         raise UserError(
-            f"{what} {image_numbers[bad[0]]} is not finite, and neither are {len(bad) - 1} others: {NOT_FINITE}"
+            f"image {image_numbers[bad[0]]} is not finite, and neither are {len(bad) - 1} others: {NOT_FINITE}"
         )
 
 
-def _finite(image_NCHW: Tensor) -> Tensor:
-    return image_NCHW.isfinite().flatten(1).all(1)
-
-
-def _as_bytes(image_NCHW: Tensor) -> Tensor:
-    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255."""
-    return to_uint8(image_NCHW).permute(0, 2, 3, 1).contiguous()
+def _as_bytes(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255, or grey; and which of them are finite, `[N]`."""
+    finite_N = image_NCHW.isfinite().flatten(1).all(1)
+    image_NCHW = torch.where(finite_N[:, None, None, None], image_NCHW, 0.0)
+    return to_uint8(image_NCHW).permute(0, 2, 3, 1).contiguous(), finite_N
 
 
 def _checked_labels(

@@ -256,10 +256,10 @@ def _drawer(job: Job, model: _Model) -> DrawChunk:
 def drawn_images(images: Generated) -> DrawnImages:
     """Images as a chunk keeps them."""
     image_NHWC, nfe_N = images.image_NHWC.numpy(), images.nfe_N.numpy()
+    finite_N = None if images.finite_N is None else images.finite_N.numpy()
     if images.chains is None:
-        finite_N = None if images.finite_N is None else images.finite_N.numpy()
         return DrawnImages(image_NHWC, nfe_N, finite_N=finite_N)
-    return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy())
+    return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy(), finite_N)
 
 
 def _check_fit(info: CheckpointInfo, real: Reference, decoder: VaeFacts | None) -> int:

@@ -11,7 +11,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.chains import images as chain_images
 from ditmoe.sampling.chains.images import StateFile
-from ditmoe.sampling.drawing.generate import generate
+from ditmoe.sampling.drawing.generate import check_finite, generate
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier, NoiseNetwork, NoiseSpace
@@ -195,9 +195,11 @@ def test_what_was_kept_of_other_chains_is_refused(model, posterior, tmp_path, mo
             generate(model, None, range(20), config, batch, posterior=posterior, state_file=changed)
 
 
-def test_chains_that_leave_every_bound_are_named(model, posterior):
-    with pytest.raises(UserError, match="a sample of chain 0 is not finite"):
-        generate(model, None, range(4), config_of(step_size=1e30), 1, posterior=posterior)
+def test_chains_that_leave_every_bound_are_told(model, posterior):
+    found = generate(model, None, range(4), config_of(step_size=1e30), 1, posterior=posterior)
+    assert found.finite_N is not None and not found.finite_N.any() and (found.image_NHWC == 128).all()
+    with pytest.raises(UserError, match="image 0 is not finite, and neither are 3 others"):
+        check_finite(found.finite_N, range(4))
 
 
 def test_a_preset_gives_what_is_not_given():
@@ -235,3 +237,68 @@ def test_settings_of_chains_belong_to_samplers_of_chains():
     assert (resolved.sampler, resolved.integrator, resolved.schedule) == ("dlg:heun", "heun", "karras")
     assert "dlg" in resolved.plain() and "dlg" not in SamplerConfig().plain()
     assert (config_of().images_per_unit, SamplerConfig().images_per_unit) == (4, 1)
+
+
+@pytest.mark.parametrize("sampler", ["dlg:kar2", "dlg:rk45", "dlg:ddim"])
+@pytest.mark.parametrize("select", ["last", "smallest"])
+def test_a_chain_that_is_no_longer_finite_is_told_and_changes_no_other(
+    model, posterior, tmp_path, monkeypatch, sampler, select
+):
+    config, numbers = config_of(sampler, select=select, samples_per_chain=6, level_rule="sample"), range(24)
+    config = config.model_copy(update={"tolerance": 0.01})
+    whole = generate(model, None, numbers, config, 4, posterior=posterior)
+    passes: list[int] = []
+    fails_after = dies_at = 10**9
+
+    def fail(network, inputs, output):
+        """From some pass on the network has nothing but NaN for the chain in the batch's third row."""
+        passes.append(1)
+        if len(passes) == dies_at:
+            raise Died
+        if len(passes) > fails_after:
+            output = output.clone()
+            output[2] = float("nan")
+        return output
+
+    hook = model.network.register_forward_hook(fail)
+    generate(model, None, [6 * chain for chain in range(4)], config, 4, posterior=posterior)
+    fails_after = len(passes)  # the first sample of each is drawn
+    passes.clear()
+    found = generate(model, None, numbers, config, 4, posterior=posterior)
+    lost_N = torch.tensor([13 <= number < 18 for number in numbers])
+    others_N = torch.tensor([number // 6 != 2 for number in numbers])
+    assert found.finite_N is not None and torch.equal(found.finite_N, ~lost_N)
+    assert (found.image_NHWC[lost_N] == 128).all()
+    assert found.chains is not None and whole.chains is not None and whole.finite_N is not None
+    assert whole.finite_N.all()
+    for name in ("image_NHWC", "nfe_N", "trace_NT", "sigma_N"):
+        assert torch.equal(getattr(found.chains, name)[others_N], getattr(whole.chains, name)[others_N])
+
+    # Interrupted in the middle it goes on alike: what was lost before is kept, and what is lost stays so.
+    monkeypatch.setattr(chain_images, "KEEP_SECONDS", 0.0)
+    kept = StateFile(tmp_path / "chains.safetensors", "weights")
+    dies_at = fails_after + (len(passes) - fails_after) // 2
+    passes.clear()
+    with pytest.raises(Died):
+        generate(model, None, numbers, config, 4, posterior=posterior, state_file=kept)
+    rest = generate(model, None, numbers, config, 4, posterior=posterior, state_file=kept)
+    hook.remove()
+    assert torch.equal(rest.image_NHWC, found.image_NHWC) and torch.equal(rest.finite_N, found.finite_N)
+
+
+def test_a_chain_that_was_not_finite_starts_anew_where_chains_do(model, posterior):
+    config = config_of(restart_every=2, samples_per_chain=4, select="last")
+    passes: list[int] = []
+    fails_at = 0
+
+    def fail(network, inputs, output):
+        passes.append(1)
+        return output * float("nan") if len(passes) == fails_at else output
+
+    hook = model.network.register_forward_hook(fail)
+    generate(model, None, [0], config, 1, posterior=posterior)
+    fails_at = len(passes) + 1
+    passes.clear()
+    found = generate(model, None, range(4), config, 1, posterior=posterior)
+    hook.remove()
+    assert found.finite_N is not None and found.finite_N.tolist() == [True, False, True, True]

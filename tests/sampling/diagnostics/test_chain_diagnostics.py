@@ -16,6 +16,8 @@ from ditmoe.sampling.diagnostics.figures import ChainSeries, chain_figures, chai
 from ditmoe.sampling.diagnostics.modes import mode_figures
 from ditmoe.sampling.diagnostics.picture import write_chain_picture
 from ditmoe.sampling.diagnostics.recall import recall_figures
+from ditmoe.sampling.diagnostics.results import chain_results
+from ditmoe.sampling.jobs.chunks import ChunkStore, DrawnImages
 
 STEPS_PER_SAMPLE = 5
 CLASSES, FEATURES = 2, 6
@@ -345,3 +347,50 @@ def test_the_picture_also_takes_what_is_not_known(tmp_path: Path) -> None:
         tmp_path / "a.png", given, chain_figures(given, real_features(3)), np.zeros((1, 1, 4, 4, 1), np.uint8)
     )
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+class Described:
+    """What a feature network says of the chunks of a store."""
+
+    def __init__(self, store: ChunkStore, features_NF: np.ndarray) -> None:
+        self.store, self.features_NF = store, features_NF
+
+    def read(self, chunk: int) -> dict[str, np.ndarray]:
+        number_N = self.store.read(chunk).number_N
+        return {"features": self.features_NF[number_N]} if len(number_N) else {}
+
+
+@pytest.mark.parametrize("lost", [[], [23], [0, 1, 2, 3], [*range(24, 72)], [5, 399]])
+def test_chains_with_samples_that_are_not_finite_take_no_part(tmp_path: Path, lost: list[int]) -> None:
+    samples, found = 4, series(0.5, 100, 4)
+    lost_chains = {number // samples for number in lost}
+    features_NF = found.features_CSF.reshape(400, -1)
+    trace_NT = np.exp(found.log_sigma_CT).reshape(400, -1).astype(np.float32)
+
+    def draw(numbers: list[int], label_N: np.ndarray) -> DrawnImages:
+        images = np.repeat(np.array(numbers) // samples, 12).astype(np.uint8).reshape(-1, 2, 2, 3)
+        finite_N = np.array([number not in lost for number in numbers])
+        sigma_N = found.sample_sigma_CS.reshape(-1)[numbers].astype(np.float32)
+        return DrawnImages(images, None, sigma_N, trace_NT[numbers], finite_N)
+
+    store = ChunkStore(tmp_path / "chunks", 400, 24, "settings").drawn_by(
+        draw, lambda numbers: found.label_C[np.array(numbers) // samples]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ChunkStore, "check_finite", lambda store, numbers: None)
+        store.draw_pending()
+    figures = chain_results(tmp_path / "a.png", store, Described(store, features_NF), samples, real_features())  # type: ignore[arg-type]
+    whole_C = np.array([chain not in lost_chains for chain in range(100)])
+    kept = ChainSeries(
+        np.log(trace_NT.reshape(100, -1)[whole_C].astype(np.float64)),
+        found.sample_sigma_CS[whole_C].astype(np.float32).astype(np.float64),
+        found.features_CSF[whole_C],
+        found.label_C[whole_C],
+    )
+    expected = chain_figures(kept, real_features())
+    if lost:
+        expected["warnings"].append(
+            f"{len(lost_chains)} of 100 chains have samples that are not finite: "
+            "the figures of chains leave them out"
+        )
+    assert figures == expected and (tmp_path / "a.png").exists()
