@@ -61,8 +61,9 @@ class Reporter:
         self._files = ExitStack()
         self._log, self._stats = self._open(folder.log), self._open(folder.stats)
         self._keys: TextIO | None = None
-        # purge_step hides what an interrupted run wrote of the steps that are now repeated.
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        # purge_step hides what an interrupted run wrote of the steps that are now repeated; at the start that is
+        # all of it, the configuration among it, which is shown at step 0.
+        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else 0)
         self._thread_failed = threading.excepthook
         threading.excepthook = self._leave_to_next_write
         self._bar: tqdm[Any] | None = None

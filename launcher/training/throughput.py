@@ -90,9 +90,18 @@ class Clock:
         finally:
             self._switch(before)
 
-    def step(self) -> None:
-        """Count a step."""
+    def step(self, update: bool = True) -> None:
+        """Count a step.
+
+        Args:
+            update: whether it trained the network; one that is skipped did not.
+        """
         self._steps += 1
+        self._updates += update
+
+    def share_trained(self) -> float:
+        """Share of the steps since the last record that trained the network."""
+        return self._updates / self._steps
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part since the last record."""
@@ -112,7 +121,7 @@ class Clock:
         return {"images_per_second": batch / whole, "step_seconds": whole, **means}
 
     def _start_interval(self) -> None:
-        self._steps = 0
+        self._steps = self._updates = 0
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def _switch(self, name: str) -> str:

@@ -230,7 +230,7 @@ class Trainer:
             result = self._update(batch, rate, stop)
             requests = result.requests
         self.images += self.layout.batch
-        self.clock.step()
+        self.clock.step(update=result is not None)
         with self.clock.part("record"):
             if self.config.train.log_samples:
                 self._log_samples(batch, step)
@@ -266,6 +266,7 @@ class Trainer:
         dist.all_reduce(memory, dist.ReduceOp.MAX)
         self._count_skips()
         progress = self.dataset.progress(self.images)
+        trained = self.clock.share_trained()
         rates = self.clock.take(self.layout.batch)
         values: dict[str, Any] = {
             "images": self.images,
@@ -277,7 +278,8 @@ class Trainer:
         }
         peak = self.config.train.peak_tflops or peak_tflops(self.device, self.config.train.precision)
         if peak is not None:
-            flops = TRAINING_PASSES * flops_per_image(self.config.model) * rates["images_per_second"]
+            images_per_second = trained * rates["images_per_second"]
+            flops = TRAINING_PASSES * flops_per_image(self.config.model) * images_per_second
             values["mfu"] = flops / (peak * 1e12 * self.layout.processes)
         if self.sums.skipped_steps:
             values["skipped_steps"] = self.sums.skipped_steps

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as BoardAccumulator
 
 from ditmoe.launcher.training.report import Reporter, drop_after
 from ditmoe.launcher.training.run_folder import RunFolder
@@ -36,6 +37,21 @@ def test_a_resumed_curve_has_each_step_once(tmp_path: Path) -> None:
     assert steps(folder) == expected  # exactly: numbers are written in full
     board = EventAccumulator(str(folder.tensorboard)).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
+
+
+def test_a_run_that_begins_anew_shows_nothing_of_before(tmp_path: Path) -> None:
+    """It was ended before its first checkpoint, with records of its own; it may have another configuration now."""
+    folder = RunFolder(tmp_path)
+    for last, loss in ((6, 0.5), (4, 0.25)):
+        with Reporter(folder, 10, terminal=io.StringIO()) as reporter:
+            reporter.text("configuration", f"loss {loss}")
+            for step in range(1, last + 1):
+                reporter.record(step, {"loss": loss})
+    board = BoardAccumulator(str(folder.tensorboard)).Reload()  # as TensorBoard itself reads them
+    losses = [(event.step, event.tensor_proto.float_val[0]) for event in board.Tensors("train/loss")]
+    assert losses == [(step, 0.25) for step in range(1, 5)]
+    (text,) = board.Tensors("configuration/text_summary")
+    assert b"loss 0.25" in text.tensor_proto.string_val[0]
 
 
 def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:

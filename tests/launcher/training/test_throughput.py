@@ -75,3 +75,15 @@ def test_each_part_has_its_own_time_and_no_interval_is_lost() -> None:
     }
     assert (second["record_seconds"], second["save_seconds"], second["preview_seconds"]) == (3, 6, 7)
     assert first["step_seconds"] * 2 + second["step_seconds"] == time.now - 100
+
+
+def test_skipped_steps_pass_and_train_nothing() -> None:
+    time = Time()
+    clock, shares = Clock(time), []
+    for updates in ((True, False, False, True), (False, False), (True,)):
+        for update in updates:
+            time.now += 1
+            clock.step(update=update)
+        shares.append(clock.share_trained())
+        assert clock.take(8)["images_per_second"] == 8
+    assert shares == [0.5, 0, 1]

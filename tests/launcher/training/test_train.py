@@ -483,6 +483,7 @@ def test_a_skipped_step_consumes_its_samples_and_changes_nothing(make_config: Ca
         "train.checkpoint_every=1",
         "checkpoint.keep_last=9",
         "train.log_every=2",
+        "train.peak_tflops=1",
     )
     once, twice = make_config("once"), make_config("twice")
     result = train(once, *skipping, "train.steps=8", "train.log_samples=true")
@@ -504,6 +505,9 @@ def test_a_skipped_step_consumes_its_samples_and_changes_nothing(make_config: Ca
         (8, 128, None),
     ]
     assert all(each["loss"] is not None for each in records)
+    # Images of skipped steps pass, and no arithmetic was done on them.
+    for_image = [each["mfu"] / each["images_per_second"] for each in records]
+    assert for_image == pytest.approx([for_image[0] * share for share in (1, 0.5, 0.5, 1)])
     assert len((run / "samples.jsonl").read_text().splitlines()) == 8
     skips = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
     assert [(entry["step"], entry["skipped"]) for entry in skips] == [(4, True), (5, True)]
