@@ -62,6 +62,7 @@ def cases() -> Iterator[dict[str, Any]]:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_each_key_leaves_the_curve_as_it_is(run_cases: Runner) -> None:
     chosen = list(cases())

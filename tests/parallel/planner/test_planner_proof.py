@@ -15,6 +15,8 @@ from ditmoe.parallel.planner.zero import ZeroSettings
 from ditmoe.parallel.stages import stage_blocks
 from tests.forked import run_forked
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("planner_worker.py")
 MODEL: Final = {
     "depth": 4,
