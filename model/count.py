@@ -6,7 +6,6 @@ activations, the top-K choice) is left out, as is usual. The papers of the famil
 the name of Gflops: compare those with `Count.macs`.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -47,11 +46,11 @@ class Count:
 
 def count(config: ModelConfig) -> Count:
     """Count a network of a complete configuration; allocates nothing of its size."""
-    modules = list(_modules(config))
+    modules = _modules(config)
     return Count(
-        total=sum(module.total for module in modules),
-        activated=sum(module.activated for module in modules),
-        macs=sum(module.macs for module in modules),
+        total=sum(module.times * module.total for module in modules),
+        activated=sum(module.times * module.activated for module in modules),
+        macs=sum(module.times * module.macs for module in modules),
     )
 
 
@@ -73,25 +72,32 @@ def macs_of_parts(config: ModelConfig) -> PartMacs:
     for module in _modules(config):
         part = module.name.partition(".")[0]
         sums[part if part in sums else "embedders"] += module.macs
-    return PartMacs(sums["embedders"], sums["blocks"] // config.depth, sums["final_layer"])
+    return PartMacs(sums["embedders"], sums["blocks"], sums["final_layer"])
 
 
 class _ModuleCount(NamedTuple):
     """One module's own share, without the modules in it."""
 
     name: str
+    times: int
+    """How often the network has it: blocks are alike, and one stands for all."""
     total: int
     activated: int
     macs: int
 
 
-def _modules(config: ModelConfig) -> Iterator[_ModuleCount]:
+@lru_cache(maxsize=64)
+def _modules(config: ModelConfig) -> tuple[_ModuleCount, ...]:
+    """The modules of the network with one of its blocks."""
     with torch.device("meta"):
-        network = DiT(config)
+        network = DiT(config.model_copy(update={"depth": 1}))
+    counts = []
     for name, module in network.named_modules():
+        times = config.depth if name.startswith("blocks.") else 1
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
         active = own * config.experts_per_token // config.experts if isinstance(module, Experts) else own
-        yield _ModuleCount(name, own, active, _macs(name, module, active, config.tokens))
+        counts.append(_ModuleCount(name, times, own, active, _macs(name, module, active, config.tokens)))
+    return tuple(counts)
 
 
 def _macs(name: str, module: nn.Module, active: int, tokens: int) -> int:

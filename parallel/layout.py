@@ -132,6 +132,8 @@ class Layout:
     def picture(self, experts: int, stages: Sequence[range]) -> str:
         """The grid as text: a line per group of ranks that hold one copy of all the experts.
 
+        Of many stages, copies or ranks it shows the first, and of stages and ranks the last.
+
         Args:
             experts: routed experts N of each block; 0 for a dense network.
             stages: numbers of each stage's blocks.
@@ -148,11 +150,15 @@ class Layout:
         if not experts:
             return "\n".join([*lines, *self._stage_lines()])
         shown = self.expert_copies if self.expert_copies <= 8 else 4
-        for stage in range(self.pipe):
+        for stage in _shown(self.pipe):
+            if stage is None:
+                lines.append("…")
+                continue
             for copy in range(shown):
-                cells = [self._expert_cell(stage, copy * self.expert + e, experts) for e in range(self.expert)]
-                if len(cells) > 16:
-                    cells = [*cells[:8], "…", cells[-1]]
+                cells = [
+                    "…" if e is None else self._expert_cell(stage, copy * self.expert + e, experts)
+                    for e in _shown(self.expert)
+                ]
                 lines.append(f"stage {stage}, copy {copy} of the experts: " + " | ".join(cells))
             if shown < self.expert_copies:
                 lines.append(f"stage {stage}, copies {shown} to {self.expert_copies - 1}: likewise")
@@ -162,8 +168,10 @@ class Layout:
         """One line per pipeline stage of a dense network: its ranks."""
         size = self.data * self.tensor
         return [
-            f"stage {stage}: rank {stage * size}" + (f" to {(stage + 1) * size - 1}" if size > 1 else "")
-            for stage in range(self.pipe)
+            "…"
+            if stage is None
+            else f"stage {stage}: rank {stage * size}" + (f" to {(stage + 1) * size - 1}" if size > 1 else "")
+            for stage in _shown(self.pipe)
         ]
 
     def _expert_cell(self, stage: int, data_rank: int, experts: int) -> str:
@@ -173,3 +181,8 @@ class Layout:
         held = self.expert_slice(first, experts)
         ids = f"expert {held[0]}" if len(held) == 1 else f"experts {held[0]}–{held[-1]}"
         return f"{ranks}: {ids}"
+
+
+def _shown(count: int) -> list[int | None]:
+    """The numbers from 0 that a picture shows; null stands for those that it leaves out."""
+    return list(range(count)) if count <= 16 else [*range(8), None, count - 1]

@@ -4,9 +4,8 @@ A pipeline runs at the pace of its dearest stage. The embedders come on top of t
 final layer on top of the last one's, so equal numbers of blocks are not equal costs.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
+from heapq import heapify, heapreplace
 from itertools import accumulate
 
 from ditmoe.model.config import ModelConfig
@@ -17,56 +16,33 @@ from ditmoe.model.count import macs_of_parts
 def stage_blocks(config: ModelConfig, stages: int) -> tuple[range, ...]:
     """The numbers of each stage's blocks, for a complete configuration with at least as many blocks as stages."""
     parts = macs_of_parts(config)
-    costs = [parts.block] * config.depth
-    costs[0] += parts.embedders
-    costs[-1] += parts.final_layer
-    return tuple(balanced(costs, stages))
+    return tuple(balanced(config.depth, parts.block, parts.embedders, parts.final_layer, stages))
 
 
-def balanced(costs: Sequence[int], stages: int) -> list[range]:
-    """Cut a row of costs into stretches so that the dearest is as cheap as can be, and the others alike.
+def balanced(blocks: int, cost: int, first: int, last: int, stages: int) -> list[range]:
+    """Cut equal blocks into stretches so that the dearest is as cheap as can be, and the others alike.
 
     Among cuts with the same dearest stretch, the one with the smallest sum of squares; among those, the one with
-    fewer items in the earlier stretches: an earlier pipeline stage keeps more micro-batches in memory.
+    fewer blocks in the earlier stretches: an earlier pipeline stage keeps more micro-batches in memory.
+
+    Each stretch begins with one block, and each further block goes to the stretch that is cheapest by then, the
+    latest of equals: as all blocks cost the same, no other way leaves any sum of convex costs smaller.
 
     Args:
-        costs: of each item, positive.
-        stages: number of stretches, at most that of items.
+        blocks: number of them.
+        cost: of a block, positive.
+        first: what the first stretch costs beside its blocks, not negative.
+        last: what the last one costs beside them.
+        stages: number of stretches, at most that of blocks.
     """
-    assert 1 <= stages <= len(costs), f"{stages} stages for {len(costs)} blocks"
-    before = [0, *accumulate(costs)]
-    dearest, _ = _best_cut(before, stages, lambda cost: cost, max)
-
-    def square(cost: int) -> float:
-        return cost * cost if cost <= dearest else math.inf
-
-    _, ends = _best_cut(before, stages, square, lambda left, right: left + right)
-    return [range(first, last) for first, last in zip([0, *ends], ends, strict=False)]
-
-
-def _best_cut(
-    before: Sequence[int],
-    stages: int,
-    value: Callable[[int], float],
-    combine: Callable[[float, float], float],
-) -> tuple[float, tuple[int, ...]]:
-    """The cut with the least combined value, and the ends of its stretches.
-
-    Args:
-        before: sum of the costs before each item, and of all at the end.
-        value: of a stretch with this cost.
-        combine: of two values.
-    """
-
-    @cache
-    def first_items(items: int, count: int) -> tuple[float, tuple[int, ...]]:
-        """The best cut of the first items into `count` stretches; of equal ones that with the earliest ends."""
-        if count == 1:
-            return value(before[items]), (items,)
-        found = []
-        for start in range(count - 1, items):
-            so_far, ends = first_items(start, count - 1)
-            found.append((combine(so_far, value(before[items] - before[start])), (*ends, items)))
-        return min(found)
-
-    return first_items(len(before) - 1, stages)
+    assert 1 <= stages <= blocks, f"{stages} stages for {blocks} blocks"
+    size = [1] * stages
+    beside = [first, *[0] * (stages - 2), last] if stages > 1 else [first + last]
+    cheapest = [(beside[stage] + cost, -stage) for stage in range(stages)]
+    heapify(cheapest)
+    for _ in range(blocks - stages):
+        so_far, stage = cheapest[0]
+        size[-stage] += 1
+        heapreplace(cheapest, (so_far + cost, stage))
+    ends = list(accumulate(size))
+    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]

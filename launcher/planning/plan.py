@@ -17,7 +17,7 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.estimate import Machine, Plan
 from ditmoe.parallel.planner.links import spreads
 from ditmoe.parallel.planner.memory import Workload
-from ditmoe.parallel.planner.search import candidates, search
+from ditmoe.parallel.planner.search import candidates, left_out, search
 from ditmoe.parallel.planner.zero import ZeroSettings
 
 GIB = 2**30
@@ -78,6 +78,7 @@ def report(config: RunConfig, found: list[Plan], machine: Machine, shown: int | 
         f" {model.tokens} tokens, {config.train.precision}",
         f"{first.processes} × {gpu.name} ({gpu.memory_gib:g} GiB), batch {config.train.batch}:"
         f" {len(found)} layouts can run, {len(fitting)} of them fit",
+        *_left_out(config, first),
         "",
         *_table((fitting or found)[:shown], machine),
     ]
@@ -87,6 +88,16 @@ def report(config: RunConfig, found: list[Plan], machine: Machine, shown: int | 
         lines += ["", "No layout fits. The one above that needs least memory is a beginning: more GPUs, or"]
         lines[-1] += " GPUs with more memory, are needed."
     return "\n".join(lines)
+
+
+def _left_out(config: RunConfig, layout: Layout) -> list[str]:
+    """A line where not every layout was tried."""
+    number = left_out(config.model, layout.processes, config.train.batch)
+    return (
+        [f"{number:,} more layouts were not tried: of each axis only sizes that are evenly spread"]
+        if number
+        else []
+    )
 
 
 def _table(rows: list[Plan], machine: Machine) -> list[str]:

@@ -19,14 +19,18 @@ def every_cut(items: int, stages: int) -> list[list[range]]:
 
 @given(st.data())
 def test_no_cut_is_better(data: st.DataObject) -> None:
-    costs = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=9))
-    stages = data.draw(st.integers(1, len(costs)))
+    blocks, cost = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 12))
+    first, last = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 40))
+    stages = data.draw(st.integers(1, blocks))
+    costs = [cost] * blocks
+    costs[0] += first
+    costs[-1] += last
 
     def rank(cut: list[range]) -> tuple[int, int, list[int]]:
         sums = [sum(costs[item] for item in stretch) for stretch in cut]
         return max(sums), sum(value * value for value in sums), [stretch.stop for stretch in cut]
 
-    assert balanced(costs, stages) == min(every_cut(len(costs), stages), key=rank)
+    assert balanced(blocks, cost, first, last, stages) == min(every_cut(blocks, stages), key=rank)
 
 
 @pytest.mark.parametrize(("stages", "sizes"), [(1, [28]), (3, [9, 10, 9]), (4, [7] * 4), (8, [3] * 4 + [4] * 4)])

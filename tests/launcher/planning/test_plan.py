@@ -18,13 +18,14 @@ from ditmoe.launcher.configuration.resolve import resolve
 from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.configuration.sections import LaunchConfig
 from ditmoe.launcher.planning.plan import plans
-from ditmoe.launcher.planning.train_dry_run import largest_stage
+from ditmoe.launcher.planning.train_dry_run import dry_run, largest_stage
 from ditmoe.model.count import count
+from ditmoe.model.dit import Block
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.planner.anatomy import Anatomy, Weight
 from ditmoe.parallel.planner.estimate import Machine, Plan
 from ditmoe.parallel.planner.gpus import GPUS, tflops_of_device
-from ditmoe.parallel.planner.search import divisors
+from ditmoe.parallel.planner.search import MOST_CANDIDATES, candidates, divisors, left_out
 
 ROOT = Path(__file__).resolve().parents[3]
 PUBLISHED = sorted((ROOT / "configs").glob("dit-*.yaml"))
@@ -102,10 +103,74 @@ def test_4096_gpus_take_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_any_number_of_gpus_is_answered() -> None:
     for number in (1, 2, 12, 97, 4096, 30_030, 65_536):
-        assert divisors(number) == [each for each in range(1, number + 1) if number % each == 0]
+        assert list(divisors(number)) == [each for each in range(1, number + 1) if number % each == 0]
     assert len(divisors(2**24)) == 25
     done = plan(str(LARGEST), "--gpus", str(2**60))
     assert done.exit_code == 2 and "--gpus" in done.output
+
+
+HUGE = [
+    *("model.preset=null", "model.patch=1", "model.depth=1000", "model.hidden=720720", "model.heads=180180"),
+    *("model.experts=55440", "model.experts_per_token=2"),
+    *("train.micro_batch=null", "parallel.data=null", "parallel.expert=1", "parallel.zero=1"),
+]
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(1_000_000, 10**6), (720_720, 14_414_400)])
+def test_numbers_with_many_divisors_are_tried_in_part(gpus: int, batch: int) -> None:
+    """Work is counted: how many layouts are tried, of however many there are."""
+    config = load_config(LARGEST, [*HUGE, f"train.batch={batch}"])
+    tried = list(candidates(config.model, gpus, batch))
+    assert MOST_CANDIDATES / 4 < len(tried) == len(set(tried)) <= MOST_CANDIDATES
+    missed = left_out(config.model, gpus, batch)
+    assert missed > 0 and all(layout.processes == gpus and layout.batch == batch for layout in tried)
+    # The ends of each axis are there, and its middle.
+    pipes = sorted({layout.pipe for layout in tried})
+    assert pipes[0] == 1 and pipes[-1] == max(number for number in divisors(gpus) if number <= 1000)
+    assert len(pipes) > 3 and {layout.zero for layout in tried} == {0, 1, 2, 3}
+
+
+def test_every_layout_of_a_real_cluster_is_tried() -> None:
+    for gpus, batch in ((64, 1024), (4096, 4096), (16_384, 16_384)):
+        config = load_config(LARGEST, [f"train.batch={batch}"])
+        tried = sum(
+            4 * len([n for n in divisors(16) if data % n == 0]) * len(divisors(batch // data))
+            for pipe in divisors(gpus)
+            for tensor in divisors(gpus // pipe)
+            for data in [gpus // pipe // tensor]
+            if pipe <= 40 and 16 % tensor == 0 and batch % data == 0
+        )
+        assert len(list(candidates(config.model, gpus, batch))) == tried and not left_out(
+            config.model, gpus, batch
+        )
+
+
+def test_the_answer_says_that_layouts_were_not_tried(write_config: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = configuration(write_config)
+    assert "not tried" not in plan(path, "--gpus", "8").stdout
+    monkeypatch.setattr("ditmoe.parallel.planner.search.MOST_CANDIDATES", 300)
+    monkeypatch.setattr("ditmoe.parallel.planner.search._MOST_SIZES", (2**16, 3, 2))
+    done = plan(path, "--gpus", "64", "--gpu", "h100", "train.batch=1024")
+    assert re.search(r"^[\d,]+ more layouts were not tried", done.stdout, re.MULTILINE), done.output
+
+
+def test_a_dry_run_builds_one_block_and_shows_few_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is counted: blocks that are built and ranks that are shown, however deep the network is."""
+    built: list[int] = []
+    block = Block.__init__
+
+    def counted(self: Block, config: Any) -> None:
+        built.append(1)
+        block(self, config)
+
+    monkeypatch.setattr(Block, "__init__", counted)
+    axes = [*HUGE[:-4], "parallel.pipe=1000", "parallel.data=720", "parallel.expert=720", "parallel.zero=1"]
+    config = load_config(LARGEST, [*axes, "train.micro_batch=1", f"train.batch={720 * 1000}"])
+    text = dry_run(config, "a test")
+    assert sum(built) <= 3
+    lines = text.splitlines()
+    assert len([line for line in lines if ", copy 0 of the experts" in line]) == 9
+    assert max(map(len, [line for line in lines if "of the experts" in line])) < 500
 
 
 def test_plan_counts_with_given_machines(write_config: Write) -> None:
