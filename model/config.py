@@ -56,8 +56,9 @@ class ModelConfig(Settings):
     balance_group: int = Field(default=0, ge=0, le=MOST_IMAGES)
     """Consecutive samples of the global order over which the balance loss takes its means.
 
-    0: the whole global batch, with the experts' shares of the step before. 1: each sample by itself. Or any
-    divisor of `train.micro_batch`, or the whole global micro-step (`micro_batch` × data ranks), reduced over the
+    0: the whole global batch, with the experts' shares of the last step that had an update, which checkpoints
+    keep (in the first step of a run all are alike). 1: each sample by itself. Or any divisor of
+    `train.micro_batch`, or the whole global micro-step (`micro_batch` × data ranks), reduced over the
     ranks."""
 
     @model_validator(mode="before")

@@ -64,6 +64,7 @@ DEFAULTS: dict[str, Any] = {
     "save": None,
     "save_at": None,
     "load": None,
+    "skip": 0,
 }
 
 
@@ -148,6 +149,8 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         info, skipped = load_training_state(Path(case["load"]), engine)
         assert info is not None and not skipped, skipped
         engine.keep_load(torch.tensor(info.sums["expert_load"], dtype=torch.float64))
+    for _ in range(case["skip"]):
+        engine.skip_step(stop_requested=False)
     try:
         with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
             result = train(engine, saver, case, device)

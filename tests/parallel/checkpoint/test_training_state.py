@@ -77,6 +77,37 @@ def test_every_stage_continues_bit_for_bit_and_on_other_layouts(run_cases: Runne
     _check_damage(folders[1])
 
 
+@pytest.mark.timeout(180)
+def test_the_balance_loss_goes_on_from_the_last_updates_shares(run_cases: Runner, tmp_path: Path) -> None:
+    """They are of the whole batch, all micro-steps of it: bit for bit on the layout that wrote them, to rounding
+    on one with other micro-steps, and whatever `balance_group` was before, and with skipped steps between."""
+    start = {"expert": 2, "awake": False, "balance_group": 0, "micro_batch": 1, "save": str(tmp_path / "batch")}
+    own = {**start, "balance_group": 1, "save": str(tmp_path / "own")}
+    later = {"steps": 6, "save": None}
+    whole, _, continued, _, changed, skipping = run_cases(
+        2,
+        [
+            {**start, **later},
+            {**start, "steps": 4},
+            {**start, **later, "load": start["save"]},
+            {**own, "steps": 4},
+            {**start, **later, "load": own["save"]},
+            {**start, **later, "load": start["save"], "skip": 2, "steps": 7},
+        ],
+    )
+    assert continued["curve"] == whole["curve"][4:] and continued["ema"] == whole["ema"]
+    moved = {**start, **later, "load": start["save"], "expert": 1, "micro_batch": 8}
+    (on_one,) = run_cases(1, [moved])
+    np.testing.assert_allclose(on_one["curve"], whole["curve"][4:], rtol=1e-5)
+    # The shares of the step before in each first step: fᵢ·Pᵢ of unlike experts is not the α of like ones.
+    alike = 3 * 0.05
+    assert whole["curve"][0][1] == pytest.approx(alike, rel=1e-6)
+    for result in (continued, changed, skipping):
+        assert abs(result["curve"][0][1] / alike - 1) > 1e-4
+    kept_LN = read_info(checkpoint_path(tmp_path / "own", 4)).sums["expert_load"]
+    assert np.array(kept_LN).sum(1) == pytest.approx(1)
+
+
 @pytest.fixture
 def one_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
