@@ -117,8 +117,8 @@ def filter_shards(
     name = settings.name or f"{index.name}-filtered"
     file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
     sources = [folder, index_folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
-    with claimed(out, file_name, settings.overwrite, sources):
-        entries = write_shards(out, file_name, copy.samples(), settings.limits)
+    with claimed(out, file_name, settings.overwrite, copy.samples(), sources) as copies:
+        entries = write_shards(out, file_name, copies, settings.limits)
         new = index.model_copy(
             update={"name": name, "samples": write_table(out, kept), "shards": tuple(entries), "left_out": ()}
         )

@@ -19,9 +19,9 @@ from ditmoe.data.making.class_names import MAX_CLASSES, as_number
 from ditmoe.data.making.foreign_shards import ShardFacts, SurveyRules, find_label_rule, parse_key, survey_shard
 from ditmoe.data.making.ownership import OLD_LOCK_FILE, look_through, read_record
 from ditmoe.data.making.reshuffle import class_mix
-from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index, write_index
+from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
 from ditmoe.data.shards.names import OTHERS_ALLOWED, is_plain_file_name
-from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table
+from ditmoe.data.shards.sample_table import TABLE_FILE, SampleColumns, write_table_and_index
 from ditmoe.data.shards.tar_scan import scan
 from ditmoe.data.storage.files import make_folder
 from ditmoe.data.storage.progress import track
@@ -118,11 +118,10 @@ def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
         class_names=survey.class_names,
         label=rules.label.model_copy(update={"by_name": survey.by_name}),
         crop=rules.crop,
-        samples=write_table(out, survey.table()),
         shards=tuple(each.entry for each in facts if each.entry is not None),
         left_out=tuple(file for file, each in zip(files, facts, strict=True) if each.entry is None),
     )
-    write_index(out, index)
+    index = write_table_and_index(out, survey.table(), index)
     left_out = len(survey.label_N) - used - len(survey.others)
     mix = class_mix(index, survey.table())
     warnings = [f"{mix}; `ditmoe data reshuffle {folder} OUT` deals them out anew"] if mix.poor else []

@@ -4,10 +4,12 @@
     OUT/.packing.0      the claim of the process that writes
 
 A finished dataset has no record. Its index names the shards, whose tars name `ditmoe` as their owner, and the
-table with its checksum; the contact sheet is known by its form. Anything else belongs to somebody else.
+table with its checksum, as does one whose writer was killed before it took its name; the contact sheet is known by
+its form. Anything else belongs to somebody else.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -18,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
 from ditmoe.data.making.preview import PREVIEW_FILE, is_contact_sheet
 from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, load_index
-from ditmoe.data.shards.sample_table import TABLE_FILE
+from ditmoe.data.shards.sample_table import TABLE_FILE, tables_of_unfinished
 from ditmoe.data.shards.writer import OWNER
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import is_partial, make_folder, replacing
@@ -56,6 +58,10 @@ _DESCRIPTIONS: Final = {
 FINISHED: Final = (INDEX_FILE, TABLE_FILE, PREVIEW_FILE)
 """What every dataset of ours ends with."""
 _LARGEST_RECORD: Final = 2**26
+_READ_BEFORE_CLEARING: Final = 16
+"""Samples that are made before an old dataset is removed: a source at fault mostly is from its first images on."""
+
+Item = TypeVar("Item")
 
 
 class Record(Settings):
@@ -95,6 +101,15 @@ class _Known:
         """Names of the shards that the index lists."""
         return frozenset(() if self.index is None else (shard.file for shard in self.index.shards))
 
+    @cached_property
+    def tables(self) -> dict[str, frozenset[str]]:
+        """Name of a table → checksums that indices give it, among them those whose writer was killed."""
+        tables = {TABLE_FILE: tables_of_unfinished(self.folder)}
+        named = None if self.index is None else self.index.samples
+        if named is not None:
+            tables[named.file] = tables.get(named.file, frozenset()) | {named.sha256}
+        return tables
+
     def owns(self, name: str) -> bool:
         """Whether an entry (a folder with `/` at the end) was written by a program of ours."""
         path = self.folder / name
@@ -114,12 +129,12 @@ class _Known:
             return (name in self.shards or self.record.names(name)) and is_tar_of_ours(path)
         if self.record.names(name):
             return True
+        if name in self.tables:
+            return hashlib.sha256(path.read_bytes()).hexdigest() in self.tables[name]
         if self.index is None:
             return False
         if name == INDEX_FILE:
             return True
-        if self.index.samples is not None and name == self.index.samples.file:
-            return hashlib.sha256(path.read_bytes()).hexdigest() == self.index.samples.sha256
         return name == PREVIEW_FILE and is_contact_sheet(path, self.index.class_names)
 
 
@@ -201,18 +216,25 @@ def release(folder: Path) -> None:
 
 
 @contextmanager
-def claimed(folder: Path, stem: str, overwrite: bool, sources: Iterable[Path] = ()) -> Iterator[None]:
+def claimed(
+    folder: Path, stem: str, overwrite: bool, samples: Iterable[Item], sources: Iterable[Path] = ()
+) -> Iterator[Iterator[Item]]:
     """Make `folder` an empty place for a dataset, for this process alone; the body writes it, the index last.
 
-    What was left unfinished there is removed, and a finished dataset with `overwrite`.
+    What was left unfinished there is removed, and a finished dataset with `overwrite`, once the first of the new
+    samples are at hand.
 
     Args:
         stem: of the names of the shards.
+        samples: what is written, in order.
         sources: files and folders that the dataset is made from.
+
+    Yields:
+        The samples.
 
     Raises:
         UserError: the folder holds a finished dataset and not `overwrite`, anything that is not ours, or a source;
-            or another process writes to it.
+            another process writes to it; or one of the samples cannot be used.
     """
 
     def check() -> None:
@@ -231,8 +253,10 @@ def claimed(folder: Path, stem: str, overwrite: bool, sources: Iterable[Path] = 
             if claim is None:
                 raise UserError(f"{folder}: another process is writing to it{claims.who(CLAIM)}")
             check()  # another one may have ended since
+            remaining = iter(samples)
+            first = list(itertools.islice(remaining, _READ_BEFORE_CLEARING))
             clear(folder, Record(files=FINISHED, stem=stem))
-            yield
+            yield itertools.chain(first, remaining)
             release(folder)
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from error

@@ -84,18 +84,16 @@ def encode(image_HWC: ImageArray, format: ImageFormat) -> bytes:
 def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
     """Pack a source into a folder. The same source and settings give the same bytes.
 
-    UserError when the folder is taken, an image cannot be used, or the file system refuses; there is then no
-    index, so nothing reads the folder, and repeating the command begins again.
+    UserError when the folder is taken, an image cannot be used, or the file system refuses. Unless it is one of
+    the first images, there is then no index, so nothing reads the folder, and repeating the command begins again.
     """
     order = permutation(settings.seed, "data/pack", 0, len(source))[: settings.count].tolist()
     if not order:
         raise UserError(f"--count is {settings.count}: there is nothing to pack")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", source.name).strip("-")[:60] or "dataset"
     packing = _Packing(source, settings, order)
-    with claimed(out, name, settings.overwrite):
-        entries = write_shards(out, name, packing.samples(), settings.limits)
-        if not entries:
-            raise UserError(f"{out}: none of the {len(order):,} images could be used; {packing.skipped[0]}")
+    with claimed(out, name, settings.overwrite, packing.samples()) as samples:
+        entries = write_shards(out, name, samples, settings.limits)
         height, _, channels = packing.shape
         index = DatasetIndex(
             name=source.name if is_fit_to_print(source.name) and source.name else name,
@@ -149,7 +147,7 @@ class _Packing:
         return SampleColumns(np.array(self._labels, dtype=np.int32), None if np.isnan(scores).all() else scores)
 
     def samples(self) -> Iterator[PackedSample]:
-        """The samples in the order of writing, all of one shape."""
+        """The samples in the order of writing, all of one shape. UserError when there is none."""
         encode_one = partial(_read_and_encode, self._source, self._settings)
         results = in_order(encode_one, self._order, self._settings.workers, prefetch=16)
         for result in track(results, len(self._order), "packing", "images"):
@@ -164,6 +162,8 @@ class _Packing:
                 self.skipped.append(problem)
             else:
                 raise UserError(f"{problem} (--skip-unreadable leaves such images out)")
+        if not self._labels:
+            raise UserError(f"none of the {len(self._order):,} images could be used; {self.skipped[0]}")
 
     def _shape_problem(self, result: _Encoded) -> str | None:
         self.shape = self.shape or result.shape

@@ -103,8 +103,8 @@ def reshuffle(folder: Path, out: Path, settings: ReshuffleSettings) -> DatasetIn
     name = settings.name or index.name
     file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
     sources = [folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
-    with claimed(out, file_name, settings.overwrite, sources):
-        entries = write_shards(out, file_name, copy.samples(), settings.limits)
+    with claimed(out, file_name, settings.overwrite, copy.samples(), sources) as copies:
+        entries = write_shards(out, file_name, copies, settings.limits)
         written = None if moved is None else write_table(out, moved)
         new = index.model_copy(update={"name": name, "samples": written, "shards": tuple(entries), "left_out": ()})
         if moved is not None and index.latents is None:

@@ -2,19 +2,23 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.shards.index import DatasetIndex, SampleTable
+from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, SampleTable, parse_index, put_index
 from ditmoe.data.storage.arrays import UNREADABLE, named_arrays
-from ditmoe.data.storage.files import open_regular, replacing
+from ditmoe.data.storage.files import is_partial, open_regular, replacing
 from ditmoe.model.errors import UserError
 
 TABLE_FILE: Final = "samples.npz"
+_INDEX_BEGINS: Final = b"{"
+"""Of what a killed writer may leave, shards are large, and none of them begins like an index."""
 
 
 class SampleColumns(NamedTuple):
@@ -28,15 +32,52 @@ class SampleColumns(NamedTuple):
 
 def write_table(folder: Path, samples: SampleColumns) -> SampleTable:
     """Write `folder/samples.npz`, whole or not at all; what the index says of it."""
+    data = _table_of(samples)
+    with replacing(folder / TABLE_FILE) as file:
+        file.write(data)
+    return _facts_of(data)
+
+
+def write_table_and_index(folder: Path, samples: SampleColumns, index: DatasetIndex) -> DatasetIndex:
+    """Write `folder/samples.npz` and an `index.json` that names it; the index as it was written.
+
+    The index lies on the disk under a temporary name before the table takes its own. So a table whose index a kill
+    has prevented is known by its checksum (`tables_of_unfinished`).
+    """
+    data = _table_of(samples)
+    index = index.model_copy(update={"samples": _facts_of(data)})
+    with replacing(folder / INDEX_FILE) as file:
+        put_index(index, file)
+        file.flush()
+        os.fsync(file.fileno())
+        with replacing(folder / TABLE_FILE) as table:
+            table.write(data)
+    return index
+
+
+def tables_of_unfinished(folder: Path) -> frozenset[str]:
+    """Checksums of the tables that were written into a folder, or nearly, when their writer was killed."""
+    found = set()
+    for path in folder.iterdir():
+        if is_partial(path.name) and not path.is_symlink():
+            with suppress(OSError, UserError), open_regular(path) as file:
+                if file.read(len(_INDEX_BEGINS)) == _INDEX_BEGINS:
+                    index = parse_index(_INDEX_BEGINS + file.read(), str(path))
+                    found |= set() if index.samples is None else {index.samples.sha256}
+    return frozenset(found)
+
+
+def _table_of(samples: SampleColumns) -> bytes:
     arrays: dict[str, Any] = {"label": samples.label_N.astype(np.int32)}
     if samples.score_N is not None:
         assert samples.score_N.shape == samples.label_N.shape
         arrays["score"] = samples.score_N.astype(np.float32)
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # numpy writes no times, so equal tables are equal bytes
-    data = buffer.getvalue()
-    with replacing(folder / TABLE_FILE) as file:
-        file.write(data)
+    return buffer.getvalue()
+
+
+def _facts_of(data: bytes) -> SampleTable:
     return SampleTable(file=TABLE_FILE, sha256=hashlib.sha256(data).hexdigest())
 
 

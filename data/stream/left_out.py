@@ -1,7 +1,14 @@
 """Samples that cannot be used, where whole sources are read: named, counted, and no more than its policy lets."""
 
+from typing import Final
+
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
+
+BEFORE_A_RUN: Final = (
+    "(before a run is begun, `ditmoe data index FOLDER --check-images --skip-unreadable` leaves it out for all)"
+)
+"""Ends advice about a sample that cannot be used."""
 
 
 class LeftOut:
@@ -16,12 +23,12 @@ class LeftOut:
 
     def add(self, where: str, reason: str, samples: int = 1) -> None:
         """Pass a sample over, or all of a shard. UserError where the policy is to stop, or the budget is spent."""
-        if self._config.on_error == "stop":
-            raise UserError(f"{where}: {reason}; --on-error skip leaves out what cannot be used")
         self.add_lines(samples, [f"{where}: {reason}"])
 
     def add_lines(self, samples: int, lines: list[str]) -> None:
-        """Count what others passed over. UserError when the budget is spent."""
+        """Count what others passed over, such as those who filled a cache. UserError as of `add`."""
+        if lines and self._config.on_error == "stop":
+            raise UserError(f"{lines[0]}; --on-error skip leaves out what cannot be used {BEFORE_A_RUN}")
         self.count += samples
         self.lines += lines
         if self.count > self._config.skip_budget:

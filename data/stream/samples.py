@@ -15,6 +15,7 @@ from ditmoe.data.places.reader import Shard, ShardPool
 from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.latents import draw_latents
 from ditmoe.data.stream.dataset import Dataset, Located
+from ditmoe.data.stream.left_out import BEFORE_A_RUN
 from ditmoe.data.stream.mixture import Numbers
 from ditmoe.data.stream.order import Address
 from ditmoe.model.errors import UserError
@@ -100,7 +101,10 @@ class SampleReader:
                 shard = pool[address.shard]
                 where, reason, whole_shard = shard.where(self._member(located.source, address)), str(fault), False
             if source.config.on_error == "stop":
-                raise UserError(f"{where}: {reason}")
+                raise UserError(
+                    f"{where}: {reason}; data.sources.{located.source}.on_error=skip leaves out what cannot be "
+                    f"used {BEFORE_A_RUN}"
+                )
             skips.append(Skip(located.position, located.source, address.epoch, where, reason))
             address = source.order.instead_of(address, whole_shard)
         raise UserError(f"{where}: {reason}; neither could any of {MOST_STAND_INS} others in its place be used")

@@ -107,7 +107,7 @@ class Marker(_Facts):
         if not model.complete:
             raise ValueError("config.model: image_size, channels or num_classes is missing")
         assert model.num_classes is not None
-        if len(names) > model.num_classes:
+        if names and len(names) != model.num_classes:
             raise ValueError(f"dataset.class_names has {len(names)}, and config.model {model.num_classes} classes")
         if model.depth * max(1, model.experts) > len(self.shapes):
             raise ValueError(

@@ -1,10 +1,12 @@
 """What a comparison found: its rows, and the tables in Markdown."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
+from ditmoe.model.outside.text import printable
 from ditmoe.sampling.comparison.cells import PLAIN, Cell
 from ditmoe.sampling.comparison.verdicts import BEST, Judgement, Point, Verdict, between, verdicts
 
@@ -115,7 +117,7 @@ def _fid_error(row: Row) -> float:
 def markdown(title: str, rows: Sequence[Row], left_out: Sequence[str], warnings: Sequence[str]) -> str:
     """The page of a comparison: verdicts, every cell, and what was left out."""
     curves = curves_of(rows)
-    lines = [f"# {title}", ""]
+    lines = [f"# {_escaped(title)}", ""]
     found = verdicts(curves, PLAIN)
     if found:
         lines += ["## Chains against the sampler alone", "", *_verdict_table(found), "", HOW_JUDGED, ""]
@@ -126,10 +128,15 @@ def markdown(title: str, rows: Sequence[Row], left_out: Sequence[str], warnings:
     if floors:
         lines += [f"FID between two random halves of the real images (the floor): {_list(floors)}.", ""]
     if left_out:
-        lines += ["Left out:", "", *(f"- {line}" for line in left_out), ""]
+        lines += ["Left out:", "", *(f"- {_escaped(line)}" for line in left_out), ""]
     if warnings:
-        lines += ["Warnings:", "", *(f"- {line}" for line in warnings), ""]
+        lines += ["Warnings:", "", *(f"- {_escaped(line)}" for line in warnings), ""]
     return "\n".join(lines)
+
+
+def _escaped(text: str) -> str:
+    """Text in one line that Markdown shows as it is: names of classes and files are others' words."""
+    return re.sub(r"[\\`*\[\]<>|&~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(text))
 
 
 def _verdict_table(found: Sequence[Verdict]) -> list[str]:

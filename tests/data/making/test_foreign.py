@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Callable
 from itertools import islice
@@ -487,6 +488,37 @@ def test_files_that_are_no_samples_are_passed_over(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["index", str(folder), "--overwrite"])
     assert done.exit_code == 0 and "indexed 6 images" in done.output
     assert "ignored: 4 entries with neither image nor label: README, __meta__, README, __meta__" in done.output
+
+
+@pytest.mark.parametrize("had_index", [False, True])
+def test_one_that_is_killed_between_table_and_index_can_be_repeated(tmp_path: Path, had_index: bool) -> None:
+    folder = tmp_path / "in"
+    write_tar(folder / "0.tar", [("a", {"png": picture("PNG", (8, 8)), "cls": b"0"})])
+    if had_index:
+        indexed(folder)
+    os.rename(folder / "0.tar", folder / "1.tar")
+    write_tar(folder / "0.tar", [(key, {"png": picture("PNG", (8, 8)), "cls": b"1"}) for key in "ab"])
+    forked = os.fork()
+    if not forked:
+        replace = os.replace
+
+        def dies(source: Path, target: Path) -> None:
+            if target.name == "index.json":
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = dies  # type: ignore[assignment]
+        indexed(folder, overwrite=had_index)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(forked, 0)[1]) == -signal.SIGKILL
+    assert (folder / "index.json").exists() == had_index
+    write_tar(folder / "2.tar", [("c", {"png": picture("PNG", (8, 8)), "cls": b"1"})])
+    assert indexed(folder, overwrite=had_index).problems == []
+    assert labels_in(folder) == [1, 1, 0, 1]
+    (folder / "index.json").unlink()
+    (folder / "samples.npz").write_bytes(b"of an evaluation")
+    with pytest.raises(UserError, match=r"samples\.npz: is in the way"):
+        indexed(folder, overwrite=True)
 
 
 def test_every_image_can_be_checked_and_what_is_bad_is_left_out_everywhere(tmp_path: Path) -> None:

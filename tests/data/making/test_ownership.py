@@ -16,7 +16,10 @@ from ditmoe.data.making.filtering import FilterSettings, filter_shards
 from ditmoe.data.making.foreign import ForeignSettings, index_foreign
 from ditmoe.data.making.ownership import Record, clear, look_through
 from ditmoe.data.making.pack import PackSettings, pack, refuse_overlap
+from ditmoe.data.making.reshuffle import ReshuffleSettings, reshuffle
+from ditmoe.data.making.sources.base import SourceImage
 from ditmoe.data.making.sources.digits import Digits
+from ditmoe.data.making.sources.folder import ImageFolder
 from ditmoe.data.making.sources.labelled import LabelledFolder
 from ditmoe.data.making.sources.npz import Npz
 from ditmoe.data.making.verify import verify
@@ -227,17 +230,39 @@ def test_one_that_is_killed_while_it_clears_can_be_repeated(
 
 def test_the_record_is_there_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(Digits):
-        def read(self, number: int) -> object:  # type: ignore[override]
-            raise KeyboardInterrupt
+        reads = 0
+
+        def read(self, number: int) -> SourceImage:
+            self.reads += 1
+            if self.reads == 20:
+                raise KeyboardInterrupt
+            return super().read(number)
 
     with pytest.raises(KeyboardInterrupt):
-        pack(Stopped(), tmp_path / "d", QUICK)  # type: ignore[arg-type]
+        pack(Stopped(), tmp_path / "d", PackSettings(count=30))
     record = json.loads((tmp_path / "d" / "packing.json").read_text())
     assert record["stem"] == "digits" and "samples.npz" in record["files"]
     assert look_through(tmp_path / "d").others == []
     (tmp_path / "d" / "mine").touch()
     with pytest.raises(UserError, match="holds mine, which"):
         clear(tmp_path / "d", Record())
+
+
+def test_an_old_dataset_stays_when_the_new_source_is_at_fault(digits: Path, scored: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "1.png").write_bytes(b"broken")
+    before = contents(digits)
+    for skip, message in ((False, "--skip-unreadable"), (True, "none of the 1 images could be used")):
+        with pytest.raises(UserError, match=message):
+            pack(ImageFolder(tmp_path / "photos"), digits, PackSettings(overwrite=True, skip_unreadable=skip))
+        assert contents(digits) == before
+    shard = scored / load_index(scored).shards[-1].file
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="checksum mismatch"):
+        filter_shards(scored, digits, FilterSettings(overwrite=True))
+    with pytest.raises(UserError, match="checksum mismatch"):
+        reshuffle(scored, digits, ReshuffleSettings(overwrite=True))
+    assert contents(digits) == before
 
 
 def test_temporary_files_have_names_of_their_own(tmp_path: Path) -> None:

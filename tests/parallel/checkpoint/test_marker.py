@@ -184,6 +184,13 @@ def test_no_single_change_of_a_marker_is_a_traceback(
             raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
 
 
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"]])
+def test_as_many_class_names_as_classes(checkpoint: Path, names: list[str]) -> None:
+    change_marker(checkpoint, lambda facts: facts["dataset"].update(class_names=names))
+    with pytest.raises(UserError, match=rf"class_names has {len(names)}, and config\.model 2 classes"):
+        read_info(checkpoint)
+
+
 def test_a_damaged_marker_is_known_by_its_checksum(checkpoint: Path) -> None:
     """A change that the schema cannot see; markers without a checksum are those of earlier versions."""
     marker = checkpoint / MARKER

@@ -150,6 +150,10 @@ def test_figures_of_seeds_are_means_with_their_deviation():
     (point,) = curves_of([mean])["euler"][PLAIN]
     assert (point.fid, point.error) == (3.0, pytest.approx(math.sqrt(7 / 3)))
     assert "3 ± 2.6" in markdown("title", [mean], [], [])
+    warning = "class 9 is <img src=x> [a](http://b) `c` _d_ a|b &lt;\n# e in my_folder/x_1 and ten"
+    page = markdown("t_1 *x*", [mean], [warning], [warning])
+    shown = r"- class 9 is \<img src=x\> \[a\](http://b) \`c\` \_d\_ a\|b \&lt;\\n\# e in my_folder/x_1 and ten"
+    assert page.splitlines()[0] == r"# t_1 \*x\*" and page.splitlines().count(shown) == 2
 
 
 @pytest.mark.parametrize(("chains", "wins"), [((1.0, 1.2, 1.1), True), ((0.2, 3.0, 1.5), False)])

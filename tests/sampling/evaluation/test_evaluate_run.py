@@ -168,8 +168,11 @@ def test_classes_of_other_names_are_warned_of_and_other_channels_refused(
     assert f"class 9 is 9 in {shards} and ten in the network's training" in warnings[-2]
     assert "held-out real images only: its FID says little" in warnings[-1]  # after one pass
 
-    change_marker(checkpoint, lambda facts: facts["dataset"].update(class_names=["0", "1", "2"]))
-    change_marker(checkpoint, lambda facts: facts["config"]["model"].update(channels=4, num_classes=3))
+    def of_three_classes(facts: dict[str, Any]) -> None:
+        facts["dataset"].update(class_names=["0", "1", "2"])
+        facts["config"]["model"].update(channels=4, num_classes=3)
+
+    change_marker(checkpoint, of_three_classes)
     np.savez(tmp_path / "x.npz", images=np.zeros((9, 8, 8, 4), np.uint8), labels=np.arange(9) % 3)
     pack(open_source(str(tmp_path / "x.npz"), seed=0), tmp_path / "four", PackSettings(format="npy"))
     with pytest.raises(UserError, match=r"channels is 4, and only 1 \(grey\) or 3 \(RGB\)"):

@@ -198,7 +198,8 @@ def test_what_cannot_be_used_is_left_out_by_the_runs_policy_and_named(
     whole = images_of(shards)
     damage_first_image(shards / whole.index.shards[1].file)
     with pytest.raises(
-        UserError, match=r"-00001\.tar, sample \d+: not a readable PNG image.*--on-error skip leaves out"
+        UserError,
+        match=r"-00001\.tar, sample \d+: not a readable PNG image.*--on-error skip leaves out.*--check-images",
     ):
         list(whole.read_all(8))
     info, _ = trained(shards, on_error="skip", skip_budget=16)
@@ -209,6 +210,8 @@ def test_what_cannot_be_used_is_left_out_by_the_runs_policy_and_named(
     numbers = np.concatenate([batch.number_N for batch in batches]).tolist()
     assert numbers == [number for number in range(60) if number != 15]
     assert "-00001.tar, sample" in left_out.lines[0] and "not a readable PNG" in left_out.lines[0]
+    with pytest.raises(UserError, match="--on-error skip leaves out"):  # also of what another one kept in a cache
+        whole.new_left_out().add_lines(left_out.count, left_out.lines)
     facts = reference.facts(left_out)
     assert facts["images"] == 59 and facts["left_out"] == {"samples": 1, "shards": [], "first": left_out.lines}
     # A shard that is gone, too: its images count, and they are others then.
