@@ -1,6 +1,6 @@
-"""Which of a run's processes this one is, which device is its own, and where all of them meet.
+"""Which of a run's processes this one is, which device it has, and where all of them meet.
 
-The variables that torchrun sets say so: RANK and WORLD_SIZE, LOCAL_RANK on its machine, MASTER_ADDR and
+The variables that torchrun sets say that: RANK and WORLD_SIZE, LOCAL_RANK on its machine, MASTER_ADDR and
 MASTER_PORT. They are read and checked here and nowhere else; torch is imported where it is needed, because
 commands ask before they need it.
 """
@@ -24,7 +24,7 @@ _EXPECTED: Final = (
 
 @dataclass(frozen=True)
 class ThisProcess:
-    """This process among those of its run; without arguments one that is alone."""
+    """This process among those of its run; without arguments, the only one."""
 
     rank: int = 0
     ranks: int = 1
@@ -39,7 +39,7 @@ class ThisProcess:
 
     @property
     def first(self) -> bool:
-        """Whether it is rank 0, which tells and writes what is told and written once."""
+        """Whether it is rank 0, which prints and writes what is needed once."""
         return self.rank == 0
 
 
@@ -50,7 +50,7 @@ def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
         environment: the variables; None: this process's.
 
     Raises:
-        UserError: they contradict one another, or are no numbers: all such problems, a line each.
+        UserError: they contradict one another or are not numbers; names all such problems, a line each.
     """
     variables = os.environ if environment is None else environment
     if "RANK" not in variables:

@@ -1,11 +1,11 @@
-"""Whose the files of a folder are: what writes datasets removes what it, or one of its kind, has written, alone.
+"""Who wrote the files of a folder: commands that write datasets remove only what one of them has written.
 
-    OUT/packing.json    the record: what is written here; there first, and until the dataset is finished
+    OUT/packing.json    the record of what is written here: created first, removed when the dataset is finished
     OUT/.packing.0      the claim of the process that writes
 
 A finished dataset has no record. Its index names the shards, whose tars name `ditmoe` as their owner, and the
 table with its checksum, as does one whose writer was killed before it took its name; the contact sheet is known by
-its form. Anything else belongs to somebody else.
+its form. Anything else belongs to others.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ Item = TypeVar("Item")
 
 
 class Record(Settings):
-    """What is written into a folder, or is being removed from it."""
+    """What a command is writing into a folder, or removing from it."""
 
     format: Literal["ditmoe-packing"] = "ditmoe-packing"
     files: tuple[str, ...] = ()
@@ -139,7 +139,7 @@ class _Known:
 
 
 def look_through(folder: Path) -> Belongings:
-    """Tell what is ours in a folder from what is not; hidden files are neither, and are left alone.
+    """Separate what is ours in a folder from what is not; hidden files are neither, and stay.
 
     Raises:
         UserError: the folder, or a file of it, cannot be read.
@@ -168,7 +168,7 @@ def look_through(folder: Path) -> Belongings:
 
 
 def refuse_holding(folder: Path, sources: Iterable[Path]) -> None:
-    """UserError when a folder, which is written to next, holds any of the files and folders that are read."""
+    """UserError when a folder that is to be written holds any of the files and folders that are to be read."""
     home = folder.resolve()
     for source in sources:
         if source.resolve().is_relative_to(home):
@@ -176,7 +176,7 @@ def refuse_holding(folder: Path, sources: Iterable[Path]) -> None:
 
 
 def refuse_others(folder: Path) -> list[str]:
-    """What is ours in a folder that is written to next. UserError when it holds anything else."""
+    """What is ours in a folder that is to be written. UserError when it holds anything else."""
     ours, others = look_through(folder)
     if others:
         more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
@@ -188,7 +188,7 @@ def refuse_others(folder: Path) -> list[str]:
 
 
 def clear(folder: Path, planned: Record, keep: Collection[str] = ()) -> None:
-    """Remove what is ours from a folder, but for `keep`, and write down what comes. The caller holds its claim.
+    """Remove what is ours from a folder, except `keep`, and record what comes next. The caller holds its claim.
 
     Raises:
         UserError: it holds something else, or the file system refuses.
@@ -221,8 +221,8 @@ def claimed(
 ) -> Iterator[Iterator[Item]]:
     """Make `folder` an empty place for a dataset, for this process alone; the body writes it, the index last.
 
-    What was left unfinished there is removed, and a finished dataset with `overwrite`, once the first of the new
-    samples are at hand.
+    Once the first of the new samples are at hand, an unfinished dataset there is removed, and with `overwrite` a
+    finished one.
 
     Args:
         stem: of the names of the shards.
@@ -268,7 +268,7 @@ def holds_dataset(folder: Path) -> bool:
 
 
 def refuse_finished(folder: Path, overwrite: bool) -> None:
-    """UserError when a finished dataset of ours is there, and shall stay."""
+    """UserError when a finished dataset of ours is there."""
     if not overwrite and holds_dataset(folder):
         raise UserError(f"{folder}: already holds a packed dataset; --overwrite replaces it")
 

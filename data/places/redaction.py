@@ -1,6 +1,6 @@
-"""What may be shown and kept of where data comes from: no password, no query, no command's arguments.
+"""What may be shown and kept of where data comes from: no passwords, no queries, no arguments of commands.
 
-Everything that quotes a source or a place, in a message or in a file, takes its words from here.
+Whatever quotes a source or a place, in a message or in a file, uses these functions.
 """
 
 import re
@@ -46,7 +46,7 @@ def program_of(command: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """Plain data, such as a configuration, with every text in it as `shown_place` shows it."""
+    """Plain data, such as a configuration, with each of its texts as `shown_place` shows it."""
     if isinstance(value, str):
         return shown_place(value)
     if isinstance(value, Mapping):
@@ -57,7 +57,7 @@ def without_secrets(value: Any) -> Any:
 
 
 def has_secrets(value: Any) -> bool:
-    """Whether plain data would be shown otherwise than it is."""
+    """Whether plain data has anything that must not be shown."""
     if isinstance(value, Mapping):
         return any(map(has_secrets, value.values()))
     if isinstance(value, list | tuple):

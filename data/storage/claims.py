@@ -1,15 +1,15 @@
-"""Claims: which process is at what, told through files alone, on one machine or several, with or without locks.
+"""Claims: which process works on what, recorded in files alone, on one machine or several, without locks.
 
 A claim on a name is a file `NAME.<number>` that says who holds it: machine, process, when that started, and a
 random token. It is created whole and at once (a hard link, which exactly one process gets), and its holder touches
 it at every beat. A claim is over
 
 - when its holder has removed it,
-- at once, when its holder ran on this machine and does not run any more,
-- otherwise when so many beats were missed, by the clock of the file server alone.
+- at once, when its holder ran on this machine and no longer runs,
+- otherwise, when its holder has missed too many beats by the clock of the file server.
 
 Whoever takes over a claim creates the next number, which again exactly one process gets, and names the token of
-the claim that it takes over. So a claim that looked over cannot be taken twice, and a holder that only looked
+the claim that it takes over. So a claim that seems to be over cannot be taken twice, and a holder that only seemed
 dead can tell that it has lost its claim.
 """
 
@@ -39,7 +39,7 @@ _NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, 
 
 
 class Listing(NamedTuple):
-    """What is in a folder of claims."""
+    """The contents of a folder of claims."""
 
     claims: dict[str, list[int]]
     """Name → numbers of the claims on it."""
@@ -64,7 +64,7 @@ class _Seen:
 
 
 class Claim:
-    """A claim that this process holds, until `release` or until it is taken for dead."""
+    """A claim that this process holds until `release`, or until others take it for dead."""
 
     def __init__(self, folder: Path, name: str, number: int, token: str) -> None:
         self.name = name
@@ -77,13 +77,13 @@ class Claim:
         self._thread.start()
 
     def held(self) -> bool:
-        """Whether it is still this process's: nobody took it for dead, and nobody removed the file."""
+        """Whether this process still holds it: nobody took it for dead, and nobody removed the file."""
         own, following = _read(self._path), _read(self._next)
         lost = following is not None and following.after == self.token
         return own is not None and own.token == self.token and not lost
 
     def release(self) -> None:
-        """Let others have it. Does nothing in a process that was forked from the holder."""
+        """Give the claim up. Does nothing in a process that was forked from the holder."""
         if os.getpid() != self._pid:
             return
         self._released.set()
@@ -105,7 +105,7 @@ class Claims:
         self.folder = folder
 
     def listing(self) -> Listing:
-        """Look once. UserError when the folder cannot be read."""
+        """List the folder once. UserError when it cannot be read."""
         claims: dict[str, list[int]] = {}
         others: set[str] = set()
         for file in list_folder(self.folder):
@@ -170,13 +170,13 @@ class Claims:
         return any(self.holder(name) is not None for name in names)
 
     def holder(self, name: str) -> str | None:
-        """Who holds the claim on `name`, for people to read; None: nobody that lives."""
+        """Who holds the claim on `name`, for people to read; None: no process that lives."""
         numbers = self.listing().claims.get(name)
         seen = _read(self.folder / f"{name}.{max(numbers)}") if numbers else None
         return f"process {seen.pid} on {seen.host}" if seen is not None and self._lives(seen) else None
 
     def who(self, name: str) -> str:
-        """The holder in brackets, to put behind a message; empty where it has just gone."""
+        """The holder in brackets, to append to a message; empty where it has just gone."""
         holder = self.holder(name)
         return "" if holder is None else f" ({holder})"
 
@@ -278,7 +278,7 @@ def _here() -> _Machine:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since the machine was booted; None: it has ended, or nobody says."""
+    """When a process started, in ticks since the machine booted; None: it has ended, or nothing says."""
     try:
         # The name, in brackets, may have spaces and brackets in it.
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
@@ -288,7 +288,7 @@ def _started(pid: int) -> int | None:
 
 
 def _runs(pid: int, started: int | None) -> bool:
-    """Whether the process of that number is there, and is the one that started then."""
+    """Whether a process of that number runs, and is the one that started then."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -301,7 +301,7 @@ def _runs(pid: int, started: int | None) -> bool:
 
 
 def _read(path: Path) -> _Seen | None:
-    """A claim; None: it is not there. What cannot be made out is somebody's whose beats decide."""
+    """A claim; None: it is not there. One that cannot be read has a holder too: its beats decide."""
     try:
         # Opened, not only looked at: network file systems then ask the server for its time.
         with path.open("rb") as file:

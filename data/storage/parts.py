@@ -1,13 +1,13 @@
-"""Work in parts: what is to be made, apart from who makes it.
+"""Work in parts: what is to be made, separate from who makes it.
 
 `Parts` says what the work is: a file for each part, how one is made, written and read again, and what follows from
-all of them. A part is a function of its number, is written under a name that nobody has and takes its own name
-once, when it is whole. So any process may make any part at any time (`Parts.make_one`), and a part that is made
-twice is a waste and no fault.
+all of them. A part is a function of its number. It is written under a name that nobody else has, and renamed once
+it is whole. So any process may make any part at any time (`Parts.make_one`), and making a part twice wastes time
+but does no harm.
 
 `make_parts` is one way to have them all made: processes that share a folder, on one machine or several, take parts
-by claims (`claims.py`). None is made by two that live, what a killed process was making is made by another, and a
-process counts what is there by looking at the folder as a whole, now and then.
+by claims (`claims.py`). No two live processes make the same part, another process makes what a killed one was
+making, and a process counts the finished parts by listing the folder now and then.
 """
 
 import errno
@@ -143,13 +143,13 @@ def make_parts(
 ) -> int:
     """Make the parts that are not there, side by side with other processes, until all are.
 
-    Each process begins at a place of its own and takes any part that nobody is at, so a slow one holds up no
-    other.
+    Each process begins at a different place and takes any part that nobody else is making, so a slow process does
+    not hold up the others.
 
     Args:
         rank: this process among `ranks`; any number of further processes may help.
         only: these parts; None: all.
-        on_progress: told what those that are there count for, at the start and whenever this process knows more.
+        on_progress: gets the size of the finished parts, at the start and whenever this process knows more.
 
     Returns:
         The number of parts that this process made.
@@ -203,13 +203,13 @@ def run_parts(
     ranks: int = 1,
     on_progress: Progress = lambda done: None,
 ) -> Result:
-    """Make what is missing as `make_parts`; every process gets what follows from all parts."""
+    """Make what is missing as `make_parts` does; every process returns the result of all parts."""
     make_parts(parts, rank=rank, ranks=ranks, on_progress=on_progress)
     return parts.result()
 
 
 def _place(draft: Path, path: Path, anew: bool) -> bool:
-    """Give a finished file its name; False where another has it, which stays."""
+    """Give a finished file its name; False where another file has it, which stays."""
     if anew:
         os.replace(draft, path)
     else:
@@ -244,7 +244,7 @@ def _writable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _failure_told(parts: Parts[Made, Found, Result], part: int, listing: Listing) -> Iterator[None]:
-    """Let the other processes know when a part cannot be made; earlier failures are forgotten."""
+    """Tell the other processes when a part cannot be made; earlier failures are forgotten."""
     try:
         yield
     except UserError as error:
@@ -285,7 +285,7 @@ def _remove_of(parts: Parts[Made, Found, Result], of: Iterable[int], listing: Li
 
 
 def _clean(parts: Parts[Made, Found, Result], of: Sequence[int], listing: Listing) -> None:
-    """Remove what processes that were killed left of finished parts."""
+    """Remove what killed processes left behind of finished parts."""
     _remove_of(parts, of, listing, DRAFT_SUFFIX)
     _remove_of(parts, of, listing, FAILURE_SUFFIX)
     for part in of:

@@ -1,8 +1,8 @@
-"""What a checkpoint keeps of where its data came from, and what of that a later command opens unasked.
+"""What a checkpoint keeps of where its data came from, and which of it later commands open without being told.
 
 A run folder is copied and handed on, so what its checkpoints say is a stranger's word: it may name a folder or an
-address to read from, and nothing that starts a program, logs in, or reaches through other file systems. Such a
-source is opened where the user names it. Neither do checkpoints keep what nobody else should read.
+address to read from, but nothing that starts a program, logs in, or reaches through other file systems. Such a
+source is opened only when the user names it. Nor do checkpoints keep what nobody else should read.
 """
 
 import os
@@ -38,8 +38,8 @@ OPENED_UNASKED: Final = (
 def kept_in_checkpoint(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's configuration as its checkpoints keep it.
 
-    Local paths of sources are absolute, so that they are found from another directory; there is no password, no
-    query of an address, and no command. The run's own config.yaml has all of it.
+    Local paths of sources are made absolute, so that they are found from other directories. Passwords, queries of
+    addresses and commands are left out: only the run's own config.yaml has them.
     """
     kept: dict[str, Any] = without_secrets(config)
     for source in kept["data"]["sources"]:
@@ -118,7 +118,7 @@ class RememberedData:
 
 
 def remembered_data(config: Mapping[str, Any], origin: str, option: str = "--data") -> RememberedData | None:
-    """The data that a checkpoint's configuration speaks of; null: it has none, as of converted weights.
+    """The data that a checkpoint's configuration names; None: it names none, as for converted weights.
 
     UserError when it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""A source opened: where its shards lie, what its index and its table of samples say, and what of it is used."""
+"""An open source: where its shards lie, what its index and its table of samples say, which samples are used."""
 
 import hashlib
 import json
@@ -63,7 +63,7 @@ class OpenSource:
         return file_problems(self.place.folder, self.index) if isinstance(self.place, LocalPlace) else {}
 
     def shards(self, numbers: Sequence[int]) -> Iterator[tuple[int, Shard | ShardFault]]:
-        """Some shards one after another, the next one fetched meanwhile; one that cannot be read as what is wrong.
+        """Some shards one after another, the next one fetched meanwhile; in place of an unreadable one, its error.
 
         Each is closed when the next one is asked for. UserError when this machine cannot keep it.
         """
@@ -108,7 +108,7 @@ def used_digest(index: DatasetIndex, selection: Selection) -> str:
 def reading_digest(index: DatasetIndex) -> str:
     """Hex digest of how samples are made of a source's bytes: size, channels, crop, and what labels stand for.
 
-    The same tars, indexed otherwise, are other samples.
+    The same tars, indexed differently, are different samples.
     """
     reading = {
         "image_size": index.image_size,

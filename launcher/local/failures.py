@@ -1,4 +1,4 @@
-"""How a started process tells the starting one why it failed, so that the first cause is what is shown.
+"""How a started process tells the starting one why it failed, so that the first cause is shown.
 
 When one rank fails, the others fail after it with broken connections. Each writes what happened, and when, to
 a file of its own; the starting process shows the earliest.
@@ -34,7 +34,7 @@ _TORCH_WANTS_MEMORY: Final = "DefaultCPUAllocator: can't allocate memory"
 
 
 def refusal(error: Exception) -> str | None:
-    """The user's message for what the system refused, a file or memory; None where the program is at fault."""
+    """The message for what the system refused, a file or memory; None where the program is at fault."""
     if isinstance(error, MemoryError) or _TORCH_WANTS_MEMORY in str(error):
         wanted = str(error).rpartition(": ")[2] or "of this process"
         return f"not enough memory on this machine: {wanted}"

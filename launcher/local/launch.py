@@ -42,7 +42,7 @@ def spawn(
 ) -> int:
     """Start `processes` copies of a command of ours and wait for them: the exit code.
 
-    Rank 0 has this process's output; rank N writes to `log_dir/rank-N.txt`, which grows by each start.
+    Rank 0 shares this process's output; rank N appends to `log_dir/rank-N.txt`.
 
     Args:
         arguments: verb and arguments.
@@ -74,7 +74,7 @@ def spawn(
 
 
 def _scratch_folder() -> "tempfile.TemporaryDirectory[str]":
-    """A folder for what ranks tell this process. UserError where the system has no place for one."""
+    """A folder for the messages of ranks to this process. UserError where the system has no room for one."""
     try:
         return tempfile.TemporaryDirectory(prefix="ditmoe-launch-", ignore_cleanup_errors=True)
     except OSError as error:  # FileNotFoundError where none of the usual folders can be written
@@ -153,7 +153,7 @@ class _Group:
         self._send(signal.SIGTERM if number == signal.SIGINT else signal.Signals(number))
 
     def kill(self) -> None:
-        """End all that still run, with the processes that they started."""
+        """Kill all that still run, and the processes that they started."""
         for rank in self.ranks:
             if rank.process.poll() is None:
                 _signal_group(rank.process.pid, signal.SIGKILL)
@@ -222,7 +222,7 @@ def free_port() -> int:
 
 
 def threads_per_process(processes: int) -> int:
-    """Cores that this process may use, dealt to its processes."""
+    """The cores that this process may use, divided by the number of processes."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // processes)
 
@@ -256,7 +256,7 @@ def _signal_group(pid: int, number: signal.Signals) -> None:
 
 
 def _tail(path: Path, start: int) -> list[str]:
-    """The last lines of a file, of those from the byte `start` on."""
+    """The last lines of a file after its first `start` bytes."""
     with open(path, "rb") as file:
         file.seek(start)
         return file.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]

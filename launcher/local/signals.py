@@ -1,7 +1,7 @@
 """Signals: a training process stops at the next step, and no process outlives the one that started it.
 
-Whatever asks for an end gets a checkpoint first: an impatient user, a lost terminal, a batch system's warning, a
-limit of processor time. Only SIGKILL, SIGQUIT (Ctrl-\\) and a second Ctrl-C end a run at once.
+Whoever asks a run to end gets a checkpoint first: an impatient user, a lost terminal, a batch system's warning, a
+limit on processor time. Only SIGKILL, SIGQUIT (Ctrl-\\) and a second Ctrl-C end a run at once.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 class StopSignal:
     """Within this context `STOP_SIGNALS` ask for a stop instead of ending the process.
 
-    What is ignored stays so: nohup ignores SIGHUP. A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
+    Signals that are ignored stay ignored: nohup ignores SIGHUP. A second SIGINT (Ctrl-C) raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""Standard output and error: any text can be written to them, and nobody has to read them.
+"""Standard output and error: they take any text, and nobody has to read them.
 
-Characters that the terminal's encoding lacks are written as escapes. Where standard error is closed, messages go
-nowhere; where standard output is closed, a command ends as every filter does, except that a run of days goes on
-and says so in its log (`launcher/training/report.py`).
+Characters that the terminal's encoding lacks are written as escapes. Where standard error is closed, messages are
+lost. Where standard output is closed, a command ends as every filter does, but a training run goes on and says so
+in its log (`launcher/training/report.py`).
 """
 
 import errno
@@ -31,14 +31,14 @@ def prepare_streams() -> None:
 
 
 def let_go(stream: TextIO) -> None:
-    """Write a stream nowhere from now on, at exit too, where what is left in its buffer could not be written."""
+    """Discard what is written to a stream from now on, at exit too, when its buffer could not be written."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 class _Unheard(io.TextIOWrapper):
-    """Standard error: there is nobody else to tell when it cannot be written, closed or on a full disk."""
+    """Standard error that may fail, closed or on a full disk: there is nobody else to tell."""
 
     def write(self, text: str, /) -> int:
         try:

@@ -1,7 +1,8 @@
-"""Letting go of old checkpoints, and of what killed writes left, beside training.
+"""Deleting old checkpoints, and what killed writes left, beside training.
 
-To delete a checkpoint may take long, or fail: a read-only folder, a reader on NFS, somebody's link by the name of
-a leftover. None of it stops a run. What fails is told once, and tried again at the next save and the next start.
+Deleting a checkpoint may take long, or fail: a read-only folder, a reader on NFS, somebody's link by the name of a
+leftover. None of that stops a run. A failure is reported once, and tried again at the next save and the next
+start.
 """
 
 import os
@@ -37,7 +38,7 @@ class Removal:
             self._found.put(f"{path} could not be removed ({error.strerror or error}){_AGAIN}")
 
     def sweep(self) -> None:
-        """Begin to delete all that is set aside or left over; at once done where it is still going on.
+        """Begin to delete all that is set aside or left over; does nothing while an earlier call is still at it.
 
         No save may be under way.
         """
@@ -49,7 +50,7 @@ class Removal:
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until what `sweep` began is done, or so many seconds."""
+        """Wait until `sweep` has finished, or for so many seconds."""
         if self._thread is not None:
             self._thread.join(seconds)
 
@@ -66,7 +67,7 @@ class Removal:
                 new.append(problem)
 
     def _leftovers(self) -> Iterator[Path]:
-        """Folders by the names of unfinished and discarded checkpoints; what else has such a name is told of."""
+        """Folders by names of unfinished and discarded checkpoints; anything else by such a name is reported."""
         try:
             found = sorted(path for path in self._folder.iterdir() if _LEFTOVER.fullmatch(path.name))
         except FileNotFoundError:

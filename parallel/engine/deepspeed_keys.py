@@ -1,9 +1,8 @@
 """DeepSpeed's own settings that a run may add, each known to leave the loss curve as it is.
 
-DeepSpeed reads more than a hundred keys. Some change what is trained without a word (`gradient_allreduce_op:
-sum`, or `contiguous_gradients: false` where experts are dealt out), some are ignored, and few are checked for
-their spelling. So only those pass that tests/parallel/engine trains with, on each ZeRO stage named here, and
-compares.
+DeepSpeed reads more than a hundred keys. Some silently change what is trained (`gradient_allreduce_op: sum`, or
+`contiguous_gradients: false` where experts are dealt out), some are ignored, and few are checked for their
+spelling. So only those pass with which tests/parallel/engine trains and compares, on each ZeRO stage named here.
 """
 
 import difflib
@@ -103,7 +102,7 @@ _SECTIONS: Final = {key.partition(".")[0] for key in (*GOVERNED, *PASSED) if "."
 
 
 def key_problems(extra: Mapping[Any, Any], zero: int, expert: int) -> list[str]:
-    """Problems of a `deepspeed` section, a message each: keys that may not be set, or not so."""
+    """Problems of a `deepspeed` section, a message each: keys that may not be set, or not to this value."""
     problems = []
     for key, value in _flat(extra):
         if key in _SECTIONS:
@@ -148,7 +147,7 @@ def _either(stages: tuple[int, ...]) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """What was meant, or what there is."""
+    """The key that was probably meant, or those that exist."""
     known = [*PASSED, *GOVERNED]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not near:

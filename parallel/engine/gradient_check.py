@@ -1,6 +1,6 @@
-"""Proof that DeepSpeed steps with the loss's gradient, averaged over micro-steps and ranks, all values in place.
+"""Proof that DeepSpeed steps with the loss's gradient, averaged over micro-steps and ranks, each value in place.
 
-Some of DeepSpeed's settings change the gradient in silence. What autograd hands out, before DeepSpeed sees it, is
+Some of DeepSpeed's settings silently change the gradient. What autograd returns, before DeepSpeed sees it, is
 projected on numbers that belong to each parameter's name and place. A projection is linear: those of all
 micro-steps and ranks add up to the projection of the sum, so no gradient is kept or sent. It must be the
 projection of what AdamW steps with, and the norm of that must be the norm that DeepSpeed reports and clips by.
@@ -79,7 +79,7 @@ class GradientCheck:
 
     @torch.no_grad()
     def _watch(self, name: str, gradient: Tensor) -> None:
-        """Project what autograd hands out for a parameter in one micro-step."""
+        """Project what autograd returns for a parameter in one micro-step."""
         for canonical, part in canonical_parts(published_name(name), gradient, self._expert_rank):
             flat = part.reshape(-1)
             of_parameter_2 = self._handed_P2[self._names[canonical]]

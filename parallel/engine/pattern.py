@@ -1,4 +1,4 @@
-"""Numbers that tell every place of every parameter from every other, to find out what a library does with them.
+"""Numbers that distinguish each place of each parameter from every other, to trace what a library does with them.
 
 Place i of the canonical parameter `name` has the number `table[(hash(name) + i) mod length]`. The table is random
 and its length a prime number far from any width of a network, so parameters that change places, and runs of one

@@ -1,9 +1,9 @@
-"""Proof that the fragments are what they are called, before anything is trained or saved.
+"""Proof that each fragment belongs to the parameter that it is named after, before anything is trained or saved.
 
-DeepSpeed keeps the fp32 weights in flat buffers, in an order of its own, and its settings change that order. Were
-a fragment taken for another parameter's, training would go on rightly and checkpoints would hold parameters under
-each other's names. Initial values cannot show that: many tensors start as zeros. So every fragment is given
-numbers that belong to its name and place alone, DeepSpeed brings the network up to them as after a step, and each
+DeepSpeed keeps the fp32 weights in flat buffers, in an order of its own, and its settings change that order. If a
+fragment were taken for another parameter's, training would be right, but checkpoints would hold parameters under
+each other's names. Initial values cannot reveal that: many tensors start as zeros. So each fragment gets numbers
+that belong to its name and place alone, DeepSpeed updates the network from them as after a step, and each
 parameter must then show its own numbers.
 """
 

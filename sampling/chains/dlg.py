@@ -7,7 +7,7 @@ which a chain goes another way, so that where bits matter batches should have on
 
     chains = dlg.start(range(64), label_B, shape, device)
     for sample in dlg.samples(chains, finish):
-        sample.x0_BCHW  # and sample.chains, from which one can go on
+        sample.x0_BCHW  # and sample.chains, which can continue
 
 Shapes: B chains.
 """

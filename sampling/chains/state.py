@@ -1,4 +1,4 @@
-"""The state of Denoising Langevin Gibbs chains: plain tensors, kept in a file so that chains can be gone on with.
+"""The state of Denoising Langevin Gibbs chains: plain tensors, kept in a file so that chains can continue.
 
 B chains. Everything random about a chain is drawn from (seed, purpose, (chain, step)), so that a chain is a
 function of the seed and its number, whatever chains are computed beside it and wherever it was interrupted.

@@ -1,8 +1,8 @@
 """The images that others are compared with: which they are, how they are read, and where they lie.
 
-They come from the very code that training reads with: the same place, index, label rule and choice of samples, so
-that a run is compared with what it was trained on. What is computed of them is kept under their fingerprint, which
-covers all of it.
+The code that reads them is that of training: the same place, index, label rule and choice of samples, so that a
+run is compared with what it was trained on. Statistics of them are kept under their fingerprint, which covers all
+of it.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class Reference:
 
     @property
     def index(self) -> DatasetIndex:
-        """What is known of the images."""
+        """The index of the images."""
         return self.source.index
 
     @property
@@ -79,7 +79,7 @@ class Reference:
 
     @property
     def count(self) -> int:
-        """Images in all, with those that turn out to be unusable when they are read."""
+        """Number of images, including those that turn out to be unusable when they are read."""
         return sum(map(len, self.members))
 
     @cached_property
@@ -102,7 +102,7 @@ class Reference:
         return min(MAX_PARTS, len(self.index.shards))
 
     def new_left_out(self) -> LeftOut:
-        """Takes what is passed over while images are read; empty."""
+        """An empty record of what is passed over while images are read."""
         return LeftOut(self.source.config)
 
     def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
@@ -149,7 +149,7 @@ class Reference:
             yield from self.read(part, batch, left_out)
 
     def facts(self, left_out: LeftOut) -> dict[str, Any]:
-        """What results say of the images, as plain data.
+        """What results record of the images, as plain data.
 
         Args:
             left_out: what was passed over when all of them were read.
