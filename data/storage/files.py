@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
+from ditmoe.model.outside.text import is_address
 
 __all__ = ["is_partial", "make_folder", "open_regular", "read_settings", "remove_abandoned", "replacing"]
 
@@ -55,7 +56,12 @@ def regular_descriptor(path: str | Path) -> int:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are not there yet. UserError when the file system refuses."""
+    """Make a folder and those above it, where they are not there yet.
+
+    UserError when it is an address, or the file system refuses.
+    """
+    if is_address(folder):
+        raise UserError(f"{folder}: is an address; expected a folder of this machine")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

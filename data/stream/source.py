@@ -121,6 +121,8 @@ def reading_digest(index: DatasetIndex) -> str:
 
 
 def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, expected a file, such as {path / INDEX_FILE}")
     try:
         with open_regular(path) as file:
             return file.read()

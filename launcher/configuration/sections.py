@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from ditmoe.model.outside.text import is_address
 from ditmoe.model.settings import MOST_IMAGES, MOST_STEPS, Settings
 
 
@@ -15,6 +16,13 @@ class RunSection(Settings):
     """The run folder, relative to the current directory; `runs/NAME` of `NAME.yaml` when left out.
 
     Repeating a command on an existing folder resumes its run."""
+
+    @field_validator("dir")
+    @classmethod
+    def _check_dir(cls, path: Path) -> Path:
+        if is_address(path):
+            raise ValueError("is an address; expected a folder of this machine")
+        return path
 
 
 class LaunchConfig(Settings):

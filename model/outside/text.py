@@ -9,6 +9,11 @@ _CONTROLLING: Final = ("Cc", "Cs", "Zl", "Zp")
 _REORDERING: Final = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 """Turn the direction of what follows, so that a name reads as another."""
 
+_SCHEME: Final = r"[A-Za-z][A-Za-z0-9+.-]+:/"
+"""Begins an address; `pathlib.Path` keeps one slash of two."""
+_LOGIN: Final = re.compile(rf"({_SCHEME}+)[^\s'\"`]*@")
+_QUERY: Final = re.compile(rf"({_SCHEME}+[^\s'\"`?]*)\?[^\s'\"`]*[^\s'\"`:;,.)]")
+
 
 def is_fit_to_print(text: str) -> bool:
     """Whether a name can be shown: it controls no terminal. Spaces and joiners of every script are fit."""
@@ -27,9 +32,20 @@ def message_lines(text: str) -> str:
     """A message of one or several lines as a terminal may show it.
 
     Lines after the first are indented: whatever a name in the message holds, no line passes for another message.
+    Addresses have no login and no query: whatever quotes what a user typed, it shows no password.
     """
-    first, *others = re.split(r"\r?\n", text)
+    first, *others = re.split(r"\r?\n", without_logins(text))
     return "\n".join([printable(first), *(f"  {printable(line)}" for line in others)])
+
+
+def without_logins(text: str) -> str:
+    """A text with `…` in place of logins and queries of addresses, also of those that became paths (`s3:/…`)."""
+    return _QUERY.sub(r"\1?…", _LOGIN.sub(r"\1…@", text))
+
+
+def is_address(path: object) -> bool:
+    """Whether a path was an address, such as `s3://bucket/run`, which no local folder is called."""
+    return re.match(_SCHEME, str(path)) is not None
 
 
 def normal(name: str) -> str:

@@ -266,3 +266,9 @@ def test_the_same_tars_indexed_otherwise_are_other_data(tmp_path: Path) -> None:
         == []
     )
     assert changed_facts({key: value for key, value in first.items() if key != "lanes"}, first) == ["data.lanes"]
+
+
+def test_an_index_that_is_a_folder_is_named(digits: Path) -> None:
+    config = DataConfig.model_validate({"sources": [{"path": str(digits), "index": str(digits)}]})
+    with pytest.raises(UserError, match=r"digits: is a folder, expected a file, such as .*digits/index\.json"):
+        open_dataset(config, 0)

@@ -363,3 +363,8 @@ EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     assert load_config(path, []).run.dir == Path("runs") / path.stem
+
+
+def test_a_run_lies_on_this_machine(write_config: Callable[..., Path]) -> None:
+    with pytest.raises(UserError, match=r"run\.dir = 's3://bucket/run': is an address; expected a folder"):
+        load_config(write_config(), ["run.dir=s3://bucket/run"])

@@ -52,3 +52,19 @@ def test_a_message_has_no_control_characters_and_no_second_beginning(text: str) 
 
 def test_names_are_stored_composed() -> None:
     assert normal("cafe\u0301") == normal("café") == "café"
+
+
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("http://user:SECRET@h:9/a?token=SECRET: no such folder", "http://…@h:9/a?…: no such folder"),
+        ("http:/user:SECRET@h/a?b=SECRET", "http:/…@h/a?…"),
+        ("'s3://k:SE/CRET@b/x' is no folder, why?", "'s3://…@b/x' is no folder, why?"),
+        ("a\nhttps://k:SECRET@b/x", "a\n  https://…@b/x"),
+        ("http://…@h/a?…: gone", "http://…@h/a?…: gone"),
+        ("/data/a@b?c and user@host", "/data/a@b?c and user@host"),
+        ("see https://host/a.html; expected b", "see https://host/a.html; expected b"),
+    ],
+)
+def test_messages_show_no_login_of_an_address(typed: str, shown: str) -> None:
+    assert message_lines(typed) == shown
