@@ -177,8 +177,8 @@ def test_chains_are_drawn_into_a_picture(run, tmp_path, capsys):
         command(run, **arguments, dlg=["skip=2", "initial=euler", "initial_steps=3"])
     finally:
         shutil.rmtree(classifier_folder(info))
-    # Each column is a chain of three: (3 + 20)/3 for its start, 2 steps, and 3 to finish.
-    assert "6 images, dlg:heun, 2 steps, NFE 12.6667 per image" in capsys.readouterr().out
+    # Each column is a chain of three: (3 + 20)/3 for its start, 2 steps, 3 to finish, and one of Tweedie.
+    assert "6 images, dlg:heun, 2 steps, NFE 13.6667 per image" in capsys.readouterr().out
     with Image.open(out) as picture:
         assert picture.height > picture.width
 
