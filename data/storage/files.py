@@ -16,7 +16,15 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
 from ditmoe.model.outside.text import is_address
 
-__all__ = ["is_partial", "make_folder", "open_regular", "read_settings", "remove_abandoned", "replacing"]
+__all__ = [
+    "is_partial",
+    "make_folder",
+    "open_appending",
+    "open_regular",
+    "read_settings",
+    "remove_abandoned",
+    "replacing",
+]
 
 ABANDONED_SECONDS: Final = 600.0
 """How long nothing must have been written to a temporary file that nobody has locked."""
@@ -53,6 +61,20 @@ def regular_descriptor(path: str | Path) -> int:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     return descriptor
+
+
+def open_appending(path: Path) -> io.BufferedWriter:
+    """Open a file to append to, made where it is not there. UserError, at once, when it is a pipe or a device."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # of a pipe that nobody reads
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return open(descriptor, "ab")
+        os.close(descriptor)
+    raise UserError(f"{path}: is a pipe or a device; expected a file, or nothing there")
 
 
 def make_folder(folder: Path) -> None:

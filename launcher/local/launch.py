@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+from ditmoe.data.storage.files import open_appending
 from ditmoe.data.storage.stopping import STOP_SIGNALS
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failure
 from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
@@ -116,7 +117,7 @@ class _Group:
         if rank:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             log_path = self.log_dir / f"rank-{rank}.txt"
-            file = open(log_path, "ab")  # noqa: SIM115 - closed below, once the process has it
+            file = open_appending(log_path)  # closed below, once the process has it
             log_start = file.tell()
             output = {"stdout": file, "stderr": subprocess.STDOUT}
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from ditmoe.data.storage.files import open_regular
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import read_info
@@ -58,7 +59,9 @@ def _whole_lines(file: Path) -> list[str]:
     """Lines of a file that another thread may be appending to."""
     if not file.is_file():
         return []
-    return file.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0].splitlines()
+    with open_regular(file) as stored:
+        text = stored.read().decode(errors="replace")
+    return text.rpartition("\n")[0].splitlines()
 
 
 def evaluated(evaluations: Path, metric: str, paths: Sequence[Path]) -> dict[int, float]:
@@ -87,7 +90,8 @@ def _figures(evaluations: Path, metric: str) -> Iterator[tuple[float, str, str, 
     """
     for file in sorted(evaluations.glob("*/metrics.json")):
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            with open_regular(file) as stored:
+                content = json.loads(stored.read())
             evaluation = content["evaluation"]
             written = file.stat().st_mtime
             for name, result in sorted(content["results"].items()):

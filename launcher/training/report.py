@@ -1,5 +1,6 @@
 """What a run tells: the terminal, log.txt, stats.jsonl and TensorBoard. Rank 0 alone reports."""
 
+import io
 import json
 import math
 import sys
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.files import open_appending, open_regular, replacing
 from ditmoe.launcher.local.terminal import is_closed, let_go
 from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.model.errors import UserError
 
 TAGS: Final = {
     "images": "progress/images",
@@ -73,7 +75,10 @@ class Reporter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        if isinstance(error, Exception):
+            with suppress(OSError):
+                self._write_log(f"ended by an error: {str(error) or type(error).__name__}")
         # What ends the run is told, and not what a full disk says again to the rest of the buffers.
         with suppress(OSError) if kind is not None else nullcontext():
             self.close()
@@ -147,7 +152,8 @@ class Reporter:
 
     def _open(self, path: Path) -> TextIO:
         # Names of files need not be text that UTF-8 has.
-        return self._files.enter_context(open(path, "a", encoding="utf-8", errors="backslashreplace"))
+        text = io.TextIOWrapper(open_appending(path), encoding="utf-8", errors="backslashreplace")
+        return self._files.enter_context(text)
 
     def _leave_to_next_write(self, failed: threading.ExceptHookArgs) -> None:
         """Print no traceback where TensorBoard's thread cannot write: the next write here raises the same."""
@@ -199,11 +205,15 @@ def drop_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_bytes().splitlines(keepends=True)
+    try:
+        with open_regular(path) as file:
+            lines = file.read().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; expected the records of a run") from error
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        with replacing(path) as file:
-            file.writelines(kept)
+        with replacing(path) as written:
+            written.writelines(kept)
     return len(lines) - len(kept)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from ditmoe.data.places.redaction import has_secrets, without_secrets
-from ditmoe.data.storage.files import replacing
+from ditmoe.data.storage.files import open_appending, open_regular, replacing
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.resolve import config_yaml
 from ditmoe.launcher.configuration.resume import Change, changed_keys, may_change
@@ -116,8 +116,8 @@ class RunFolder:
     def keep_in_history(self, step: int, **facts: Any) -> None:
         """Append to the run's history, which only grows: what was done to the run, and at which step."""
         entry = {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "step": step, **facts}
-        with open(self.history, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        with open_appending(self.history) as file:
+            file.write(json.dumps(entry).encode() + b"\n")
 
     def compare_config(self, config: RunConfig) -> list[Change]:
         """Compare the resolved configuration with the one that the run was last started with.
@@ -175,6 +175,10 @@ class RunFolder:
         return None
 
     def _stored_config(self) -> RunConfig:
+        try:
+            open_regular(self.config).close()
+        except OSError as error:
+            raise UserError(f"{self.config}: cannot be read: {error.strerror}") from error
         values, problems = read_yaml(self.config)
         try:
             if not problems:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ditmoe.data.encoding.vae import find_vae
+from ditmoe.data.storage.files import replacing
 from ditmoe.data.stream.dataset import changed_facts, open_dataset
 from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
@@ -378,7 +379,10 @@ class Trainer:
         self.saver.wait()  # it may be the last good one
         file = self.folder.path / f"not-finite-step-{step:08d}.json"
         if dist.get_rank() == 0:
-            file.write_text(json.dumps({"step": step, "problem": what, "samples": keys}, indent=1) + "\n")
+            with replacing(file) as written:
+                written.write(
+                    json.dumps({"step": step, "problem": what, "samples": keys}, indent=1).encode() + b"\n"
+                )
         newest = newest_checkpoint(self.folder.path)
         names = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
         return UserError(

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 
 from ditmoe.launcher.training.report import Reporter, drop_after
 from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.model.errors import UserError
 
 
 class Terminal(io.StringIO):
@@ -130,3 +132,25 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert board.Scalars("sources/real/images")[0].value == 40
     assert board.Tags()["images"] == ["samples"]
     assert board.Tags()["tensors"] == ["configuration/text_summary"]
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["log.txt", "stats.jsonl", "samples.jsonl", "history.jsonl"])
+def test_a_pipe_in_place_of_a_report_is_a_message_and_no_wait(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}: (is a pipe|cannot be read: not a regular file)"):  # noqa: SIM117
+        with Reporter(folder, 10, terminal=io.StringIO()) as reporter:
+            reporter.samples(1, ["a"])
+            folder.keep_in_history(1, skipped=True)
+
+
+def test_the_log_says_why_a_run_ended(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UserError), Reporter(folder, 10, terminal=io.StringIO()):
+        raise UserError("step 7: the loss is nan\nits samples: a, b")
+    lines = folder.log.read_text().splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [
+        "ended by an error: step 7: the loss is nan",
+        "its samples: a, b",
+    ]

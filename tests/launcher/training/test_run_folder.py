@@ -287,3 +287,14 @@ def test_sums_that_no_run_keeps(
     change_marker(path, lambda facts: facts["sums"].update(sums))
     with pytest.raises(UserError, match=f"checkpoint.json: sums cannot be read \\({problem}"):
         kept_sums(read_info(path))
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_in_place_of_the_configuration_is_a_message_and_no_wait(
+    write_config: Write, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    os.mkfifo(folder.config)
+    with pytest.raises(UserError, match=r"config\.yaml: cannot be read: not a regular file"):
+        folder.check(load_config(write_config(), []))
