@@ -14,6 +14,7 @@ from ditmoe.data.making.verify import verify
 from ditmoe.data.shards.index import load_index
 from ditmoe.data.stream.config import DataConfig
 from ditmoe.data.stream.dataset import open_dataset
+from ditmoe.data.stream.left_out import BEFORE_A_RUN
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model.errors import UserError
 
@@ -90,7 +91,8 @@ def test_a_fault_is_named_with_shard_and_key(digits: Path, rewrite: Callable[...
     assert len(problems) == 1
     with pytest.raises(UserError, match=message) as raised:
         read_epoch(digits)
-    assert str(raised.value) == problems[0]
+    advice = f"data.sources.0.on_error=skip leaves out what cannot be used {BEFORE_A_RUN}"
+    assert str(raised.value) == f"{problems[0]}; {advice}"
     assert problems[0].startswith(f"{digits}/digits-00002.tar, sample {key}: ")
 
 
