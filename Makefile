@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-libraries test-layouts test-all lint clean
+.PHONY: help venv demo test test-parallel test-layouts test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,8 +28,8 @@ demo: venv ## digits → shards → train on 2 processes → sample → evaluate
 test: venv ## the tests, on the CPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
 
-test-libraries: venv ## what DeepSpeed does, on real processes: with each key that may be set, and against the planner
-	@$(BIN)/python -m pytest -m slow tests/parallel/engine tests/parallel/planner $(PYTEST_ARGS)
+test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the planner's figures, on real processes
+	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)

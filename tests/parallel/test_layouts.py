@@ -76,6 +76,9 @@ CASES: Final[dict[str, tuple[int, Result]]] = {
 }
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def results(run_cases: Runner) -> dict[str, Result]:
     """Name of a case → its result."""

@@ -71,6 +71,7 @@ def largest_difference(result: dict[str, Any], reference: dict[str, Any], last: 
     return float(np.max(np.abs(found[:, columns] / expected[:, columns] - 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 @pytest.mark.parametrize("name", [name for name in CASES if "bf16" not in name])
 def test_tensor_ranks_have_one_loss_curve(results: dict[str, dict[str, Any]], name: str) -> None:
@@ -80,12 +81,14 @@ def test_tensor_ranks_have_one_loss_curve(results: dict[str, dict[str, Any]], na
     assert results[name]["alike"]
 
 
+@pytest.mark.slow
 def test_bf16_stays_near_fp32(results: dict[str, dict[str, Any]]) -> None:
     found, reference = (np.array(results[name]["curve"]) for name in ("2 ranks, bf16", "mixed"))
     assert 0 < np.max(np.abs(found[:, 0] / reference[:, 0] - 1)) < BF16
     assert results["2 ranks, bf16"]["alike"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one to 2 × pipe 2", "four to 2", "four to data 2"])
 def test_checkpoints_move_between_tensor_layouts(results: dict[str, dict[str, Any]], name: str) -> None:
     """Weights, moments and EMA: the curve and the EMA go on as those of one process."""
@@ -93,6 +96,7 @@ def test_checkpoints_move_between_tensor_layouts(results: dict[str, dict[str, An
     assert results[name]["ema"] == pytest.approx(results["mixed"]["ema"], rel=EXACT)
 
 
+@pytest.mark.slow
 def test_ranks_hold_less(results: dict[str, dict[str, Any]]) -> None:
     """Of a block's 12D² in attention and MLP, half; the 6D² of its modulation are whole on both."""
     whole, half = results["dense"]["owned"], results["2 ranks, dense"]["owned"]
