@@ -35,7 +35,8 @@ MISSED_BEATS: Final = 8
 """So many beats without a sign, and the holder is taken for dead; file systems may show a time a minute late."""
 _CLAIM: Final = re.compile(r"(?P<name>.+)\.(?P<number>[0-9]{1,9})")
 _LONGEST_BEAT: Final = 3600.0
-_NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""What file systems without hard links answer to one."""
 
 
 class Listing(NamedTuple):
@@ -206,7 +207,7 @@ class Claims:
             except FileExistsError:
                 return False
             except OSError as error:
-                if error.errno not in _NO_LINKS:
+                if error.errno not in NO_LINKS:
                     raise
                 # Without hard links somebody may see it before its content is there, and lets it be until it is
                 # old.

@@ -10,7 +10,6 @@ by claims (`claims.py`). No two live processes make the same part, another proce
 making, and a process counts the finished parts by listing the folder now and then.
 """
 
-import errno
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Generic, TypeVar
 
-from ditmoe.data.storage.claims import Claims, Listing, list_folder
+from ditmoe.data.storage.claims import NO_LINKS, Claims, Listing, list_folder
 from ditmoe.data.storage.files import make_folder
 from ditmoe.model.errors import UserError
 
@@ -37,8 +36,7 @@ WAIT_SECONDS: Final = 0.2
 """Between two looks at the folder."""
 FAILURE_SECONDS: Final = 10.0
 """How long a process that hears of another's failure waits for whoever started both to end it, before it ends
-itself
-with the same message."""
+itself with the same message."""
 CLAIMS_FOLDER: Final = "claims"
 DRAFT_SUFFIX: Final = ".draft"
 FAILURE_SUFFIX: Final = ".failed"
@@ -222,7 +220,7 @@ def _place(draft: Path, path: Path, anew: bool) -> bool:
                 raise
             return False  # this process was taken for dead, and another cleaned up
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            if error.errno not in NO_LINKS:
                 raise
             # A file system without hard links: what might be replaced here has the same bytes.
             os.replace(draft, path)
