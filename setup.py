@@ -5,8 +5,8 @@ The list is computed, so that a new subpackage cannot be forgotten.
 
 from setuptools import find_namespace_packages, find_packages, setup
 
-CODE_FOLDERS = ("launcher", "model", "parallel", "data", "sampling")
-RESOURCE_FOLDERS = ("configs", "slurm")
+CODE_FOLDERS = ("launcher", "model", "parallel", "data", "sampling", "slurm")
+RESOURCE_FOLDERS = ("configs",)
 
 packages = []
 for folder in CODE_FOLDERS:

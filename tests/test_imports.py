@@ -1,6 +1,8 @@
 """The house: which floor may import which, that folders of a floor import one way, and what is kept apart."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -9,8 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ("launcher", "sampling", "parallel", "data", "model")
+FLOORS = ("launcher", "slurm", "sampling", "parallel", "data", "model")
 """From the top down; a floor imports itself and those after it."""
+
+ALLOWED = {"slurm": ("ditmoe.slurm", "ditmoe.model.errors", "ditmoe.model.outside", "ditmoe.data.storage")}
+"""Floor → all of ours that it may import, where that is less than the floors below it."""
 
 MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
 LONGEST = 400
@@ -76,6 +81,8 @@ def test_imports_go_down(path: Path) -> None:
         assert parts[0] not in FLOORS, f"{name_of(path)} imports {name}: write ditmoe.{name}"
         if parts[0] == "ditmoe":
             assert parts[1] in allowed, f"{name_of(path)} imports {name}: {floor} is below {parts[1]}"
+            own = ALLOWED.get(floor, ("ditmoe",))
+            assert any(f"{name}.".startswith(f"{start}.") for start in own), f"{name_of(path)} imports {name}"
         for library in KEPT_OUT.get(floor, ()):
             assert not f"{name}.".startswith(f"{library}."), f"{name_of(path)} imports {name}"
 
@@ -120,6 +127,23 @@ def test_folders_have_one_idea() -> None:
     for folder in {path.parent for path in MODULES}:
         count = sum(path.name != "__init__.py" for path in folder.glob("*.py"))
         assert count <= MOST_MODULES, f"{folder.relative_to(ROOT)} has {count} modules"
+
+
+def test_slurm_is_imported_without_torch() -> None:
+    """A supervisor of hundreds of processes needs none of it, and starts at once."""
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in MODULES
+        if path.is_relative_to(ROOT / "slurm") and path.name != "__main__.py"
+    ]
+    program = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(f'ditmoe.{name}')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", program, *(name.removesuffix(".__init__") for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_floor_is_found() -> None:

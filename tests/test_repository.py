@@ -94,7 +94,7 @@ def test_pages_that_are_named_exist() -> None:
 WORD = re.compile(r"`([^`\n]+)`")
 MODULE_PATH = re.compile(r"(?<![\w./-])[\w./-]+\.py\b")
 FLOOR_PATH = re.compile(
-    r"(?<![\w./:-])(?:ditmoe|launcher|sampling|parallel|data|model|configs|tests|docs|benchmarks)/[\w./-]*[\w/]"
+    r"(?<![\w./:-])(?:ditmoe|launcher|slurm|sampling|parallel|data|model|configs|tests|docs|benchmarks)/[\w./-]*[\w/]"
 )
 
 

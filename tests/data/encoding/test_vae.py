@@ -116,7 +116,7 @@ def test_another_vae_than_that_of_the_data_is_refused(
 def test_diffusers_is_imported_only_to_load_one() -> None:
     """It takes seconds, which training on images need not wait."""
     root = Path(__file__).resolve().parents[3]
-    for floor in ("launcher", "sampling", "parallel", "data", "model"):
+    for floor in ("launcher", "slurm", "sampling", "parallel", "data", "model"):
         for path in (root / floor).rglob("*.py"):
             for node in ast.parse(path.read_text(encoding="utf-8")).body:
                 names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
