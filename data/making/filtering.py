@@ -117,12 +117,17 @@ def filter_shards(
     name = settings.name or f"{index.name}-filtered"
     file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
     sources = [folder, index_folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
-    with claimed(out, file_name, settings.overwrite, copy.samples(), sources) as copies:
-        entries = write_shards(out, file_name, copies, settings.limits)
+    with claimed(out, file_name, settings.overwrite, copy.samples(), sources) as place:
+        entries = write_shards(place.folder, file_name, place.samples, settings.limits)
         new = index.model_copy(
-            update={"name": name, "samples": write_table(out, kept), "shards": tuple(entries), "left_out": ()}
+            update={
+                "name": name,
+                "samples": write_table(place.folder, kept),
+                "shards": tuple(entries),
+                "left_out": (),
+            }
         )
         if index.latents is None:
-            write_preview(out, new, copy.first_of_class)
-        write_index(out, new)
+            write_preview(place.folder, new, copy.first_of_class)
+        write_index(place.folder, new)
     return FilterResult(new, figures)

@@ -15,12 +15,13 @@ import os
 import re
 import shutil
 import tarfile
+import uuid
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, NamedTuple, TypeVar
+from typing import Final, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
@@ -58,8 +59,10 @@ _DESCRIPTIONS: Final = {
 FINISHED: Final = (INDEX_FILE, TABLE_FILE, PREVIEW_FILE)
 """What every dataset of ours ends with."""
 _LARGEST_RECORD: Final = 2**26
+_REPLACEMENT: Final = re.compile(r"\.packing-[0-9a-f]{32}/")
+"""Name of a folder in which a dataset is made that is to take the place of another."""
 _READ_BEFORE_CLEARING: Final = 16
-"""Samples that are made before an old dataset is removed: a source at fault mostly is from its first images on."""
+"""Samples that are made before anything is removed: a source at fault mostly is from its first images on."""
 
 Item = TypeVar("Item")
 
@@ -215,22 +218,27 @@ def release(folder: Path) -> None:
         lock.unlink()
 
 
+class Place(NamedTuple, Generic[Item]):
+    """Where a dataset is to be written, and from what."""
+
+    folder: Path
+    samples: Iterator[Item]
+
+
 @contextmanager
 def claimed(
     folder: Path, stem: str, overwrite: bool, samples: Iterable[Item], sources: Iterable[Path] = ()
-) -> Iterator[Iterator[Item]]:
-    """Make `folder` an empty place for a dataset, for this process alone; the body writes it, the index last.
+) -> Iterator[Place[Item]]:
+    """Claim `folder` for this process; the body writes a dataset into the place that it is given, the index last.
 
-    Once the first of the new samples are at hand, an unfinished dataset there is removed, and with `overwrite` a
-    finished one.
+    Once the first of the new samples are at hand, an unfinished dataset in `folder` is removed. A finished one
+    stays until the new one, which is written into a folder within, is finished: a fault in between costs nothing.
 
     Args:
         stem: of the names of the shards.
+        overwrite: whether a finished dataset may be replaced.
         samples: what is written, in order.
         sources: files and folders that the dataset is made from.
-
-    Yields:
-        The samples.
 
     Raises:
         UserError: the folder holds a finished dataset and not `overwrite`, anything that is not ours, or a source;
@@ -255,11 +263,40 @@ def claimed(
             check()  # another one may have ended since
             remaining = iter(samples)
             first = list(itertools.islice(remaining, _READ_BEFORE_CLEARING))
-            clear(folder, Record(files=FINISHED, stem=stem))
-            yield itertools.chain(first, remaining)
+            planned = Record(files=FINISHED, stem=stem)
+            if holds_dataset(folder):
+                with _replaced(folder, planned) as within:
+                    yield Place(within, itertools.chain(first, remaining))
+            else:
+                clear(folder, planned)
+                yield Place(folder, itertools.chain(first, remaining))
             release(folder)
     except OSError as error:
         raise UserError(f"{folder}: could not be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _replaced(folder: Path, planned: Record) -> Iterator[Path]:
+    """A new folder within, for the dataset that takes the place of the one in `folder` when the body has ended."""
+    record = read_record(folder)
+    abandoned = [name for name in (record.files if record is not None else ()) if _REPLACEMENT.fullmatch(name)]
+    name = f".packing-{uuid.uuid4().hex}/"
+    # Before it is there: whoever is killed from here on leaves a record of it.
+    write_record(folder, Record(files=(name, *abandoned)))
+    within = folder / name
+    try:
+        for old in abandoned:
+            shutil.rmtree(folder / old, ignore_errors=True)
+        within.mkdir()
+        yield within
+    except BaseException:
+        shutil.rmtree(within, ignore_errors=True)
+        release(folder)
+        raise
+    clear(folder, planned.model_copy(update={"files": (*planned.files, name)}), keep=(name,))
+    for path in sorted(within.iterdir(), key=lambda path: path.name == INDEX_FILE):
+        path.rename(folder / path.name)
+    within.rmdir()
 
 
 def holds_dataset(folder: Path) -> bool:

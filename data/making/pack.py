@@ -84,16 +84,17 @@ def encode(image_HWC: ImageArray, format: ImageFormat) -> bytes:
 def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
     """Pack a source into a folder. The same source and settings give the same bytes.
 
-    UserError when the folder is taken, an image cannot be used, or the file system refuses. Unless it is one of
-    the first images, there is then no index, so nothing reads the folder, and repeating the command begins again.
+    UserError when the folder is taken, an image cannot be used, or the file system refuses. A dataset that was to
+    be replaced is then still there; otherwise there is no index, so nothing reads the folder. Repeating the
+    command begins again.
     """
     order = permutation(settings.seed, "data/pack", 0, len(source))[: settings.count].tolist()
     if not order:
         raise UserError(f"--count is {settings.count}: there is nothing to pack")
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", source.name).strip("-")[:60] or "dataset"
     packing = _Packing(source, settings, order)
-    with claimed(out, name, settings.overwrite, packing.samples()) as samples:
-        entries = write_shards(out, name, samples, settings.limits)
+    with claimed(out, name, settings.overwrite, packing.samples()) as place:
+        entries = write_shards(place.folder, name, place.samples, settings.limits)
         height, _, channels = packing.shape
         index = DatasetIndex(
             name=source.name if is_fit_to_print(source.name) and source.name else name,
@@ -101,15 +102,15 @@ def pack(source: Source, out: Path, settings: PackSettings) -> PackResult:
             channels=channels,
             num_classes=len(source.class_names),
             class_names=source.class_names,
-            samples=write_table(out, packing.table()),
+            samples=write_table(place.folder, packing.table()),
             shards=tuple(entries),
         )
         shown = {
             label: [(sample.extension, sample.image) for sample in samples]
             for label, samples in packing.first_of_class.items()
         }
-        preview = write_preview(out, index, shown)
-        write_index(out, index)
+        preview = out / write_preview(place.folder, index, shown).name
+        write_index(place.folder, index)
     return PackResult(index, preview, packing.skipped)
 
 

@@ -103,11 +103,11 @@ def reshuffle(folder: Path, out: Path, settings: ReshuffleSettings) -> DatasetIn
     name = settings.name or index.name
     file_name = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:60] or "dataset"
     sources = [folder, *(folder / entry.file for entry in index.shards)]  # shards may be links
-    with claimed(out, file_name, settings.overwrite, copy.samples(), sources) as copies:
-        entries = write_shards(out, file_name, copies, settings.limits)
-        written = None if moved is None else write_table(out, moved)
+    with claimed(out, file_name, settings.overwrite, copy.samples(), sources) as place:
+        entries = write_shards(place.folder, file_name, place.samples, settings.limits)
+        written = None if moved is None else write_table(place.folder, moved)
         new = index.model_copy(update={"name": name, "samples": written, "shards": tuple(entries), "left_out": ()})
         if moved is not None and index.latents is None:
-            write_preview(out, new, copy.first_of_class)
-        write_index(out, new)
+            write_preview(place.folder, new, copy.first_of_class)
+        write_index(place.folder, new)
     return new

@@ -1,8 +1,11 @@
 """What datasets are written to holds nothing of anybody else, and loses nothing of anybody else."""
 
+import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -228,6 +231,70 @@ def test_one_that_is_killed_while_it_clears_can_be_repeated(
         assert sorted(contents(out)) == ["digits-00000.tar", "index.json", "preview.png", "samples.npz"]
 
 
+def test_one_that_is_killed_while_it_replaces_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    pack(Digits(), out, QUICK)
+    old = contents(out)
+
+    class Killed(BaseException):
+        """Nothing runs after it."""
+
+    rename = Path.rename
+    for deadly in range(1, 5):
+        calls = 0
+
+        def dies(path: Path, target: Path, deadly: int = deadly) -> Path:
+            nonlocal calls
+            calls += 1
+            if calls == deadly:
+                raise Killed
+            return rename(path, target)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Path, "rename", dies)
+            pack(Digits(), out, PackSettings(count=5, overwrite=True))
+        assert not (out / "index.json").exists() and look_through(out).others == []
+        pack(Digits(), out, QUICK)
+        assert contents(out) == old
+
+    for _ in range(2):  # while the new one is made: the old one is whole, and a later one removes what was left
+        process = multiprocessing.get_context("fork").Process(
+            target=_pack_until, args=(out, PackSettings(count=60, overwrite=True), 30)
+        )
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        assert {name: data for name, data in contents(out).items() if "packing" not in name} == old
+        assert not verify(out).problems
+    with pytest.raises(UserError, match="already holds a packed dataset"):
+        pack(Digits(), out, QUICK)
+    pack(Digits(), out, PackSettings(count=5, overwrite=True))
+    assert sorted(os.listdir(out)) == ["digits-00000.tar", "index.json", "preview.png", "samples.npz"]
+
+
+def _png(brightness: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8), brightness).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _pack_until(out: Path, settings: PackSettings, last: int) -> None:
+    """Pack, in a process that is killed when it reads its image number `last`."""
+
+    class Killing(Digits):
+        reads = 0
+
+        def read(self, number: int) -> SourceImage:
+            self.reads += 1
+            if self.reads == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().read(number)
+
+    pack(Killing(), out, settings)
+
+
 def test_the_record_is_there_before_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stopped(Digits):
         reads = 0
@@ -255,6 +322,13 @@ def test_an_old_dataset_stays_when_the_new_source_is_at_fault(digits: Path, scor
     for skip, message in ((False, "--skip-unreadable"), (True, "none of the 1 images could be used")):
         with pytest.raises(UserError, match=message):
             pack(ImageFolder(tmp_path / "photos"), digits, PackSettings(overwrite=True, skip_unreadable=skip))
+        assert contents(digits) == before
+    for number in range(40):
+        (tmp_path / "photos" / "a" / f"{number}.png").write_bytes(_png(number))
+    (tmp_path / "photos" / "a" / "1.png").write_bytes(_png(0)[:50])  # whatever its place in the shuffled order
+    for seed in range(4):
+        with pytest.raises(UserError, match="--skip-unreadable"):
+            pack(ImageFolder(tmp_path / "photos"), digits, PackSettings(overwrite=True, seed=seed))
         assert contents(digits) == before
     shard = scored / load_index(scored).shards[-1].file
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
