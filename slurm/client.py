@@ -31,7 +31,7 @@ ENDED_STATES: Final = (
 _SEPARATOR: Final = "\x1f"
 """Between the columns of squeue: a job's name may hold any character that a terminal shows."""
 _QUEUE_COLUMNS: Final = _SEPARATOR.join(("%i", "%T", "%r", "%N", "%V", "%S", "%e", "%j"))
-_ACCOUNT_COLUMNS: Final = "JobID,State,ExitCode,NodeList,Submit,Start,End,Reason"
+_ACCOUNT_COLUMNS: Final = "JobID,State,ExitCode,NodeList,Submit,Start,End,Reason,JobName"
 _UNKNOWN_JOB: Final = "invalid job id specified"
 _FIELD: Final = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=")
 
@@ -62,6 +62,7 @@ class QueuedJob:
     """When it ended; of a job that runs, when its time is up."""
     exit_code: int | None = None
     """Of the batch script; None: it has not ended, or the queue does not say."""
+    name: str = ""
 
     @property
     def has_ended(self) -> bool:
@@ -138,6 +139,14 @@ class Queue:
         answer = self._ask([*command, f"--format={_QUEUE_COLUMNS}"])
         if isinstance(answer, Output) and _UNKNOWN_JOB in answer.words.lower():
             return {}
+        return answer if isinstance(answer, Unseen) else _read("squeue", _queued, answer.out)
+
+    def named(self, *names: str) -> dict[str, QueuedJob] | Unseen:
+        """What squeue has of the jobs of these names, of all users, by their ids; also some that ended lately."""
+        if not names:
+            return {}
+        command = ["squeue", "--noheader", "--array", "--states=all", f"--name={','.join(names)}"]
+        answer = self._ask([*command, f"--format={_QUEUE_COLUMNS}"])
         return answer if isinstance(answer, Unseen) else _read("squeue", _queued, answer.out)
 
     def accounted(self, jobs: Sequence[str]) -> dict[str, QueuedJob] | Unseen:
@@ -248,13 +257,22 @@ def _read(program: str, reader: Callable[[str], QueuedJob], text: str) -> dict[s
 
 def _queued(line: str) -> QueuedJob:
     """A line of squeue. ValueError or UserError: it is none."""
-    job, state, reason, hosts, submitted, starts, ends, _ = line.split(_SEPARATOR, 7)
-    return QueuedJob(job, state, _reason(reason), _hosts(hosts), _time(submitted), _time(starts), _time(ends))
+    job, state, reason, hosts, submitted, starts, ends, name = line.split(_SEPARATOR, 7)
+    return QueuedJob(
+        job,
+        state,
+        _reason(reason),
+        _hosts(hosts),
+        _time(submitted),
+        _time(starts),
+        _time(ends),
+        name=name,
+    )
 
 
 def _accounted(line: str) -> QueuedJob:
     """A line of sacct. ValueError or UserError: it is none."""
-    job, state, code, hosts, submitted, starts, ends, reason = line.split("|", 7)
+    job, state, code, hosts, submitted, starts, ends, reason, name = line.split("|", 8)
     state = state.partition(" ")[0]  # of `CANCELLED by 1000`
     return QueuedJob(
         job,
@@ -265,6 +283,7 @@ def _accounted(line: str) -> QueuedJob:
         _time(starts),
         _time(ends),
         _exit_code(code) if state in ENDED_STATES else None,
+        name,
     )
 
 

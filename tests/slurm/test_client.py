@@ -34,23 +34,25 @@ def printed(out: str, code: int = 0, err: str = "") -> Queue:
 
 
 def test_squeue_is_read() -> None:
-    job = QueuedJob("7", "RUNNING", "", ("n1", "n2"), 1795912431, 1795912440, 1795912500)
+    job = QueuedJob("7", "RUNNING", "", ("n1", "n2"), 1795912431, 1795912440, 1795912500, name=COLUMNS[-1])
     assert printed(SQUEUE).jobs(["7"]) == {"7": job}
-    waiting = "\x1f".join(["8_[1-3%1]", "PENDING", "QOSMaxJobsPerUserLimit", "", "5", "N/A", "N/A", "x"])
+    waiting = "\x1f".join(["8_[1-3%1]", "PENDING", "QOSMaxJobsPerUserLimit", "", "5", "N/A", "N/A", "x y"])
     found = printed(waiting).jobs(["8"])
-    assert found == {"8_[1-3%1]": QueuedJob("8_[1-3%1]", "PENDING", "QOSMaxJobsPerUserLimit", (), 5, None, None)}
+    assert found == {
+        "8_[1-3%1]": QueuedJob("8_[1-3%1]", "PENDING", "QOSMaxJobsPerUserLimit", (), 5, None, None, name="x y")
+    }
 
 
 def test_sacct_is_read() -> None:
     lines = (
-        "7|CANCELLED by 1000|0:15|n[1-2]|100|110|120|None\n"
-        "8|FAILED|2:0|n1|100|110|120|NonZeroExitCode\n"
-        "9|RUNNING|0:0|None assigned|100|Unknown|Unknown|\n"
+        "7|CANCELLED by 1000|0:15|n[1-2]|100|110|120|None|a|b\n"
+        "8|FAILED|2:0|n1|100|110|120|NonZeroExitCode|c\n"
+        "9|RUNNING|0:0|None assigned|100|Unknown|Unknown||d\n"
     )
     assert printed(lines).accounted(["7", "8", "9"]) == {
-        "7": QueuedJob("7", "CANCELLED", "", ("n1", "n2"), 100, 110, 120, 143),
-        "8": QueuedJob("8", "FAILED", "NonZeroExitCode", ("n1",), 100, 110, 120, 2),
-        "9": QueuedJob("9", "RUNNING", "", (), 100, None, None, None),
+        "7": QueuedJob("7", "CANCELLED", "", ("n1", "n2"), 100, 110, 120, 143, "a|b"),
+        "8": QueuedJob("8", "FAILED", "NonZeroExitCode", ("n1",), 100, 110, 120, 2, "c"),
+        "9": QueuedJob("9", "RUNNING", "", (), 100, None, None, None, "d"),
     }
 
 
@@ -82,8 +84,8 @@ def test_a_job_that_the_queue_does_not_know_is_not_an_error() -> None:
             "sacct printed 'something else'; expected the columns that were asked for",
         ),
         (
-            Output(0, "7|FAILED|2:0|n[|1|1|1|\n", ""),
-            "sacct printed '7|FAILED|2:0|n[|1|1|1|'; expected the columns",
+            Output(0, "7|FAILED|2:0|n[|1|1|1||a\n", ""),
+            "sacct printed '7|FAILED|2:0|n[|1|1|1||a'; expected the columns",
         ),
     ],
 )
@@ -163,6 +165,7 @@ def test_the_real_programs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest
     jobs = queue.jobs([running, waiting, "99"])
     assert isinstance(jobs, dict) and set(jobs) == {running, waiting}
     first, second = jobs[running], jobs[waiting]
+    assert queue.named("a|b c") == jobs and queue.named("another") == {}
     assert (first.state, first.hosts, first.reason, first.has_ended) == ("RUNNING", ("n1", "n2"), "", False)
     assert first.submitted is not None and first.starts is not None and first.starts >= first.submitted
     assert (second.state, second.reason, second.hosts, second.starts) == ("PENDING", "Dependency", (), None)
