@@ -15,6 +15,8 @@ from ditmoe.launcher.commands.drawing import (
     draws_images,
 )
 from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
+from ditmoe.launcher.commands.evaluate_watch import evaluate_watch
+from ditmoe.model.errors import UserError
 
 
 @draws_images(steps=250)
@@ -67,12 +69,33 @@ def command(
             help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
         ),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Score each new complete checkpoint while the run trains; ends when it is complete."
+        ),
+    ] = False,
+    every: Annotated[
+        int, typer.Option(min=1, help="With --watch: only every so-manieth checkpoint, and the last.")
+    ] = 1,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="MINUTES",
+            help="With --watch: give up after so long without a sign of the run. [default: wait for ever]",
+        ),
+    ] = None,
     context: typer.Context = None,  # type: ignore[assignment]  # None: called from Python
 ) -> None:
     """Draw images and score them: FID beside its floor, precision, recall, and the share recognised.
 
     Repeating the command resumes it, and shows the result of a finished one. Under torchrun it joins their
     processes. With the file of a grid it compares samplers, each an evaluation of its own.
+
+    Examples: ditmoe evaluate runs/photos --count 50000 --processes 8
+
+    ditmoe evaluate runs/photos --watch --count 5000 --steps 50
     """
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
@@ -81,6 +104,13 @@ def command(
     from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.settings.config import SamplerConfig
 
+    if not watch and (every != 1 or patience is not None):
+        raise UserError(
+            f"{'--every' if every != 1 else '--patience'}: goes with --watch; expected both, or neither"
+        )
+    if watch and (grid is not None or step is not None):
+        other = f"--grid {grid}" if grid is not None else f"--step {step}"
+        raise UserError(f"--watch and {other}: expected one of them; a watch scores all checkpoints alike")
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
     options = EvaluationOptions(
@@ -117,6 +147,10 @@ def command(
     if grid is not None:
         evaluate_grid(options, grid, processes, shared)
         return
+    drawn = [*drawing.arguments(), "--count", str(count), "--labels", labels]
+    if watch:
+        evaluate_watch(options, processes, [*drawn, *shared], every, patience)
+        return
     job = prepare_job(options)
     metrics = stored_result(job)
     if metrics is None:
@@ -131,10 +165,9 @@ def command(
             from ditmoe.data.storage.files import make_folder
             from ditmoe.launcher.local.launch import spawn
 
-            arguments = ["evaluate", *drawing.arguments(), "--count", str(count), "--labels", labels, *shared]
             # The checkpoint is named: training may write a newer one before the processes look. The first of them
             # shows the result.
-            arguments += ["--", str(job.checkpoint)]
+            arguments = ["evaluate", *drawn, *shared, "--", str(job.checkpoint)]
             ranks = job.folder / "ranks"
             make_folder(ranks)
             raise typer.Exit(spawn(arguments, processes, log_dir=ranks))

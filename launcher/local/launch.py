@@ -40,6 +40,7 @@ def spawn(
     environment: Mapping[str, str] | None = None,
     program: Sequence[str] = PROGRAM,
     grace: float = GRACE_SECONDS,
+    quiet: bool = False,
 ) -> int:
     """Start `processes` copies of a command of ours and wait for them: the exit code.
 
@@ -53,13 +54,14 @@ def spawn(
         environment: further variables.
         program: what is started, before the arguments.
         grace: seconds between SIGTERM and SIGKILL to the others when one has failed.
+        quiet: show nothing of what rank 0 prints to its standard output; its errors are shown.
 
     Returns:
         0 when all ended well; the code of the first that failed (128 + N when signal N ended it), after its
         message was shown and the others were ended; 128 + N when signal N to this process ended them early.
     """
     with _scratch_folder() as scratch:
-        group = _Group(Path(scratch), log_dir or Path(scratch), grace)
+        group = _Group(Path(scratch), log_dir or Path(scratch), grace, quiet)
         base = _environment(processes, threads, environment or {})
         # What is ignored stays so: nohup ignores SIGHUP.
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
@@ -102,6 +104,7 @@ class _Group:
     scratch: Path
     log_dir: Path
     grace: float
+    quiet: bool = False
     ranks: list[_Rank] = field(default_factory=list)
     asked: signal.Signals | None = None
     """The first signal that asked this process for a stop."""
@@ -112,7 +115,7 @@ class _Group:
         """Start one process."""
         failure_path = self.scratch / f"failure-{rank}.json"
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), FAILURE_VARIABLE: str(failure_path)}
-        output: dict[str, Any] = {}
+        output: dict[str, Any] = {"stdout": subprocess.DEVNULL} if self.quiet else {}
         log_path, log_start = None, 0
         if rank:
             self.log_dir.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,7 @@ class _Group:
                 command, env={**base, **own}, stdin=subprocess.DEVNULL, start_new_session=True, **output
             )
         finally:
-            if output:
+            if rank:
                 output["stdout"].close()
         self.ranks.append(_Rank(rank, process, failure_path, log_path, log_start))
 

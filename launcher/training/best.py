@@ -1,24 +1,21 @@
 """Which of a run's checkpoints are the best by a metric: the training loss, or what `ditmoe evaluate` found."""
 
 import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
 
 from ditmoe.data.storage.files import open_regular
+from ditmoe.launcher.training.evaluations import LOWER_IS_BETTER, fingerprints, marked, stored_evaluations
 from ditmoe.launcher.training.run_folder import RunFolder
-from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import read_info
 from ditmoe.parallel.config import CheckpointConfig
-
-LOWER_IS_BETTER: Final = ("loss", "fid", "sfid")
-"""Of the rest of `checkpoint.best_metric` higher is better."""
 
 
 class BestCheckpoints:
-    """The steps of the best checkpoints of a run, as `checkpoint.keep_best` and `checkpoint.best_metric` say."""
+    """The steps of the best checkpoints of a run, as `checkpoint.keep_best` and `checkpoint.best_metric` say.
+
+    Those that `ditmoe evaluate --watch` has marked are among them, whatever the two keys are.
+    """
 
     def __init__(self, folder: RunFolder, retention: CheckpointConfig, checkpoint_every: int) -> None:
         self._folder = folder
@@ -27,7 +24,11 @@ class BestCheckpoints:
         self._window = checkpoint_every
 
     def __call__(self, paths: Sequence[Path]) -> list[int]:
-        """Of these checkpoints, those to keep, the best first; of two equally good ones the later is better."""
+        """Of these checkpoints, those to keep: marked ones, then the best; of two equally good ones the later."""
+        steps = marked(self._folder.evaluations, paths)
+        return [*steps, *(step for step in self._by_metric(paths) if step not in steps)]
+
+    def _by_metric(self, paths: Sequence[Path]) -> list[int]:
         if not self._count:
             return []
         if self._metric == "loss":
@@ -66,45 +67,12 @@ def _whole_lines(file: Path) -> list[str]:
 
 def evaluated(evaluations: Path, metric: str, paths: Sequence[Path]) -> dict[int, float]:
     """Step → figure of exactly this checkpoint, of the evaluations with the settings of the latest with one."""
-    found = sorted(_figures(evaluations, metric), key=lambda one: one[0])
+    found = sorted(
+        (one for one in stored_evaluations(evaluations) if one.figure(metric) is not None),
+        key=lambda one: one.written,
+    )
     if not found:
         return {}
-    settings = found[-1][1]
-    by_weights = {weights: figure for _, same, weights, figure in found if same == settings}
-    steps: dict[int, float] = {}
-    for path in paths:
-        try:
-            info = read_info(path)
-        except UserError:
-            continue  # damaged: no weights that an evaluation can be of
-        figure = by_weights.get(info.fingerprint)
-        if figure is not None:
-            steps[info.step] = figure
-    return steps
-
-
-def _figures(evaluations: Path, metric: str) -> Iterator[tuple[float, str, str, float]]:
-    """When it was written, the settings, the checkpoint's fingerprint and the figure, of each evaluation with one.
-
-    What cannot be read as one is passed over: no evaluation may end a run.
-    """
-    for file in sorted(evaluations.glob("*/metrics.json")):
-        try:
-            with open_regular(file) as stored:
-                content = json.loads(stored.read())
-            evaluation = content["evaluation"]
-            written = file.stat().st_mtime
-            for name, result in sorted(content["results"].items()):
-                figure = result.get(metric)
-                if isinstance(figure, int | float) and math.isfinite(figure):
-                    fingerprint = str(evaluation["weights"]).removesuffix(f"-{evaluation['which']}")
-                    yield written, _settings(evaluation, name, result), fingerprint, float(figure)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            continue
-
-
-def _settings(evaluation: dict[str, Any], features: str, result: dict[str, Any]) -> str:
-    """What two figures must have in common to be compared."""
-    shared = {key: evaluation[key] for key in ("which", "sampler", "count", "labels")}
-    measured = [features, result["network"]["fingerprint"], result["real"]["fingerprint"]]
-    return json.dumps([shared, measured], sort_keys=True)
+    by_weights = {one.weights: one.figure(metric) for one in found if one.settings == found[-1].settings}
+    figures = {step: by_weights.get(weights) for weights, step in fingerprints(paths).items()}
+    return {step: figure for step, figure in figures.items() if figure is not None}

@@ -133,7 +133,7 @@ class RunFolder:
         """
         changes = []
         newest = self._newest_of_training()
-        stored = self._stored_config() if self.config.exists() else _config_of(newest)
+        stored = self.stored_config() if self.config.exists() else _config_of(newest)
         if stored is not None:
             problems = []
             trained = bool(checkpoints(self.path))
@@ -174,7 +174,8 @@ class RunFolder:
             )
         return None
 
-    def _stored_config(self) -> RunConfig:
+    def stored_config(self) -> RunConfig:
+        """What config.yaml says. UserError where it is not the configuration of a run of this version."""
         try:
             open_regular(self.config).close()
         except OSError as error:

@@ -12,7 +12,8 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.layers import position_embedding
 from ditmoe.model.weights.files import SAFETENSORS, SHARD_BYTES, write_safetensors_in_pieces
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, damaged, incomplete, reading
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, damaged, incomplete
+from ditmoe.parallel.checkpoint.holds import reading
 
 BYTES = 4
 

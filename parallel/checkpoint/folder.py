@@ -7,14 +7,13 @@
 A checkpoint is written under a name that ends in `.partial` and renamed when its marker is on disk.
 """
 
-import fcntl
 import hashlib
 import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +27,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import sync_folder, temporary_beside
 from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
+from ditmoe.parallel.checkpoint.holds import reading
 from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, Part, marker_text, read_marker
 
 PARTIAL = ".partial"
@@ -267,35 +267,6 @@ def discarded_name(path: Path) -> Path:
     """A name that nothing has, for a checkpoint that is about to be deleted."""
     names = (path.with_name(f"{path.name}.old-{number}{PARTIAL}") for number in itertools.count(1))
     return next(name for name in names if not os.path.lexists(name))
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Keep a checkpoint from being let go while its files are read: a run in progress removes old ones.
-
-    Raises:
-        UserError: it is gone already.
-    """
-    try:
-        marker = (path / MARKER).open()
-    except FileNotFoundError:
-        raise UserError(f"{path}: its run has removed it meanwhile; checkpoint.keep_every keeps more") from None
-    with marker:
-        with suppress(OSError):  # a file system without locks: then it has to be kept by its settings
-            fcntl.flock(marker, fcntl.LOCK_SH)
-        yield
-
-
-def is_being_read(path: Path) -> bool:
-    """Whether any process of this machine, or of the file system where it has locks, is `reading` it."""
-    try:
-        with (path / MARKER).open("r+") as marker:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # no locks here, or a marker that cannot be written
-    return False
 
 
 def superseded(

@@ -30,12 +30,12 @@ from ditmoe.parallel.checkpoint.box_storage import Piece, save_pieces
 from ditmoe.parallel.checkpoint.folder import (
     checkpoint_path,
     checkpoints,
-    is_being_read,
     newest_checkpoint,
     start_partial,
     superseded,
     write_marker,
 )
+from ditmoe.parallel.checkpoint.holds import letting_go
 from ditmoe.parallel.checkpoint.removal import Removal
 from ditmoe.parallel.checkpoint.training_state import PARTS, owned_pieces
 from ditmoe.parallel.config import CheckpointConfig
@@ -298,8 +298,9 @@ def finish(
     found = {step: folder for step, folder in found.items() if step <= facts["step"]}
     kept = best(list(found.values()))
     for step in superseded(list(found), retention.keep_last, retention.keep_every, kept):
-        if not is_being_read(found[step]):  # the next save lets it go
-            removal.set_aside(found[step])
+        with letting_go(found[step]) as free:
+            if free:  # otherwise the next save lets it go
+                removal.set_aside(found[step])
     removal.sweep()
 
 

@@ -19,6 +19,7 @@ from ditmoe.sampling.noise_level.classifier import (
     save_noise_classifier,
     space_of,
 )
+from tests.markers import change_marker
 
 MODEL = ModelConfig(
     depth=1, hidden=16, heads=2, patch=4, experts=2, experts_per_token=1, image_size=8, channels=1, num_classes=10
@@ -38,11 +39,19 @@ def images_of(folder: Path) -> Reference:
 
 def write_run(path: Path) -> Path:
     """A run with one checkpoint, of step 0."""
-    torch.manual_seed(0)
+    write_checkpoint(path, 0)
+    return path
+
+
+def write_checkpoint(run: Path, step: int) -> Path:
+    """A checkpoint of a step, with weights of its own."""
+    torch.manual_seed(step)
     network = DiT(MODEL)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, 0, 0.1)
-    write_weights_checkpoint(checkpoint_path(path, 0), MODEL, ObjectiveConfig(), canonical_state(network), None)
+    path = checkpoint_path(run, step)
+    write_weights_checkpoint(path, MODEL, ObjectiveConfig(), canonical_state(network), None)
+    change_marker(path, lambda facts: facts.update(step=step))
     return path
 
 

@@ -27,10 +27,10 @@ from ditmoe.parallel.checkpoint.folder import (
     newest_checkpoint,
     read_info,
     read_weights,
-    reading,
     start_partial,
     superseded,
 )
+from ditmoe.parallel.checkpoint.holds import reading
 from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.checkpoint.removal import Removal
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver, finish

@@ -1,0 +1,61 @@
+"""`ditmoe evaluate RUN --watch`: score checkpoints as they come, each by processes of its own."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ditmoe.model.errors import UserError
+
+if TYPE_CHECKING:
+    from ditmoe.sampling.evaluation.job import Job
+    from ditmoe.sampling.evaluation.of_run import EvaluationOptions
+
+
+def evaluate_watch(
+    options: "EvaluationOptions", processes: int | None, again: Sequence[str], every: int, patience: float | None
+) -> None:
+    """Score the checkpoints of a run until it is complete.
+
+    Args:
+        options: of every evaluation; the source is the run.
+        processes: that share the work of one; None: one per GPU, or 1.
+        again: the options as arguments, for the processes.
+        every: score every so-manieth checkpoint, and the last.
+        patience: minutes without a sign of the run after which to give up; None: never.
+    """
+    from ditmoe.parallel.ranks import this_process
+
+    if this_process().ranks > 1:
+        raise UserError(
+            f"--watch: starts the processes of each evaluation itself, and is one of {this_process().ranks}"
+            " (WORLD_SIZE); expected it to be started once, with --processes"
+        )
+    import torch
+
+    from ditmoe.data.storage.files import make_folder
+    from ditmoe.launcher.local.launch import spawn
+    from ditmoe.launcher.watch.watch import watch_run
+    from ditmoe.sampling.evaluation.of_run import prepare_job
+
+    ranks = processes or torch.cuda.device_count() or 1
+
+    def prepare(checkpoint: Path) -> "Job":
+        return prepare_job(replace(options, source=checkpoint))
+
+    def evaluate(job: "Job") -> int:
+        logs = job.folder / "ranks"
+        make_folder(logs)
+        return spawn(["evaluate", *again, "--", str(job.checkpoint)], ranks, log_dir=logs, quiet=True)
+
+    code = watch_run(
+        options.source,
+        prepare,
+        evaluate,
+        typer.echo,
+        every=every,
+        patience=None if patience is None else 60 * patience,
+    )
+    raise typer.Exit(code)
