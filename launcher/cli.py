@@ -18,6 +18,7 @@ from ditmoe.launcher.local.signals import end_with_parent
 from ditmoe.launcher.local.terminal import let_go, prepare_streams
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import message_lines
+from ditmoe.slurm.environment import rank_variables
 
 INTERRUPTED: Final = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
@@ -105,6 +106,7 @@ def main() -> None:
     prepare_streams()
     end_with_parent()
     try:
+        os.environ.update(rank_variables(os.environ))
         sys.exit(_run())
     except UserError as error:
         _end_with_message(str(error))

@@ -1,38 +1,22 @@
 """Joining the process group, and the few collectives that training needs beside DeepSpeed's."""
 
-import itertools
 import os
-import socket
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.ranks import ThisProcess, this_process
+from ditmoe.parallel import meeting
+from ditmoe.parallel.meeting import PATIENCE, Patience
+from ditmoe.parallel.ranks import this_process
 
 Value = TypeVar("Value")
 
-
-class Patience(NamedTuple):
-    """How long the processes of a run wait for one another at its start."""
-
-    told_after: float
-    """Seconds after which they say whom they wait for."""
-    limit: float
-    """Seconds after which they give up."""
-
-
-PATIENCE: Final = Patience(10.0, 600.0)
-_POLL_SECONDS: Final = 0.1
-_meetings = itertools.count()
-"""Numbers this process's meetings, which all processes of a run have alike."""
 
 TIMEOUT = timedelta(minutes=10)
 """Longest wait in a collective: a rank that died without a word ends the others after it."""
@@ -81,7 +65,10 @@ def meet(device: torch.device, timeout: timedelta, patience: Patience = PATIENCE
             store: Store = alone
             os.environ["MASTER_PORT"] = str(alone.port)  # DeepSpeed asks for it
         else:
-            store = _meeting_store(process, patience)
+            met = meeting.meet(process, patience)
+            store = met.store
+            if met.interface is not None:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
         dist.init_process_group(
             _backend(device), store=store, rank=process.rank, world_size=process.ranks, timeout=timeout
         )
@@ -95,72 +82,6 @@ def meet(device: torch.device, timeout: timedelta, patience: Patience = PATIENCE
     for name, value in own.items():
         os.environ.setdefault(name, str(value))
     os.environ.setdefault("MASTER_ADDR", process.address)
-
-
-def _meeting_store(process: ThisProcess, patience: Patience) -> Store:
-    """The store that all processes share, once all have come to it. Ctrl-C ends each of its waits."""
-    where = f"{process.address}:{process.port} (MASTER_ADDR:MASTER_PORT)"
-    begin = time.monotonic()
-    assert process.port is not None
-    # torchrun's own process holds the store, otherwise rank 0.
-    holds = process.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not holds:
-        _reach(process, where, patience)
-    try:
-        store = TCPStore(
-            process.address,
-            process.port,
-            process.ranks,
-            is_master=holds,
-            timeout=timedelta(seconds=min(60.0, patience.limit)),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except dist.DistError as error:
-        reason = str(error).partition("\n")[0]
-        if "EADDRINUSE" in str(error):
-            reason = "in use by another program; expected a free port of rank 0's machine"
-        raise UserError(f"rank {process.rank} cannot meet the others at {where}: {reason}") from error
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    shared = PrefixStore(f"ditmoe/{restarts}/{next(_meetings)}", store)
-    if shared.add(f"rank {process.rank}", 1) > 1:
-        raise UserError(f"RANK = {process.rank} is set for two processes that meet at {where}; expected each once")
-    if shared.add("arrived", 1) == process.ranks:
-        shared.set("all", "here")
-    told = False
-    while not shared.check(["all"]):
-        waited = time.monotonic() - begin
-        if waited > patience.limit or (waited > patience.told_after and not told):
-            missing = [rank for rank in range(process.ranks) if not shared.check([f"rank {rank}"])]
-            names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
-            those = f"{len(missing)} of {process.ranks} processes (WORLD_SIZE), rank {names}"
-            if waited > patience.limit:
-                raise UserError(f"rank {process.rank} waited {waited:.0f} s at {where} in vain for {those}")
-            _say_waiting(f"rank {process.rank} waits at {where} for {those}", patience)
-            told = True
-        time.sleep(_POLL_SECONDS)
-    return shared
-
-
-def _reach(process: ThisProcess, where: str, patience: Patience) -> None:
-    """Return when somebody listens at the place where the processes meet."""
-    begin, told = time.monotonic(), False
-    while True:
-        try:
-            socket.create_connection((process.address, process.port), timeout=5).close()
-            return
-        except OSError as error:
-            waited, reason = time.monotonic() - begin, error.strerror or error
-        if waited > patience.limit:
-            raise UserError(f"rank {process.rank} waited {waited:.0f} s in vain for rank 0 at {where}: {reason}")
-        if waited > patience.told_after and not told:
-            _say_waiting(f"rank {process.rank} waits for rank 0 at {where}: {reason}", patience)
-            told = True
-        time.sleep(_POLL_SECONDS)
-
-
-def _say_waiting(what: str, patience: Patience) -> None:
-    print(f"{what}; for {patience.limit:g} s at most", file=sys.stderr, flush=True)
 
 
 def leave() -> None:

@@ -1,8 +1,8 @@
 """Which of a run's processes this one is, which device it has, and where all of them meet.
 
 The variables that torchrun sets say that: RANK and WORLD_SIZE, LOCAL_RANK on its machine, MASTER_ADDR and
-MASTER_PORT. They are read and checked here and nowhere else; torch is imported where it is needed, because
-commands ask before they need it.
+MASTER_PORT. `ditmoe` sets them in the processes that it starts, and in the tasks of srun. They are read and
+checked here and nowhere else; torch is imported where it is needed, because commands ask before they need it.
 """
 
 import os
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 Device = Literal["auto", "cpu", "cuda"]
+
+MEETING_VARIABLE: Final = "DITMOE_MEETING"
+"""Names one start of the processes of a run; with it, MASTER_PORT is the first of several ports."""
+NODE_TASK_VARIABLE: Final = "DITMOE_NODE_TASK"
+"""Set for the only task of a node, one of as many as the step has nodes."""
 
 _EXPECTED: Final = (
     "expected all of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them"
@@ -33,14 +38,23 @@ class ThisProcess:
     address: str = "127.0.0.1"
     """Where the processes of the run meet: the machine of rank 0."""
     port: int | None = None
-    """The port there; None where there is nobody to meet."""
+    """The port there, or the first of those to try where there is a `meeting`; None: there is nobody to meet."""
+    meeting: str | None = None
+    """By which the processes of one start know each other; None: a port is all that they know."""
     started: bool = False
-    """Whether a launcher, ours or torchrun, started it as a rank."""
+    """Whether a launcher, ours or torchrun or srun, started it as a rank."""
+    node_task: bool = False
+    """Whether srun started it as the only task of its node. Its rank is then the number of the node."""
 
     @property
     def first(self) -> bool:
         """Whether it is rank 0, which prints and writes what is needed once."""
         return self.rank == 0
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Whether it may start ranks of its own on its machine: nobody started it, or it has a node to itself."""
+        return self.node_task or not self.started
 
 
 def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
@@ -74,7 +88,16 @@ def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
     if problems:
         raise UserError("\n".join(problems))
     assert rank is not None and ranks is not None
-    return ThisProcess(rank, ranks, local_rank, variables.get("MASTER_ADDR") or "127.0.0.1", port, started=True)
+    return ThisProcess(
+        rank,
+        ranks,
+        local_rank,
+        variables.get("MASTER_ADDR") or "127.0.0.1",
+        port,
+        variables.get(MEETING_VARIABLE) or None,
+        started=True,
+        node_task=NODE_TASK_VARIABLE in variables,
+    )
 
 
 def _number(variables: Mapping[str, str], name: str, least: int, most: int, problems: list[str]) -> int | None:

@@ -25,7 +25,8 @@ def command(
     *,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or 1]")
+        int | None,
+        typer.Option(min=1, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),
     ] = None,
     grid: Annotated[
         Path | None,
@@ -90,8 +91,8 @@ def command(
 ) -> None:
     """Draw images and score them: FID beside its floor, precision, recall, and the share recognised.
 
-    Repeating the command resumes it, and shows the result of a finished one. Under torchrun it joins their
-    processes. With the file of a grid it compares samplers, each an evaluation of its own.
+    Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it
+    joins their processes. With the file of a grid it compares samplers, each an evaluation of its own.
 
     Examples: ditmoe evaluate runs/photos --count 50000 --processes 8
 
@@ -152,27 +153,28 @@ def command(
         evaluate_watch(options, processes, [*drawn, *shared], every, patience)
         return
     job = prepare_job(options)
-    metrics = stored_result(job)
+    metrics, process = stored_result(job), this_process()
     if metrics is None:
-        if not this_process().started:
+        if process.starts_ranks:
             import torch
 
-            for warning in noise_warnings(job.evaluation.sampler):
-                typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
+            if process.first:
+                for warning in noise_warnings(job.evaluation.sampler):
+                    typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
 
             processes = processes or torch.cuda.device_count() or 1
-        if processes is not None and processes > 1 and not this_process().started:
-            from ditmoe.data.storage.files import make_folder
-            from ditmoe.launcher.local.launch import spawn
+            if processes > 1:
+                from ditmoe.data.storage.files import make_folder
+                from ditmoe.launcher.local.launch import spawn
 
-            # The checkpoint is named: training may write a newer one before the processes look. The first of them
-            # shows the result.
-            arguments = ["evaluate", *drawn, *shared, "--", str(job.checkpoint)]
-            ranks = job.folder / "ranks"
-            make_folder(ranks)
-            raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
+                # The checkpoint is named: training may write a newer one before the processes look. The first of
+                # them shows the result.
+                arguments = ["evaluate", *drawn, *shared, "--", str(job.checkpoint)]
+                ranks = job.folder / "ranks"
+                make_folder(ranks)
+                raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
         metrics = evaluate_run(job)
-    if this_process().first:
+    if process.first:
         for line in table(metrics, job.features):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")

@@ -46,7 +46,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
     Args:
         options: what holds for every cell.
         path: the file of the grid.
-        processes: that share the work; None: one per GPU, or 1.
+        processes: of this machine, that share the work; None: one per GPU, or 1.
         again: the options as arguments, for the processes.
     """
     from ditmoe.data.storage.files import make_folder
@@ -65,13 +65,16 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
         raise UserError(f"--grid {path}: no such file; expected the YAML file of a comparison")
     comparison = prepare_comparison(options, load_comparison(path), path.stem)
     process = this_process()
-    if not process.started:
+    if process.starts_ranks:
         import torch
 
         processes = processes or torch.cuda.device_count() or 1
-        _announce(len(comparison.cells), comparison.config.repeats, comparison.left_out)
-        for warning in dict.fromkeys(line for cell in comparison.cells for line in noise_warnings(cell.config)):
-            typer.echo(f"warning: {warning}", err=True)
+        if process.first:
+            _announce(len(comparison.cells), comparison.config.repeats, comparison.left_out)
+            for warning in dict.fromkeys(
+                line for cell in comparison.cells for line in noise_warnings(cell.config)
+            ):
+                typer.echo(f"warning: {warning}", err=True)
         if processes > 1 and not comparison.finished:
             from ditmoe.launcher.local.launch import spawn
 

@@ -18,12 +18,14 @@ def command(
 ) -> None:
     """Train the run of a configuration on this machine's processes; repeating the command resumes it.
 
-    Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun it joins their processes.
+    Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun and srun it joins their processes; where srun
+    starts one on each node, that one starts the others of its node.
     """
     from ditmoe.data.stream.dataset import open_dataset
     from ditmoe.launcher.configuration.resolve import resolve
     from ditmoe.launcher.configuration.run_config import load_config
-    from ditmoe.launcher.processes import in_worker, process_count
+    from ditmoe.launcher.processes import process_count
+    from ditmoe.parallel.ranks import this_process
 
     chosen = overrides or []
     raw = load_config(config, chosen)
@@ -35,20 +37,23 @@ def command(
     dataset = open_dataset(raw.data, raw.seed)
     processes = process_count(raw.launch.processes, raw.launch.device)
     resolved = resolve(raw, dataset.index, processes, origin=str(config))
-    if not in_worker():
+    process = this_process()
+    if process.starts_ranks:
         dataset.check_files()
         from ditmoe.launcher.training.run_folder import RunFolder
 
         folder = RunFolder(resolved.run.dir)
-        # Rank 0 does the same under its own lock; here it takes no seconds of starting processes.
-        folder.check(resolved)
-    if processes > 1 and not in_worker():
-        from ditmoe.launcher.local.launch import spawn
+        if process.first:
+            # Rank 0 does the same under its own lock; here it takes no seconds of starting processes.
+            folder.check(resolved)
+        here = processes // process.ranks
+        if here > 1:
+            from ditmoe.launcher.local.launch import spawn
 
-        # `--`: an override is never taken for an option.
-        arguments = ["train", "--", str(config), *chosen]
-        raise typer.Exit(spawn(arguments, processes, log_dir=folder.ranks, threads=resolved.launch.threads))
-    if not in_worker() and resolved.launch.threads is not None:
+            # `--`: an override is never taken for an option.
+            arguments = ["train", "--", str(config), *chosen]
+            raise typer.Exit(spawn(arguments, here, log_dir=folder.ranks, threads=resolved.launch.threads))
+    if resolved.launch.threads is not None:
         import torch
 
         torch.set_num_threads(resolved.launch.threads)

@@ -26,10 +26,11 @@ class RunSection(Settings):
 
 
 class LaunchConfig(Settings):
-    """The processes that `ditmoe train` starts on this machine."""
+    """The processes that `ditmoe train` starts on this machine, or under srun on each node of one task."""
 
     processes: int | None = Field(default=None, ge=1, le=2**20)
-    """Processes; null: one per GPU, or one where there is none. Under torchrun theirs count."""
+    """Processes of a machine; null: one per GPU, or one where there is none. Under torchrun theirs count, and so
+    do the tasks of srun where a node has several."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU, otherwise the CPU."""
     threads: int | None = Field(default=None, ge=1, le=4096)

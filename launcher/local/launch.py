@@ -1,10 +1,12 @@
 """Starts the processes of one run on this machine, and ends all of them when one fails or a stop is asked for.
 
 Each is `python -m ditmoe.launcher VERB …` with the variables that torchrun would set. A terminal's Ctrl-C reaches
-only the starting process, which asks all the others to stop.
+only the starting process, which asks all the others to stop. Where srun has started one process on each of several
+nodes, each starts the ranks of its node.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -23,6 +25,7 @@ from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failu
 from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import message_lines, printable
+from ditmoe.parallel.ranks import MEETING_VARIABLE, NODE_TASK_VARIABLE, ThisProcess, this_process
 
 PROGRAM: Final = (sys.executable, "-m", "ditmoe.launcher")
 GRACE_SECONDS: Final = 10.0
@@ -44,11 +47,12 @@ def spawn(
 ) -> int:
     """Start `processes` copies of a command of ours and wait for them: the exit code.
 
-    Rank 0 shares this process's output; rank N appends to `log_dir/rank-N.txt`.
+    Rank 0 shares this process's output; rank N appends to `log_dir/rank-N.txt`. Where each node has a task
+    like this one, the ranks are those of its node, and all nodes start as many.
 
     Args:
         arguments: verb and arguments.
-        processes: how many.
+        processes: how many on this machine.
         log_dir: folder of the other ranks' output; None: a temporary one.
         threads: OMP_NUM_THREADS of each; None: as it is set now, or cores / processes.
         environment: further variables.
@@ -60,15 +64,18 @@ def spawn(
         0 when all ended well; the code of the first that failed (128 + N when signal N ended it), after its
         message was shown and the others were ended; 128 + N when signal N to this process ended them early.
     """
+    process = this_process()
+    task = process if process.node_task else ThisProcess()
+    first = task.rank * processes
     with _scratch_folder() as scratch:
         group = _Group(Path(scratch), log_dir or Path(scratch), grace, quiet)
-        base = _environment(processes, threads, environment or {})
+        base = _environment(task, processes, threads, environment or {})
         # What is ignored stays so: nohup ignores SIGHUP.
         heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         handlers = {number: signal.signal(number, group.on_signal) for number in heard}
         try:
-            for rank in range(processes):
-                group.start(rank, [*program, *arguments], base)
+            for local_rank in range(processes):
+                group.start(first + local_rank, local_rank, [*program, *arguments], base)
             return group.wait()
         finally:
             group.kill()
@@ -111,10 +118,10 @@ class _Group:
     asked_seconds: float = 0.0
     """When it came, on the monotonic clock."""
 
-    def start(self, rank: int, command: list[str], base: Mapping[str, str]) -> None:
+    def start(self, rank: int, local_rank: int, command: list[str], base: Mapping[str, str]) -> None:
         """Start one process."""
         failure_path = self.scratch / f"failure-{rank}.json"
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), FAILURE_VARIABLE: str(failure_path)}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), FAILURE_VARIABLE: str(failure_path)}
         output: dict[str, Any] = {"stdout": subprocess.DEVNULL} if self.quiet else {}
         log_path, log_start = None, 0
         if rank:
@@ -172,19 +179,21 @@ class _Group:
         """Find the first failure, end the others, show the message; the exit code."""
         failed = [rank for rank in self.ranks if rank.process.poll()]
         # A rank may have written its failure and not have ended yet.
-        failures = {rank.number: read_failure(rank.failure_path) for rank in self.ranks}
+        failures = [read_failure(rank.failure_path) for rank in self.ranks]
         self._end_others()
         # Nothing but a signal from outside ends a process so early; the others' failures follow from it.
         killed = [rank for rank in failed if rank.process.returncode < 0]
-        if self.asked is not None and (killed or not any(failures.values())):
+        if self.asked is not None and (killed or not any(failures)):
             if self.asked != signal.SIGINT:
                 print(f"ended by {self.asked.name}", file=sys.stderr)
             return 128 + self.asked
         if killed:
             return self._show(killed[0], None)
-        written = [(f.seconds, number) for number, f in failures.items() if f is not None]
-        first = self.ranks[min(written)[1]] if written else failed[0]
-        return self._show(first, failures[first.number])
+        written = [(f.seconds, place) for place, f in enumerate(failures) if f is not None]
+        if written:
+            _, place = min(written)
+            return self._show(self.ranks[place], failures[place])
+        return self._show(failed[0], None)
 
     def _end_others(self) -> None:
         """SIGTERM, then SIGKILL."""
@@ -231,22 +240,29 @@ def threads_per_process(processes: int) -> int:
     return max(1, cores // processes)
 
 
-def _environment(processes: int, threads: int | None, extra: Mapping[str, str]) -> dict[str, str]:
-    """The variables that all ranks share."""
+def _environment(
+    task: ThisProcess, processes: int, threads: int | None, extra: Mapping[str, str]
+) -> dict[str, str]:
+    """The variables that all ranks of this machine share."""
     environment = {
-        # One machine: gloo need not look for the address of its name.
-        "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
         "OMP_NUM_THREADS": str(threads_per_process(processes)),
         **os.environ,
-        "WORLD_SIZE": str(processes),
+        "WORLD_SIZE": str(task.ranks * processes),
         "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
         PARENT_VARIABLE: str(os.getpid()),
         # What a killed process printed is not lost in its buffer.
         "PYTHONUNBUFFERED": "1",
-        **extra,
     }
+    environment.pop(NODE_TASK_VARIABLE, None)
+    if not task.started:
+        # One machine: gloo need not look for the address of its name.
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform.startswith("linux") else "lo0")
+        environment |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            MEETING_VARIABLE: f"local.{secrets.token_hex(8)}",
+        }
+    environment.update(extra)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     return environment

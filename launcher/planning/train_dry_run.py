@@ -4,11 +4,12 @@ from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.stream.dataset import open_index
 from ditmoe.launcher.configuration.resolve import layout_of, resolve, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig
-from ditmoe.launcher.processes import in_worker, process_count
+from ditmoe.launcher.processes import process_count
 from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.planner.memory import RankMemory, Workload, rank_memory
 from ditmoe.parallel.planner.zero import ZeroSettings
+from ditmoe.parallel.ranks import this_process
 from ditmoe.parallel.stages import stage_blocks
 
 _GIB = 2**30
@@ -85,6 +86,6 @@ def _index(config: RunConfig) -> tuple[DatasetIndex | None, list[str]]:
 def _processes(config: RunConfig) -> int:
     """The processes that the layout asks for, where the configuration says no other number."""
     parallel = config.parallel
-    if parallel.data is None or config.launch.processes is not None or in_worker():
+    if parallel.data is None or config.launch.processes is not None or this_process().started:
         return process_count(config.launch.processes, config.launch.device)
     return parallel.data * parallel.pipe * parallel.tensor

@@ -59,7 +59,7 @@ class Workers:
 
 
 def join_workers() -> Workers:
-    """Join the processes that the launcher or torchrun started; alone when there are none.
+    """Join the processes that the launcher, torchrun or srun started; alone when there are none.
 
     Uses gloo on the CPU and NCCL on GPUs, one process per GPU.
 

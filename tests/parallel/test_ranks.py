@@ -1,19 +1,11 @@
 """Which process this is: the environment is read in one place, and what is wrong in it is one message."""
 
-import itertools
 import random
-import re
-import socket
-import threading
-import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 
 from ditmoe.model.errors import UserError
-from ditmoe.parallel import processes
-from ditmoe.parallel.processes import Patience
 from ditmoe.parallel.ranks import ThisProcess, own_device, this_process
 
 TORCHRUN = {
@@ -30,6 +22,14 @@ def test_what_torchrun_sets() -> None:
     assert this_process(TORCHRUN) == ThisProcess(3, 4, 1, "node7", 29500, started=True)
     assert this_process({}) == this_process({"WORLD_SIZE": "1", "MASTER_PORT": "x"}) == ThisProcess()
     assert this_process({"RANK": "0", "WORLD_SIZE": "1"}) == ThisProcess(started=True)
+    ours = {**TORCHRUN, "DITMOE_MEETING": "7.0.1", "DITMOE_NODE_TASK": "1"}
+    assert this_process(ours) == ThisProcess(3, 4, 1, "node7", 29500, "7.0.1", started=True, node_task=True)
+
+
+def test_who_starts_ranks() -> None:
+    assert this_process({}).starts_ranks
+    assert not this_process(TORCHRUN).starts_ranks
+    assert this_process({**TORCHRUN, "DITMOE_NODE_TASK": "1"}).starts_ranks
 
 
 @pytest.mark.parametrize(
@@ -90,73 +90,3 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(UserError, match="LOCAL_RANK is not set"):
         own_device("auto", "--processes")
-
-
-SOON = Patience(0.1, 0.6)
-
-
-@pytest.fixture
-def port() -> Iterator[int]:
-    """A free one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number = probe.getsockname()[1]
-    yield number
-
-
-def test_waiting_says_for_whom_and_where_and_ends(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=rf"rank 0 waited 1 s at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2"):
-        processes._meeting_store(ThisProcess(0, 3, 0, port=port, started=True), SOON)
-    said = capsys.readouterr().err
-    assert re.search(rf"rank 0 waits at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2; for 0\.6 s at most", said)
-
-
-def test_a_rank_without_the_first(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=rf"rank 2 waited 1 s in vain for rank 0 at 127\.0\.0\.1:{port}"):
-        processes._meeting_store(ThisProcess(2, 3, 2, port=port, started=True), SOON)
-    assert capsys.readouterr().err.count("rank 2 waits for rank 0 at") == 1
-
-
-def test_an_address_that_is_none() -> None:
-    with pytest.raises(UserError, match=r"rank 1 waited .* for rank 0 at no\.such\.host\.invalid:29500"):
-        processes._meeting_store(ThisProcess(1, 2, 1, "no.such.host.invalid", 29500, started=True), SOON)
-
-
-def test_a_port_in_use() -> None:
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=rf":{port} \(MASTER_ADDR:MASTER_PORT\): in use by another program"):
-            processes._meeting_store(ThisProcess(0, 2, 0, port=port, started=True), SOON)
-
-
-def test_all_come_and_none_comes_twice(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_meetings", itertools.repeat(0))  # here all ranks are in one process
-    patience, met = Patience(60, 60), []
-
-    def come(rank: int) -> None:
-        met.append(processes._meeting_store(ThisProcess(rank, 3, rank, port=port, started=True), patience))
-
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    while not _knows(port, "rank 1"):
-        time.sleep(0.02)
-    with pytest.raises(UserError, match="RANK = 1 is set for two processes"):
-        come(1)
-    come(2)
-    for thread in threads:
-        thread.join(30)
-    assert len(met) == 3
-
-
-def _knows(port: int, key: str) -> bool:
-    """Whether a rank has said that it is there."""
-    from torch.distributed import PrefixStore, TCPStore
-
-    try:
-        store = TCPStore("127.0.0.1", port, None, is_master=False, wait_for_workers=False)
-    except RuntimeError:
-        return False
-    return bool(PrefixStore("ditmoe/0/0", store).check([key]))

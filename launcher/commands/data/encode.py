@@ -56,7 +56,9 @@ def command(
     ] = 16,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes that share the shards. [default: one per GPU, or per core]"),
+        typer.Option(
+            min=1, help="Processes of a machine, to share the shards. [default: one per GPU, or per core]"
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, or cuda: a GPU for each process. [default: cuda if there is one]")
@@ -72,7 +74,7 @@ def command(
     """Encode images into the moments of their latents, shard for shard.
 
     Repeating the command resumes it, and so do more processes on other machines that see both folders. Under
-    torchrun it joins their processes.
+    torchrun and srun it joins their processes.
     """
     import os
 
@@ -87,8 +89,8 @@ def command(
     from ditmoe.parallel.ranks import own_device, this_process
 
     process = this_process()
-    if overwrite and process.started:
-        raise UserError("--overwrite under torchrun: expected it left out, and OUT removed beforehand")
+    if overwrite and process.ranks > 1:
+        raise UserError("--overwrite under torchrun or srun: expected it left out, and OUT removed beforehand")
     settings = EncodeSettings(dtype.value, flips.value, format.value, seed, batch, overwrite, on_error.value)
     encoding = prepare_encoding(shards, out, read_facts(vae), settings, index)
     name = choose_device(device)
@@ -96,18 +98,19 @@ def command(
     if not left and not process.started:
         typer.echo(f"{out}: was encoded before; --overwrite encodes it again")
         return
-    if not process.started:
+    if left and process.starts_ranks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         usual = torch.cuda.device_count() if name == "cuda" else cores
-        processes = min(processes or usual, len(encoding.index.shards))
-        if processes > 1:
+        # Of several nodes each takes its share of the shards.
+        here = min(processes or usual, -(-len(encoding.index.shards) // process.ranks))
+        if here > 1:
             from ditmoe.launcher.local.launch import spawn
 
             arguments = ["data", "encode", "--vae", str(vae), "--dtype", dtype, "--flips", flips]
             arguments += ["--on-error", on_error, *([] if index is None else [f"--index={index}"])]
             arguments += ["--format", format, "--seed", str(seed), "--batch", str(batch), "--device", name]
             # The first of them shows the result.
-            raise typer.Exit(spawn([*arguments, "--", str(shards), str(out)], processes))
+            raise typer.Exit(spawn([*arguments, "--", str(shards), str(out)], here))
     progress = show_progress("images encoded", encoding.index.total) if process.first else lambda images: None
     if left:
         own = own_device(name, "--processes")

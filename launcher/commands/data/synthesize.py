@@ -53,7 +53,10 @@ def command(
         Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
     ] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that share the work. [default: one per GPU, or per core]")
+        int | None,
+        typer.Option(
+            min=1, help="Processes of a machine that share the work. [default: one per GPU, or per core]"
+        ),
     ] = None,
     drawing: Drawing,
     weights: WeightsOption = "ema",
@@ -76,7 +79,7 @@ def command(
 ) -> None:
     """Draw images from a run's network into shards with provenance, labels and quality scores.
 
-    Repeating the command resumes it. Under torchrun it joins their processes.
+    Repeating the command resumes it. Under torchrun and srun it joins their processes.
     """
     import sys
 
@@ -117,13 +120,13 @@ def command(
         overwrite=overwrite,
     )
     synthesis = prepare_synthesis(options)
-    made = finished(synthesis)
+    made, process = finished(synthesis), this_process()
     if made is None:
-        if not this_process().started:
-            processes = processes or _default_processes()
+        if process.first and process.starts_ranks:
             for warning in noise_warnings(synthesis.sampler):
                 typer.echo(f"warning: {warning}", err=True)
-        if processes is not None and processes > 1 and not this_process().started:
+        here = (processes or _default_processes()) if process.starts_ranks else 1
+        if here > 1:
             from ditmoe.launcher.local.launch import spawn
 
             arguments = ["data", "synthesize", "--from", str(checkpoint), "--count", str(count)]
@@ -142,7 +145,7 @@ def command(
                 ("--name", name),
             ):
                 arguments += [f"{option}={value}"] if value is not None else []
-            raise typer.Exit(spawn([*arguments, "--", str(out)], processes))
+            raise typer.Exit(spawn([*arguments, "--", str(out)], here))
 
         import torch
 
@@ -162,7 +165,7 @@ def command(
             )
         finally:
             workers.leave()
-    if this_process().first:
+    if process.first:
         typer.echo(
             f"synthesised {counted(made.total, 'image')} "
             f"of {made.image_size}×{made.image_size}×{made.channels} "

@@ -199,6 +199,10 @@ def test_known_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     monkeypatch.setenv("MASTER_PORT", "29500")
     assert known_processes(3, "auto") == 6
+    monkeypatch.setenv("DITMOE_NODE_TASK", "1")  # each of six nodes has one task of srun, which starts its ranks
+    assert known_processes(3, "auto") == process_count(3, "cpu") == 18
+    assert known_processes(None, "cpu") == process_count(None, "cpu") == 6
+    assert known_processes(None, "auto") is None
     monkeypatch.delenv("WORLD_SIZE")
     with pytest.raises(UserError, match="RANK is set in the environment without WORLD_SIZE"):
         known_processes(None, "auto")

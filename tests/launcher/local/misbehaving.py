@@ -21,7 +21,7 @@ def command(kind: str, folder: Path) -> None:
     if kind == "variables":
         names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS"
         names += " GLOO_SOCKET_IFNAME"
-        (folder / f"variables-{rank}").write_text(" ".join(os.environ[name] for name in names.split()))
+        (folder / f"variables-{rank}").write_text(" ".join(os.environ.get(name, "none") for name in names.split()))
     elif kind == "user-error-everywhere":
         raise UserError("data.sources: the same mistake on every rank")
     elif kind == "user-error-in-a-group":

@@ -53,6 +53,19 @@ def test_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1024 <= int(port) < 65536
 
 
+def test_variables_of_the_ranks_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two nodes starts ranks 3 to 5 of 6, which meet where the task was told to."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    task = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DITMOE_NODE_TASK": "1"}
+    for name, value in {**task, "MASTER_ADDR": "n1", "MASTER_PORT": "12345", "DITMOE_MEETING": "7.0.0"}.items():
+        monkeypatch.setenv(name, value)
+    code = spawn(["variables", str(tmp_path)], 3, threads=5, log_dir=tmp_path / "ranks", program=MISBEHAVING)
+    assert code == 0
+    seen = [(tmp_path / f"variables-{rank}").read_text().split() for rank in (3, 4, 5)]
+    assert seen == [[str(3 + r), str(r), "6", "3", "n1", "12345", "5", "none"] for r in range(3)]
+    assert sorted(path.name for path in (tmp_path / "ranks").iterdir()) == [f"rank-{r}.txt" for r in (3, 4, 5)]
+
+
 def test_output_goes_to_the_terminal_and_to_files(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert start("none", tmp_path) == 0
     assert start("none", tmp_path) == 0
