@@ -35,6 +35,7 @@ class Verb(NamedTuple):
 VERBS: Final[dict[str, Verb]] = {
     "data": Verb("ditmoe.launcher.commands.data.group", "Pack images into shards, and verify shards."),
     "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
+    "submit": Verb("ditmoe.launcher.commands.submit.group", "Hand training and other verbs to Slurm."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
     "noise-classifier": Verb(

@@ -4,8 +4,6 @@ A command that is marked `@draws_images(steps=…)` gets those of the sampler, i
 which holds what they were. They are named as the fields of `SamplerConfig`.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
+from ditmoe.launcher.commands.shared_options import with_options
 from ditmoe.sampling.settings.names import SamplerName, ScheduleName
 
 if TYPE_CHECKING:
@@ -138,29 +137,5 @@ def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[...,
     Args:
         steps: a default.
     """
-    options = {
-        name: inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=steps if name == "steps" else default,
-            annotation=annotation,
-        )
-        for name, (annotation, default) in _SAMPLER_OPTIONS.items()
-    }
-
-    def mark(command: Callable[..., None]) -> Callable[..., None]:
-        parameters: list[inspect.Parameter] = []
-        for name, parameter in inspect.signature(command).parameters.items():
-            parameters += options.values() if name == "drawing" else [parameter]
-
-        @functools.wraps(command)
-        def with_options(*arguments: Any, **given: Any) -> None:
-            values = {name: given.pop(name, option.default) for name, option in options.items()}
-            values["dlg"] = tuple(values["dlg"])
-            command(*arguments, drawing=Drawing(values), **given)
-
-        with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        return with_options
-
-    return mark
+    annotation, _ = _SAMPLER_OPTIONS["steps"]
+    return with_options({**_SAMPLER_OPTIONS, "steps": (annotation, steps)}, "drawing", Drawing)

@@ -1,0 +1,1 @@
+"""`ditmoe submit`: hand a verb to Slurm."""

@@ -1,0 +1,77 @@
+"""Jobs that share out their work over the tasks: evaluations, encoding, synthesis."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ditmoe.launcher.submission.request import job_request
+from ditmoe.model.errors import UserError
+from ditmoe.slurm.job_folder import JobFolder, dataset_folder, evaluation_folder
+from ditmoe.slurm.submission.script import Request
+from ditmoe.slurm.submission.settings import JobSettings
+
+
+def evaluation_job(arguments: list[str], settings: JobSettings) -> Request:
+    """The job of `ditmoe evaluate ARGUMENTS`: of the checkpoint that is the newest now, unless they name one."""
+    from ditmoe.launcher.commands.evaluate import command
+    from ditmoe.sampling.network.load import find_checkpoint, home_of
+
+    given = _parsed("evaluate", command, arguments)
+    if given["watch"]:
+        return _watch_job(given["run"].absolute(), arguments, settings)
+    checkpoint = find_checkpoint(given["run"], given["step"])
+    if given["step"] is None and checkpoint.resolve() != given["run"].resolve():
+        # Each task looks by itself, and the job may wait: training would write a newer one meanwhile.
+        arguments = [*arguments, f"--step={int(checkpoint.name.removeprefix('step-'))}"]
+    run = home_of(checkpoint).absolute()
+    folder = evaluation_folder(run, arguments)
+    return job_request("evaluate", ("evaluate", *arguments), folder, settings, run)
+
+
+def _watch_job(run: Path, arguments: list[str], settings: JobSettings) -> Request:
+    """The job that scores every checkpoint of a run, which may have none yet."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; expected a run folder")
+    return job_request("evaluate", ("evaluate", *arguments), evaluation_folder(run, arguments), settings, run)
+
+
+def encoding_job(arguments: list[str], settings: JobSettings) -> Request:
+    """The job of `ditmoe data encode ARGUMENTS`."""
+    from ditmoe.launcher.commands.data.encode import command
+
+    return _dataset_job("encode", command, arguments, settings)
+
+
+def synthesis_job(arguments: list[str], settings: JobSettings) -> Request:
+    """The job of `ditmoe data synthesize ARGUMENTS`."""
+    from ditmoe.launcher.commands.data.synthesize import command
+
+    return _dataset_job("synthesize", command, arguments, settings)
+
+
+def _dataset_job(verb: str, command: Callable[..., None], arguments: list[str], settings: JobSettings) -> Request:
+    given = _parsed(f"data {verb}", command, arguments)
+    if given["overwrite"]:
+        raise UserError("--overwrite: every attempt of the job would begin anew; expected OUT removed beforehand")
+    out: Path = given["out"].absolute()
+    return job_request(verb, ("data", verb, *arguments), _beside(out), settings, out.parent)
+
+
+def _beside(out: Path) -> JobFolder:
+    if not out.name:
+        raise UserError(f"{out}: expected a folder with a name, beside which that of the job lies")
+    return dataset_folder(out)
+
+
+def _parsed(verb: str, command: Callable[..., None], arguments: list[str]) -> Mapping[str, Any]:
+    """The values of a verb's arguments, read as the verb itself reads them; its own message where it cannot."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command(verb)(command)
+    context = typer.main.get_command(app).make_context(f"ditmoe {verb}", list(arguments))
+    if context.params["processes"] is not None and not context.params.get("watch"):
+        raise UserError(
+            "--processes: the tasks of the job are its processes; expected --nodes and --tasks-per-node"
+        )
+    return context.params

@@ -1,0 +1,107 @@
+"""The code of a job: a copy of this program as it is now, and the commit that it comes from.
+
+A job that waits for days runs what was submitted, whatever happens to the checkout meanwhile.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from ditmoe.data.storage.files import make_folder, replacing
+from ditmoe.model.errors import UserError
+
+PARTS: Final = ("configs", "data", "launcher", "model", "parallel", "sampling", "slurm")
+"""The subpackages of ditmoe: all of it."""
+COMMIT: Final = "COMMIT.json"
+_GIT_SECONDS: Final = 60
+
+
+def take_snapshot(code: Path) -> dict[str, Any]:
+    """Copy this program to `code/ditmoe/`, in place of what is there, and say in `code/COMMIT.json` what it is.
+
+    Returns:
+        What COMMIT.json says: `commit` (null where the code is not of a git repository), `dirty` (whether files
+        differ from it; null with it), `version`, and `sha256` of all files.
+
+    Raises:
+        UserError: the file system refuses.
+    """
+    digest = hashlib.sha256()
+    folders = {part: folder_of(part) for part in PARTS}
+    try:
+        shutil.rmtree(code, ignore_errors=False) if code.is_dir() else code.unlink(missing_ok=True)
+        for part, folder in folders.items():
+            for file in files_of(folder):
+                name = Path("ditmoe", part, file.relative_to(folder))
+                content = file.read_bytes()
+                digest.update(f"{name}\0{len(content)}\0".encode() + content)
+                make_folder((code / name).parent)
+                (code / name).write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{error.filename or code}: the code could not be copied: {error.strerror}") from error
+    facts = {**commit_of(list(folders.values())), "version": _version(), "sha256": digest.hexdigest()}
+    with replacing(code / COMMIT) as file_:
+        file_.write(json.dumps(facts, indent=1).encode() + b"\n")
+    return facts
+
+
+def folder_of(part: str) -> Path:
+    """Where a subpackage of this program lies."""
+    spec = find_spec(f"ditmoe.{part}")
+    assert spec is not None and spec.submodule_search_locations, part
+    return Path(next(iter(spec.submodule_search_locations))).resolve()
+
+
+def files_of(folder: Path) -> Iterator[Path]:
+    """The files of a subpackage in a fixed order, without what Python and editors leave."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name != "__pycache__" and not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and not name.endswith((".pyc", "~")):
+                yield Path(place, name)
+
+
+def commit_of(folders: list[Path]) -> dict[str, Any]:
+    """The commit that folders of one checkout come from, and whether they differ from it; null where git has none.
+
+    A file of theirs must be the repository's: an installed copy may lie within a repository of something else.
+    """
+    place, *_ = folders
+    known = _git(place, "ls-files", "--error-unmatch", "--", *(str(next(files_of(folder))) for folder in folders))
+    commit = _git(place, "rev-parse", "HEAD")
+    changes = _git(place, "status", "--porcelain", "--", *map(str, folders))
+    if known is None or commit is None or changes is None:
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.strip(), "dirty": bool(changes.strip())}
+
+
+def _git(place: Path, *arguments: str) -> str | None:
+    """What git prints; None where it fails or is not there."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(place), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_GIT_SECONDS,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _version() -> str | None:
+    try:
+        return version("ditmoe")
+    except PackageNotFoundError:
+        return None
