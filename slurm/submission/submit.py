@@ -146,7 +146,7 @@ def refuse_second(queue: Queue, name: str, folder: Path) -> None:
 def _alone(folder: Path) -> Iterator[None]:
     """Hold a job folder while a job is submitted; UserError where another process does."""
     with _told(folder):
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(folder / "submit.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
