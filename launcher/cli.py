@@ -36,6 +36,7 @@ VERBS: Final[dict[str, Verb]] = {
     "data": Verb("ditmoe.launcher.commands.data.group", "Pack images into shards, and verify shards."),
     "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
     "submit": Verb("ditmoe.launcher.commands.submit.group", "Hand training and other verbs to Slurm."),
+    "sweep": Verb("ditmoe.launcher.commands.sweep", "Train every combination of some keys' values."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
     "noise-classifier": Verb(

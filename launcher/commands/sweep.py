@@ -1,0 +1,109 @@
+"""`ditmoe sweep`: train the product of some keys' values, a run each, and table the results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="The YAML file of every cell's run.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            help="Keys to vary, such as optim.lr=1e-4,2e-4 model.depth=2,4, and to set for all, such as"
+            " train.steps=2000.",
+            metavar="KEY=VALUE[,VALUE…]",
+        ),
+    ],
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir", metavar="FOLDER", help="Gets a run folder for each cell. [default: runs/CONFIG-sweep]"
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OPTIONS",
+            help="Also score each complete cell, with these options of `ditmoe evaluate`, such as"
+            " '--count 5000 --steps 50'; '' for its defaults.",
+        ),
+    ] = None,
+    table: Annotated[bool, typer.Option("--table", help="Only table the results so far; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and list the cells; start and write nothing.")
+    ] = False,
+) -> None:
+    """Train every combination of the keys' values, one run after another; repeating the command goes on.
+
+    A cell that fails does not keep the others from their turn; the exit code is then not 0. Commas in brackets,
+    braces and quotes belong to a value.
+
+    Examples: ditmoe sweep configs/photos.yaml optim.lr=1e-4,2e-4 model.depth=2,4 train.steps=5000
+
+    ditmoe sweep configs/photos.yaml optim.betas=[0.9,0.95],[0.9,0.99] --evaluate '--count 5000 --steps 50'
+    """
+    from ditmoe.launcher.sweep.cells import cells_of, ready
+    from ditmoe.launcher.sweep.run import run_cells
+    from ditmoe.launcher.sweep.table import as_text, rows_of, write_table
+    from ditmoe.model.errors import UserError
+    from ditmoe.parallel.ranks import this_process
+
+    if this_process().started:
+        raise UserError("sweep starts the processes of each run itself; expected it outside of torchrun and srun")
+    folder = folder or Path("runs") / f"{config.stem}-sweep"
+    cells = cells_of(config, overrides, folder)
+    score = None if evaluate is None else scorer(evaluate)
+    code = 0
+    if not table:
+        checked = ready(cells)
+        if dry_run:
+            typer.echo(as_text(rows_of(cells)))
+            return
+        code = run_cells(config, checked, typer.echo, score)
+    rows = rows_of(cells)
+    typer.echo(as_text(rows))
+    if not dry_run:
+        for file in write_table(folder, rows):
+            typer.echo(f"  {file.suffix[1:]:<4} {file}")
+    raise typer.Exit(code)
+
+
+def scorer(options: str) -> Callable[[Path], int]:
+    """What scores a run with the options of `ditmoe evaluate`.
+
+    Raises:
+        UserError: they are none of its options, or leave it what a sweep decides.
+    """
+    import shlex
+
+    from ditmoe.launcher.commands.evaluate import command as evaluate
+    from ditmoe.launcher.local.launch import spawn
+    from ditmoe.model.errors import UserError
+
+    app = typer.Typer(add_completion=False)
+    app.command("evaluate")(evaluate)
+    try:
+        arguments = shlex.split(options)
+        with typer.main.get_command(app).make_context("evaluate", [*arguments, "--", "RUN"]) as context:
+            given = context.params
+    except (typer.TyperException, ValueError) as error:
+        words = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        raise UserError(
+            f"--evaluate {options!r}: {words.rstrip('.')}; expected options of `ditmoe evaluate`"
+        ) from None
+    for name in ("watch", "grid", "step"):
+        if given[name] not in (None, False):
+            raise UserError(
+                f"--evaluate {options!r}: --{name} is not for a sweep, which scores each cell's last step"
+            )
+
+    def score(run: Path) -> int:
+        import torch
+
+        processes = given["processes"] or torch.cuda.device_count() or 1
+        return spawn(["evaluate", *arguments, "--", str(run)], processes, log_dir=run / "ranks", quiet=True)
+
+    return score

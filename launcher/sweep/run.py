@@ -1,0 +1,80 @@
+"""Training the cells of a sweep one after another, each in processes of its own."""
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from ditmoe.data.storage.stopping import STOP_SIGNALS
+from ditmoe.launcher.local.launch import spawn
+from ditmoe.launcher.sweep.cells import ReadyCell
+from ditmoe.launcher.training.progress import read_progress
+from ditmoe.launcher.training.run_folder import RunFolder
+
+STOPPED: Final = 128 + signal.SIGTERM
+"""Exit code of a sweep whose training was asked to stop: it has saved, and says no signal."""
+
+Spawn = Callable[..., int]
+
+
+def run_cells(
+    path: Path,
+    cells: Sequence[ReadyCell],
+    say: Callable[[str], None],
+    evaluate: Callable[[Path], int] | None = None,
+    start: Spawn = spawn,
+) -> int:
+    """Train each cell to its last step, and score it; the exit code.
+
+    What is complete is not started. A cell that fails is told, and the next one follows.
+
+    Args:
+        path: the configuration file.
+        say: shows a line.
+        evaluate: scores a run in processes of its own; their exit code.
+        start: as `spawn`.
+
+    Returns:
+        0 when all cells are complete and scored; 2 or 1 where some failed, 2 if each by a user's mistake; 128 + N
+        after signal N.
+    """
+    failed: dict[str, int] = {}
+    for place, ready in enumerate(cells):
+        cell, folder = ready.cell, RunFolder(ready.cell.folder)
+        heading = f"cell {place + 1} of {len(cells)}, {cell.name}"
+        progress = read_progress(cell.folder)
+        if progress.complete:
+            say(f"{heading}: complete at step {progress.step:,}")
+        else:
+            say(f"{heading}: from step {progress.step:,} to {ready.config.train.steps:,}")
+            # `--`: an override is never taken for an option.
+            code = start(
+                ["train", "--", str(path), *cell.overrides],
+                ready.processes,
+                log_dir=folder.ranks,
+                threads=ready.config.launch.threads,
+            )
+            if code == 0 and not read_progress(cell.folder).complete:
+                code = STOPPED
+            if code - 128 in STOP_SIGNALS:
+                return _stopped(code, heading, say)
+            if code:
+                failed[cell.name] = code
+                say(f"{heading}: failed with exit code {code}; the message is above")
+                continue
+        if evaluate is not None:
+            code = evaluate(cell.folder)
+            if code - 128 in STOP_SIGNALS:
+                return _stopped(code, heading, say)
+            if code:
+                failed[cell.name] = code
+                say(f"{heading}: could not be scored (exit code {code}); the message is above")
+    if not failed:
+        return 0
+    say(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
+    return 2 if set(failed.values()) == {2} else 1
+
+
+def _stopped(code: int, heading: str, say: Callable[[str], None]) -> int:
+    say(f"{heading}: stopped; repeat the command to continue with it")
+    return code
