@@ -184,6 +184,16 @@ class Queue:
         pairs = (line.split() for line in answer.out.splitlines())
         return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
 
+    def partition_hosts(self, partition: str) -> tuple[str, ...] | Unseen:
+        """The nodes of a partition, or of several with commas between them, that are not down or drained."""
+        command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]
+        answer = self._ask(command)
+        if isinstance(answer, Unseen):
+            return answer
+        pairs = (line.split() for line in answer.out.splitlines())
+        up = [pair[0] for pair in pairs if len(pair) == 2 and not pair[1].startswith(("down", "drain", "fail"))]
+        return tuple(dict.fromkeys(up))
+
     def _ask(self, command: Sequence[str]) -> Output | Unseen:
         """What a program prints; a refusal is no answer, but for one that names an unknown job."""
         output = self._run(command, ASK_SECONDS)

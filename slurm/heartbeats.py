@@ -13,7 +13,6 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -28,6 +27,8 @@ from ditmoe.data.storage.files import open_regular
 FOLDER_VARIABLE: Final = "DITMOE_HEARTBEATS"
 TERMS: Final = "terms.json"
 """In the folder, written before the ranks start: the attempt, the limits, and how often ranks write."""
+_STDERR: Final = 2
+"""The descriptor: sys.stderr may have been replaced, and its file let go."""
 DUMP_SHARE: Final = 0.8
 """Of a phase's limit, after which a rank prints its stacks."""
 
@@ -132,7 +133,7 @@ class Heart:
         if limit is None:
             faulthandler.cancel_dump_traceback_later()
         else:
-            faulthandler.dump_traceback_later(DUMP_SHARE * limit, file=sys.__stderr__ or sys.stderr)
+            faulthandler.dump_traceback_later(DUMP_SHARE * limit, file=_STDERR)
 
     def _write_on(self) -> None:
         """Write the file again and again. Where the folder refuses, the watcher notices that it stands still."""

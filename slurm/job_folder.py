@@ -60,6 +60,10 @@ class Job:
     """Seconds before the time limit at which Slurm sends USR2."""
     chain: int = 1
     """Jobs that were submitted at once, each of which waits for the end of the one before."""
+    attempts: int = 3
+    """In a row that may bring no new checkpoint, after which the job stops."""
+    check: bool = True
+    """Whether every attempt begins with a check of its nodes."""
 
 
 @dataclass(frozen=True)

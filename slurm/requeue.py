@@ -163,6 +163,25 @@ def _suspects(seen: Seen, outcome: Outcome, attempt: Attempt) -> tuple[str, ...]
     return () if len(hosts) == len(attempt.hosts) > 1 and outcome != "node-check" else hosts
 
 
+def excludable(
+    suspects: Sequence[str], excluded: Sequence[str], there: Sequence[str] | None, nodes: int
+) -> tuple[str, ...]:
+    """The hosts that a job may be kept from: those before, and as many suspects as leave it enough others.
+
+    Args:
+        suspects: the ones to blame first.
+        excluded: that it is kept from already.
+        there: all hosts that it could have; None: not known.
+        nodes: that the job needs.
+    """
+    chosen = list(dict.fromkeys(excluded))
+    for host in suspects:
+        left = None if there is None else [other for other in there if other not in {*chosen, host}]
+        if host not in chosen and (left is None or len(left) >= nodes):
+            chosen.append(host)
+    return tuple(chosen)
+
+
 def progressed(before: int | None, after: int | None) -> bool:
     """Whether an attempt brought a newer checkpoint. What cannot be read has brought none."""
     return after is not None and after > (before or 0)

@@ -28,7 +28,7 @@ IMPORTED: Final = (
     "ditmoe.launcher.commands.data.group",
     "ditmoe.launcher.commands.sample",
     "ditmoe.launcher.commands.train",
-    "ditmoe.launcher.training.trainer",
+    "ditmoe.launcher.training.program",
     "ditmoe.parallel.planner.expert_layer",
     "ditmoe.sampling.evaluation.of_run",
     "deepspeed.module_inject.auto_ep_layer",

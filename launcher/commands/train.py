@@ -57,6 +57,6 @@ def command(
         import torch
 
         torch.set_num_threads(resolved.launch.threads)
-    from ditmoe.launcher.training.trainer import run_training
+    from ditmoe.launcher.training.program import run_training
 
     raise typer.Exit(run_training(resolved))

@@ -31,6 +31,10 @@ from ditmoe.parallel.checkpoint.folder import (
     weights_alone,
 )
 from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.slurm.heartbeats import FOLDER_VARIABLE
+
+SUPERVISED_SECONDS: Final = 120.0
+"""How long a supervised run waits for another process that holds it: an earlier attempt may be about to end."""
 
 
 class RunFolder:
@@ -57,12 +61,18 @@ class RunFolder:
         self.lock_file = path / "lock"
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, patience: float | None = None) -> Iterator[None]:
         """Hold the run for this process (rank 0 of a run); the system lets go of it when the process ends.
+
+        Args:
+            patience: how long to wait for another process that holds it, s; None: not at all, or where a job's
+                supervisor watches this process, `SUPERVISED_SECONDS`.
 
         Raises:
             UserError: another process holds it, the folder cannot be made, or its file system has no locks.
         """
+        if patience is None:
+            patience = SUPERVISED_SECONDS if FOLDER_VARIABLE in os.environ else 0.0
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -71,7 +81,7 @@ class RunFolder:
         _held.add(descriptor)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor, patience)
             except BlockingIOError:
                 raise UserError(self._locked_message()) from None
             except OSError as error:
@@ -210,8 +220,22 @@ def _config_of(info: CheckpointInfo | None) -> RunConfig | None:
         ) from None
 
 
+_LOCK_POLL_SECONDS: Final = 0.5
 _held: Final[set[int]] = set()
 """Descriptors of the locks that this process holds."""
+
+
+def _lock(descriptor: int, patience: float) -> None:
+    """Lock a file; BlockingIOError where another process still holds it after so many seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(_LOCK_POLL_SECONDS)
 
 
 def _let_go() -> None:

@@ -1,7 +1,7 @@
-"""The training program that every rank runs."""
+"""One rank's training: steps, records, checkpoints and previews, until the last step or a stop."""
 
-import errno
 import json
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from ditmoe.launcher.training.preview import draw_preview
 from ditmoe.launcher.training.report import Reporter
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.skips import SkipLedger, skips_of_data_ranks
+from ditmoe.launcher.training.state import StateFile
 from ditmoe.launcher.training.throughput import TRAINING_PASSES, Clock, Sums, peak_memory_gib, peak_tflops
 from ditmoe.model.count import flops_per_image
 from ditmoe.model.dit import DiT
@@ -36,58 +37,18 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.parallel import processes
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint
-from ditmoe.parallel.checkpoint.saver import CheckpointSaver, write_failure
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint, step_of
+from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
-from ditmoe.parallel.ranks import own_device
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.sampling.drawing.picture import save_picture
 from ditmoe.sampling.integrators.few_steps import noise_warnings
-
-
-def run_training(config: RunConfig) -> int:
-    """Train a resolved configuration to its last step, or to a signal; the exit code.
-
-    Every process of the run calls it. Repeated, it resumes from the newest intact checkpoint.
-
-    Raises:
-        UserError: the run is in use, cannot be resumed with this configuration, or met data, a loss or a disk
-            that stopped it; nothing that was saved before is lost.
-    """
-    device = own_device(config.launch.device, "launch.processes =")
-    processes.join(device)
-    with ExitStack() as stack:
-        folder = RunFolder(config.run.dir)
-        changes: list[Change] = []
-        if dist.get_rank() == 0:
-            stack.enter_context(folder.lock())
-            changes = folder.compare_config(config)
-            if not folder.config.exists():
-                folder.store_config(config)
-        dist.barrier()
-        stop = stack.enter_context(StopSignal())
-        trainer = Trainer(config, folder, device, stop)
-        try:
-            if dist.get_rank() == 0:
-                trainer.open_reports(stack, changes)
-            trainer.train()
-        except OSError as error:
-            if error.errno not in DISK_ERRORS:
-                raise
-            raise write_failure(error, folder.path, Path(error.filename or folder.path)) from error
-    processes.leave()
-    return 0
-
+from ditmoe.slurm.heartbeats import Heart, Phase
 
 SHORTEST_WAIT_LOGGED: Final = 0.1
 """Seconds of waiting for checkpoints, or for what follows the last record, from which on the log says so."""
-
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_REFUSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
-DISK_ERRORS: Final = (*_FULL, *_REFUSED)
-"""What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
 
 
 def _other_data(info: CheckpointInfo, changed: list[str]) -> UserError:
@@ -109,13 +70,25 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 class Trainer:
-    """One rank's part of a run."""
+    """One rank's part of a run; `state` is rank 0's alone."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, device: torch.device, stop: StopSignal) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        device: torch.device,
+        stop: StopSignal,
+        heart: Heart,
+        state: StateFile | None,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.device = device
         self.stop = stop
+        self.heart = heart
+        self.state = state
+        self.phase: Phase = "start"
+        """Of a step: the first one belongs to the start, for all that it has to prepare."""
         self.layout = layout_of(config)
         self.dataset = open_dataset(config.data, config.seed)
         if dist.get_rank() == 0:
@@ -184,7 +157,9 @@ class Trainer:
         steps = self.config.train.steps
         if self.engine.step >= steps:
             self._say(f"the run is complete: step {self.engine.step} of {steps}")
+            self._tell_state(state="complete")
             return
+        self._tell_state(state="training")
         rank = dist.get_rank()
         feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
         self._tell_dealing(feed.dealing)
@@ -193,34 +168,40 @@ class Trainer:
         with feed, self.saver:
             while self.engine.step < steps and not stopped:
                 stopped = self._step(feed) > 0
+                self.phase = "step"
                 step, every = self.engine.step, self.config.train.checkpoint_every
                 with self.clock.part("save"):
                     if stopped or step == steps or step % every == 0:
+                        self.heart.beat("save", step)
                         saved = self._save()
                     self._tell_saved()
                 # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
                 if not stopped and self.config.preview.every and step % self.config.preview.every == 0:
+                    self.heart.beat("evaluation", step, "draws a preview")
                     with self.clock.part("preview"):
                         self._preview()
             # The last one is complete, or the run fails, before anything is said of it.
+            self.heart.beat("save", self.engine.step, "waits for the last checkpoint")
             with self.clock.part("save"):
                 self.saver.wait()
                 self._tell_saved()
         self._tell_rest()
         if stopped and self.engine.step < steps:
-            reason = self.stop.name or "a stop on another rank"
-            self._say(
-                f"stopped by {reason} at step {self.engine.step}; saved {saved}; repeat the command to continue"
-            )
+            reason = f"stopped by {self.stop.name or 'a stop on another rank'} at step {self.engine.step}"
+            self._say(f"{reason}; saved {saved}; repeat the command to continue")
+            self._tell_state(state="stopped", reason=reason)
         else:
             self._say(f"the run is complete: step {steps}; saved {saved}")
+            self._tell_state(state="complete")
 
     def _step(self, feed: Feed) -> int:
         """One step, counted and reported; how many ranks ask to stop after it."""
+        step, steps = self.engine.step + 1, self.config.train.steps
+        self.heart.beat(self.phase, step, "reads data")
         with self.clock.part("data_wait"):
             batch = feed.next_step()
         self.unreported += batch.skips
-        step, steps = self.engine.step + 1, self.config.train.steps
+        self.heart.beat(self.phase, step, "computes")
         rate = learning_rate(self.config.optim, step, steps)
         # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
         stop = self.stop.requested or self.saver.failed
@@ -291,6 +272,7 @@ class Trainer:
         }
         if self.report is not None:
             self.report.record(self.engine.step, values)
+            self._tell_state(images_per_second=rates["images_per_second"])
         self.sums = Sums()
 
     def _save(self) -> Path:
@@ -356,8 +338,13 @@ class Trainer:
             self._say(
                 f"saved {saved.path}: copied in {saved.copy_seconds:.2f} s, written in {saved.write_seconds:.2f} s"
             )
+            self._tell_state(checkpoint_step=step_of(saved.path), checkpoint_time=time.time())
         for problem in self.saver.problems():
             self._say(problem)
+
+    def _tell_state(self, **changes: object) -> None:
+        if self.state is not None:
+            self.state.tell(step=self.engine.step, images=self.images, **changes)
 
     def _tell_rest(self) -> None:
         """Say what came after the last record, and so is in none."""

@@ -20,7 +20,7 @@ def temporary_beside(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, private: bool = False, synced: bool = True) -> Iterator[BinaryIO]:
     """Open `path` for writing under a temporary name; it takes its place only when the block ends well.
 
     The temporary file is new, in the same folder, under a name that nobody else has; it is locked meanwhile.
@@ -28,6 +28,7 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     Args:
         path: the file.
         private: nobody but the owner may read it.
+        synced: after a loss of power it is either whole or as before; otherwise it may be empty.
 
     Raises:
         UserError: the file system refuses (full, read-only, no permission).
@@ -42,9 +43,11 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
                     fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if synced:
+                    os.fsync(file.fileno())
             os.replace(partial, path)
-            sync_folder(path.parent)
+            if synced:
+                sync_folder(path.parent)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise

@@ -100,6 +100,12 @@ def curve(run: Path) -> list[dict[str, Any]]:
     return [{key: record[key] for key in COMPARED} for record in records]
 
 
+def state_of(run: Path) -> tuple[str, str]:
+    """What the run says of itself, and why."""
+    found = json.loads((run / "state.json").read_text())
+    return found["state"], found["reason"]
+
+
 def kill_everything(process: subprocess.Popen[str], run: Path) -> None:
     """kill -9 the command and all ranks (they hold the run's configuration in their command lines)."""
     for entry in Path("/proc").iterdir():
@@ -177,9 +183,11 @@ def test_kill_at_a_random_step(make_config: Callable[..., Path], uninterrupted: 
         process = start(config)
         wait_for(reached(run, done + random.randint(1, 4)), process)
         kill_everything(process, run)
+        assert state_of(run) == ("training", "")
     result = train(config)
     assert result.returncode == 0, result.stderr
     assert curve(run) == uninterrupted
+    assert state_of(run) == ("complete", "")
 
 
 @pytest.mark.timeout(280)
@@ -408,6 +416,8 @@ def test_a_signal_saves_and_ends_well(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert f"stopped by {reason} at step" in out and "repeat the command to continue" in out
+    state, told = state_of(run)
+    assert state == "stopped" and told.startswith(f"stopped by {reason} at step")
     result = train(config)
     assert result.returncode == 0, result.stderr
     assert curve(run)[: len(uninterrupted)] == uninterrupted
@@ -465,6 +475,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config: Callable[..., Path
     problem = json.loads(next(run.glob("not-finite-step-*.json")).read_text())
     assert len(problem["samples"]) == 16 and len(set(problem["samples"])) == 16
     assert f"train.skip_steps = [{problem['step']}]" in result.stderr
+    state, told = state_of(run)
+    assert state == "failed" and f"step {problem['step']}" in told
     # It goes on with another learning rate, without the steps that failed.
     result = train(config, f"train.skip_steps=[2, 4, {problem['step']}]", "train.steps=7")
     assert result.returncode == 0, result.stderr
@@ -593,6 +605,8 @@ def test_a_full_disk(
     assert "No space left on device" in result.stderr and "could not be written" in result.stderr
     assert "newest complete checkpoint is" in result.stderr and "step-00000003" in result.stderr
     assert not [*(run / "checkpoints").glob(f"*{PARTIAL}")]
+    state, told = state_of(run)
+    assert state == "failed" and "No space left on device" in told
     ballast.unlink()
     result = train(config)
     assert result.returncode == 0, result.stderr

@@ -21,7 +21,7 @@ from ditmoe.slurm.heartbeats import (
     read_heartbeats,
     read_terms,
 )
-from ditmoe.slurm.watchdog import STALE_WRITES, Watchdog
+from ditmoe.slurm.supervision.watchdog import STALE_WRITES, Watchdog
 
 LIMITS = {"start": 100.0, "step": 20.0, "save": 200.0, "evaluation": 400.0}
 TERMS_OF_TEST = Terms(1, LIMITS, 1.0)

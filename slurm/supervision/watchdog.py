@@ -88,10 +88,11 @@ class Watchdog:
         }
         blamed = still or late
         hosts = _hosts(blamed.values())
-        innocent = {host for rank, seen in self._ranks.items() if rank not in blamed for host in _hosts([seen])}
-        return Silence(
-            self._reason(blamed, bool(still), now), tuple(host for host in hosts if host not in innocent)
-        )
+        others = [seen for rank, seen in self._ranks.items() if rank not in blamed]
+        # Where a rank goes on that shares the host, or none does at all, the host is not what they lack.
+        suspects = set(hosts) - set(_hosts(others)) if others else set()
+        reason = self._reason(blamed, bool(still), now)
+        return Silence(reason, tuple(host for host in hosts if host in suspects))
 
     def _limit(self, seen: _Seen) -> float:
         return self._terms.limits[_phase(seen)]

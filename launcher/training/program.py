@@ -1,0 +1,76 @@
+"""What every rank of a run does: join the others, train, leave; and what the run's folder says of how it ended."""
+
+import errno
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import torch.distributed as dist
+
+from ditmoe.launcher.configuration.resume import Change
+from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.local.signals import StopSignal
+from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.launcher.training.state import RunState, StateFile
+from ditmoe.launcher.training.trainer import Trainer
+from ditmoe.parallel import processes
+from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
+from ditmoe.parallel.checkpoint.saver import write_failure
+from ditmoe.parallel.ranks import own_device, this_process
+from ditmoe.slurm.heartbeats import Heart
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REFUSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS: Final = (*_FULL, *_REFUSED)
+"""What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
+
+
+def run_training(config: RunConfig) -> int:
+    """Train a resolved configuration to its last step, or to a signal; the exit code.
+
+    Every process of the run calls it. Repeated, it resumes from the newest intact checkpoint.
+
+    Raises:
+        UserError: the run is in use, cannot be resumed with this configuration, or met data, a loss or a disk
+            that stopped it; nothing that was saved before is lost.
+    """
+    process = this_process()
+    with Heart.of_this_process(process.rank, process.ranks) as heart:
+        device = own_device(config.launch.device, "launch.processes =")
+        processes.join(device)
+        with ExitStack() as stack:
+            folder = RunFolder(config.run.dir)
+            changes: list[Change] = []
+            state = None
+            if dist.get_rank() == 0:
+                stack.enter_context(folder.lock())
+                changes = folder.compare_config(config)
+                if not folder.config.exists():
+                    folder.store_config(config)
+                state = StateFile(folder.path, _at_the_start(folder.path, config.train.steps))
+            dist.barrier()
+            stop = stack.enter_context(StopSignal())
+            try:
+                trainer = Trainer(config, folder, device, stop, heart, state)
+                try:
+                    if dist.get_rank() == 0:
+                        trainer.open_reports(stack, changes)
+                    trainer.train()
+                except OSError as error:
+                    if error.errno not in DISK_ERRORS:
+                        raise
+                    raise write_failure(error, folder.path, Path(error.filename or folder.path)) from error
+            except (Exception, KeyboardInterrupt) as error:
+                if state is not None:
+                    state.fail(str(error) or type(error).__name__)
+                raise
+        processes.leave()
+    return 0
+
+
+def _at_the_start(run: Path, steps: int) -> RunState:
+    """The state of a run that has not yet loaded anything."""
+    newest = newest_checkpoint(run)
+    step = None if newest is None else step_of(newest)
+    written = None if newest is None else newest.stat().st_mtime
+    return RunState("starting", step or 0, steps, None, checkpoint_step=step, checkpoint_time=written)
