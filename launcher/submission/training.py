@@ -73,8 +73,6 @@ def _ranks_of_node(path: Path, overrides: list[str], settings: JobSettings) -> i
     """Ranks on each node: its tasks; or those that its only task starts."""
     if settings.tasks > 1:
         return settings.tasks
-    if settings.gpus_per_node:
-        return settings.gpus_per_node
     # Whatever it is on one machine, it has to be known before the configuration can be checked on all of them.
     from ditmoe.launcher.configuration.overrides import apply_overrides
     from ditmoe.launcher.configuration.validation import validate_sections
@@ -84,7 +82,13 @@ def _ranks_of_node(path: Path, overrides: list[str], settings: JobSettings) -> i
     values, _ = apply_overrides(RunConfig, values, overrides)
     sections, _ = validate_sections(RunConfig, values)
     launch = sections.get("launch")
-    return 1 if launch is None or settings.tasks_per_node is not None else launch.processes or 1
+    ranks = (None if launch is None else launch.processes) or settings.gpus_per_node or 1
+    if settings.gpus_per_node and ranks > settings.gpus_per_node:
+        raise UserError(
+            f"launch.processes = {ranks} with --gpus-per-node {settings.gpus_per_node}: each process takes a GPU"
+            f" of its own; expected at most {settings.gpus_per_node}, or launch.processes = null"
+        )
+    return ranks
 
 
 def _verdict(config: RunConfig, settings: JobSettings) -> list[str]:

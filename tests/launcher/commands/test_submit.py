@@ -14,7 +14,7 @@ import yaml
 
 from ditmoe.launcher.commands.data import encode, synthesize
 from ditmoe.launcher.commands.evaluate import command as evaluate
-from ditmoe.launcher.commands.submit.options import _JOB_OPTIONS, _SETTINGS
+from ditmoe.launcher.commands.submit.options import _JOB_OPTIONS, _SETTINGS, Asked
 from ditmoe.launcher.commands.submit.other_jobs import encoding_job, evaluation_job, synthesis_job
 from ditmoe.launcher.submission.asked import SITE_VARIABLE, job_settings
 from ditmoe.launcher.submission.training import training_job
@@ -47,6 +47,13 @@ def test_every_option_is_a_setting() -> None:
     assert options <= set(JobSettings.model_fields)
     of_site_alone = set(JobSettings.model_fields) - options
     assert of_site_alone == {"gpu_type", "gpu_request", "container_python", "python", "environment", "preamble"}
+
+
+def test_the_page_has_every_key_of_the_site_file() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "slurm.md").read_text(encoding="utf-8")
+    table = page[page.index("## The site file") : page.index("## Containers")]
+    missing = [name for name in JobSettings.model_fields if f"`{name}`" not in table]
+    assert not missing, f"docs/slurm.md lacks {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("verb", [evaluate, encode.command, synthesize.command])
@@ -178,6 +185,24 @@ def test_the_only_task_of_a_node_starts_the_ranks_of_the_configuration(train: Ca
     assert (job.config.parallel.data, job.config.launch.processes, job.request.job.tasks_per_node) == (4, 2, 1)
     job = train(nodes=1, gpus_per_node=4, tasks_per_node=1, config={"launch": {}})
     assert (job.config.parallel.data, job.config.launch.processes, job.request.job.tasks_per_node) == (4, 4, 1)
+
+
+def test_ranks_that_have_no_gpu_of_their_own(train: Callable[..., Any]) -> None:
+    """The configuration has launch.processes = 2."""
+    with pytest.raises(UserError, match=r"launch\.processes = 2 with --gpus-per-node 1: each process takes a GPU"):
+        train(gpus_per_node=1)
+
+
+def test_a_job_is_submitted_from_within_another(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in `srun --pty bash`, whose variables make this process a rank of one."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "SLURM_JOB_ID": "7"}.items():
+        monkeypatch.setenv(name, value)
+    values = {name: default for name, (_, default) in _JOB_OPTIONS.items()}
+    settings = Asked({**values, "nodes": 2, "tasks_per_node": 2}).settings()
+    assert not {"RANK", "SLURM_JOB_ID"} & set(os.environ)
+    assert train(**settings.model_dump(include={"nodes", "tasks_per_node"})).config.parallel.data == 4
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (2, "cuda")])
