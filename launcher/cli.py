@@ -37,6 +37,9 @@ VERBS: Final[dict[str, Verb]] = {
     "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
     "submit": Verb("ditmoe.launcher.commands.submit.group", "Hand training and other verbs to Slurm."),
     "sweep": Verb("ditmoe.launcher.commands.sweep", "Train every combination of some keys' values."),
+    "status": Verb("ditmoe.launcher.commands.jobs.status", "Show where runs stand, and what is wrong with them."),
+    "logs": Verb("ditmoe.launcher.commands.jobs.logs", "Print what a run printed."),
+    "cancel": Verb("ditmoe.launcher.commands.jobs.cancel", "End a run, with a checkpoint."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
     "noise-classifier": Verb(

@@ -229,9 +229,9 @@ class Queue:
             raise UserError(excluded.reason)
         return excluded
 
-    def signal(self, job: str, signal: str) -> None:
-        """Send a signal (`TERM`) to the batch script of a job, and not to its steps."""
-        self._order(["scancel", "--batch", f"--signal={signal}", job])
+    def signal(self, job: str, signal: str, steps: bool = False) -> None:
+        """Send a signal (`TERM`) to the batch script of a job alone, or to all processes of its steps alone."""
+        self._order(["scancel", *([] if steps else ["--batch"]), f"--signal={signal}", job])
 
     def cancel(self, job: str) -> None:
         """End a job for good, or take it out of the queue: SIGTERM, and SIGKILL after the cluster's KillWait."""

@@ -1,0 +1,22 @@
+"""`ditmoe cancel`: end a run, with a checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")],
+    wait: Annotated[float, typer.Option(min=1, help="Seconds that it has for its checkpoint.")] = 1800,
+    now: Annotated[bool, typer.Option("--now", help="End it at once, without a checkpoint.")] = False,
+) -> None:
+    """End a run: it saves a checkpoint first, its jobs that wait leave the queue, and nothing is requeued.
+
+    It works for the jobs of a run, and for a run on this machine. The run can be resumed by the command that
+    started it.
+    """
+    from ditmoe.slurm.cancel import cancel_run
+    from ditmoe.slurm.client import Queue
+
+    cancel_run(run, Queue(), 0 if now else wait, typer.echo)

@@ -1,0 +1,49 @@
+"""`ditmoe logs`: what a run printed."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+QUEUE_SECONDS = 30.0
+"""Between two questions to the queue: many users ask it."""
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=0, help="Of a run on one machine: the output of this rank alone.")
+    ] = None,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 50,
+) -> None:
+    """Print the end of what a run printed: the output of its newest job, or its log."""
+    import sys
+    import time
+
+    from ditmoe.model.errors import UserError
+    from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.status.outputs import followed, last_lines, output_of
+    from ditmoe.slurm.status.read import is_run, read_snapshots
+    from ditmoe.slurm.status.standing import standing
+
+    if not is_run(run):
+        raise UserError(f"{run}: no run found; expected the folder of one")
+    path = output_of(run, rank)
+    text, size = last_lines(path, lines)
+    typer.echo(f"==> {path} <==", err=True)
+    typer.echo(text, nl=False)
+    if not follow:
+        return
+    queue, asked, ended = Queue(), 0.0, False
+
+    def has_ended() -> bool:
+        nonlocal asked, ended
+        if time.monotonic() - asked > QUEUE_SECONDS or not asked:
+            ended = standing(read_snapshots([run], queue)[0]).is_final
+            asked = time.monotonic()
+        return ended
+
+    for piece in followed(lambda: output_of(run, rank), (path, size), has_ended):
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
