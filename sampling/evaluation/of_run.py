@@ -173,7 +173,7 @@ def evaluate_jobs(
     Returns:
         The metrics of each.
     """
-    workers = join_workers()
+    workers = join_workers(str(jobs[0].folder))
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
     model, measures, found = _Model(workers.device), Measures(), []
     try:

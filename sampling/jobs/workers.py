@@ -58,18 +58,23 @@ class Workers:
             raise problem if problem is not None else SystemExit(2)
 
 
-def join_workers() -> Workers:
+def join_workers(task: str = "") -> Workers:
     """Join the processes that the launcher, torchrun or srun started; alone when there are none.
 
     Uses gloo on the CPU and NCCL on GPUs, one process per GPU.
 
+    Args:
+        task: what this process is to do. Each finds the newest checkpoint by itself, and a run may write another
+            meanwhile.
+
     Raises:
-        UserError: more processes than GPUs, or the others do not come.
+        UserError: more processes than GPUs, the others do not come, or come for another task.
+        SystemExit: on all but the first, which tells of the other task.
     """
     from accelerate import PartialState
     from accelerate.utils import gather
 
-    from ditmoe.parallel.processes import meet
+    from ditmoe.parallel.processes import gather_objects, meet
 
     device = own_device("auto", "--processes")
     process = this_process()
@@ -84,4 +89,12 @@ def join_workers() -> Workers:
         return bool(gather(torch.tensor([int(well)], device=device)).min().item())
 
     assert (state.process_index, state.num_processes) == (process.rank, process.ranks)
+    tasks = gather_objects(task) if process.ranks > 1 else [task]
+    for rank, other in enumerate(tasks):
+        if other != tasks[0]:
+            if not process.first:
+                raise SystemExit(2)
+            raise UserError(
+                f"rank 0 is to do {task}, but rank {rank} {other}; expected the same of all: name the checkpoint"
+            )
     return Workers(process.rank, process.ranks, device, all_well)

@@ -151,7 +151,7 @@ def command(
 
         from ditmoe.sampling.jobs.workers import join_workers
 
-        workers = join_workers()
+        workers = join_workers(str(checkpoint))
         if workers.device.type == "cpu":
             # Sums may round otherwise on another number of threads; the bytes shall not tell how many processes.
             torch.set_num_threads(1)
