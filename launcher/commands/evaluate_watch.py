@@ -37,8 +37,10 @@ def evaluate_watch(
 
     from ditmoe.data.storage.files import make_folder
     from ditmoe.launcher.local.launch import spawn
+    from ditmoe.launcher.watch.signs import Signs
     from ditmoe.launcher.watch.watch import watch_run
     from ditmoe.sampling.evaluation.of_run import prepare_job
+    from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Heart
 
     ranks = processes or torch.cuda.device_count() or 1
 
@@ -48,14 +50,23 @@ def evaluate_watch(
     def evaluate(job: "Job") -> int:
         logs = job.folder / "ranks"
         make_folder(logs)
-        return spawn(["evaluate", *again, "--", str(job.checkpoint)], ranks, log_dir=logs, quiet=True)
+        # The signs of life are the watch's own: its processes come and go.
+        return spawn(
+            ["evaluate", *again, "--", str(job.checkpoint)],
+            ranks,
+            log_dir=logs,
+            environment={FOLDER_VARIABLE: ""},
+            quiet=True,
+        )
 
-    code = watch_run(
-        options.source,
-        prepare,
-        evaluate,
-        typer.echo,
-        every=every,
-        patience=None if patience is None else 60 * patience,
-    )
+    with Heart.of_this_process(0, 1) as heart:
+        code = watch_run(
+            options.source,
+            prepare,
+            evaluate,
+            typer.echo,
+            every=every,
+            patience=None if patience is None else 60 * patience,
+            signs=Signs(heart),
+        )
     raise typer.Exit(code)

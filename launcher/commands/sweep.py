@@ -6,6 +6,11 @@ from typing import Annotated
 
 import typer
 
+FolderOption = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="FOLDER", help="Gets a run folder for each cell. [default: runs/CONFIG-sweep]"),
+]
+
 
 def command(
     config: Annotated[Path, typer.Argument(help="The YAML file of every cell's run.", metavar="CONFIG")],
@@ -17,12 +22,7 @@ def command(
             metavar="KEY=VALUE[,VALUE…]",
         ),
     ],
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--dir", metavar="FOLDER", help="Gets a run folder for each cell. [default: runs/CONFIG-sweep]"
-        ),
-    ] = None,
+    folder: FolderOption = None,
     evaluate: Annotated[
         str | None,
         typer.Option(
@@ -45,7 +45,7 @@ def command(
 
     ditmoe sweep configs/photos.yaml optim.betas=[0.9,0.95],[0.9,0.99] --evaluate '--count 5000 --steps 50'
     """
-    from ditmoe.launcher.sweep.cells import cells_of, ready
+    from ditmoe.launcher.sweep.cells import cells_of, default_folder, ready
     from ditmoe.launcher.sweep.run import run_cells
     from ditmoe.launcher.sweep.table import as_text, rows_of, write_table
     from ditmoe.model.errors import UserError
@@ -53,7 +53,7 @@ def command(
 
     if this_process().started:
         raise UserError("sweep starts the processes of each run itself; expected it outside of torchrun and srun")
-    folder = folder or Path("runs") / f"{config.stem}-sweep"
+    folder = folder or default_folder(config)
     cells = cells_of(config, overrides, folder)
     score = None if evaluate is None else scorer(evaluate)
     code = 0

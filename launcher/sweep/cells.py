@@ -35,6 +35,11 @@ class Cell:
     config: RunConfig
 
 
+def default_folder(path: Path) -> Path:
+    """Where the cells of a configuration file go, unless the user says."""
+    return Path("runs") / f"{path.stem}-sweep"
+
+
 def cells_of(path: Path, overrides: Sequence[str], folder: Path) -> list[Cell]:
     """The cells of a sweep, the last key varying fastest.
 

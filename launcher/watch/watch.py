@@ -5,7 +5,7 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.launcher.training.progress import Progress, read_progress
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.watch.records import HEADER, Records, evaluations_of, line_of, read_lines
+from ditmoe.launcher.watch.signs import Signs
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoints, damaged, incomplete, read_info, step_of
 from ditmoe.parallel.checkpoint.holds import CheckpointGoneError, reading
@@ -40,6 +41,7 @@ def watch_run(
     every: int = 1,
     patience: float | None = None,
     poll: float = POLL_SECONDS,
+    signs: Signs | None = None,
 ) -> int:
     """Score a run's checkpoints, oldest first, as they become complete; the exit code.
 
@@ -55,6 +57,7 @@ def watch_run(
             `train.checkpoint_every`, and the last.
         patience: seconds without any sign of the run after which to give up; None: never.
         poll: seconds between two looks.
+        signs: signs of life for a supervisor; None: nobody looks for them.
 
     Returns:
         0 when the run is complete and all that could be is scored; 2 or 1 where evaluations failed, 2 if all of
@@ -65,7 +68,7 @@ def watch_run(
     """
     if not run.is_dir() or (run / MARKER).exists():
         raise UserError(f"{run}: expected the folder of a run, whose checkpoints are scored as they come")
-    return _Watch(run, prepare, evaluate, say, every, patience, poll).follow()
+    return _Watch(run, prepare, evaluate, say, every, patience, poll, signs).follow()
 
 
 class _Watch:
@@ -78,7 +81,9 @@ class _Watch:
         every: int,
         patience: float | None,
         poll: float,
+        signs: Signs | None,
     ) -> None:
+        self._signs = signs
         self._folder = RunFolder(run)
         self._prepare, self._evaluate, self._say = prepare, evaluate, say
         self._every, self._patience, self._poll = every, patience, poll
@@ -174,7 +179,8 @@ class _Watch:
             return 0
         code = 0
         if stored_result(job) is None:
-            code = self._evaluate(job)
+            with nullcontext() if self._signs is None else self._signs.scores(job.folder, step):
+                code = self._evaluate(job)
             if code - 128 in STOP_SIGNALS:
                 return code
         self._settled.add(identity)
@@ -229,6 +235,8 @@ class _Watch:
 
     def _wait(self, progress: Progress, stop: StopSignal) -> None:
         """Wait for the next look. UserError where the run has shown no sign for too long."""
+        if self._signs is not None:
+            self._signs.waits(progress.step)
         if progress.signed != self._sign[0]:
             self._sign = (progress.signed, time.monotonic())
         steps = "?" if progress.config is None else f"{progress.config.train.steps:,}"

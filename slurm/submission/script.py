@@ -55,7 +55,7 @@ def render(request: Request) -> str:
     variables = [f"export {name}={in_shell(str(value))}" for name, value in settings.environment.items()]
     template = _Template(TEMPLATE.read_text(encoding="utf-8"))
     return template.substitute(
-        options="\n".join(f"#SBATCH --{line}" for line in _options(request)),
+        options="\n".join(f"#SBATCH --{line}" for line in options_of(request)),
         verb=job.verb,
         script=in_shell(str(request.folder.script)),
         strangers=" \\\n    ".join(wrap(" ".join(STRANGERS), 100)),
@@ -66,7 +66,7 @@ def render(request: Request) -> str:
     )
 
 
-def _options(request: Request) -> Iterator[str]:
+def options_of(request: Request) -> Iterator[str]:
     """Options of sbatch, without the two dashes."""
     settings, job = request.settings, request.job
     yield f"job-name={in_option(job.name)}"

@@ -108,15 +108,7 @@ def submit(request: Request, queue: Queue, config: str | None = None, private: b
     make_folder(folder.path)
     with _alone(folder.path):
         refuse_second(queue, job.name, folder.path)
-        with _told(folder.script):
-            folder.script.unlink(missing_ok=True)
-        take_snapshot(folder.code)
-        if config is not None:
-            with replacing(folder.config, private=private) as file:
-                file.write(config.encode())
-        folder.store(job)
-        with replacing(folder.script) as file:
-            file.write(script.encode(errors="surrogateescape"))
+        _write(request, script, config, private)
         jobs: list[str] = []
         for _ in range(job.chain):
             try:
@@ -126,6 +118,27 @@ def submit(request: Request, queue: Queue, config: str | None = None, private: b
                 raise UserError(f"{error}{taken}") from None
             record_submission(folder.path, jobs[-1], time.time())
     return jobs
+
+
+def write_job(request: Request, config: str | None = None, private: bool = False) -> None:
+    """Write the job folder and submit nothing; arguments and errors as of `submit`."""
+    script = script_of(request)
+    make_folder(request.folder.path)
+    with _alone(request.folder.path):
+        _write(request, script, config, private)
+
+
+def _write(request: Request, script: str, config: str | None, private: bool) -> None:
+    folder = request.folder
+    with _told(folder.script):
+        folder.script.unlink(missing_ok=True)
+    take_snapshot(folder.code)
+    if config is not None:
+        with replacing(folder.config, private=private) as file:
+            file.write(config.encode())
+    folder.store(request.job)
+    with replacing(folder.script) as file:
+        file.write(script.encode(errors="surrogateescape"))
 
 
 def refuse_second(queue: Queue, name: str, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from ditmoe.launcher.commands.submit.options import Asked, asks_slurm
+from ditmoe.launcher.commands.sweep import FolderOption
 from ditmoe.launcher.commands.words import counted
 
 if TYPE_CHECKING:
@@ -19,6 +20,16 @@ _PASSED_ON: Final[dict[str, Any]] = {"allow_extra_args": True, "ignore_unknown_o
 """What is no option of the job is the verb's own."""
 
 
+EvaluateOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OPTIONS",
+        help="Score it in a job that follows, with these options of `ditmoe evaluate`, such as"
+        " '--count 5000 --steps 50'; '' for its defaults.",
+    ),
+]
+
+
 @app.command("train")
 @asks_slurm
 def train(
@@ -28,25 +39,95 @@ def train(
         typer.Argument(help="Keys to set, such as parallel.expert=4 optim.lr=2e-4.", metavar="KEY=VALUE"),
     ] = None,
     *,
+    evaluate: EvaluateOption = None,
     asked: Asked,
 ) -> None:
-    """Train, or resume, the run of a configuration as a job, which comes back until the run is complete."""
+    """Train, or resume, the run of a configuration as a job, which comes back until the run is complete.
+
+    With --evaluate a second job scores it then, on as many nodes.
+    """
+    import shlex
+    from dataclasses import replace
+
+    from ditmoe.launcher.commands.submit.other_jobs import following_evaluation
     from ditmoe.launcher.submission.training import training_job
     from ditmoe.launcher.training.run_folder import RunFolder
     from ditmoe.slurm.client import Queue
     from ditmoe.slurm.submission.submit import refuse_second, script_of, submit
 
-    job = training_job(config, overrides or [], asked.settings())
+    settings = asked.settings()
+    job = training_job(config, overrides or [], settings)
     request = job.request
+    following = None
+    if evaluate is not None:
+        following = following_evaluation(job.config.run.dir.absolute(), evaluate, settings)
     if asked.dry_run:
         typer.echo(script_of(request), nl=False)
         for line in ["", *job.verdict]:
             typer.echo(f"# {line}".rstrip())
+        if following is not None:
+            typer.echo(f"# then: ditmoe {shlex.join(following.job.arguments)}")
         return
     queue = Queue()
     refuse_second(queue, request.job.name, request.folder.path)
+    if following is not None:
+        refuse_second(queue, following.job.name, following.folder.path)
     RunFolder(job.config.run.dir).check(job.config)
-    _report(request, submit(request, queue, job.config_text, job.private))
+    jobs = submit(request, queue, job.config_text, job.private)
+    _report(request, jobs)
+    if following is not None:
+        following = replace(following, after=f"afterok:{jobs[-1]}")
+        _report(following, submit(following, queue))
+
+
+@app.command("sweep")
+@asks_slurm
+def sweep(
+    config: Annotated[Path, typer.Argument(help="The YAML file of every cell's run.", metavar="CONFIG")],
+    overrides: Annotated[
+        list[str],
+        typer.Argument(
+            help="Keys to vary, such as optim.lr=1e-4,2e-4, and to set for all.", metavar="KEY=VALUE[,VALUE…]"
+        ),
+    ],
+    *,
+    folder: FolderOption = None,
+    evaluate: EvaluateOption = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="Cells that run at the same time, at most. [default: all]")
+    ] = None,
+    asked: Asked,
+) -> None:
+    """Train every combination of the keys' values as an array of jobs, each with these nodes; see docs/sweep.md.
+
+    What is complete is left out. `ditmoe sweep … --table` tables the results.
+    """
+    from ditmoe.launcher.commands.submit.other_jobs import following_evaluation
+    from ditmoe.launcher.submission.sweep import array_name, array_text, submit_sweep, sweep_jobs
+    from ditmoe.launcher.sweep.cells import cells_of, default_folder
+    from ditmoe.slurm.client import Queue
+
+    settings = asked.settings()
+    folder = folder or default_folder(config)
+    cells = cells_of(config, overrides, folder)
+    scoring = {}
+    if evaluate is not None:
+        scoring = {
+            number: following_evaluation(cell.folder.absolute(), evaluate, settings)
+            for number, cell in enumerate(cells)
+        }
+    jobs = sweep_jobs(config, cells, folder, settings, scoring)
+    if asked.dry_run:
+        requests = {number: job.request for number, job in jobs.training.items()} or scoring
+        if requests:
+            name = array_name(jobs.folder / "slurm", "training")
+            typer.echo(array_text(name, jobs.folder / "slurm", requests, None, at_once), nl=False)
+    else:
+        for what, job in submit_sweep(jobs, Queue(), at_once).items():
+            typer.echo(f"submitted job {job}: {what}")
+    typer.echo(
+        f"{'# ' * asked.dry_run}{len(cells)} cells, of which {len(cells) - len(jobs.training)} are complete"
+    )
 
 
 @app.command("evaluate", context_settings=_PASSED_ON)

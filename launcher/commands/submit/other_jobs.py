@@ -1,5 +1,6 @@
 """Jobs that share out their work over the tasks: evaluations, encoding, synthesis."""
 
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,40 @@ def evaluation_job(arguments: list[str], settings: JobSettings) -> Request:
     return job_request("evaluate", ("evaluate", *arguments), folder, settings, run)
 
 
+def following_evaluation(run: Path, options: str, settings: JobSettings) -> Request:
+    """The job that scores a run's newest checkpoint once its training is complete.
+
+    Args:
+        run: absolute; it need not be there yet.
+        options: of `ditmoe evaluate`, as on a command line.
+    """
+    from ditmoe.launcher.commands.evaluate import command
+
+    try:
+        arguments = [*shlex.split(options), "--", str(run)]
+    except ValueError as error:
+        raise UserError(f"--evaluate {options!a}: {error}; expected options of `ditmoe evaluate`") from None
+    given = _parsed("evaluate", command, arguments)
+    for name in ("watch", "step"):
+        if given[name] not in (None, False):
+            raise UserError(
+                f"--evaluate {options!a}: the job follows the training, and scores its last step; expected no"
+                f" --{name}" + (" (`ditmoe submit evaluate RUN --watch` scores all)" if name == "watch" else "")
+            )
+    settings = settings.model_copy(update={"chain": 1})
+    return job_request("evaluate", ("evaluate", *arguments), evaluation_folder(run, arguments), settings, run)
+
+
 def _watch_job(run: Path, arguments: list[str], settings: JobSettings) -> Request:
-    """The job that scores every checkpoint of a run, which may have none yet."""
+    """The job that scores every checkpoint of a run, which may have none yet: a task that starts its processes."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; expected a run folder")
+    if settings.nodes > 1 or (settings.tasks_per_node or 1) > 1:
+        raise UserError(
+            f"--watch: starts the processes of each evaluation itself, on one node; expected --nodes 1 and no"
+            f" --tasks-per-node, and found {settings.nodes} × {settings.tasks}"
+        )
+    settings = settings.model_copy(update={"tasks_per_node": 1})
     return job_request("evaluate", ("evaluate", *arguments), evaluation_folder(run, arguments), settings, run)
 
 

@@ -15,7 +15,12 @@ import yaml
 from ditmoe.launcher.commands.data import encode, synthesize
 from ditmoe.launcher.commands.evaluate import command as evaluate
 from ditmoe.launcher.commands.submit.options import _JOB_OPTIONS, _SETTINGS, Asked
-from ditmoe.launcher.commands.submit.other_jobs import encoding_job, evaluation_job, synthesis_job
+from ditmoe.launcher.commands.submit.other_jobs import (
+    encoding_job,
+    evaluation_job,
+    following_evaluation,
+    synthesis_job,
+)
 from ditmoe.launcher.submission.asked import SITE_VARIABLE, job_settings
 from ditmoe.launcher.submission.training import training_job
 from ditmoe.model.errors import UserError
@@ -311,3 +316,34 @@ def test_the_verbs_own_mistakes_are_told_in_its_words() -> None:
     done = ditmoe("submit", "encode", "shards", "out", "--vae", "v", "--flip", "both", "--nodes", "2")
     assert done.returncode == 2 and "ditmoe encode" not in done.stdout
     assert "No such option: --flip" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_evaluation_that_follows_its_training(tmp_path: Path) -> None:
+    """The run need not be there yet; the options are read as `ditmoe evaluate` reads them."""
+    run = tmp_path / "run"
+    settings = JobSettings(nodes=2, tasks_per_node=2, chain=3)
+    request = following_evaluation(run, "--count 8 --data 'a b'", settings)
+    assert request.job.arguments == ("evaluate", "--count", "8", "--data", "a b", "--", str(run))
+    assert request.folder.path.parent == run / "slurm" and not run.exists()
+    assert (request.job.nodes, request.job.tasks_per_node, request.job.chain) == (2, 2, 1)
+    assert following_evaluation(run, "", settings).job.arguments == ("evaluate", "--", str(run))
+    for options, message in (
+        ("--watch", "the job follows the training, and scores its last step; expected no --watch"),
+        ("--step 3", "expected no --step"),
+        ("'", "No closing quotation"),
+        ("--processes 2", "the tasks of the job are its processes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            following_evaluation(run, options, settings)
+    with pytest.raises(typer.TyperException, match="No such option: --cuont"):
+        following_evaluation(run, "--cuont 3", settings)
+
+
+def test_a_watch_is_one_task_of_one_node(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    request = evaluation_job([str(run), "--watch", "--processes", "2"], JobSettings(gpus_per_node=8))
+    assert (request.job.nodes, request.job.tasks_per_node, request.job.gpus_per_node) == (1, 1, 8)
+    for settings in (JobSettings(nodes=2), JobSettings(tasks_per_node=4)):
+        with pytest.raises(UserError, match="starts the processes of each evaluation itself, on one node"):
+            evaluation_job([str(run), "--watch"], settings)
