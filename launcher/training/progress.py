@@ -3,15 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ditmoe.data.storage.files import open_regular
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.launcher.training.state import STATE
 from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
-
-STATE_FILE: Final = "state.json"
-"""In the run folder: what the run says of itself, where it does."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def read_progress(run: Path) -> Progress:
         UserError: its configuration is not one of this version.
     """
     folder = RunFolder(run)
-    state = _state(run / STATE_FILE)
+    state = _state(run / STATE)
     newest = newest_checkpoint(run)
     saved = 0 if newest is None else step_of(newest) or 0
     word = state.get("state")
@@ -50,7 +48,7 @@ def read_progress(run: Path) -> Progress:
         config=folder.stored_config() if folder.config.exists() else None,
         step=step,
         word=word if isinstance(word, str) else None,
-        signed=max(map(_written, (run / STATE_FILE, folder.stats, folder.log, folder.config, folder.checkpoints))),
+        signed=max(map(_written, (run / STATE, folder.stats, folder.log, folder.config, folder.checkpoints))),
     )
 
 
