@@ -37,5 +37,7 @@ def job_request(
         limits=settings.limit_seconds,
         warning=settings.warning_seconds,
         chain=settings.chain,
+        attempts=settings.attempts,
+        check=settings.check,
     )
     return Request(job, folder, settings)

@@ -163,6 +163,10 @@ class JobSettings(BaseModel):
     limits: Annotated[dict[str, Duration], AfterValidator(_limits)] = Field(default_factory=dict)
     """How long a rank may show no sign of life in each phase (start 30m, step 10m, save 30m, evaluation 2h) before
     it counts as hung."""
+    attempts: int = Field(default=3, ge=1, le=1000)
+    """Attempts in a row that may bring no new checkpoint, after which the job stops."""
+    check: bool = True
+    """Whether each attempt begins with a check of its nodes."""
     chain: int = Field(default=1, ge=1, le=1000)
     """Jobs that are submitted at once, each after the end of the one before: for clusters where a job cannot ask
     to be queued again."""

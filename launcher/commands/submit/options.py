@@ -75,6 +75,20 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         ],
         (),
     ),
+    "attempts": (
+        Annotated[
+            int | None,
+            typer.Option(help="Attempts in a row without a new checkpoint, after which it stops. [default: 3]"),
+        ],
+        None,
+    ),
+    "check": (
+        Annotated[
+            bool | None,
+            typer.Option("--check/--no-check", help="Check the nodes before each attempt. [default: check]"),
+        ],
+        None,
+    ),
     "chain": (
         Annotated[
             int | None,

@@ -173,6 +173,11 @@ def train(write_config: Write, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     return make
 
 
+def test_what_the_supervisor_goes_by_is_in_the_job(train: Callable[..., Any]) -> None:
+    job = train(nodes=2, attempts=5, check=False, limits={"step": "1m"}, time="8", chain=4).request.job
+    assert (job.attempts, job.check, job.limits["step"], job.warning, job.chain) == (5, False, 60, 120, 4)
+
+
 def test_a_run_is_resolved_on_nodes_times_tasks(train: Callable[..., Any], tmp_path: Path) -> None:
     job = train("train.micro_batch=null", nodes=2, tasks_per_node=4)
     assert job.config.parallel.data == 8 and job.config.train.micro_batch == 2
