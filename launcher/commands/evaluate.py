@@ -98,6 +98,7 @@ def command(
 
     ditmoe evaluate runs/photos --watch --count 5000 --steps 50
     """
+    from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.evaluation.results import table
@@ -173,7 +174,8 @@ def command(
                 ranks = job.folder / "ranks"
                 make_folder(ranks)
                 raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
-        metrics = evaluate_run(job)
+        with signs_of_work(job.folder, job.cache):
+            metrics = evaluate_run(job)
     if process.first:
         for line in table(metrics, job.features):
             typer.echo(line)

@@ -51,6 +51,7 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
     """
     from ditmoe.data.storage.files import make_folder
     from ditmoe.launcher.configuration.grid_file import load_comparison
+    from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.comparison.run import (
         PICTURE_FILE,
@@ -82,7 +83,8 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
             make_folder(ranks)
             arguments = ["evaluate", "--grid", str(path), *again, "--", str(comparison.jobs[0].checkpoint)]
             raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
-    page = run_comparison(comparison)
+    with signs_of_work(comparison.folder.parent, comparison.jobs[0].cache):
+        page = run_comparison(comparison)
     if process.first:
         typer.echo(page)
         for name, file in (("rows", ROWS_FILE), ("table", TABLE_FILE), ("picture", PICTURE_FILE)):

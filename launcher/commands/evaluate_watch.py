@@ -37,7 +37,7 @@ def evaluate_watch(
 
     from ditmoe.data.storage.files import make_folder
     from ditmoe.launcher.local.launch import spawn
-    from ditmoe.launcher.watch.signs import Signs
+    from ditmoe.launcher.local.signs import Signs
     from ditmoe.launcher.watch.watch import watch_run
     from ditmoe.sampling.evaluation.of_run import prepare_job
     from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Heart

@@ -63,7 +63,8 @@ class Records:
 
     def __init__(self, folder: RunFolder, metric: str) -> None:
         self._folder = folder
-        self._metric = metric
+        self.metric = metric
+        """By which the best is marked."""
         self._boards: dict[str, Board] = {}
 
     def close(self) -> None:
@@ -88,9 +89,9 @@ class Records:
         }
         new = [one for one in found if (one.id, name) not in known]
         there = fingerprints(checkpoints(self._folder.path))
-        best = best_of([one for one in found if one.weights in there], self._metric)
+        best = best_of([one for one in found if one.weights in there], self.metric)
         if best is not None:
-            mark_best(self._folder.evaluations, best, self._metric)
+            mark_best(self._folder.evaluations, best, self.metric)
         board = self._boards.get(name)
         if board is None:
             board = self._boards[name] = Board(self._folder.tensorboard / f"evaluation-{name}")

@@ -12,11 +12,11 @@ from typing import Final
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.stopping import STOP_SIGNALS
 from ditmoe.launcher.local.signals import StopSignal
+from ditmoe.launcher.local.signs import Signs
 from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.launcher.training.progress import Progress, read_progress
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.watch.records import HEADER, Records, evaluations_of, line_of, read_lines
-from ditmoe.launcher.watch.signs import Signs
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoints, damaged, incomplete, read_info, step_of
 from ditmoe.parallel.checkpoint.holds import CheckpointGoneError, reading
@@ -179,7 +179,7 @@ class _Watch:
             return 0
         code = 0
         if stored_result(job) is None:
-            with nullcontext() if self._signs is None else self._signs.scores(job.folder, step):
+            with nullcontext() if self._signs is None else self._signs.works(job.folder, job.cache, step=step):
                 code = self._evaluate(job)
             if code - 128 in STOP_SIGNALS:
                 return code
@@ -202,6 +202,8 @@ class _Watch:
         """Bring the records up to what is stored, and show a line for each new evaluation."""
         assert self._settings is not None
         new, best = records.follow(self._settings)
+        if best is None:
+            self._say_once(f"no evaluation has {records.metric}, as checkpoint.best_metric says: none is marked")
         # At the first look all that is there is shown, as the beginning of the table.
         shown = new if self._table_begun else evaluations_of(self._folder.evaluations, self._settings)
         if shown and not self._table_begun:

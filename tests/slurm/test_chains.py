@@ -14,6 +14,7 @@ from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.launcher.watch.records import WATCH_FILE, read_lines, written_points
 from ditmoe.parallel.checkpoint.folder import checkpoints, step_of
 from ditmoe.slurm.attempts import read_attempts
+from ditmoe.slurm.heartbeats import read_heartbeats
 from ditmoe.slurm.job_folder import job_folders, training_folder
 from tests.forked import DITMOE, run_forked
 from tests.sampling.small_run import write_digits
@@ -91,6 +92,8 @@ def test_evaluations_beside_a_training_and_after_it(cluster: Cluster, config: Pa
     for folder in job_folders(run):
         (attempt,) = read_attempts(folder.path).attempts
         assert attempt.end is not None and attempt.end.outcome == "complete"
+        beats = read_heartbeats(folder.heartbeats, attempt.number)
+        assert {beat.phase for beat in beats.values()} == {"ended"}  # without any it would count as hung in time
 
 
 @pytest.mark.timeout(480)

@@ -85,6 +85,7 @@ def command(
     from ditmoe.data.encoding.vae import read_facts
     from ditmoe.data.shards.index import load_index
     from ditmoe.data.storage.progress import show_progress
+    from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.ranks import own_device, this_process
 
@@ -114,7 +115,8 @@ def command(
     progress = show_progress("images encoded", encoding.index.total) if process.first else lambda images: None
     if left:
         own = own_device(name, "--processes")
-        made = encode(encoding, own, rank=process.rank, ranks=process.ranks, on_progress=progress, log=_say)
+        with signs_of_work(out):
+            made = encode(encoding, own, rank=process.rank, ranks=process.ranks, on_progress=progress, log=_say)
     else:  # the other processes were faster than this one's start
         made = load_index(out)
     if process.first:

@@ -149,6 +149,8 @@ def command(
 
         import torch
 
+        from ditmoe.launcher.local.signs import signs_of_work
+        from ditmoe.sampling.evaluation.of_run import default_cache
         from ditmoe.sampling.jobs.workers import join_workers
 
         workers = join_workers(str(checkpoint))
@@ -156,13 +158,14 @@ def command(
             # Sums may round otherwise on another number of threads; the bytes shall not tell how many processes.
             torch.set_num_threads(1)
         try:
-            made = synthesize(
-                synthesis,
-                drawer(synthesis, workers.device),
-                workers,
-                log=lambda line: print(line, file=sys.stderr, flush=True),
-                progress=show_progress,
-            )
+            with signs_of_work(out, cache or default_cache()):
+                made = synthesize(
+                    synthesis,
+                    drawer(synthesis, workers.device),
+                    workers,
+                    log=lambda line: print(line, file=sys.stderr, flush=True),
+                    progress=show_progress,
+                )
         finally:
             workers.leave()
     if process.first:
