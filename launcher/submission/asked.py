@@ -68,7 +68,7 @@ class _File(BaseModel):
 def _problems(values: Mapping[str, Any]) -> list[str]:
     """A line for each wrong setting, beginning with its name."""
     _, problems = validate_sections(_File, {"site": dict(values)})
-    return [line.removeprefix("site.").replace("did you mean site.", "did you mean ") for line in problems]
+    return [line.removeprefix("site.").replace(" site.", " ") for line in problems]
 
 
 def _option_values(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -21,7 +21,7 @@ USUAL_WARNING: Final = 300
 
 def _text(value: Any) -> Any:
     """YAML reads `time: 60` as a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _checked(check: Callable[[str], object]) -> AfterValidator:

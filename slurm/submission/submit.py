@@ -105,6 +105,7 @@ def submit(request: Request, queue: Queue, config: str | None = None, private: b
     """
     folder, job = request.folder, request.job
     script = script_of(request)
+    refuse_second(queue, job.name, folder.path)  # before a folder is made; and again once nobody else submits it
     make_folder(folder.path)
     with _alone(folder.path):
         refuse_second(queue, job.name, folder.path)

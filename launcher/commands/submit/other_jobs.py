@@ -1,5 +1,6 @@
 """Jobs that share out their work over the tasks: evaluations, encoding, synthesis."""
 
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -86,7 +87,7 @@ def _dataset_job(verb: str, command: Callable[..., None], arguments: list[str], 
     given = _parsed(f"data {verb}", command, arguments)
     if given["overwrite"]:
         raise UserError("--overwrite: every attempt of the job would begin anew; expected OUT removed beforehand")
-    out: Path = given["out"].absolute()
+    out = Path(os.path.abspath(given["out"]))  # without `..`, which is no name of a folder
     return job_request(verb, ("data", verb, *arguments), _beside(out), settings, out.parent)
 
 

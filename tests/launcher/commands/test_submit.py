@@ -137,6 +137,14 @@ def test_all_problems_of_a_site_file_at_once(site: Callable[..., Path]) -> None:
         assert any(line.strip().startswith(start) for line in lines[1:]), (start, lines)
 
 
+def test_keys_are_told_by_their_own_names(site: Callable[..., Path]) -> None:
+    with pytest.raises(UserError) as told:
+        job_settings(site(zzz=1, limits={"step": 1.5}), {})
+    assert "zzz = 1: no such key; expected one of nodes, gpus_per_node, " in str(told.value)
+    assert "limits.step = 1.5: expected a duration" in str(told.value)
+    assert "site." not in str(told.value).replace("site.yaml", "")
+
+
 def test_all_problems_of_the_options_at_once() -> None:
     given = {"nodes": 0, "mem": "4Q", "sbatch": ("time=3",), "limits": ("save",), "container_mounts": ("x",)}
     with pytest.raises(UserError) as told:
@@ -281,6 +289,8 @@ def test_jobs_that_make_datasets_lie_beside_them(tmp_path: Path) -> None:
     assert made.folder.script == tmp_path / "out" / "latents.slurm" / "submit.sbatch"
     assert made.job.arguments == ("data", "encode", "shards", "out/latents", "--vae", "v", "--flips=both")
     assert made.job.run is None and made.job.name.startswith("ditmoe-latents.slurm-")
+    made = encoding_job(["shards", "out/x/..", "--vae", "v"], JobSettings())
+    assert made.folder.path == tmp_path / "out.slurm"
     made = synthesis_job(["--from", "run", "drawn", "--count=9"], JobSettings())
     assert made.folder.path == tmp_path / "drawn.slurm" and made.job.verb == "synthesize"
 

@@ -95,7 +95,7 @@ def test_a_queue_that_does_not_answer_is_not_an_empty_one(tmp_path: Path, queue:
     queue.named = lambda *names: Unseen("squeue gave no answer within 30 s")  # type: ignore[method-assign]
     with pytest.raises(UserError, match="squeue gave no answer within 30 s; expected the queue to say"):
         submit(asked(tmp_path), queue)
-    assert not (tmp_path / "run" / "submit.sbatch").exists() and not queue.scripts
+    assert not (tmp_path / "run").exists() and not queue.scripts
 
 
 def test_two_at_the_same_moment(tmp_path: Path, queue: OwnQueue) -> None:
