@@ -194,6 +194,24 @@ def test_evaluation_shares_its_work(cluster: Cluster, local: Path, tmp_path: Pat
     assert json.loads(metrics.read_text())["results"]["classifier"]["drawn_images"] == 64
 
 
+def test_encoding_shares_its_shards(cluster: Cluster, make_vae: Callable[..., Path], tmp_path: Path) -> None:
+    """Two processes on each of two nodes write the bytes of one."""
+    vae = make_vae(tmp_path / "vae", in_channels=1, out_channels=1)
+    pack = ["data", "pack", "digits", str(tmp_path / "digits"), "--count", "80", "--shard-samples", "10"]
+    packed = run_forked([*DITMOE, *pack], tmp_path / "output")
+    assert packed.returncode == 0, packed.stderr
+    encode = [*DITMOE, "data", "encode", str(tmp_path / "digits")]
+    options = ["--vae", str(vae), "--device", "cpu", "--processes"]
+    alone = run_forked([*encode, str(tmp_path / "one"), *options, "1"], tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    done = srun(cluster, NODES, *encode, str(tmp_path / "four"), *options, "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("encoded 80 images") == 1
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "one").glob("*.tar")}
+    assert len(expected) == 8
+    assert {path.name: path.read_bytes() for path in (tmp_path / "four").glob("*.tar")} == expected
+
+
 NOTING = """
 import sys
 import time

@@ -256,6 +256,19 @@ def test_the_command_gives_the_same_bytes_on_two_processes(
     assert again.exit_code == 0 and "was encoded before; --overwrite encodes it again" in again.output
 
 
+def test_one_rank_of_several_replaces_no_dataset(
+    shapes: Path, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one has removed, another may have begun to write."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["encode", "--vae", str(vae_folder), "--overwrite", str(shapes), str(tmp_path / "out")]
+    result = runner.invoke(app, arguments)
+    assert isinstance(result.exception, UserError)
+    assert "--overwrite under torchrun or srun: expected it left out" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_settings_are_refused_and_replaced_only_on_request(
     shapes: Path, vae_folder: Path, make_vae: Callable[..., Path], tmp_path: Path
 ) -> None:
