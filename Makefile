@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-parallel test-layouts test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-layouts test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ $(INSTALLED): constraints.txt pyproject.toml setup.py
 
 demo: venv ## digits → shards → train on 2 processes → sample → evaluate, in minutes on 2 CPU cores
 	@PATH="$(abspath $(BIN)):$$PATH" bash demo.sh
+
+slurm-demo: venv ## a Slurm of two virtual nodes on this machine: train, requeue, resume, evaluate; needs root
+	@PATH="$(abspath $(BIN)):$$PATH" bash slurm_demo.sh
 
 test: venv ## the tests, on the CPU
 	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)

@@ -19,7 +19,7 @@ from tests import floors
 from tests.test_imports import edges, room
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = (".ci/run", "demo.sh")
+SCRIPTS = (".ci/run", "demo.sh", "slurm_demo.sh")
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)[^)]*\)|<(?:img|a)\s[^>]*?(?:src|href)=\"([^\"]+)\"")
 """A Markdown link or picture, or the HTML of one."""
