@@ -63,10 +63,10 @@ def read_snapshots(runs: Sequence[Path], queue: Queue, now: float | None = None)
     """
     snapshots = [_of_files(run, time.time() if now is None else now) for run in runs]
     others = [_other_folders(snapshot.run) for snapshot in snapshots]
-    if not any(snapshot.jobs for snapshot in snapshots) and not any(others):
+    if not any(map(_may_have_jobs, snapshots)) and not any(others):
         return snapshots
     jobs = [job for snapshot in snapshots for job in snapshot.jobs]
-    names = [job_name(training_folder(snapshot.run)) for snapshot in snapshots if snapshot.jobs]
+    names = [job_name(training_folder(snapshot.run)) for snapshot in snapshots if _may_have_jobs(snapshot)]
     damaged: dict[Path, list[str]] = {snapshot.run: [] for snapshot in snapshots}
     records = {
         folder.path: _record(folder, damaged[snapshot.run])
@@ -268,13 +268,18 @@ def _other(folder: JobFolder, record: Record, listed: Mapping[str, QueuedJob] | 
     return OtherJob(folder.path.name, tuple(jobs.values()), None if end is None else end.outcome)
 
 
+def _may_have_jobs(snapshot: Snapshot) -> bool:
+    """Whether jobs are on record, or its script may have been handed in by hand."""
+    return bool(snapshot.jobs) or training_folder(snapshot.run).path.is_dir()
+
+
 def _with_queue(
     snapshot: Snapshot,
     listed: Mapping[str, QueuedJob] | Unseen,
     accounts: Mapping[str, QueuedJob] | Unseen | None,
 ) -> Snapshot:
     """A snapshot with what the queue has of its own jobs."""
-    if not snapshot.jobs:
+    if not _may_have_jobs(snapshot):
         return snapshot
     if isinstance(listed, Unseen):
         own: Mapping[str, QueuedJob] | Unseen = listed

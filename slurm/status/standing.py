@@ -122,7 +122,8 @@ def whereabouts(snapshot: Snapshot) -> Whereabouts:
     if owner is not None and owner.alive is False:
         return Whereabouts("gone", f"process {owner.pid} on this machine has ended")
     if state is None:
-        return Whereabouts("unseen", "it has not said anything")
+        queue = snapshot.queue
+        return Whereabouts("unseen", queue.reason if isinstance(queue, Unseen) else "it has not said anything")
     if is_fresh(snapshot):
         return Whereabouts("running", f"its files, from {state.host or 'a machine unknown'}")
     place = f"host {state.host}" if state.host else "a host unknown"
@@ -189,7 +190,8 @@ def _word(snapshot: Snapshot, where: Whereabouts) -> tuple[Word, str]:
         follows = f"whether it is tried again is unknown: {where.reason}" if snapshot.jobs else ""
         reason = "; ".join(filter(None, (state.reason, follows)))
         return ("stopped", reason) if own == "stopped" else ("failed", reason)
-    if own is None and not snapshot.jobs and snapshot.saved is None and not snapshot.recorded:
+    has_begun = snapshot.jobs or snapshot.saved is not None or snapshot.recorded
+    if own is None and not has_begun and not isinstance(snapshot.queue, Unseen):
         return "not started", ""
     last = snapshot.record.attempts[-1] if snapshot.record.attempts else None
     if ended is not None and last is not None and last.end is not None and last.end.decision != "requeue":

@@ -53,6 +53,9 @@ OLD = state(age=5000)
         (local(state=state("stopped", job=None), owner=Owner(12, "there", None)), "stopped", ""),
         (local(state=None, owner=None), "unknown", "it has not said anything"),
         (local(state=None, owner=None, saved=None, recorded=()), "not started", ""),
+        # Its script may have been handed in by hand.
+        (local(state=None, owner=None, saved=None, recorded=(), queue={}), "not started", ""),
+        (local(state=None, owner=None, saved=None, recorded=(), queue=BLIND), "unknown", BLIND.reason),
         # A job trained it before, and now somebody trains it without one.
         (local(record=record(attempt(1, "stopped")), queue={}, owner=Owner(12, "there", None)), "training", ""),
     ],
