@@ -119,3 +119,31 @@ def test_a_sweep_as_an_array(cluster: Cluster, config: Path, tmp_path: Path) -> 
     assert folder.output(attempt.job).stat().st_size > 0
     assert "complete" in ditmoe("submit", "sweep", *sweep, *JOB)
     assert sys.executable in folder.script.read_text()  # it can be handed in by itself
+
+
+@pytest.mark.timeout(480)
+def test_a_watch_that_is_warned_comes_back(cluster: Cluster, config: Path) -> None:
+    """While it waits for a run that does not go on; then the run does, and the watch ends with it."""
+    run = config.with_name("run")
+    trained = run_forked([*DITMOE, "train", str(config), "train.steps=4"], Path("commands"))
+    assert trained.returncode == 0, trained.stderr
+    content = yaml.safe_load((run / "config.yaml").read_text())
+    content["train"]["steps"] = 8
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
+    (job,) = submitted(ditmoe("submit", "evaluate", str(run), "--watch", *JOB, *DRAWN.split()))
+    (folder,) = job_folders(run)
+
+    def printed() -> str:
+        return folder.output(job).read_text() if folder.output(job).exists() else ""
+
+    cluster.wait(lambda: "waiting for the next checkpoint" in printed(), printed, 200)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    cluster.wait(lambda: printed().count("waiting for the next checkpoint") > 1, printed, 200)
+    assert "stopped by SIGUSR2; repeat the command to continue" in printed()
+    first, _ = read_attempts(folder.path).attempts
+    assert first.end is not None and (first.end.outcome, first.end.decision) == ("stopped", "requeue")
+    trained = run_forked([*DITMOE, "train", str(config)], Path("commands"))
+    assert trained.returncode == 0, trained.stderr
+    ended(cluster, [job], run)
+    lines = read_lines(run / "evaluations" / WATCH_FILE)
+    assert [line["step"] for line in lines if line["outcome"] == "scored"] == [4, 8]
