@@ -16,13 +16,14 @@ from typer.core import TyperGroup
 from ditmoe.launcher.local.failures import record_failure, refusal
 from ditmoe.launcher.local.signals import end_with_parent
 from ditmoe.launcher.local.terminal import let_go, prepare_streams
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import MissingProcessesError, UserError
 from ditmoe.model.outside.text import message_lines
 from ditmoe.slurm.environment import rank_variables
 
 INTERRUPTED: Final = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 USER_ERROR: Final = 2
+FAILED: Final = 1
 
 
 class Verb(NamedTuple):
@@ -114,7 +115,7 @@ def main() -> None:
         os.environ.update(rank_variables(os.environ))
         sys.exit(_run())
     except UserError as error:
-        _end_with_message(str(error))
+        _end_with_message(str(error), FAILED if isinstance(error, MissingProcessesError) else USER_ERROR)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         _end(INTERRUPTED)
@@ -124,17 +125,17 @@ def main() -> None:
     except Exception as error:
         refused = refusal(error)
         if refused is not None:
-            _end_with_message(refused)
+            _end_with_message(refused, USER_ERROR)
         if not record_failure(traceback.format_exc(), 1):
             traceback.print_exc()
         _end(1)
 
 
-def _end_with_message(message: str) -> NoReturn:
-    """End with a user's mistake: shown here, or by the process that started this one."""
-    if not record_failure(message, USER_ERROR):
+def _end_with_message(message: str, code: int) -> NoReturn:
+    """End with a message and no traceback: shown here, or by the process that started this one."""
+    if not record_failure(message, code):
         print(f"error: {message_lines(message)}", file=sys.stderr)
-    _end(USER_ERROR)
+    _end(code)
 
 
 def _end(code: int) -> NoReturn:

@@ -20,7 +20,7 @@ from typing import Final, NamedTuple
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import MissingProcessesError, UserError
 from ditmoe.parallel.interfaces import choose_interface, source_address
 from ditmoe.parallel.ranks import ThisProcess
 
@@ -90,7 +90,9 @@ def _wait_for_all(process: ThisProcess, store: Store, number: int, begin: float,
             names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
             those = f"{len(missing)} of {process.ranks} processes (WORLD_SIZE), rank {names}"
             if waited > patience.limit:
-                raise UserError(f"rank {process.rank} waited {waited:.0f} s at {where} in vain for {those}")
+                raise MissingProcessesError(
+                    f"rank {process.rank} waited {waited:.0f} s at {where} in vain for {those}"
+                )
             _say_waiting(f"rank {process.rank} waits at {where} for {those}", patience)
             told = True
         time.sleep(_POLL_SECONDS)
@@ -162,7 +164,7 @@ def _find(process: ThisProcess, number: int, patience: Patience) -> Store:
             reasons.insert(0, f"port {port} is another program's")
         waited, reason = time.monotonic() - begin, reasons[0]
         if waited > patience.limit:
-            raise UserError(
+            raise MissingProcessesError(
                 f"rank {process.rank} waited {waited:.0f} s in vain for rank 0 at {_where(process)}: {reason}"
             )
         if waited > patience.told_after and not told:

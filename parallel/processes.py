@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import MissingProcessesError
 from ditmoe.parallel import meeting
 from ditmoe.parallel.meeting import PATIENCE, Patience
 from ditmoe.parallel.ranks import this_process
@@ -74,7 +74,7 @@ def meet(device: torch.device, timeout: timedelta, patience: Patience = PATIENCE
         )
     except RuntimeError as error:  # as all of torch.distributed's are
         reason = str(error).partition("\n")[0]
-        raise UserError(
+        raise MissingProcessesError(
             f"rank {process.rank} could not join the {process.ranks} processes of the run: {reason}"
         ) from error
     # What reads the variables by itself, as DeepSpeed does, finds one process alone described too.

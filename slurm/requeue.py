@@ -122,7 +122,7 @@ def _outcome(seen: Seen) -> tuple[Outcome, str]:
         return "node-check", f"the check before the start failed on no one host: {seen.check_failed}"
     if seen.silence is not None:
         return "hung", seen.silence.reason
-    if seen.exit_code == 0:
+    if seen.exit_code == 0 or (seen.state == "stopped" and seen.exit_code in _STOP_CODES):
         return "stopped", seen.state_reason or f"the program stopped early (state {seen.state})"
     if seen.asked is not None:
         return (

@@ -7,6 +7,7 @@ kills what hangs, and decides by `ditmoe.slurm.requeue`. Nothing that may hang i
 folder that does not answer ends the attempt like any other silence.
 """
 
+import ctypes
 import fcntl
 import os
 import signal
@@ -38,13 +39,15 @@ from ditmoe.slurm.supervision.follow import FollowUp
 from ditmoe.slurm.supervision.patience import FOLDER_SECONDS, Shared, Teller
 from ditmoe.slurm.supervision.step import Step
 from ditmoe.slurm.supervision.watchdog import Watchdog
-from ditmoe.slurm.supervision.work import progress, reason_of, run_state, word_of
+from ditmoe.slurm.supervision.work import is_cancelled, progress, reason_of, run_state, word_of
 
 HEARD: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 LOCK_SECONDS: Final = 60.0
 """How long to wait for another supervisor of the job folder to end."""
 CHECK_SECONDS: Final = 300.0
 """How long the check of the nodes may take."""
+
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 
 T = TypeVar("T")
 
@@ -78,6 +81,7 @@ class Supervisor:
         self.asked: str | None = None
         """Name of the first signal that asked for an end."""
         self.wake = threading.Event()
+        self.script = os.getppid()
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Take a request to end."""
@@ -116,7 +120,9 @@ class Supervisor:
         seen = self._attempt(job, attempt)
         closed = dict(found.closed)
         before = [replace(old, end=old.end or closed.get(old.number)) for old in record.since(self.job_id)]
-        follow_up = FollowUp(self.folder, self.job_id, self.queue, self.shared, self.say, _ignore_signals)
+        follow_up = FollowUp(
+            self.folder, self.job_id, self.queue, self.shared, self.say, _ignore_signals, self.script
+        )
         return follow_up.conclude(job, attempt, seen, before)
 
     def _lock(self) -> int:
@@ -184,7 +190,9 @@ class Supervisor:
                 self.say(f"srun cannot be started: {error.strerror}")
                 reports = NodeReports(problem=f"srun cannot be started: {error.strerror}")
             else:
-                silence = self._watch(step, terms)
+                silence = self._watch(
+                    step, Watchdog(terms, time.monotonic(), all_write=job.verb == "train"), terms
+                )
                 code = None if silence is not None else step.code
         details = self.queue.details(self.job_id)
         state = self._state(job)
@@ -195,7 +203,7 @@ class Supervisor:
             state=word_of(job, state, state_before, code),
             state_reason=reason_of(state, state_before) or (step.message if step is not None else ""),
             asked=self.asked,
-            cancelled=self._cancelled() or (isinstance(details, dict) and details.get("JobState") == "CANCELLED"),
+            cancelled=self._cancelled() or (isinstance(details, dict) and is_cancelled(details, attempt.restart)),
             silence=silence,
             failed_nodes=reports.failed,
             check_failed=reports.problem,
@@ -226,10 +234,9 @@ class Supervisor:
                 self.say(f"the check of the nodes failed: {reports.shown}")
         return reports
 
-    def _watch(self, step: Step, terms: Terms) -> Silence | None:
+    def _watch(self, step: Step, watchdog: Watchdog, terms: Terms) -> Silence | None:
         """Wait for the end of the step: pass on a request to stop, and kill the tasks where ranks are silent."""
-        watchdog, passed_on = Watchdog(terms, time.monotonic()), False
-        answered = time.monotonic()
+        passed_on, answered = False, time.monotonic()
         while step.returned is None:
             self.wake.wait(terms.interval)
             self.wake.clear()
@@ -287,6 +294,21 @@ def _ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _outlive_the_batch_script(supervisor: Supervisor) -> None:
+    """Have the job queued again where its batch script is killed: at once, for Slurm ends this program then."""
+    if not sys.platform.startswith("linux"):
+        return
+
+    def take(number: int, frame: FrameType | None) -> None:
+        if os.getppid() != supervisor.script and supervisor.asked is None:
+            supervisor.say("the batch script was killed: the job is queued again")
+            threading.Thread(target=supervisor.queue.requeue, args=(supervisor.job_id,), daemon=True).start()
+        supervisor.on_signal(number, frame)
+
+    signal.signal(signal.SIGHUP, take)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP, 0, 0, 0)
+
+
 def main() -> None:
     """Supervise one attempt; ends the process."""
     say = Teller()
@@ -294,6 +316,7 @@ def main() -> None:
     supervisor = Supervisor(folder, os.environ, Queue(), say)
     for number in HEARD:
         signal.signal(number, supervisor.on_signal)
+    _outlive_the_batch_script(supervisor)
     try:
         code = supervisor.run()
     except UserError as error:

@@ -64,7 +64,8 @@ def run_training(config: RunConfig) -> int:
                 if state is not None:
                     state.fail(str(error) or type(error).__name__)
                 raise
-        processes.leave()
+            # While signals are heard: one that comes after the last checkpoint must not end the others in a wait.
+            processes.leave()
     return 0
 
 

@@ -1,5 +1,6 @@
 """What follows an attempt: the decision is put on record, and Slurm is asked for it."""
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ class FollowUp:
     say: Callable[[str], None]
     ignore_signals: Callable[[], None]
     """Slurm's own SIGTERM, which ends a job that it takes back, is not to cut short what is left to do."""
-    sleep: Callable[[float], None] = time.sleep
+    script: int = 0
+    """Process id of the batch script, this program's parent."""
 
     def conclude(self, job: Job, attempt: Attempt, seen: Seen, before: Sequence[Attempt]) -> int:
         """Decide, put it on record, and ask Slurm for what follows; the exit code."""
@@ -55,14 +57,12 @@ class FollowUp:
         partition = self._excludable(job, end.suspects)
         # From here on Slurm's own SIGTERM, which ends the job that it takes back, is not to cut this short.
         self.ignore_signals()
-        try:
-            self.queue.requeue(self.job_id)
-        except UserError as error:
-            details = self.queue.details(self.job_id)
-            if isinstance(details, dict) and int(details.get("Restarts", "0")) > attempt.restart:
-                self.say("Slurm has requeued the job by itself")
-            else:
-                return self._without_scontrol(attempt, end, found, str(error))
+        if not self._is_queued_again(attempt):
+            try:
+                self.queue.requeue(self.job_id)
+            except UserError as error:
+                if not self._is_queued_again(attempt):
+                    return self._without_scontrol(attempt, end, found, str(error))
         self.say("the job is queued again")
         if partition:
             try:
@@ -73,8 +73,16 @@ class FollowUp:
                 excluded, note = (), f"the queue refused: {error}"
             self.say(f"the next attempt is to leave out {', '.join(partition)}: {note}")
             self._record(attempt.number, replace(end, excluded=excluded))
-        self.sleep(REQUEUED_SECONDS)  # Slurm ends this program sooner
+        deadline = time.monotonic() + REQUEUED_SECONDS
+        # Slurm ends this program sooner; but where the script is gone, some clusters' Slurm does not find it again.
+        while os.getppid() == self.script and time.monotonic() < deadline:
+            time.sleep(0.2)
         return found.exit_code
+
+    def _is_queued_again(self, attempt: Attempt) -> bool:
+        """Whether Slurm has taken the job back by itself, as at a preemption or an order of somebody else."""
+        details = self.queue.details(self.job_id)
+        return isinstance(details, dict) and int(details.get("Restarts", "0")) > attempt.restart
 
     def _without_scontrol(self, attempt: Attempt, end: End, found: Verdict, problem: str) -> int:
         """Where the job cannot be requeued from here: the next job of the chain goes on, if there is one."""

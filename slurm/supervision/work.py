@@ -14,6 +14,7 @@ from ditmoe.slurm.job_folder import Job, JobFolder
 STATE: Final = "state.json"
 """In the run folder: what a training run says of itself."""
 _MOST_FILES: Final = 1_000_000
+_DURATION: Final = re.compile(r"(?:(\d+)-)?(\d+):(\d+):(\d+)")
 _CHECKPOINT: Final = re.compile(r"step-(\d+)")
 
 
@@ -25,6 +26,33 @@ def run_state(job: Job) -> dict[str, Any] | None:
         state = json.loads(file.read())
         return state if isinstance(state, dict) else None
     return None
+
+
+def is_cancelled(details: Mapping[str, str], restart: int) -> bool:
+    """Whether somebody has cancelled a job, by what `scontrol show job` has of it while its batch step runs.
+
+    A job that Slurm ends is COMPLETING, whatever ends it: one that it takes back into the queue has one restart
+    more, and one whose time is up has run for that long.
+
+    Args:
+        details: by scontrol's names.
+        restart: how often the job had been requeued when the batch step started.
+    """
+    if details.get("JobState") == "CANCELLED":
+        return True
+    if details.get("JobState") != "COMPLETING" or int(details.get("Restarts", "0")) > restart:
+        return False
+    ran, limit = _seconds(details.get("RunTime", "")), _seconds(details.get("TimeLimit", ""))
+    return ran is not None and (limit is None or ran < limit)
+
+
+def _seconds(text: str) -> float | None:
+    """`D-HH:MM:SS` or `HH:MM:SS`; None for another word, as of a limit that there is not."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def progress(job: Job, folder: JobFolder) -> int | None:

@@ -119,6 +119,7 @@ def test_suspects(seen: Seen, before: list[Attempt], start: int | None) -> None:
         (Seen(0, 9, 4), "complete", "done", ()),
         (Seen(0, 9, 4, "stopped", "stopped by SIGUSR2 at step 4"), "stopped", "requeue", ()),
         (Seen(0, 9, 4, "unknown"), "stopped", "requeue", ()),
+        (Seen(128 + 15, 9, 4, "stopped", "stopped by SIGTERM at step 4", "SIGUSR2"), "stopped", "requeue", ()),
         (Seen(128 + 15, 9, 0, "training", asked="SIGTERM"), "stopped", "requeue", ()),
         (Seen(128 + 10, 9, 0, "starting", blamed=("n1",)), "stopped", "requeue", ()),
         (Seen(1, 9, 0, "failed", blamed=("n2",)), "failed", "requeue", ("n2",)),

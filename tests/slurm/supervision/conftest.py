@@ -9,7 +9,7 @@ from tests.forked import DITMOE, run_forked
 from tests.slurm.cluster import Cluster
 from tests.slurm.supervision.supervised import CONFIG, Supervised
 
-STEPS = 240
+STEPS = 80
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from ditmoe.slurm.requeue import EXIT_NO_PROGRESS
 from ditmoe.slurm.supervise import Supervisor
 from ditmoe.slurm.supervision.patience import Shared, Teller
 from ditmoe.slurm.supervision.step import Step, TaskFailure, task_failure
+from ditmoe.slurm.supervision.work import is_cancelled
 
 HOSTS = "n[1-3]"
 
@@ -36,6 +37,7 @@ class Slurm:
     def __init__(self) -> None:
         self.orders: list[str] = []
         self.state = "RUNNING"
+        self.restarts = 0
         self.excluded = "(null)"
         self.nodes = ("n1", "n2", "n3", "n4")
         self.missing = False
@@ -47,7 +49,10 @@ class Slurm:
         words = " ".join(command)
         if words.startswith("scontrol --oneliner show job"):
             return Output(
-                0, f"JobId=7 JobState={self.state} Restarts=0 Partition=ci ExcNodeList={self.excluded}\n", ""
+                0,
+                f"JobId=7 JobState={self.state} Restarts={self.restarts} RunTime=00:01:00 TimeLimit=1-00:00:00"
+                f" Partition=ci ExcNodeList={self.excluded}\n",
+                "",
             )
         if command[0] == "sinfo":
             return Output(0, "".join(f"{node} idle\n" for node in self.nodes), "")
@@ -313,11 +318,41 @@ def test_a_node_without_scontrol(scene: Scene) -> None:
     assert "scontrol cannot be run" in end.reason
 
 
+def test_a_requeue_from_outside(scene: Scene) -> None:
+    def play(step: PlayedStep) -> int:
+        scene.slurm.state, scene.slurm.restarts = "COMPLETING", 1
+        scene.save(5)
+        scene.state("stopped", "stopped by SIGTERM at step 5")
+        return 0
+
+    assert scene.attempt(play) == 0
+    assert scene.ends()[0].decision == "requeue" and scene.slurm.orders == [], "Slurm has done it"
+
+
+@pytest.mark.parametrize(
+    ("details", "cancelled"),
+    [
+        ("RUNNING 0 00:01:00 01:00:00", False),
+        ("COMPLETING 0 00:01:00 01:00:00", True),
+        ("CANCELLED 0 00:01:00 01:00:00", True),
+        ("COMPLETING 0 01:00:09 01:00:00", False),
+        ("COMPLETING 0 1-01:00:09 1-01:00:00", False),
+        ("COMPLETING 0 1-01:00:09 2-00:00:00", True),
+        ("COMPLETING 0 1-01:00:09 UNLIMITED", True),
+        ("COMPLETING 1 00:01:00 01:00:00", False),
+        ("TIMEOUT 0 00:01:00 01:00:00", False),
+    ],
+)
+def test_who_ended_a_job(details: str, cancelled: bool) -> None:
+    names = ("JobState", "Restarts", "RunTime", "TimeLimit")
+    assert is_cancelled(dict(zip(names, details.split(), strict=True)), 0) == cancelled
+
+
 @pytest.mark.parametrize("how", ["ditmoe cancel", "scancel"])
 def test_a_cancelled_job(scene: Scene, how: str) -> None:
     def play(step: PlayedStep) -> int:
         if how == "scancel":
-            scene.slurm.state = "CANCELLED"
+            scene.slurm.state = "COMPLETING"
         else:
             record_cancel(scene.folder.path, 1.0)
         scene.save(5)
