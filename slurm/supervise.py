@@ -120,9 +120,8 @@ class Supervisor:
         seen = self._attempt(job, attempt)
         closed = dict(found.closed)
         before = [replace(old, end=old.end or closed.get(old.number)) for old in record.since(self.job_id)]
-        follow_up = FollowUp(
-            self.folder, self.job_id, self.queue, self.shared, self.say, _ignore_signals, self.script
-        )
+        programs = (self.queue, self.shared, self.say)
+        follow_up = FollowUp(self.folder, self.job_id, *programs, _ignore_signals, self.script)
         return follow_up.conclude(job, attempt, seen, before)
 
     def _lock(self) -> int:
@@ -190,9 +189,7 @@ class Supervisor:
                 self.say(f"srun cannot be started: {error.strerror}")
                 reports = NodeReports(problem=f"srun cannot be started: {error.strerror}")
             else:
-                silence = self._watch(
-                    step, Watchdog(terms, time.monotonic(), all_write=job.verb == "train"), terms
-                )
+                silence = self._watch(step, Watchdog(terms, time.monotonic()), terms)
                 code = None if silence is not None else step.code
         details = self.queue.details(self.job_id)
         state = self._state(job)

@@ -74,7 +74,7 @@ class FollowUp:
             self.say(f"the next attempt is to leave out {', '.join(partition)}: {note}")
             self._record(attempt.number, replace(end, excluded=excluded))
         deadline = time.monotonic() + REQUEUED_SECONDS
-        # Slurm ends this program sooner; but where the script is gone, some clusters' Slurm does not find it again.
+        # Slurm ends this program sooner; but where the script is gone, some clusters do not find it any more.
         while os.getppid() == self.script and time.monotonic() < deadline:
             time.sleep(0.2)
         return found.exit_code

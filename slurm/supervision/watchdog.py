@@ -35,12 +35,10 @@ class Watchdog:
     Args:
         terms: limits, and how often ranks write.
         start: when the ranks were started, s on the clock of all later times.
-        all_write: whether every rank writes; otherwise one that never did is left alone.
     """
 
-    def __init__(self, terms: Terms, start: float, all_write: bool = True) -> None:
+    def __init__(self, terms: Terms, start: float) -> None:
         self._terms = terms
-        self._all_write = all_write
         self._start = start
         self._ranks: dict[int, _Seen] = {}
 
@@ -63,8 +61,6 @@ class Watchdog:
                 now if moved else before.further,
                 now if heartbeat != old else before.written,
             )
-        if not self._all_write:
-            return self._silence(now)
         if not self._ranks:
             self._ranks[0] = _Seen(None, self._start, self._start)
         count = max((seen.heartbeat.ranks for seen in self._ranks.values() if seen.heartbeat), default=1)

@@ -109,14 +109,6 @@ def test_ranks_that_never_write() -> None:
     assert silence is not None and "of rank 2 (host unknown) in start" in silence.reason
 
 
-def test_programs_that_write_nothing() -> None:
-    watch = Watchdog(TERMS_OF_TEST, 0.0, all_write=False)
-    assert watch.look({}, 1e9) is None
-    watch.look({1: heartbeat(1)}, 1e9)
-    silence = watch.look({1: heartbeat(1)}, 1e9 + 21)
-    assert silence is not None and "of rank 1 (n1)" in silence.reason and "rank 0" not in silence.reason
-
-
 def test_ranks_that_have_ended_are_left_alone() -> None:
     watch = Watchdog(TERMS_OF_TEST, 0.0)
     watch.look(of_all("ended"), 0.0)

@@ -1,0 +1,73 @@
+"""A run of the virtual cluster survives what clusters do to it, and ends where the undisturbed run ends."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.supervision.supervised import Supervised, curve, weights
+
+
+def pid_of_rank(supervised: Supervised, rank: int) -> int:
+    """The process of a rank, by this machine's numbers."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if f"SLURM_PROCID={rank}".encode() in variables and str(supervised.config).encode() in command:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_survives(make_run: Callable[..., Supervised], undisturbed: Path) -> None:
+    """One disaster after the other."""
+    run = make_run()
+    cluster = run.cluster
+    run.prepare(limits={"step": 20.0})
+    job = run.submit()
+
+    def of(attempt: int) -> tuple[str, str]:
+        run.wait_for_end(attempt)
+        end = run.record.attempts[attempt - 1].end
+        assert end is not None
+        return end.outcome, end.decision
+
+    run.wait_for_training(1)
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    assert of(1) == ("stopped", "requeue")
+
+    run.wait_for_training(2)
+    cluster.run("scancel", "--signal=TERM", job)
+    assert of(2) == ("stopped", "requeue")
+
+    run.wait_for_training(3)
+    os.kill(pid_of_rank(run, 1), signal.SIGSTOP)
+    assert of(3) == ("hung", "requeue")
+    end = run.record.attempts[2].end
+    assert end is not None and "rank 1 (n2)" in end.reason, end
+
+    run.wait_for_training(4)
+    preempting = cluster.submit("sleep 1", "--partition=high", "--nodes=2", "--exclusive")
+    cluster.wait_for_state(preempting, "COMPLETED")
+    assert of(4) == ("stopped", "requeue")
+
+    run.wait_for_training(5)
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    cluster.wait_for_state(job, "PENDING", seconds=60)
+    cluster.run(
+        "scontrol", "update", "nodename=n2", "state=resume", check=False
+    )  # it may have come back by itself
+
+    cluster.wait_for_state(job, "COMPLETED", seconds=300)
+    assert curve(run.run) == curve(undisturbed)
+    assert weights(run.run) == weights(undisturbed)
+    outcomes = [attempt.end.outcome for attempt in run.record.attempts if attempt.end is not None]
+    # A lost node's job is signalled on the others: its end is seen or not, as fast as they are.
+    assert outcomes.pop(4) in ("cut-off", "stopped", "failed")
+    assert outcomes == ["stopped", "stopped", "hung", "stopped", "complete"]
