@@ -53,7 +53,7 @@ ended() { [ -z "$(squeue --noheader)" ]; }
 rm -rf "$run"
 printf '\n== submit\n'
 ditmoe submit train "$here/configs/demo.yaml" run.dir="$run" train.steps=$steps train.checkpoint_every=100 \
-    launch.processes=1 preview.every=null optim.decay_steps=200 \
+    launch.processes=1 preview.every=null optim.decay_steps=200 ema.decay=0.99 \
     --nodes 2 --tasks-per-node 1 --time 30 --evaluate '--steps 25 --cfg-scale 1.25 --count 300'
 
 printf '\n== cut short after the first checkpoint\n'
