@@ -3,12 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Of `make test`; 0: one process, which a debugger or `-s` needs.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-layouts test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-slurm test-layouts test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,11 +30,14 @@ demo: venv ## digits → shards → train on 2 processes → sample → evaluate
 slurm-demo: venv ## a Slurm of two virtual nodes on this machine: train, requeue, resume, evaluate; needs root
 	@PATH="$(abspath $(BIN)):$$PATH" bash slurm_demo.sh
 
-test: venv ## the tests, on the CPU
-	@$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
+	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the planner's figures, on real processes
 	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
+
+test-slurm: venv ## jobs on a Slurm of two virtual nodes on this machine; needs root and Debian's Slurm
+	@$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)

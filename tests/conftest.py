@@ -17,6 +17,12 @@ def _same_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+def pytest_configure() -> None:
+    """Processes that share out the tests share out the cores as well."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="no CUDA device")

@@ -7,6 +7,13 @@ import pytest
 from tests.slurm.cluster import Cluster, running, why_not
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the cluster is run by `make test-slurm`: every job takes several starts of Python."""
+    for item in items:
+        if "started_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def started_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, started once; it ends with this process, however that ends."""
