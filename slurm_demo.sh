@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 shards=shards/digits
 run=runs/slurm-demo
 steps=600
-least=0.5 # share of the drawn digits that an independent classifier must recognise
+least=0.8 # share of the drawn digits that an independent classifier must recognise
 limit=560 # seconds that all of it may take
 packages=(slurmctld slurmd slurm-client munge)
 
@@ -22,7 +22,7 @@ command -v ditmoe >/dev/null || fail "no ditmoe on the PATH; expected \`make slu
 [ "$(id -u)" = 0 ] || fail "a virtual cluster needs root"
 export PATH="$PATH:/usr/sbin"
 export OMP_NUM_THREADS=1 # the virtual nodes share the machine's processors
-if ! command -v slurmctld slurmd munged sbatch >/dev/null; then
+if ! type -P slurmctld slurmd munged sbatch >/dev/null; then
     command -v apt-get >/dev/null || fail "no Slurm found; expected its programs, or apt-get to install ${packages[*]}"
     echo "installing ${packages[*]}"
     apt-get update -qq
