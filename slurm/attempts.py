@@ -11,8 +11,12 @@ the job trains nothing):
 
 A cancel concerns every job that is on record by then. An attempt without an end runs, or was cut off: its node
 died, or somebody killed the batch script. The next start closes it with the outcome `cut-off`.
+
+A disk that fills ends an attempt, and the record often lies on the same disk: each start lays a file `reserve`
+beside it, which is given up for the line that does not fit.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +29,10 @@ from ditmoe.model.errors import UserError
 
 ATTEMPTS: Final = "attempts.jsonl"
 """The file's name in a job folder."""
+RESERVE: Final = "reserve"
+RESERVE_BYTES: Final = 2**17
+"""More than the end of an attempt takes, on file systems with large blocks too."""
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 Outcome = Literal[
     "complete", "stopped", "failed", "hung", "node-check", "user-error", "no-progress", "cut-off", "cancelled"
@@ -153,10 +161,11 @@ def record_cancel(job_folder: Path, time: float) -> None:
 
 
 def record_start(job_folder: Path, attempt: Attempt) -> None:
-    """Append that an attempt starts."""
+    """Append that an attempt starts, and lay by the room that its end will need."""
     facts = asdict(attempt)
     del facts["end"]
     _append(job_folder, {"event": "start", "attempt": facts.pop("number"), **facts})
+    _lay_by(job_folder / RESERVE)
 
 
 def record_end(job_folder: Path, number: int, end: End) -> None:
@@ -237,10 +246,39 @@ def _append(job_folder: Path, event: Mapping[str, Any]) -> None:
     line = json.dumps(event, allow_nan=False).encode() + b"\n"
     try:
         job_folder.mkdir(parents=True, exist_ok=True)
-        with open_appending(path) as file:
-            # A writer that was killed may have left a line without its end.
-            file.write(b"\n" + line if _ends_within_a_line(path) else line)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            _append_line(path, line)
+        except OSError as error:
+            if error.errno not in _FULL or not (job_folder / RESERVE).exists():
+                raise
+            (job_folder / RESERVE).unlink()
+            _append_line(path, line)
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """OSError where it does not get to the disk; then nothing of it stays."""
+    # Without Python's buffer, which would try again to write what did not fit.
+    with open_appending(path).detach() as file:
+        size = os.fstat(file.fileno()).st_size
+        # A writer that was killed may have left a line without its end.
+        rest = b"\n" + line if _ends_within_a_line(path) else line
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, size)
+            raise
+
+
+def _lay_by(path: Path) -> None:
+    """Take room on the disk, where it is not there. Random bytes: file systems store nothing for zeros."""
+    try:
+        if not path.exists():
+            path.write_bytes(os.urandom(RESERVE_BYTES))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        if error.errno not in _FULL:
+            raise UserError(f"{path}: could not be written: {error.strerror or error}") from error

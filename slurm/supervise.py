@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -141,8 +142,9 @@ class Supervisor:
                         f"{self.folder.path}: {owner or 'another job'} works on it; expected no other: cancel one"
                     ) from None
                 time.sleep(0.5)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"job {self.job_id} on {os.uname().nodename}\n".encode(), 0)
+        with suppress(OSError):  # on a full disk nobody can be told who holds it, but it is held
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"job {self.job_id} on {os.uname().nodename}\n".encode(), 0)
         return descriptor
 
     def _begin(self, job: Job, record: Record, step: int | None) -> Attempt:
@@ -176,7 +178,14 @@ class Supervisor:
         silence, step = None, None
         code: int | None = None
         if reports.passed and self.asked is None:
-            self._ask(lambda: terms.write(self.folder.heartbeats))
+            try:
+                self._ask(lambda: terms.write(self.folder.heartbeats))
+            except OSError as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                problem = f"{self.folder.heartbeats}: could not be written: {error.strerror or error}"
+                spent = time.monotonic() - begin
+                return Seen(EXIT_USER_ERROR, spent, self._progress(job), state_reason=problem)
             command = [*step_command(job), "-m", "ditmoe.launcher", *job.arguments]
             try:
                 step = self.start_step(

@@ -47,6 +47,22 @@ def task_failure(line: str) -> TaskFailure | None:
     return TaskFailure(hosts, code, line.strip().removeprefix("srun: error: "))
 
 
+def user_message(lines: Sequence[str]) -> str:
+    """The first message of a user's error among the lines of all tasks, with the indented lines below it, in one.
+
+    Each task prints the same, perhaps at the same time.
+    """
+    first, more = "", dict[str, None]()
+    for line in lines:
+        if not first and line.startswith("error: "):
+            first = line.strip()
+        elif first and line[:1].isspace() and line.strip():
+            more[line.strip()] = None
+        elif first and line.strip() != first:
+            break
+    return ": ".join(filter(None, (first.removeprefix("error: "), "; ".join(more))))
+
+
 class Step:
     """A step that runs. `ended` is called, from a thread, when it has ended.
 
@@ -113,9 +129,8 @@ class Step:
 
     @property
     def message(self) -> str:
-        """The message of a user's error that a task printed; empty where there is none."""
-        lines = [line.strip() for line in self._tail if line.startswith("error: ")]
-        return lines[0].removeprefix("error: ") if lines else ""
+        """The message of a user's error that a task printed, in one line; empty where there is none."""
+        return user_message(tuple(self._tail))
 
     def ask_to_stop(self) -> None:
         """Ask all tasks to save and end."""

@@ -1,5 +1,8 @@
 """The record of attempts: what is written is read, whatever a killed writer left."""
 
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,41 @@ def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / ATTEMPTS).mkdir()
     with pytest.raises(UserError, match="cannot be read"):
         read_attempts(tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), (disk / "ballast").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_an_end_finds_room_on_a_full_disk(small_disk: Path) -> None:
+    """That of the attempt that met it, however long its reason; one line more than fits is refused whole."""
+    folder = small_disk / "job"
+    record_start(folder, attempt(1))
+    fill(small_disk)
+    end = replace(END, reason="No space left on device " * 300)
+    record_end(folder, 1, end)
+    assert read_attempts(folder).attempts[0].end == end
+    fill(small_disk)
+    before = (folder / ATTEMPTS).read_bytes()
+    with pytest.raises(UserError, match=r"attempts\.jsonl: could not be written: No space left"):
+        record_end(folder, 1, replace(end, reason="again " * 2000))
+    assert (folder / ATTEMPTS).read_bytes() == before
+    (small_disk / "ballast").unlink()
+    record_start(folder, attempt(2))
+    fill(small_disk)
+    record_end(folder, 2, end)
+    assert [found.end for found in read_attempts(folder).attempts] == [end, end]

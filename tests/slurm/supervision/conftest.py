@@ -7,9 +7,7 @@ import pytest
 
 from tests.forked import DITMOE, run_forked
 from tests.slurm.cluster import Cluster
-from tests.slurm.supervision.supervised import CONFIG, Supervised
-
-STEPS = 80
+from tests.slurm.supervision.supervised import CONFIG, STEPS, Supervised
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """A tiny training run as a job of the virtual cluster, under the supervisor, and what its files say."""
 
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +13,7 @@ from typing import Any
 from ditmoe.parallel.checkpoint.folder import newest_checkpoint, read_weights
 from ditmoe.slurm.attempts import Record, read_attempts
 from ditmoe.slurm.job_folder import PHASES, Job, training_folder
+from tests.forked import DITMOE
 from tests.slurm.cluster import Cluster
 
 CONFIG = """
@@ -22,6 +25,7 @@ parallel: {{expert: 2, zero: 1}}
 train: {{steps: {steps}, batch: 16, precision: fp32, log_every: 1, checkpoint_every: 5}}
 optim: {{lr: 1.0e-3}}
 """
+STEPS = 80
 SCRIPT = """
 export OMP_NUM_THREADS=1
 {path}
@@ -47,6 +51,30 @@ def weights(run: Path) -> dict[str, bytes]:
     newest = newest_checkpoint(run)
     assert newest is not None
     return {name: tensor.numpy().tobytes() for name, tensor in read_weights(newest, "weights").items()}
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of this machine or of a virtual node, by this machine's numbers."""
+
+    pid: int
+    parent: int
+    command: tuple[str, ...]
+    variables: tuple[str, ...]
+
+
+def processes() -> list[Process]:
+    """All that run now."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "status").read_text().partition("PPid:")[2].split()[0])
+            command, variables = ((folder / name).read_bytes().split(b"\0") for name in ("cmdline", "environ"))
+        except (OSError, IndexError):  # it has ended
+            continue
+        texts = (tuple(map(os.fsdecode, entries[:-1])) for entries in (command, variables))
+        found.append(Process(int(folder.name), parent, *texts))
+    return found
 
 
 @dataclass
@@ -90,6 +118,42 @@ class Supervised:
         )
         return self.job
 
+    def submit_as_a_user(self, *options: str) -> str:
+        """Hand the job in by `ditmoe submit`: its script and a copy of the program lie in the job folder."""
+        command = [sys.executable, *DITMOE, "submit", "train", str(self.config), "--nodes=2", *options]
+        done = subprocess.run(
+            command, env=self.cluster.environment, cwd=self.run.parent, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        self.job = self.record.submissions[-1].job
+        return self.job
+
+    def status(self) -> str:
+        """What `ditmoe status` shows of the run."""
+        command = [sys.executable, *DITMOE, "status", str(self.run)]
+        done = subprocess.run(command, env=self.cluster.environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def of_rank(self, rank: int) -> list[int]:
+        """A rank's process, and then those below it; none where it does not run."""
+        place = str(self.run.parent)
+        tasks = {
+            process.pid: process
+            for process in processes()
+            if f"SLURM_PROCID={rank}" in process.variables
+            and "ditmoe.launcher" in process.command
+            and process.command[0] != "srun"
+            and any(word.startswith(place) for word in process.command)
+        }
+        return sorted(tasks, key=lambda pid: tasks[pid].parent in tasks)
+
+    def of_supervisor(self) -> tuple[int, int] | None:
+        """The supervisor's process and that of the batch script, its parent; None where it does not run."""
+        folder = str(training_folder(self.run).path)
+        found = [each for each in processes() if {"ditmoe.slurm.supervise", folder} <= {*each.command}]
+        return (found[0].pid, found[0].parent) if found else None
+
     @property
     def record(self) -> Record:
         return read_attempts(training_folder(self.run).path)
@@ -97,8 +161,8 @@ class Supervised:
     @property
     def output(self) -> str:
         """What the job printed so far."""
-        path = training_folder(self.run).path / "output.txt"
-        return path.read_text(errors="replace") if path.exists() else ""
+        files = sorted(training_folder(self.run).path.glob("output*.txt"))
+        return "".join(file.read_text(errors="replace") for file in files)
 
     @property
     def steps(self) -> int:

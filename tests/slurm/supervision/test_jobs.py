@@ -67,6 +67,50 @@ def test_what_is_not_requeued(play: Callable[..., Supervised], cluster: Cluster)
     assert len(job.record.attempts) == 1 and "not started" in job.output
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_a_wrong_configuration(make_run: Callable[..., Supervised], cluster: Cluster) -> None:
+    """Of training itself: one start, and `ditmoe status` has its message."""
+    job = make_run()
+    job.config.write_text(job.config.read_text().replace("lr: 1.0e-3", "lr: much"))
+    job.prepare()
+    number = job.submit()
+    cluster.wait_for_state(number, "FAILED")
+    facts = cluster.job(number)
+    assert (facts["ExitCode"], facts["Restarts"], facts["NodeList"]) == ("2:0", "0", "n[1-2]")
+    (end,) = ends(job)
+    assert (end.outcome, end.decision, end.suspects) == ("user-error", "stop", ()), job.output
+    assert "optim.lr" in end.reason and "much" in end.reason and "Traceback" not in job.output
+    told = job.status()
+    assert "failed" in told and "optim.lr" in told and "much" in told, told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_two_jobs_of_a_run_at_once(play: Callable[..., Supervised], cluster: Cluster) -> None:
+    """Under names of their own, so that Slurm runs both: the second waits a while, says which works, and ends."""
+    body = """
+    echo $SLURM_JOB_ID >> $run/worked
+    until [ -e $run/go ]; do sleep 0.1; done
+    save 3; tell complete"""
+    job = play(body, nodes=1)
+    first = job.submit("--nodes=1")
+    job.wait((job.run / "worked").exists, "the first job's program")
+    second = job.submit("--nodes=1", "--job-name=another")
+    cluster.wait_for_state(second, "RUNNING")
+    cluster.wait_for_state(second, "FAILED", seconds=120)
+    assert cluster.job(second)["ExitCode"] == "2:0"
+    assert f"job {first} on n1 works on it; expected no other" in job.output
+    assert cluster.state(first) == "RUNNING"
+    third = job.submit("--nodes=1", "--job-name=a-third")
+    cluster.wait_for_state(third, "RUNNING")
+    (job.run / "go").touch()
+    cluster.wait_for_state(first, "COMPLETED")
+    cluster.wait_for_state(third, "COMPLETED")
+    assert (job.run / "worked").read_text().split() == [first, third]
+    assert [attempt.job for attempt in job.record.attempts] == [first, third], job.output
+
+
 @pytest.mark.timeout(280)
 def test_attempts_that_bring_nothing(play: Callable[..., Supervised], cluster: Cluster) -> None:
     """One dies with its task, one with its batch script's supervisor, one of a signal: then it is enough."""

@@ -1,5 +1,6 @@
 """One attempt under the supervisor, with a queue and steps that the test plays."""
 
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from ditmoe.slurm.job_folder import PHASES, Job, JobFolder, training_folder
 from ditmoe.slurm.requeue import EXIT_NO_PROGRESS
 from ditmoe.slurm.supervise import Supervisor
 from ditmoe.slurm.supervision.patience import Shared, Teller
-from ditmoe.slurm.supervision.step import Step, TaskFailure, task_failure
+from ditmoe.slurm.supervision.step import Step, TaskFailure, task_failure, user_message
 from ditmoe.slurm.supervision.work import is_cancelled
 
 HOSTS = "n[1-3]"
@@ -404,6 +405,18 @@ def test_a_shared_folder_that_hangs(scene: Scene, monkeypatch: pytest.MonkeyPatc
     assert scene.slurm.orders == ["scontrol requeue 7"]
 
 
+def test_a_disk_that_is_full_before_the_start(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(supervise.Terms, "write", refuses)
+    monkeypatch.setattr(os, "pwrite", refuses)
+    assert scene.attempt(completes(scene)) == 2
+    (end,) = scene.ends()
+    assert (end.outcome, end.decision, scene.commands) == ("user-error", "stop", [])
+    assert f"{scene.folder.heartbeats}: could not be written: No space left on device" in end.reason
+
+
 def test_another_supervisor(scene: Scene) -> None:
     with open(scene.folder.path / "lock", "w") as file:
         file.write("job 6 on n9\n")
@@ -446,6 +459,22 @@ def test_work_without_checkpoints(tmp_path: Path, scene: Scene) -> None:
 def test_what_srun_says_of_tasks(line: str, expected: tuple[tuple[str, ...], int | None] | None) -> None:
     found = task_failure(line)
     assert (found and (found.hosts, found.code)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("error: no such file\nsrun: error: n1: task 0: Killed\n  x\n", "no such file"),
+        (
+            "error: a.yaml: 2 problems\nerror: a.yaml: 2 problems\n    lr = 'x': wrong\n    lr = 'x': wrong\n"
+            "    depth = 0: wrong\n    depth = 0: wrong\nsrun: error: n2: task 1: Exited with exit code 2\n",
+            "a.yaml: 2 problems: lr = 'x': wrong; depth = 0: wrong",
+        ),
+        ("  a warning\nsrun: error: n1: task 0: Killed\n", ""),
+    ],
+)
+def test_the_message_of_a_users_error(text: str, message: str) -> None:
+    assert user_message(text.splitlines(keepends=True)) == message
 
 
 SRUN = """#!/bin/bash

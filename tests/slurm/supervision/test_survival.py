@@ -10,19 +10,6 @@ import pytest
 from tests.slurm.supervision.supervised import Supervised, curve, weights
 
 
-def pid_of_rank(supervised: Supervised, rank: int) -> int:
-    """The process of a rank, by this machine's numbers."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (folder / "environ").read_bytes().split(b"\0")
-            command = (folder / "cmdline").read_bytes()
-        except OSError:  # it has ended
-            continue
-        if f"SLURM_PROCID={rank}".encode() in variables and str(supervised.config).encode() in command:
-            return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_survives(make_run: Callable[..., Supervised], undisturbed: Path) -> None:
@@ -47,7 +34,7 @@ def test_a_run_survives(make_run: Callable[..., Supervised], undisturbed: Path) 
     assert of(2) == ("stopped", "requeue")
 
     run.wait_for_training(3)
-    os.kill(pid_of_rank(run, 1), signal.SIGSTOP)
+    os.kill(run.of_rank(1)[0], signal.SIGSTOP)
     assert of(3) == ("hung", "requeue")
     end = run.record.attempts[2].end
     assert end is not None and "rank 1 (n2)" in end.reason, end
