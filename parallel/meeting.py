@@ -91,7 +91,7 @@ def _wait_for_all(process: ThisProcess, store: Store, number: int, begin: float,
             those = f"{len(missing)} of {process.ranks} processes (WORLD_SIZE), rank {names}"
             if waited > patience.limit:
                 raise MissingProcessesError(
-                    f"rank {process.rank} waited {waited:.0f} s at {where} in vain for {those}"
+                    f"rank {process.rank} waited {waited:.0f} s at {where} in vain for {those}", missing
                 )
             _say_waiting(f"rank {process.rank} waits at {where} for {those}", patience)
             told = True
@@ -165,7 +165,7 @@ def _find(process: ThisProcess, number: int, patience: Patience) -> Store:
         waited, reason = time.monotonic() - begin, reasons[0]
         if waited > patience.limit:
             raise MissingProcessesError(
-                f"rank {process.rank} waited {waited:.0f} s in vain for rank 0 at {_where(process)}: {reason}"
+                f"rank {process.rank} waited {waited:.0f} s in vain for rank 0 at {_where(process)}: {reason}", [0]
             )
         if waited > patience.told_after and not told:
             _say_waiting(f"rank {process.rank} waits for rank 0 at {_where(process)}: {reason}", patience)

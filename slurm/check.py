@@ -1,8 +1,8 @@
 """The check of a job's nodes before its ranks start: a broken node is named now, not blamed for a hang later.
 
 Every task of the step runs `python -m ditmoe.slurm.check` and prints one line. The first task of each node looks
-at the node: its devices, its memory, whether the shared folder can be written, and its clock. Then all tasks sum a
-number over all of them, by the library that training uses.
+at the node: its devices, its memory, whether the shared folder can be written, and its clock. Then all tasks meet,
+as the ranks of a run do, and sum a number over all of them: by gloo, and on GPUs by NCCL.
 """
 
 import json
@@ -10,21 +10,30 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import MissingProcessesError, UserError
 from ditmoe.model.outside.files import replacing
 from ditmoe.model.outside.text import printable
 from ditmoe.slurm.environment import Step, rank_variables, step_of
 from ditmoe.slurm.supervision.patience import Shared
 
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
 MARK: Final = "ditmoe-check "
 """Begins the line of a report; other lines of a task are not meant for the supervisor."""
 FOLDER_SECONDS: Final = 60.0
 MEETING_SECONDS: Final = 120.0
+"""How long tasks wait for those that have not come."""
+SUM_SECONDS: Final = 40.0
+"""For making a group, for each sum, and for leaving together. All these limits one after the other are within the
+supervisor's for the whole check, so that tasks say what they miss before they are killed."""
+MEMINFO: Final = Path("/proc/meminfo")
 CLOCK_SECONDS: Final = 300.0
 """How far a node's clock may be from the batch node's, the time that srun takes to start tasks included."""
 FREE_MEMORY: Final = 0.05
@@ -42,6 +51,8 @@ class NodeReports:
         """What is wrong, where that names no host."""
         self._heard: set[str] = set()
         self._group: list[str] = []
+        self._missed: dict[str, set[str]] = {}
+        """Host → the hosts that waited for it in vain."""
 
     @property
     def passed(self) -> bool:
@@ -70,10 +81,13 @@ class NodeReports:
         if problems:
             self.failed[host] = ", ".join(filter(None, [self.failed.get(host), *problems]))
         for other in missing:
-            self.failed.setdefault(other, "did not come to the sum over all tasks")
+            self._missed.setdefault(other, set()).add(host)
 
     def finish(self, hosts: Sequence[str], late: float | None, code: int | None, words: str) -> None:
         """Once the step has ended: hosts that said nothing have failed, unless none said anything.
+
+        So have those that most others waited for in vain. Two that miss each other say nothing of which is at
+        fault: where all hosts are missed alike, none is named.
 
         Args:
             hosts: of the job.
@@ -88,6 +102,11 @@ class NodeReports:
                 self.failed.setdefault(host, f"gave no answer {within}")
         elif silent:
             self.problem = f"no node gave an answer {within}"
+        most = max(map(len, self._missed.values()), default=0)
+        absent = [host for host, others in self._missed.items() if len(others) == most]
+        if len(absent) < len(hosts):
+            for host in absent:
+                self.failed.setdefault(host, "did not come to the sum over all tasks")
         if self.passed and (self._group or code):
             self.problem = self._group[0] if self._group else words or f"exit code {code}"
 
@@ -101,9 +120,14 @@ def check_command(srun: Sequence[str], folder: Path, gpus: int, now: float) -> l
         gpus: of each node.
         now: seconds since 1970 on this node.
     """
-    # A task that fails lets the others say what they found.
-    kept = [word for word in srun if not word.startswith("--kill-on-bad-exit")]
-    return [*kept, "-m", "ditmoe.slurm.check", str(folder), str(gpus), f"{now:.3f}"]
+    # A task that fails lets the others say what they found, whatever the cluster's settings are; and a rank's host
+    # is known where tasks are dealt out node by node.
+    own = ["--kill-on-bad-exit=0", "--wait=0", "--distribution=block"]
+    place = srun.index("--kill-on-bad-exit=1")
+    return [
+        *(*srun[:place], *own, *srun[place + 1 :]),
+        *("-m", "ditmoe.slurm.check", str(folder), str(gpus), f"{now:.3f}"),
+    ]
 
 
 def clock_problem(now: float, others: float) -> str | None:
@@ -169,41 +193,59 @@ def device_problems(gpus: int) -> list[str]:
     return problems
 
 
-def group_problems(step: Step, variables: Mapping[str, str], gpus: int) -> tuple[list[str], list[str]]:
-    """What kept all tasks from summing a number over all of them, and the hosts that did not come."""
+def node_problems(folder: Path, host: str, gpus: int, now: float) -> list[str]:
+    """What is wrong with this node; arguments as of the functions above, `now` the batch node's clock."""
+    meminfo = MEMINFO.read_text(encoding="utf-8")
+    found = [clock_problem(time.time(), now), memory_problem(meminfo), folder_problem(folder, host)]
+    return [problem for problem in found if problem is not None] + device_problems(gpus)
+
+
+def group_problems(step: Step, gpus: int, sound: bool) -> tuple[list[str], list[str]]:
+    """What kept all tasks from summing a number over all of them, and the hosts that did not come.
+
+    Args:
+        step: of which this process is a task, with the variables of a rank in its environment.
+        gpus: of each node.
+        sound: whether this node is. Tasks of others come as well, so that nobody waits for them, and then none
+            tries its GPU.
+    """
     import torch
     import torch.distributed as dist
-    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-    rank, ranks = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-    patience = timedelta(seconds=MEETING_SECONDS)
-    store = None
+    from ditmoe.parallel import processes
+    from ditmoe.parallel.meeting import Patience
+    from ditmoe.parallel.ranks import own_device
+
+    limit = timedelta(seconds=SUM_SECONDS)
     try:
-        store = TCPStore(
-            variables["MASTER_ADDR"],
-            int(variables["MASTER_PORT"]),
-            ranks,
-            is_master=rank == 0,
-            timeout=patience,
-            wait_for_workers=False,
-        )
-        store.set(f"rank {rank}", "here")
-        store.wait([f"rank {other}" for other in range(ranks)], patience)
-        meeting = PrefixStore("sum", store)
-        device = torch.device("cuda", int(variables["LOCAL_RANK"])) if gpus else torch.device("cpu")
-        dist.init_process_group(
-            "nccl" if gpus else "gloo", store=meeting, rank=rank, world_size=ranks, timeout=patience
-        )
-        total = torch.ones(1, device=device)
-        dist.all_reduce(total)
-        dist.destroy_process_group()
-        return ([] if float(total) == ranks else [f"the sum over all tasks is {float(total):g}, not {ranks}"]), []
-    except RuntimeError as error:
-        missing = [] if store is None else [other for other in range(ranks) if not store.check([f"rank {other}"])]
-        words = str(error).splitlines()[0]
-        return [f"the sum over all tasks failed on {socket.gethostname()}: {words}"], _hosts_of_ranks(
-            step, missing
-        )
+        processes.meet(torch.device("cpu"), limit, Patience(told_after=30.0, limit=MEETING_SECONDS))
+        unsound = _sum(torch.tensor([0.0 if sound else 1.0, 1.0]))
+        sums = [unsound[1]]
+        if gpus and unsound[0] == 0:
+            device = own_device("cuda", "--gpus-per-node")
+            torch.cuda.set_device(device)
+            by_nccl = dist.new_group(backend="nccl", timeout=limit)
+            sums += _sum(torch.ones(1, device=device), by_nccl)
+        processes.leave()  # rank 0 holds the store, which the others need until they have their sums
+    except MissingProcessesError as error:
+        return [_failed(error)], _hosts_of_ranks(step, error.ranks)
+    except (UserError, RuntimeError) as error:
+        return [_failed(error)], []
+    wrong = [total for total in sums if total != step.tasks]
+    return [f"the sum over all tasks is {total:g}, not {step.tasks}" for total in wrong], []
+
+
+def _sum(values: "torch.Tensor", group: "dist.ProcessGroup | None" = None) -> list[float]:
+    """The sums of the values of all tasks."""
+    import torch.distributed as dist
+
+    dist.all_reduce(values, group=group)
+    return [float(value) for value in values]
+
+
+def _failed(error: Exception) -> str:
+    first = str(error).partition("\n")[0]
+    return f"the sum over all tasks failed on {socket.gethostname()}: {first}"
 
 
 def _hosts_of_ranks(step: Step, ranks: Sequence[int]) -> list[str]:
@@ -216,16 +258,13 @@ def main() -> None:
     """Check this node, and the connection to the others; the exit code is 1 where something is wrong."""
     folder, gpus, now = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    problems: list[str] = []
-    if os.environ.get("SLURM_LOCALID", "0") == "0":
-        meminfo = Path("/proc/meminfo").read_text(encoding="utf-8")
-        found = [clock_problem(time.time(), now), memory_problem(meminfo), folder_problem(folder, host)]
-        problems += [problem for problem in found if problem is not None] + device_problems(gpus)
-    step, variables = step_of(os.environ), rank_variables(os.environ)
+    problems = node_problems(folder, host, gpus, now) if os.environ.get("SLURM_LOCALID", "0") == "0" else []
+    step = step_of(os.environ)
+    os.environ.update(rank_variables(os.environ))
     group: list[str] = []
     missing: list[str] = []
-    if step is not None and variables and not problems:
-        group, missing = group_problems(step, variables, gpus)
+    if step is not None and step.tasks > 1:
+        group, missing = group_problems(step, gpus, sound=not problems)
     report = {"host": host, "problems": problems, "group": group, "missing": missing}
     print(MARK + json.dumps(report), flush=True)
     # A thread that waits for the folder would hold up the interpreter's own end.

@@ -45,7 +45,7 @@ from ditmoe.slurm.supervision.work import is_cancelled, progress, reason_of, run
 HEARD: Final = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 LOCK_SECONDS: Final = 60.0
 """How long to wait for another supervisor of the job folder to end."""
-CHECK_SECONDS: Final = 300.0
+CHECK_SECONDS: Final = 420.0
 """How long the check of the nodes may take."""
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h

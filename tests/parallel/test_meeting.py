@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import MissingProcessesError, UserError
 from ditmoe.parallel import meeting
 from ditmoe.parallel.meeting import Meeting, Patience, meet
 from ditmoe.parallel.ranks import ThisProcess
@@ -28,15 +28,19 @@ def port() -> Iterator[int]:
 
 
 def test_waiting_says_for_whom_and_where_and_ends(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=rf"rank 0 waited 1 s at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2"):
+    expected = rf"rank 0 waited 1 s at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2"
+    with pytest.raises(MissingProcessesError, match=expected) as error:
         meet(ThisProcess(0, 3, 0, port=port, started=True), SOON)
+    assert error.value.ranks == (1, 2)
     said = capsys.readouterr().err
     assert re.search(rf"rank 0 waits at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2; for 0\.6 s at most", said)
 
 
 def test_a_rank_without_the_first(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match=rf"rank 2 waited 1 s in vain for rank 0 at 127\.0\.0\.1:{port}"):
+    expected = rf"rank 2 waited 1 s in vain for rank 0 at 127\.0\.0\.1:{port}"
+    with pytest.raises(MissingProcessesError, match=expected) as error:
         meet(ThisProcess(2, 3, 2, port=port, started=True), SOON)
+    assert error.value.ranks == (0,)
     assert capsys.readouterr().err.count("rank 2 waits for rank 0 at") == 1
 
 

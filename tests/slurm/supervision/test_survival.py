@@ -58,3 +58,36 @@ def test_a_run_survives(make_run: Callable[..., Supervised], undisturbed: Path) 
     # A lost node's job is signalled on the others: its end is seen or not, as fast as they are.
     assert outcomes.pop(4) in ("cut-off", "stopped", "failed")
     assert outcomes == ["stopped", "stopped", "hung", "stopped", "complete"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_survives_usr1_and_the_loss_of_a_node(
+    make_run: Callable[..., Supervised], undisturbed: Path
+) -> None:
+    """The signal reaches all processes of the step; the power of n2 goes, and with it all that ran there."""
+    run = make_run()
+    cluster = run.cluster
+    run.prepare(limits={"step": 20.0})
+    job = run.submit()
+
+    run.wait_for_training(1)
+    cluster.run("scancel", "--signal=USR1", job)
+    run.wait_for_end(1)
+
+    run.wait_for_training(2)
+    cluster.kill_node("n2")
+    cluster.wait(lambda: cluster.node_states()["n2"].startswith("down"), "the controller to notice", 90)
+    cluster.wait(lambda: cluster.job(job)["Restarts"] == "2", lambda: f"the requeue: {run.output[-3000:]}", 90)
+    cluster.start_node("n2")
+
+    cluster.wait_for_state(job, "COMPLETED", seconds=200)
+    assert curve(run.run) == curve(undisturbed)
+    assert weights(run.run) == weights(undisturbed)
+    first, second, *others, last = (attempt.end for attempt in run.record.attempts if attempt.end is not None)
+    assert (first.outcome, first.decision) == ("stopped", "requeue") and "SIGUSR1" in first.reason, first
+    # Who is sooner: rank 0, which misses rank 1, or Slurm, which ends the job on the other nodes.
+    assert second.outcome in ("cut-off", "stopped", "failed") and second.decision == "requeue", second
+    # Slurm may end the next attempt on n2 as well: it still has an order to end the job there, which it repeats.
+    assert {end.decision for end in others} <= {"requeue"}, others
+    assert (last.outcome, last.decision) == ("complete", "done")
