@@ -14,7 +14,7 @@ import yaml
 
 from ditmoe.launcher.commands.data import encode, synthesize
 from ditmoe.launcher.commands.evaluate import command as evaluate
-from ditmoe.launcher.commands.submit.options import _JOB_OPTIONS, _SETTINGS, Asked
+from ditmoe.launcher.commands.submit.options import _JOB_OPTIONS, _SETTINGS, Asked, asks_slurm
 from ditmoe.launcher.commands.submit.other_jobs import (
     encoding_job,
     evaluation_job,
@@ -83,6 +83,40 @@ def test_options_come_before_the_site_file(site: Callable[..., Path]) -> None:
     assert (settings.partition, settings.time, settings.account, settings.nodes) == ("gpu", "30", "team", 1)
     assert settings.sbatch == {"exclusive": True, "nice": "9", "hold": True}
     assert settings.limits == {"save": "1h", "step": "5m"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), (7, False)),
+        (("--check", "--attempts", "1"), (1, True)),
+        (("--attempts=4",), (4, False)),
+        (("--no-check",), (7, False)),
+    ],
+)
+def test_attempts_and_check_on_the_command_line(
+    site: Callable[..., Path], options: tuple[str, ...], expected: tuple[int, bool]
+) -> None:
+    """What is not given is the site file's word, and then the default."""
+    seen: list[Asked] = []
+
+    @asks_slurm
+    def command(asked: Asked) -> None:
+        seen.append(asked)
+
+    app = typer.Typer()
+    app.command()(command)
+    path = site(attempts=7, check=False)
+    app([*options, f"--site={path}"], standalone_mode=False)
+    app([option for option in options if option != "--check"], standalone_mode=False)
+    of_site, alone = (each.settings() for each in seen)
+    assert (of_site.attempts, of_site.check) == expected
+    assert (alone.attempts, alone.check) == (expected[0] if expected[0] != 7 else 3, "--no-check" not in options)
+
+
+def test_attempts_that_are_none() -> None:
+    with pytest.raises(UserError, match="--attempts"):
+        job_settings(None, {"attempts": 0})
 
 
 def test_where_the_site_file_is_looked_for(

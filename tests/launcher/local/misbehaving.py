@@ -34,6 +34,17 @@ def command(kind: str, folder: Path) -> None:
         processes.join(torch.device("cpu"))
         atexit.register(os.abort)  # as threads of a group may end the interpreter's own end
         raise UserError("data.sources: a mistake that shows late")
+    elif kind == "missing-ranks":
+        from datetime import timedelta
+
+        import torch
+
+        from ditmoe.parallel import processes
+        from ditmoe.parallel.meeting import Patience
+
+        if os.environ["RANK"] == "1":
+            hang_in_a_collective()
+        processes.meet(torch.device("cpu"), timedelta(minutes=1), Patience(told_after=60, limit=0.3))
     elif kind == "crash-1":
         if rank != 1:
             hang_in_a_collective()

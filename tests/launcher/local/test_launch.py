@@ -86,6 +86,30 @@ def test_the_exit_code_of_an_error_in_a_process_group(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err.count("a mistake that shows late") == 1
 
 
+@pytest.mark.timeout(120)
+def test_missing_ranks_are_no_mistake_of_the_user(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, so that a job is queued again, where 2 would end it; and a message without a traceback."""
+    assert start("missing-ranks", tmp_path) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("rank 0 waited ") and "in vain for 1 of 2 processes (WORLD_SIZE), rank 1" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.timeout(120)
+def test_missing_ranks_of_a_process_that_srun_started(tmp_path: Path) -> None:
+    """There is no process of ours above it, which could tell."""
+    rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "12345"}
+    done = subprocess.run(
+        [*MISBEHAVING, "missing-ranks", str(tmp_path)],
+        env={**os.environ, **rank, "DITMOE_MEETING": "7.0.0"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: rank 0 waited ") and "Traceback" not in done.stderr
+
+
 def test_one_crash_ends_a_hanging_group(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert start("crash-1", tmp_path, processes=3) == 1  # the others would hang for ever
     assert not any(alive(pid) for pid in pids(tmp_path, 3))
