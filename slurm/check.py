@@ -87,7 +87,7 @@ class NodeReports:
         """Once the step has ended: hosts that said nothing have failed, unless none said anything.
 
         So have those that most others waited for in vain. Two that miss each other say nothing of which is at
-        fault: where all hosts are missed alike, none is named.
+        fault: where all hosts are missed alike, none is named. A job's only host is at fault for all.
 
         Args:
             hosts: of the job.
@@ -107,6 +107,8 @@ class NodeReports:
         if len(absent) < len(hosts):
             for host in absent:
                 self.failed.setdefault(host, "did not come to the sum over all tasks")
+        if len(hosts) == 1 and self._group:
+            self.failed.setdefault(hosts[0], self._group[0])  # there is no other that could be at fault
         if self.passed and (self._group or code):
             self.problem = self._group[0] if self._group else words or f"exit code {code}"
 

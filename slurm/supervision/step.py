@@ -85,6 +85,7 @@ class Step:
         self._show, self._ended, self._take = show, ended, take
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._first: TaskFailure | None = None
+        self._finished = threading.Event()
         self._process = subprocess.Popen(
             command,
             env=dict(environment),
@@ -103,8 +104,8 @@ class Step:
 
     @property
     def returned(self) -> int | None:
-        """srun's exit code; None while it runs."""
-        return self._process.poll()
+        """srun's exit code; None while it runs, or what it said last is still being read."""
+        return self._process.returncode if self._finished.is_set() else None
 
     @property
     def failure(self) -> TaskFailure | None:
@@ -144,12 +145,13 @@ class Step:
             self._process.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+        self._finished.wait()
 
     def _wait(self) -> None:
         self._process.wait()
         for reader in self._readers:
             reader.join(2.0)  # a process that a task has left behind may hold the pipe
+        self._finished.set()
         self._ended()
 
     def _read_errors(self) -> None:

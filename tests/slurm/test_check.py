@@ -268,6 +268,13 @@ def test_who_is_to_blame(lines: list[str], failed: dict[str, str]) -> None:
     assert reports_of(*lines).failed == failed
 
 
+def test_the_only_host_is_to_blame() -> None:
+    """Its second task waited for the first, which hangs with its GPU; or none could sum."""
+    assert reports_of(alone("n1", "n1"), hosts=1, late=420.0).failed == {"n1": "failed on n1"}
+    assert reports_of(alone("n1"), alone("n1"), hosts=1, code=1).failed == {"n1": "failed on n1"}
+    assert reports_of(line("n1"), hosts=1).passed
+
+
 def test_two_that_miss_each_other_are_not_told_apart() -> None:
     reports = reports_of(alone("n1", "n2"), alone("n2", "n1"), hosts=2, code=1)
     assert reports.failed == {} and reports.problem == "failed on n1" and not reports.passed

@@ -104,6 +104,8 @@ class Scene:
         self.slurm = Slurm()
         self.restart = 0
         self.commands: list[list[str]] = []
+        self.checking: Callable[[PlayedStep], int] = lambda step: 0
+        """What a check does once it has said its lines."""
         self.supervisor: Supervisor | None = None
         self.store()
 
@@ -135,7 +137,7 @@ class Scene:
             if take is not None:
                 for line in check:
                     take(line)
-                return PlayedStep(lambda step: 0, environment, ended)
+                return PlayedStep(self.checking, environment, ended)
             return PlayedStep(play, environment, ended)
 
         environment = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": HOSTS, "SLURM_RESTART_COUNT": str(self.restart)}
@@ -277,12 +279,45 @@ def test_a_partition_that_would_have_too_few_nodes(scene: Scene) -> None:
     assert scene.ends()[0].suspects == ("n2",) and scene.ends()[0].excluded == ()
 
 
-def test_a_node_whose_check_fails(scene: Scene) -> None:
+def report(host: str, *problems: str) -> str:
+    return MARK + json.dumps({"host": host, "problems": problems, "group": [], "missing": []})
+
+
+def test_a_node_that_hangs_in_its_check(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a driver that does not come back: the check is killed, and who has said nothing is named."""
+    monkeypatch.setattr(supervise, "CHECK_SECONDS", 0.2)
     scene.store(check=True)
 
-    def report(host: str, *problems: str) -> str:
-        return MARK + json.dumps({"host": host, "problems": problems, "group": [], "missing": []})
+    def hangs(step: PlayedStep) -> int:
+        assert step.killed.wait(60)
+        return 137
 
+    scene.checking = hangs
+    scene.attempt(completes(scene), check=[report("n1"), report("n3")])
+    (end,) = scene.ends()
+    assert (end.outcome, end.decision, end.suspects) == ("node-check", "requeue", ("n2",))
+    assert "n2: gave no answer within 0.2 s" in end.reason and len(scene.commands) == 1
+
+
+def test_a_signal_during_the_check(scene: Scene) -> None:
+    """Nobody is blamed, nothing is started, and the job comes back."""
+    scene.store(check=True)
+
+    def signalled(step: PlayedStep) -> int:
+        assert scene.supervisor is not None
+        scene.supervisor.on_signal(signal.SIGTERM, None)
+        assert step.killed.wait(60)
+        return 143
+
+    scene.checking = signalled
+    scene.attempt(completes(scene), check=[report("n1")])
+    (end,) = scene.ends()
+    assert (end.outcome, end.decision, end.suspects) == ("stopped", "requeue", ())
+    assert end.reason.startswith("SIGTERM came") and len(scene.commands) == 1
+
+
+def test_a_node_whose_check_fails(scene: Scene) -> None:
+    scene.store(check=True)
     lines = [report("n1"), "noise", report("n2", "shows 7 GPUs of 8"), report("n3")]
     scene.attempt(fails(1), check=lines)
     (end,) = scene.ends()
@@ -504,6 +539,16 @@ def test_a_real_step(tmp_path: Path, how: str, returned: int, code: int) -> None
     assert ended.wait(20)
     assert (step.returned, step.code, step.message) == (returned, code, "no such file")
     assert step.words == "n2: task 3: Exited with exit code 2"
+
+
+def test_a_step_has_ended_once_its_last_words_are_read(tmp_path: Path) -> None:
+    """Otherwise the exit code of srun would stand for that of the first task that failed: a user's error."""
+    srun = tmp_path / "srun"
+    srun.write_text('echo noise >&2; echo "srun: error: n2: task 3: Exited with exit code 2" >&2; exit 137\n')
+    step = Step(["bash", str(srun)], os.environ, lambda line: time.sleep(0.4), lambda: None)
+    while step.returned is None:
+        time.sleep(0.005)
+    assert (step.returned, step.code) == (137, 2)
 
 
 def test_patience() -> None:
