@@ -261,12 +261,15 @@ def main() -> None:
     folder, gpus, now = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
     host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     problems = node_problems(folder, host, gpus, now) if os.environ.get("SLURM_LOCALID", "0") == "0" else []
-    step = step_of(os.environ)
-    os.environ.update(rank_variables(os.environ))
     group: list[str] = []
     missing: list[str] = []
-    if step is not None and step.tasks > 1:
-        group, missing = group_problems(step, gpus, sound=not problems)
+    try:
+        step = step_of(os.environ)
+        os.environ.update(rank_variables(os.environ))
+        if step is not None and step.tasks > 1:
+            group, missing = group_problems(step, gpus, sound=not problems)
+    except UserError as error:  # variables that contradict each other, which is no node's fault
+        group = [str(error)]
     report = {"host": host, "problems": problems, "group": group, "missing": missing}
     print(MARK + json.dumps(report), flush=True)
     # A thread that waits for the folder would hold up the interpreter's own end.

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -194,6 +195,22 @@ def test_all_tasks_sum_a_number(tmp_path: Path, port: int, broken: int) -> None:
     assert [json.loads(line.removeprefix(MARK))["host"] for line in lines] == ["n1", "n1", "n2", "n2"]
     assert list(reports.failed) == ([] if broken < 0 else ["n2"]), (reports.shown, done.stderr)
     assert reports.problem is None
+
+
+def test_variables_that_contradict_each_other(tmp_path: Path) -> None:
+    """Such as those that a preamble sets: the message comes in the place of a traceback."""
+    variables = {**task(0, 1), "SLURM_PROCID": "4"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ditmoe.slurm.check", str(tmp_path), "0", f"{time.time()}"],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1 and done.stderr == ""
+    found = json.loads(done.stdout.removeprefix(MARK))
+    assert found["host"] == "n1" and found["missing"] == []
+    assert "SLURM_PROCID = '4' in the environment; expected a number below 4" in found["group"][0]
 
 
 @pytest.fixture
