@@ -148,7 +148,11 @@ def between(points: Sequence[Point], nfe: float) -> Point | None:
     recall = None
     if left.recall is not None and right.recall is not None:
         recall = (1 - share) * left.recall + share * right.recall
-    return Point(nfe, fid, recall, max(left.error, right.error))
+    # The relative errors of independent means, as the logarithms are weighted.
+    relative = math.hypot(
+        *(weight * point.error / point.fid for weight, point in ((1 - share, left), (share, right)) if point.fid)
+    )
+    return Point(nfe, fid, recall, fid * relative)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:

@@ -181,6 +181,12 @@ def test_a_power_law_is_interpolated_exactly_and_never_extrapolated():
     assert between([Point(1, 2, 0.2), Point(4, 2, 0.6)], 2).recall == pytest.approx(0.4)
     assert between([Point(1, 2, None), Point(4, 2, 0.6)], 2).recall is None
     assert between([Point(3, 5), Point(3, 4)], 3).fid == 4  # the better of two at one NFE
+    # Beside a precise point the error is that point's, however wide the far one's; in between both count.
+    wide = [Point(10, 40, error=2.0), Point(20, 3, error=0.03)]
+    assert between(wide, 19.99).error == pytest.approx(0.03, rel=0.01)
+    assert between(wide, 10.01).error == pytest.approx(2.0, rel=0.01)
+    assert between([Point(1, 4, error=0.4), Point(4, 4, error=0.4)], 2).error == pytest.approx(0.4 / math.sqrt(2))
+    assert between([Point(1, 0, error=0.0), Point(4, 4, error=0.4)], 2).error == 0
 
 
 def test_stretches_end_where_the_curves_cross():
