@@ -28,6 +28,14 @@ ENDED_STATES: Final = (
 )
 """States of a job that has ended; a requeued one leaves them again."""
 
+_NEVER: Final = (
+    *("DependencyNeverSatisfied", "BadConstraints", "JobHeldUser", "JobHeldAdmin", "InactiveLimit"),
+    *("PartitionTimeLimit", "PartitionNodeLimit", "PartitionConfig", "PartitionInactive", "PartitionDown"),
+    *("AccountNotAllowed", "QOSNotAllowed", "InvalidAccount", "InvalidQOS", "launch_failed_requeued_held"),
+    *("job_requeued_in_held_state", "ReqNodeNotAvail", "AssocMaxCpuMinutesPerJobLimit", "AssocMaxNodePerJobLimit"),
+)
+"""Reasons of Slurm for which a job does not start unless somebody does something."""
+
 _SEPARATOR: Final = "\x1f"
 """Between the columns of squeue: a job's name may hold any character that a terminal shows."""
 _QUEUE_COLUMNS: Final = _SEPARATOR.join(("%i", "%T", "%r", "%N", "%V", "%S", "%e", "%j"))
@@ -68,6 +76,11 @@ class QueuedJob:
     def has_ended(self) -> bool:
         """Whether nothing of it runs any more."""
         return self.state in ENDED_STATES
+
+    @property
+    def never_starts(self) -> bool:
+        """Whether it waits for something that does not come about by itself."""
+        return self.state == "PENDING" and self.reason.split(",")[0] in _NEVER
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,8 @@ class Queue:
 
 def _complaint(command: Sequence[str], output: Output) -> str:
     """What a program says went wrong, after its name."""
-    return f"{command[0]}: {output.words.removeprefix(f'{command[0]}: ')}"
+    words = re.sub(rf"(^|; ){re.escape(command[0])}: (error: )?", r"\1", output.words)
+    return f"{command[0]}: {words}"
 
 
 def _read(program: str, reader: Callable[[str], QueuedJob], text: str) -> dict[str, QueuedJob] | Unseen:

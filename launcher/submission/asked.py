@@ -9,9 +9,11 @@ from pydantic import BaseModel
 
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.validation import validate_sections
-from ditmoe.launcher.configuration.yaml_reader import read_yaml
+from ditmoe.launcher.configuration.yaml_reader import read_yaml, shortened
 from ditmoe.model.errors import UserError
+from ditmoe.slurm.job_folder import PHASES
 from ditmoe.slurm.submission.settings import JobSettings, contradictions
+from ditmoe.slurm.submission.values import raw_option
 
 SITE_VARIABLE: Final = "DITMOE_SITE"
 USUAL_SITE: Final = Path("~/.config/ditmoe/site.yaml")
@@ -78,13 +80,27 @@ def _option_values(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
         pairs: dict[str, Any] = {}
         for text in values.pop(key, ()):
             name, equals, value = text.partition("=")
-            if key == "limits" and not equals:
-                problems.append(f"--limit {text!a}: expected PHASE=DURATION, such as save=1h")
+            problem = _of_pair(key, name, bool(equals))
+            if problem is not None:
+                problems.append(f"{_REPEATED[key]} {shortened(ascii(text))}: {problem}")
                 continue
             pairs[name] = value if equals else True
         if pairs:
             values[key] = pairs
     return values, problems
+
+
+def _of_pair(key: str, name: str, has_value: bool) -> str | None:
+    """What is wrong with the name of a raw option or of a limit; None: nothing."""
+    if key == "limits":
+        if not has_value:
+            return "expected PHASE=DURATION, such as save=1h"
+        return None if name in PHASES else f"no such phase; expected {', '.join(PHASES)}"
+    try:
+        raw_option(name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _by_option(line: str) -> str:

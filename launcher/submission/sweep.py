@@ -46,10 +46,10 @@ def sweep_jobs(
     training: dict[int, TrainingJob] = {}
     problems: list[str] = []
     for number, cell in enumerate(cells):
-        if read_progress(cell.folder).complete:
-            continue
         try:
             job = training_job(path, list(cell.overrides), settings)
+            if read_progress(cell.folder).reached(job.config.train.steps):
+                continue
             RunFolder(job.config.run.dir).check(job.config)
         except UserError as error:
             problems.append(f"{cell.name}: {error}")

@@ -43,7 +43,7 @@ def run_cells(
         cell, folder = ready.cell, RunFolder(ready.cell.folder)
         heading = f"cell {place + 1} of {len(cells)}, {cell.name}"
         progress = read_progress(cell.folder)
-        if progress.complete:
+        if progress.reached(ready.config.train.steps):
             say(f"{heading}: complete at step {progress.step:,}")
         else:
             say(f"{heading}: from step {progress.step:,} to {ready.config.train.steps:,}")
@@ -54,7 +54,7 @@ def run_cells(
                 log_dir=folder.ranks,
                 threads=ready.config.launch.threads,
             )
-            if code == 0 and not read_progress(cell.folder).complete:
+            if code == 0 and not read_progress(cell.folder).reached(ready.config.train.steps):
                 code = STOPPED
             if code - 128 in STOP_SIGNALS:
                 return _stopped(code, heading, say)

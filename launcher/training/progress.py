@@ -28,7 +28,11 @@ class Progress:
     @property
     def complete(self) -> bool:
         """Whether its last checkpoint is there, and nothing more comes."""
-        return self.config is not None and self.step >= self.config.train.steps
+        return self.config is not None and self.reached(self.config.train.steps)
+
+    def reached(self, steps: int) -> bool:
+        """Whether so many steps are done, and their checkpoint is there: it may be asked for more than before."""
+        return self.config is not None and self.step >= steps
 
 
 def read_progress(run: Path) -> Progress:

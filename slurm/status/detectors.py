@@ -30,13 +30,6 @@ _NAMED: Final = 8
 """Ranks that a finding lists."""
 _FRUITLESS: Final = 2
 """Attempts in a row without progress."""
-_NEVER: Final = (
-    *("DependencyNeverSatisfied", "BadConstraints", "JobHeldUser", "JobHeldAdmin", "InactiveLimit"),
-    *("PartitionTimeLimit", "PartitionNodeLimit", "PartitionInactive", "PartitionDown"),
-    *("AccountNotAllowed", "QOSNotAllowed", "InvalidAccount", "InvalidQOS", "launch_failed_requeued_held"),
-    *("job_requeued_in_held_state", "ReqNodeNotAvail", "AssocMaxCpuMinutesPerJobLimit", "AssocMaxNodePerJobLimit"),
-)
-"""Reasons of Slurm for which a job does not start unless somebody does something."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +172,12 @@ def never_starts(snapshot: Snapshot, where: Standing) -> Finding | None:
     """A job that the queue will not start by itself."""
     if where.word != "pending" or where.queued is None:
         return None
-    reason = where.queued.reason
-    if reason.split(",")[0] not in _NEVER:
+    if not where.queued.never_starts:
         return None
     return Finding(
-        "never-starts", "problem", f"job {where.queued.job} does not start by itself: Slurm's reason is {reason}"
+        "never-starts",
+        "problem",
+        f"job {where.queued.job} does not start by itself: Slurm's reason is {where.queued.reason}",
     )
 
 

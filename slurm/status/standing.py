@@ -185,6 +185,8 @@ def _word(snapshot: Snapshot, where: Whereabouts) -> tuple[Word, str]:
     if where.kind == "gone":
         if own in ("stopped", "failed") and state is not None:
             return ("stopped", state.reason) if own == "stopped" else ("failed", state.reason)
+        if _never_began(snapshot, where.job):
+            return "stopped", where.reason
         return ended or ("cut off", where.reason)
     if own in ("stopped", "failed") and state is not None:
         follows = f"whether it is tried again is unknown: {where.reason}" if snapshot.jobs else ""
@@ -197,6 +199,12 @@ def _word(snapshot: Snapshot, where: Whereabouts) -> tuple[Word, str]:
     if ended is not None and last is not None and last.end is not None and last.end.decision != "requeue":
         return ended
     return "unknown", where.reason
+
+
+def _never_began(snapshot: Snapshot, job: QueuedJob | None) -> bool:
+    """Whether somebody took a job out of the queue while it waited."""
+    attempts = snapshot.record.attempts
+    return job is not None and job.state == "CANCELLED" and all(attempt.job != job.job for attempt in attempts)
 
 
 def _of_last_attempt(snapshot: Snapshot) -> tuple[Word, str] | None:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import subprocess
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -45,6 +45,9 @@ _NEVER: Final = (
     "WAIT_ALL",
 )
 _BASH_SECONDS: Final = 20
+_SCHEDULER_SECONDS: Final = 3.0
+"""That Slurm may take until it says why a new job waits."""
+_POLL_SECONDS: Final = 0.3
 
 
 def forget_other_jobs(environment: MutableMapping[str, str], settings: JobSettings | None = None) -> None:
@@ -154,6 +157,28 @@ def refuse_second(queue: Queue, name: str, folder: Path) -> None:
                 f"{folder}: job {job.job} is {job.state}{where}; expected none in the queue: wait for its end, or"
                 f" cancel it"
             )
+
+
+def never_starting(queue: Queue, jobs: Sequence[str]) -> list[str]:
+    """A line for each of these jobs of which the queue says already that it will not start by itself.
+
+    Slurm takes a job that asks for more than its partition allows, unless the cluster forbids that, and says so
+    once its scheduler has looked at it.
+    """
+    deadline = time.monotonic() + _SCHEDULER_SECONDS
+    while True:
+        found = queue.jobs(jobs)
+        if isinstance(found, Unseen):
+            return []  # it was taken: `ditmoe status` says what cannot be seen
+        if time.monotonic() > deadline or all(job.state != "PENDING" or job.reason for job in found.values()):
+            break
+        time.sleep(_POLL_SECONDS)
+    return [
+        f"job {job.job} does not start by itself: Slurm's reason is {job.reason}; expected nodes, time and"
+        " partition that go together (`sinfo` lists partitions)"
+        for job in found.values()
+        if job.never_starts and not job.reason.startswith("Dependency")
+    ]
 
 
 @contextmanager

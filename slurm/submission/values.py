@@ -56,7 +56,9 @@ def one_line(text: str) -> str:
 def raw_option(key: str) -> str:
     """The name of one of sbatch's long options. ValueError where it is none, or is not the user's to give."""
     if not re.fullmatch(r"[a-z][a-z0-9-]+", key, re.ASCII):
-        raise ValueError(f"{key!a} is no option of sbatch; expected its long name, such as mail-type")
+        raise ValueError(
+            f"{key!a} is no option of sbatch; expected its long name without dashes, such as mail-type"
+        )
     for owned, reason in OWNED.items():
         # sbatch takes the beginning of an option's name for the option.
         if owned.startswith(key) and key not in _WHOLE:

@@ -116,7 +116,7 @@ def test_the_number_of_a_submitted_job_is_read() -> None:
                 "",
                 "sbatch: error: invalid partition specified: zz\nsbatch: error: Batch job submission failed\n",
             ),
-            "sbatch: error: invalid partition specified: zz; sbatch: error: Batch job submission failed",
+            "sbatch: invalid partition specified: zz; Batch job submission failed",
         ),
         (Output(7, "", ""), "sbatch: exit code 7"),
         (

@@ -11,6 +11,7 @@ from ditmoe.launcher.commands.sweep import FolderOption
 from ditmoe.launcher.commands.words import counted
 
 if TYPE_CHECKING:
+    from ditmoe.slurm.client import Queue
     from ditmoe.slurm.submission.script import Request
     from ditmoe.slurm.submission.settings import JobSettings
 
@@ -30,7 +31,7 @@ EvaluateOption = Annotated[
 ]
 
 
-@app.command("train")
+@app.command("train", short_help="Train, or resume, a run.")
 @asks_slurm
 def train(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")],
@@ -45,12 +46,17 @@ def train(
     """Train, or resume, the run of a configuration as a job, which comes back until the run is complete.
 
     With --evaluate a second job scores it then, on as many nodes.
+
+    Examples: ditmoe submit train configs/photos.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
+
+    ditmoe submit train configs/photos.yaml optim.lr=2e-4 --nodes 2 --gpus-per-node 8 --dry-run
     """
     import shlex
     from dataclasses import replace
 
     from ditmoe.launcher.commands.submit.other_jobs import following_evaluation
     from ditmoe.launcher.submission.training import training_job
+    from ditmoe.launcher.training.progress import read_progress
     from ditmoe.launcher.training.run_folder import RunFolder
     from ditmoe.slurm.client import Queue
     from ditmoe.slurm.submission.submit import refuse_second, script_of, submit
@@ -73,14 +79,18 @@ def train(
     if following is not None:
         refuse_second(queue, following.job.name, following.folder.path)
     RunFolder(job.config.run.dir).check(job.config)
-    jobs = submit(request, queue, job.config_text, job.private)
-    _report(request, jobs)
+    if read_progress(job.config.run.dir).reached(job.config.train.steps):
+        typer.echo(f"{job.config.run.dir}: complete at step {job.config.train.steps:,}; no training is submitted")
+    else:
+        jobs = submit(request, queue, job.config_text, job.private)
+        _report(request, jobs, queue)
+        if following is not None:
+            following = replace(following, after=f"afterok:{jobs[-1]}")
     if following is not None:
-        following = replace(following, after=f"afterok:{jobs[-1]}")
-        _report(following, submit(following, queue))
+        _report(following, submit(following, queue), queue)
 
 
-@app.command("sweep")
+@app.command("sweep", short_help="Train every combination of some keys' values.")
 @asks_slurm
 def sweep(
     config: Annotated[Path, typer.Argument(help="The YAML file of every cell's run.", metavar="CONFIG")],
@@ -101,11 +111,14 @@ def sweep(
     """Train every combination of the keys' values as an array of jobs, each with these nodes; see docs/sweep.md.
 
     What is complete is left out. `ditmoe sweep … --table` tables the results.
+
+    Example: ditmoe submit sweep configs/photos.yaml optim.lr=1e-4,2e-4 --gpus-per-node 8 --at-once 2
     """
     from ditmoe.launcher.commands.submit.other_jobs import following_evaluation
     from ditmoe.launcher.submission.sweep import array_name, array_text, submit_sweep, sweep_jobs
     from ditmoe.launcher.sweep.cells import cells_of, default_folder
     from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.submission.submit import never_starting
 
     settings = asked.settings()
     folder = folder or default_folder(config)
@@ -123,35 +136,65 @@ def sweep(
             name = array_name(jobs.folder / "slurm", "training")
             typer.echo(array_text(name, jobs.folder / "slurm", requests, None, at_once), nl=False)
     else:
-        for what, job in submit_sweep(jobs, Queue(), at_once).items():
+        queue = Queue()
+        submitted = submit_sweep(jobs, queue, at_once)
+        for what, job in submitted.items():
             typer.echo(f"submitted job {job}: {what}")
+        for line in never_starting(queue, list(submitted.values())):
+            typer.echo(f"warning: {line}", err=True)
     typer.echo(
         f"{'# ' * asked.dry_run}{len(cells)} cells, of which {len(cells) - len(jobs.training)} are complete"
     )
 
 
-@app.command("evaluate", context_settings=_PASSED_ON)
+@app.command(
+    "evaluate",
+    context_settings=_PASSED_ON,
+    short_help="Score a run.",
+    options_metavar="[JOB OPTIONS] {RUN} [ITS OPTIONS]",
+)
 @asks_slurm
 def evaluate(context: typer.Context, *, asked: Asked) -> None:
-    """Score a run as a job: RUN and the options of `ditmoe evaluate` follow those below."""
+    """Score a run as a job: RUN and the options of `ditmoe evaluate` stand among those below.
+
+    Examples: ditmoe submit evaluate runs/photos --count 50000 --nodes 2 --gpus-per-node 8
+
+    ditmoe submit evaluate runs/photos --watch --count 5000 --gpus-per-node 1 --time 12:00:00
+    """
     from ditmoe.launcher.commands.submit.other_jobs import evaluation_job
 
     _submit(evaluation_job, context, asked)
 
 
-@app.command("encode", context_settings=_PASSED_ON)
+@app.command(
+    "encode",
+    context_settings=_PASSED_ON,
+    short_help="Encode images into latents.",
+    options_metavar="[JOB OPTIONS] {SHARDS} {OUT} [ITS OPTIONS]",
+)
 @asks_slurm
 def encode(context: typer.Context, *, asked: Asked) -> None:
-    """Encode images as a job: SHARDS, OUT and the options of `ditmoe data encode` follow those below."""
+    """Encode images as a job: SHARDS, OUT and the options of `ditmoe data encode` stand among those below.
+
+    Example: ditmoe submit encode shards/photos shards/latents --vae sd-vae --nodes 4 --gpus-per-node 8
+    """
     from ditmoe.launcher.commands.submit.other_jobs import encoding_job
 
     _submit(encoding_job, context, asked)
 
 
-@app.command("synthesize", context_settings=_PASSED_ON)
+@app.command(
+    "synthesize",
+    context_settings=_PASSED_ON,
+    short_help="Draw a dataset.",
+    options_metavar="[JOB OPTIONS] {OUT} [ITS OPTIONS]",
+)
 @asks_slurm
 def synthesize(context: typer.Context, *, asked: Asked) -> None:
-    """Draw a dataset as a job: OUT and the options of `ditmoe data synthesize` follow those below."""
+    """Draw a dataset as a job: OUT and the options of `ditmoe data synthesize` stand among those below.
+
+    Example: ditmoe submit synthesize shards/drawn --from runs/photos --count 500000 --nodes 4 --gpus-per-node 8
+    """
     from ditmoe.launcher.commands.submit.other_jobs import synthesis_job
 
     _submit(synthesis_job, context, asked)
@@ -165,13 +208,18 @@ def _submit(make: "Callable[[list[str], JobSettings], Request]", context: typer.
     if asked.dry_run:
         typer.echo(script_of(request), nl=False)
         return
-    _report(request, submit(request, Queue()))
+    queue = Queue()
+    _report(request, submit(request, queue), queue)
 
 
-def _report(request: "Request", jobs: list[str]) -> None:
-    """What was submitted, and where to look."""
+def _report(request: "Request", jobs: list[str], queue: "Queue") -> None:
+    """What was submitted, where to look, and whether the queue says already that it will not start."""
+    from ditmoe.slurm.submission.submit import never_starting
+
     after = f", then {', '.join(jobs[1:])}, each after the end of the one before" if len(jobs) > 1 else ""
     tasks = counted(request.job.tasks_per_node, "task")
     typer.echo(f"submitted job {jobs[0]}: {counted(request.job.nodes, 'node')} × {tasks}{after}")
     typer.echo(f"  script  {request.folder.script}")
     typer.echo(f"  output  {request.folder.path / f'output-{jobs[0]}.txt'}")
+    for line in never_starting(queue, jobs):
+        typer.echo(f"warning: {line}", err=True)

@@ -24,12 +24,21 @@ def evaluation_job(arguments: list[str], settings: JobSettings) -> Request:
     if given["watch"]:
         return _watch_job(given["run"].absolute(), arguments, settings)
     checkpoint = find_checkpoint(given["run"], given["step"])
-    if given["step"] is None and checkpoint.resolve() != given["run"].resolve():
-        # Each task looks by itself, and the job may wait: training would write a newer one meanwhile.
-        arguments = [*arguments, f"--step={int(checkpoint.name.removeprefix('step-'))}"]
+    arguments = _of_checkpoint(arguments, given["run"], given["step"], checkpoint)
     run = home_of(checkpoint).absolute()
     folder = evaluation_folder(run, arguments)
     return job_request("evaluate", ("evaluate", *arguments), folder, settings, run)
+
+
+def _of_checkpoint(arguments: list[str], source: Path, step: int | None, checkpoint: Path) -> list[str]:
+    """The arguments with the step of the checkpoint that was found, where they name none.
+
+    Each task looks by itself, and the job may wait: training would write a newer one meanwhile.
+    """
+    if step is not None or checkpoint.resolve() == source.resolve():
+        return arguments
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return [*arguments[:place], f"--step={int(checkpoint.name.removeprefix('step-'))}", *arguments[place:]]
 
 
 def following_evaluation(run: Path, options: str, settings: JobSettings) -> Request:
@@ -70,21 +79,31 @@ def _watch_job(run: Path, arguments: list[str], settings: JobSettings) -> Reques
 
 
 def encoding_job(arguments: list[str], settings: JobSettings) -> Request:
-    """The job of `ditmoe data encode ARGUMENTS`."""
+    """The job of `ditmoe data encode ARGUMENTS`; UserError where images or VAE do not fit."""
+    from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
+    from ditmoe.data.encoding.vae import read_facts
     from ditmoe.launcher.commands.data.encode import command
 
-    return _dataset_job("encode", command, arguments, settings)
+    given = _parsed("data encode", command, arguments)
+    request = _dataset_job("encode", given, arguments, settings)
+    own = {name: given[name] for name in ("dtype", "flips", "format", "seed", "batch", "on_error")}
+    asked = EncodeSettings(**{name: getattr(value, "value", value) for name, value in own.items()})
+    prepare_encoding(given["shards"], given["out"], read_facts(given["vae"]), asked, given["index"])
+    return request
 
 
 def synthesis_job(arguments: list[str], settings: JobSettings) -> Request:
-    """The job of `ditmoe data synthesize ARGUMENTS`."""
+    """The job of `ditmoe data synthesize ARGUMENTS`: of the newest checkpoint, unless they name one."""
     from ditmoe.launcher.commands.data.synthesize import command
+    from ditmoe.sampling.network.load import find_checkpoint
 
-    return _dataset_job("synthesize", command, arguments, settings)
+    given = _parsed("data synthesize", command, arguments)
+    checkpoint = find_checkpoint(given["source"], given["step"])
+    arguments = _of_checkpoint(arguments, given["source"], given["step"], checkpoint)
+    return _dataset_job("synthesize", given, arguments, settings)
 
 
-def _dataset_job(verb: str, command: Callable[..., None], arguments: list[str], settings: JobSettings) -> Request:
-    given = _parsed(f"data {verb}", command, arguments)
+def _dataset_job(verb: str, given: Mapping[str, Any], arguments: list[str], settings: JobSettings) -> Request:
     if given["overwrite"]:
         raise UserError("--overwrite: every attempt of the job would begin anew; expected OUT removed beforehand")
     out = Path(os.path.abspath(given["out"]))  # without `..`, which is no name of a folder

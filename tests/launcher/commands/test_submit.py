@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from ditmoe.launcher.commands.data import encode, synthesize
 from ditmoe.launcher.commands.evaluate import command as evaluate
+from ditmoe.launcher.commands.submit.group import app
 from ditmoe.launcher.commands.submit.options import _JOB_OPTIONS, _SETTINGS, Asked, asks_slurm
 from ditmoe.launcher.commands.submit.other_jobs import (
     encoding_job,
@@ -21,9 +23,11 @@ from ditmoe.launcher.commands.submit.other_jobs import (
     following_evaluation,
     synthesis_job,
 )
+from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.submission.asked import SITE_VARIABLE, job_settings
 from ditmoe.launcher.submission.training import training_job
 from ditmoe.model.errors import UserError
+from ditmoe.slurm.submission.script import Request
 from ditmoe.slurm.submission.settings import JobSettings
 
 Write = Callable[..., Path]
@@ -185,8 +189,9 @@ def test_all_problems_of_the_options_at_once() -> None:
         job_settings(None, given)
     lines = [line.strip() for line in str(told.value).splitlines()]
     assert lines[0] == "options: 5 problems"
-    assert lines[1] == "--limit 'save': expected PHASE=DURATION, such as save=1h"
-    for start in ("--nodes = 0: expected", "--mem = '4Q': expected", "--sbatch = ", "--container-mount = "):
+    assert "--limit 'save': expected PHASE=DURATION, such as save=1h" in lines
+    raw = "--sbatch 'time=3': time has an option of its own; expected it left out"
+    for start in ("--nodes = 0: expected", "--mem = '4Q': expected", raw, "--container-mount = "):
         assert any(line.startswith(start) for line in lines), (start, lines)
 
 
@@ -318,6 +323,46 @@ def test_a_watch_is_of_no_checkpoint(tmp_path: Path) -> None:
     assert made.job.run == str(tmp_path / "run")
 
 
+def test_each_wrong_pair_of_an_option_has_its_line() -> None:
+    with pytest.raises(UserError) as told:
+        job_settings(None, {"sbatch": ("job-name=x", "--exclusive"), "limits": ("stp=3",)})
+    assert [line.strip() for line in str(told.value).splitlines()[1:]] == [
+        "--sbatch 'job-name=x': job-name tells that a run's job is in the queue; expected it left out",
+        "--sbatch '--exclusive': '--exclusive' is no option of sbatch; expected its long name without dashes, such"
+        " as mail-type",
+        "--limit 'stp=3': no such phase; expected start, step, save, evaluation",
+    ]
+
+
+@pytest.fixture
+def inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images, a VAE and a run that are as they should be; those of other tests are not there."""
+    from ditmoe.data.encoding import plan, vae
+    from ditmoe.sampling.network import load
+
+    monkeypatch.setattr(vae, "read_facts", lambda path: None)
+    monkeypatch.setattr(plan, "prepare_encoding", lambda *given: None)
+    monkeypatch.setattr(load, "find_checkpoint", lambda source, step: Path(source, "checkpoints", "step-00000040"))
+
+
+def test_what_a_dataset_is_made_of_is_looked_at_before_anything_waits(tmp_path: Path) -> None:
+    """The job would wait for hours, and end within seconds."""
+    with pytest.raises(UserError, match="v: no such folder; expected the local folder of a diffusers"):
+        encoding_job(["shards", "out", "--vae", "v"], JobSettings())
+    with pytest.raises(UserError, match="run: no such folder; expected a run folder or a checkpoint"):
+        synthesis_job(["--from", "run", "drawn", "--count=9"], JobSettings())
+
+
+@pytest.mark.usefixtures("inputs")
+def test_a_synthesis_is_of_the_checkpoint_that_is_the_newest_now() -> None:
+    """Each task looks by itself, and so does each attempt."""
+    made = synthesis_job(["--from", "run", "--count=9", "--", "drawn"], JobSettings())
+    assert made.job.arguments[2:] == ("--from", "run", "--count=9", "--step=40", "--", "drawn")
+    named = synthesis_job(["--from", "run", "--count=9", "--step=20", "drawn"], JobSettings())
+    assert named.job.arguments[2:] == ("--from", "run", "--count=9", "--step=20", "drawn")
+
+
+@pytest.mark.usefixtures("inputs")
 def test_jobs_that_make_datasets_lie_beside_them(tmp_path: Path) -> None:
     made = encoding_job(["shards", "out/latents", "--vae", "v", "--flips=both"], JobSettings(nodes=3))
     assert made.folder.script == tmp_path / "out" / "latents.slurm" / "submit.sbatch"
@@ -353,11 +398,12 @@ def ditmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_dry_run_prints_a_script_and_writes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
     before = sorted(tmp_path.rglob("*"))
-    done = ditmoe("submit", "encode", "shards", "out", "--vae", "v", "--nodes", "2", "--dry-run", "--time=60")
+    done = ditmoe("submit", "evaluate", "run", "--watch", "--dry-run", "--time=60", "--mem=2G")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=ditmoe-out.slurm-")
-    assert "\n#SBATCH --nodes=2\n" in done.stdout and "\n#SBATCH --time=60\n" in done.stdout
+    assert done.stdout.startswith("#!/bin/bash\n#SBATCH --job-name=ditmoe-evaluate-")
+    assert "\n#SBATCH --mem=2G\n" in done.stdout and "\n#SBATCH --time=60\n" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -396,3 +442,39 @@ def test_a_watch_is_one_task_of_one_node(tmp_path: Path) -> None:
     for settings in (JobSettings(nodes=2), JobSettings(tasks_per_node=4)):
         with pytest.raises(UserError, match="starts the processes of each evaluation itself, on one node"):
             evaluation_job([str(run), "--watch"], settings)
+
+
+@pytest.mark.parametrize(("more", "submitted"), [([], []), (["--evaluate", ""], ["evaluate"])])
+def test_a_complete_run_is_not_trained_again(
+    write_config: Write, monkeypatch: pytest.MonkeyPatch, more: list[str], submitted: list[str]
+) -> None:
+    """Repeated, the command does what is left; asked for more steps, it trains them."""
+    from ditmoe.data.stream.dataset import Dataset
+    from ditmoe.launcher.training import progress
+    from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.submission import submit as submission
+
+    handed: list[Request] = []
+    monkeypatch.setattr(Dataset, "check_files", lambda self: None)
+    monkeypatch.setattr(Queue, "named", lambda self, *names: {})
+    monkeypatch.setattr(Queue, "jobs", lambda self, jobs: {})
+
+    def hand_in(request: Request, *rest: Any) -> list[str]:
+        handed.append(request)
+        return ["7"]
+
+    monkeypatch.setattr(submission, "submit", hand_in)
+    path = write_config()
+    steps = training_job(path, [], JobSettings()).config.train.steps
+    found = progress.Progress(config=RunConfig.model_construct(), step=steps, word="complete", signed=0.0)
+    monkeypatch.setattr(progress, "read_progress", lambda run: found)
+    done = CliRunner().invoke(app, ["train", str(path), *more])
+    assert done.exit_code == 0, done.output
+    assert f"complete at step {steps:,}; no training is submitted" in done.output
+    assert [(request.job.verb, request.after) for request in handed] == [(verb, None) for verb in submitted]
+    handed.clear()
+    assert CliRunner().invoke(app, ["train", str(path), f"train.steps={steps + 1}", *more]).exit_code == 0
+    assert [(request.job.verb, request.after) for request in handed] == [
+        ("train", None),
+        *((verb, "afterok:7") for verb in submitted),
+    ]

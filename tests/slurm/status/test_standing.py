@@ -43,6 +43,13 @@ OLD = state(age=5000)
         (healthy(state=OLD, queue=BLIND, accounts={"7": job("TIMEOUT")}), "cut off", "job 7 has ended: TIMEOUT"),
         (healthy(state=OLD, queue=BLIND, accounts={"7": job("RUNNING")}), "starting", ""),
         (healthy(state=None, queue=BLIND, accounts=BLIND), "unknown", f"{BLIND.reason}; {BLIND.reason}"),
+        # Taken out of the queue before it began, by `ditmoe cancel` or scancel; or while it ran, without a word.
+        (
+            healthy(state=None, record=record(), queue={"7": job("CANCELLED")}),
+            "stopped",
+            "job 7 has ended: CANCELLED",
+        ),
+        (healthy(state=OLD, queue={"7": job("CANCELLED")}), "cut off", "job 7 has ended: CANCELLED"),
         # No job of Slurm.
         (local(), "training", ""),
         (local(state=OLD), "training", ""),

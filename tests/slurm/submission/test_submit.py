@@ -19,7 +19,7 @@ from ditmoe.slurm.submission import submit as module
 from ditmoe.slurm.submission.script import Request, render
 from ditmoe.slurm.submission.settings import JobSettings
 from ditmoe.slurm.submission.snapshot import COMMIT
-from ditmoe.slurm.submission.submit import forget_other_jobs, script_of, submit
+from ditmoe.slurm.submission.submit import forget_other_jobs, never_starting, script_of, submit
 from tests.slurm.submission.golden import request
 
 
@@ -192,3 +192,19 @@ def test_what_another_job_left_in_the_environment_is_forgotten() -> None:
     environment = {**kept, **foreign, **decided}
     forget_other_jobs(environment, JobSettings(partition="own", time="9"))
     assert environment == kept
+
+
+def test_what_the_queue_will_not_start_is_told_at_once(queue: OwnQueue) -> None:
+    """Slurm takes a job that is too large for its partition, and lets it wait for ever."""
+    waiting = QueuedJob("1", "PENDING", "PartitionNodeLimit", (), 1.0, None, None)
+    others = {
+        "2": replace(waiting, job="2", reason="Priority"),
+        "3": replace(waiting, job="3", state="RUNNING", reason=""),
+        "4": replace(waiting, job="4", reason="Dependency"),
+    }
+    answers = [{"1": replace(waiting, reason="")}, {"1": waiting, **others}]  # its scheduler has to look first
+    queue.jobs = lambda jobs: answers.pop(0)  # type: ignore[method-assign]
+    (line,) = never_starting(queue, ["1", "2", "3", "4"])
+    assert line.startswith("job 1 does not start by itself: Slurm's reason is PartitionNodeLimit; expected nodes")
+    queue.jobs = lambda jobs: Unseen("squeue gave no answer")  # type: ignore[method-assign]
+    assert never_starting(queue, ["1"]) == []
