@@ -78,7 +78,8 @@ class Supervisor:
         self.say = say
         self.start_step = start_step
         self.shared = Shared()
-        self.job_id = environment["SLURM_JOB_ID"]
+        self.job_id = environment.get("DITMOE_JOB") or environment["SLURM_JOB_ID"]
+        """`123`; of an element of an array `123_4`, as Slurm's programs take both."""
         self.asked: str | None = None
         """Name of the first signal that asked for an end."""
         self.wake = threading.Event()

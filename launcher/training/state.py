@@ -45,7 +45,8 @@ class RunState:
     time: float = field(default_factory=time.time)
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
-    job: str | None = field(default_factory=lambda: os.environ.get("SLURM_JOB_ID"))
+    job: str | None = field(default_factory=lambda: os.environ.get("DITMOE_JOB") or os.environ.get("SLURM_JOB_ID"))
+    """Of Slurm: `123`, or `123_4` of an element of an array; None: no job."""
 
 
 class StateFile:

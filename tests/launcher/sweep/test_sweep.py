@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def cells(write_config: Write, tmp_path: Path) -> list[ReadyCell]:
 
 def plain(cells: Sequence[ReadyCell]) -> list[Cell]:
     return [found.cell for found in cells]
+
+
+def test_a_complete_cell_that_shall_train_longer_goes_on(cells: list[ReadyCell], tmp_path: Path) -> None:
+    steps = cells[0].config.train.steps
+    for found in cells[:2]:
+        finish(found.cell.folder, found.config, steps)
+    trains, said = Trains([]), list[str]()
+    assert run_cells(tmp_path / "tiny.yaml", cells[:2], said.append, start=trains) == 0 and not trains.started
+    longer = cells[0].config.train.model_copy(update={"steps": steps + 10})
+    asked = [replace(found, config=found.config.model_copy(update={"train": longer})) for found in cells[:2]]
+    trains = Trains([2, 2])
+    assert run_cells(tmp_path / "tiny.yaml", asked, said.append, start=trains) == 2
+    assert trains.started == [found.cell.name for found in cells[:2]]
+    assert said[-1].startswith("2 of 2 cells failed") and f"from step {steps:,} to {steps + 10:,}" in said[-5]
 
 
 def test_a_failed_cell_stops_no_other_and_a_repeated_sweep_goes_on(cells: list[ReadyCell], tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def test_what_is_told_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert told(tmp_path)["state"] == "starting" and told(tmp_path)["images"] is None
     state.tell(state="training", step=3, images=48, images_per_second=2.5)
     state.tell(checkpoint_step=3, checkpoint_time=before)
+    monkeypatch.setenv("DITMOE_JOB", "123_4")
+    assert RunState("starting", 0, 40, None).job == "123_4"  # SLURM_JOB_ID of an element may be the array's
     found = told(tmp_path)
     expected = {"state": "training", "step": 3, "steps": 40, "images": 48, "images_per_second": 2.5, "job": "123"}
     assert found.items() >= expected.items()

@@ -42,16 +42,21 @@ def test_what_an_array_asks_for(requests: dict[int, Request], tmp_path: Path) ->
 
 
 def test_each_element_becomes_the_script_of_its_cell(requests: dict[int, Request], tmp_path: Path) -> None:
+    """By SLURM_JOB_ID, which the last element shares with the array, the end of one cell would be that of all."""
     for number, request in requests.items():
         request.folder.path.mkdir(parents=True)
-        request.folder.script.write_text(f"echo cell {number} as $$\n")
+        request.folder.script.write_text(f"echo cell {number} as $$ of job $1\n")
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/renamed\n')
     scontrol.chmod(0o755)
     script = render_array("ditmoe-x", tmp_path, requests)
     for number, request in requests.items():
-        variables = {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": f"4{number}"}
+        variables = {
+            "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "9",
+            "SLURM_ARRAY_JOB_ID": "9",
+        }
         process = subprocess.Popen(
             ["bash", "-c", script],
             env={**os.environ, **variables, "SLURM_ARRAY_TASK_ID": str(number)},
@@ -60,5 +65,8 @@ def test_each_element_becomes_the_script_of_its_cell(requests: dict[int, Request
         )
         assert process.communicate(timeout=30)[0] == b"" and process.returncode == 0
         # In the place of the array's own script, so that signals reach it.
-        assert request.folder.output(f"4{number}").read_text() == f"cell {number} as {process.pid}\n"
-        assert (tmp_path / "renamed").read_text() == f"update JobId=4{number} JobName={request.job.name}\n"
+        assert (
+            request.folder.output(f"9_{number}").read_text()
+            == f"cell {number} as {process.pid} of job 9_{number}\n"
+        )
+        assert (tmp_path / "renamed").read_text() == f"update JobId=9_{number} JobName={request.job.name}\n"

@@ -209,6 +209,12 @@ def test_a_users_error(scene: Scene) -> None:
     assert scene.attempt(completes(scene), job="8") == 0, "a new submission does"
 
 
+def test_an_element_of_an_array_asks_for_itself_alone(scene: Scene) -> None:
+    """The SLURM_JOB_ID of the last element is that of the array: its requeue would be that of all cells."""
+    environment = {"SLURM_JOB_ID": "7", "DITMOE_JOB": "7_1"}
+    assert Supervisor(scene.folder, environment, Queue(scene.slurm), Teller()).job_id == "7_1"
+
+
 def test_a_signal_is_passed_on_and_the_job_queued_again(scene: Scene) -> None:
     def play(step: PlayedStep) -> int:
         assert scene.supervisor is not None
