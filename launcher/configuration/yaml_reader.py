@@ -167,7 +167,7 @@ def read_yaml(path: Path) -> tuple[dict[Any, Any], list[str]]:
             text = file.read(LONGEST_TEXT + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{path}: cannot be read: {reason}; expected a YAML configuration") from error
+        raise UserError(f"{path}: cannot be read: {reason}; expected a YAML file") from error
     try:
         values, problems = parse_yaml(text)
     except yaml.YAMLError as error:

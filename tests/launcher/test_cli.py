@@ -70,7 +70,7 @@ def test_a_user_error_has_no_traceback(tmp_path: Path) -> None:
     done = ditmoe("train", str(tmp_path / "none.yaml"))
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory; expected a YAML configuration\n"
+        f"error: {tmp_path}/none.yaml: cannot be read: No such file or directory; expected a YAML file\n"
     )
 
 

@@ -8,7 +8,7 @@ import typer
 
 def command(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders. [default: those below runs/]", metavar="RUN")
+        list[Path] | None, typer.Argument(help="Run folders, or folders of them. [default: runs/]", metavar="RUN")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object for each run.")] = False,
     watch: Annotated[
@@ -32,7 +32,7 @@ def command(
     from ditmoe.slurm.status.text import as_data, as_text
 
     default = Path("runs")
-    chosen = runs or runs_below(default)
+    chosen = [run for place in runs for run in _runs_of(place)] if runs else runs_below(default)
     if not chosen:
         raise UserError(f"{default}/ has no run; expected run folders: ditmoe status RUN …")
     queue = Queue()
@@ -50,3 +50,10 @@ def command(
         if not watch or all(standing(snapshot).is_final for snapshot in snapshots):
             return
         time.sleep(every)
+
+
+def _runs_of(place: Path) -> list[Path]:
+    """The run at a place, or those below it, as of a sweep; the place itself where there is none."""
+    from ditmoe.slurm.status.read import is_run, runs_below
+
+    return [place] if is_run(place) else runs_below(place) or [place]

@@ -33,6 +33,10 @@ def test_status_of_one_run_of_all_below_runs_and_as_json(tmp_path: Path, monkeyp
         ["runs/a", "stopped", "ended"],
         ["runs/b", "complete", "healthy"],
     ]
+    # So does the folder of a sweep stand for its cells, beside a run that is named.
+    make_run(tmp_path / "sweep/lr=1")
+    named = run_forked([*DITMOE, "status", "sweep", "runs/b"], tmp_path / "out").stdout
+    assert [line.split()[0] for line in named.splitlines()[1:3]] == ["sweep/lr=1", "runs/b"]
     data = json.loads(run_forked([*DITMOE, "status", "--json"], tmp_path / "out").stdout)
     assert [(run["run"], run["state"], run["step"]) for run in data] == [
         ("runs/a", "stopped", 20),
