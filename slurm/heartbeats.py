@@ -1,9 +1,9 @@
 """Signs of life of the ranks: one small file each, where `DITMOE_HEARTBEATS` names a folder for them.
 
 A rank says what it is in (a phase) and counts how often it has got further (beats). A thread of its own writes
-that down every few seconds, so that training never waits for the folder. Two kinds of silence are told apart: a
-rank whose beats stand still waits for something; one whose file stands still is stopped, gone, or cut off from the
-folder.
+that down every few seconds, and at once when the phase is another, so that training never waits for the folder.
+Two kinds of silence are told apart: a rank whose beats stand still waits for something; one whose file does is
+stopped, gone, or cut off from the folder.
 
 Where a rank stays in one phase for most of its limit, it prints the stacks of all its threads, as long as it is
 able to: who kills it later cannot ask any more.
@@ -93,6 +93,8 @@ class Heart:
         self._rank, self._ranks = rank, ranks
         self._now: tuple[Phase, int | None, str, int, float] = ("start", None, "", 0, time.time())
         self._end = threading.Event()
+        self._wake = threading.Event()
+        """The thread is to write now."""
         self._thread: threading.Thread | None = None
 
     @classmethod
@@ -117,14 +119,19 @@ class Heart:
             if kind is None:
                 self.beat("ended")
             self._end.set()
+            self._wake.set()
             self._thread.join(self._terms.interval)
 
     def beat(self, phase: Phase, step: int | None = None, doing: str = "") -> None:
         """Say that the rank has got further, and what it is in now. Never waits."""
         if self._thread is None:
             return
+        is_another = phase != self._now[0]
         # One assignment: the thread reads all of it or none.
         self._now = (phase, step, doing, self._now[3] + 1, time.time())
+        if is_another:
+            # A process that is stopped now is held to the limit of the phase that its file shows.
+            self._wake.set()
         self._arm(phase)
 
     def _arm(self, phase: Phase) -> None:
@@ -140,6 +147,7 @@ class Heart:
         assert self._folder is not None
         ended = False
         while not ended:
+            self._wake.clear()
             ended = self._end.is_set()
             phase, step, doing, beats, since = self._now
             heartbeat = Heartbeat(
@@ -157,7 +165,8 @@ class Heart:
             )
             with suppress(OSError):
                 _replace(self._folder / f"rank-{self._rank}.json", asdict(heartbeat))
-            self._end.wait(self._terms.interval)
+            if not ended:
+                self._wake.wait(self._terms.interval)
 
 
 def read_terms(folder: Path) -> Terms:

@@ -16,7 +16,7 @@ def test_a_run_survives(make_run: Callable[..., Supervised], undisturbed: Path) 
     """One disaster after the other."""
     run = make_run()
     cluster = run.cluster
-    run.prepare(limits={"step": 20.0})
+    run.prepare(limits={"step": 20.0, "save": 20.0})
     job = run.submit()
 
     def of(attempt: int) -> tuple[str, str]:

@@ -147,6 +147,21 @@ def test_what_a_rank_writes_is_read(tmp_path: Path) -> None:
         read_heartbeats(tmp_path / "gone", 3)
 
 
+def test_another_phase_is_written_at_once(tmp_path: Path) -> None:
+    """Who is stopped then is held to the limit of this phase, not to that of a long start before it."""
+    Terms(1, LIMITS, 3600.0).write(tmp_path)
+    with Heart(tmp_path, 0, 1) as heart:
+        phases: tuple[Phase, ...] = ("step", "save", "step", "evaluation")
+        for number, phase in enumerate(phases, 1):
+            heart.beat(phase, number)
+            deadline = time.monotonic() + 20
+            while (found := read_heartbeats(tmp_path, 1).get(0)) is None or found.phase != phase:
+                assert time.monotonic() < deadline, found
+                time.sleep(0.005)
+            assert found.step == number
+    assert read_heartbeats(tmp_path, 1)[0].phase == "ended"
+
+
 def test_without_a_watcher_nothing_happens(tmp_path: Path) -> None:
     with Heart.of_this_process(0, 1, {}) as heart:
         heart.beat("step", 1)
