@@ -31,6 +31,7 @@ def three_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Clu
         yield cluster
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_node_that_cannot_write_the_shared_folder(three_nodes: Cluster, tmp_path: Path) -> None:
     """It is found and left out, the queue is asked whether it took that, and the job is done by another."""
