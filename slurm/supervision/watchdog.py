@@ -41,6 +41,10 @@ class Watchdog:
         self._terms = terms
         self._start = start
         self._ranks: dict[int, _Seen] = {}
+        self._fewest = -1
+        self._caught_up = start
+        """When those furthest behind were last seen to have got further. Who waited for them until then, such as
+        for a rank that saved for long, is held to its own limit from then on alone."""
 
     def look(self, heartbeats: Mapping[int, Heartbeat], now: float) -> Silence | None:
         """Take in what was read, and say which ranks hang, if any do.
@@ -77,8 +81,14 @@ class Watchdog:
         if not working:
             return None
         fewest = min(_beats(seen) for seen in working.values())
+        if fewest != self._fewest:
+            self._fewest, self._caught_up = fewest, now
         behind = {rank: seen for rank, seen in working.items() if _beats(seen) == fewest}
-        late = {rank: seen for rank, seen in behind.items() if now - seen.further > self._limit(seen)}
+        late = {
+            rank: seen
+            for rank, seen in behind.items()
+            if now - max(seen.further, self._caught_up) > self._limit(seen)
+        }
         if not late:
             return None
         still = {

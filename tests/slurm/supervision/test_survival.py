@@ -68,7 +68,7 @@ def test_a_run_survives_usr1_and_the_loss_of_a_node(
     """The signal reaches all processes of the step; the power of n2 goes, and with it all that ran there."""
     run = make_run()
     cluster = run.cluster
-    run.prepare(limits={"step": 20.0})
+    run.prepare(limits={"step": 20.0, "save": 20.0})
     job = run.submit()
 
     run.wait_for_training(1)

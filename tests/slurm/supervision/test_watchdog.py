@@ -201,3 +201,17 @@ def test_a_rank_that_hangs_prints_its_stacks_and_goes_on_writing(tmp_path: Path)
     assert first.beats == second.beats == 1 and second.time > first.time
     assert STALE_WRITES > 1
     assert json.loads((tmp_path / TERMS).read_text())["attempt"] == 1
+
+
+def test_those_that_waited_for_a_long_save_are_not_late_when_it_ends() -> None:
+    """Rank 3 saves for longer than a step may take; once it has caught up, all compute the step together."""
+    watch = Watchdog(TERMS_OF_TEST, 0.0)
+    waiting = {rank: heartbeat(rank, beats=3) for rank in range(3)}
+    for second in range(100):
+        assert (
+            watch.look({**waiting, 3: heartbeat(3, "save", beats=1, clock=float(second))}, float(second)) is None
+        )
+    for second in range(100, 121):
+        assert watch.look({**waiting, 3: heartbeat(3, beats=3, clock=float(second))}, float(second)) is None
+    silence = watch.look({**waiting, 3: heartbeat(3, beats=3, clock=121.0)}, 121.0)
+    assert silence is not None, "from then on they are held to the limit of the step"
