@@ -84,6 +84,8 @@ class Step:
     ) -> None:
         self._show, self._ended, self._take = show, ended, take
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._told: list[str] = []
+        """What came from the first message of a user's error on."""
         self._first: TaskFailure | None = None
         self._finished = threading.Event()
         self._process = subprocess.Popen(
@@ -131,7 +133,7 @@ class Step:
     @property
     def message(self) -> str:
         """The message of a user's error that a task printed, in one line; empty where there is none."""
-        return user_message(tuple(self._tail))
+        return user_message(tuple(self._told))
 
     def ask_to_stop(self) -> None:
         """Ask all tasks to save and end."""
@@ -157,6 +159,9 @@ class Step:
     def _read_errors(self) -> None:
         for line in _lines(self._process.stderr):
             self._tail.append(line)
+            # Other tasks may print long tracebacks after it.
+            if (self._told or line.startswith("error: ")) and len(self._told) < _TAIL_LINES:
+                self._told.append(line)
             if self._first is None:
                 self._first = task_failure(line)
             self._show(line)
