@@ -282,33 +282,23 @@ def _read(program: str, reader: Callable[[str], QueuedJob], text: str) -> dict[s
 def _queued(line: str) -> QueuedJob:
     """A line of squeue. ValueError or UserError: it is none."""
     job, state, reason, hosts, submitted, starts, ends, name = line.split(_SEPARATOR, 7)
-    return QueuedJob(
-        job,
-        state,
-        _reason(reason),
-        _hosts(hosts),
-        _time(submitted),
-        _time(starts),
-        _time(ends),
-        name=name,
-    )
+    return _job(job, state, reason, hosts, (submitted, starts, ends), None, name)
 
 
 def _accounted(line: str) -> QueuedJob:
     """A line of sacct. ValueError or UserError: it is none."""
     job, state, code, hosts, submitted, starts, ends, reason, name = line.split("|", 8)
     state = state.partition(" ")[0]  # of `CANCELLED by 1000`
-    return QueuedJob(
-        job,
-        state,
-        _reason(reason),
-        _hosts(hosts),
-        _time(submitted),
-        _time(starts),
-        _time(ends),
-        _exit_code(code) if state in ENDED_STATES else None,
-        name,
-    )
+    exit_code = _exit_code(code) if state in ENDED_STATES else None
+    return _job(job, state, reason, hosts, (submitted, starts, ends), exit_code, name)
+
+
+def _job(
+    job: str, state: str, reason: str, hosts: str, times: tuple[str, str, str], exit_code: int | None, name: str
+) -> QueuedJob:
+    """A job of the columns that squeue and sacct have in common; `times`: submitted, starts, ends."""
+    submitted, starts, ends = map(_time, times)
+    return QueuedJob(job, state, _reason(reason), _hosts(hosts), submitted, starts, ends, exit_code, name)
 
 
 def _exit_code(text: str) -> int:

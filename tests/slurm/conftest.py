@@ -1,9 +1,11 @@
 """The virtual cluster, for tests that need a real Slurm: skipped, with the reason, where it cannot run."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.forked import DITMOE, run_forked
 from tests.slurm.cluster import Cluster, running, why_not
 
 
@@ -30,3 +32,12 @@ def cluster(started_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setenv(key, value)
     yield started_cluster
     started_cluster.clear()
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Digits, packed."""
+    parent = tmp_path_factory.mktemp("data")
+    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
+    assert packed.returncode == 0, packed.stderr
+    return parent / "digits"

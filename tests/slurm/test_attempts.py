@@ -1,6 +1,5 @@
 """The record of attempts: what is written is read, whatever a killed writer left."""
 
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from ditmoe.slurm.attempts import (
     record_start,
     record_submission,
 )
+from tests.small_disk import small_file_system
 
 
 def attempt(number: int, job: str = "7", step: int | None = 0) -> Attempt:
@@ -109,13 +109,8 @@ def test_a_record_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", 1) as folder:
+        yield folder
 
 
 def fill(disk: Path) -> None:

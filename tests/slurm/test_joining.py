@@ -29,15 +29,6 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits, packed."""
-    parent = tmp_path_factory.mktemp("data")
-    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
-    assert packed.returncode == 0, packed.stderr
-    return parent / "digits"
-
-
-@pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """The folder of a run of four processes on this machine, which has experts on each."""
     folder = tmp_path_factory.mktemp("local")

@@ -27,6 +27,7 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
 from tests.forked import DITMOE, run_forked
+from tests.small_disk import small_file_system
 
 CONFIG = """
 run: {{dir: {run}}}
@@ -576,13 +577,8 @@ def test_the_clock_covers_all_that_a_run_waits_for(make_config: Callable[..., Pa
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a few MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", 16) as folder:
+        yield folder
 
 
 @pytest.mark.timeout(180)

@@ -11,15 +11,6 @@ from tests.slurm.supervision.supervised import CONFIG, STEPS, Supervised
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Digits, packed."""
-    parent = tmp_path_factory.mktemp("data")
-    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
-    assert packed.returncode == 0, packed.stderr
-    return parent / "digits"
-
-
-@pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A run of the same layout that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")

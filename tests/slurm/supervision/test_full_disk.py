@@ -1,7 +1,6 @@
 """A disk that fills while a job of a real Slurm trains: one message, nothing lost, and it can go on."""
 
 import os
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -12,18 +11,14 @@ from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
 from ditmoe.slurm.attempts import End
 from tests.slurm.cluster import Cluster, running, why_not
 from tests.slurm.supervision.supervised import CONFIG, STEPS, Supervised, curve, weights
+from tests.small_disk import small_file_system
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a few MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_file_system(tmp_path / "disk", 24) as folder:
+        yield folder
 
 
 @pytest.fixture
