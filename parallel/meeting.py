@@ -67,7 +67,13 @@ def meet(process: ThisProcess, patience: Patience = PATIENCE) -> Meeting:
     holds = process.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     with ExitStack() as stack:
         store = _hold(process, number, patience, stack) if holds else _find(process, number, patience)
-        return _wait_for_all(process, store, number, begin, patience)
+        try:
+            return _wait_for_all(process, store, number, begin, patience)
+        except dist.DistError as error:  # who holds the store may give up a moment before the others
+            reason = str(error).partition("\n")[0]
+            raise MissingProcessesError(
+                f"rank {process.rank} found rank 0 at {_where(process)} and lost it again: {reason}"
+            ) from error
 
 
 def _wait_for_all(process: ThisProcess, store: Store, number: int, begin: float, patience: Patience) -> Meeting:

@@ -179,7 +179,24 @@ def test_processes_of_an_earlier_attempt_do_not_join(port: int) -> None:
     together(3, named(port))
     for thread in threads:
         thread.join(30)
-    assert len(failed) == 2 and all("1 of 3 processes (WORLD_SIZE), rank 2" in text for text in failed), failed
+    first, second = failed
+    assert "1 of 3 processes (WORLD_SIZE), rank 2" in first
+    assert "1 of 3 processes (WORLD_SIZE), rank 2" in second or "rank 1 found rank 0" in second  # which gave up first
+
+
+@pytest.mark.usefixtures("_one_meeting")
+def test_the_first_gives_up_before_the_others(port: int) -> None:
+    def first() -> None:
+        with pytest.raises(MissingProcessesError, match=r"2 of 4 processes \(WORLD_SIZE\), rank 2, 3"):
+            meet(replace(named(port), ranks=4), Patience(60, 2))
+
+    waiting = threading.Thread(target=first)
+    waiting.start()
+    expected = rf"rank 1 found rank 0 at 127\.0\.0\.1:{port} .* and lost it again: "
+    with pytest.raises(MissingProcessesError, match=expected) as error:
+        meet(replace(named(port), rank=1, ranks=4), Patience(60, 30))
+    assert error.value.ranks == ()  # rank 0 told who is missing
+    waiting.join(30)
 
 
 @pytest.mark.usefixtures("_one_meeting")
