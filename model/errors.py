@@ -1,6 +1,7 @@
-"""The exception for what a user got wrong, and its one kind that may be nobody's mistake."""
+"""The exception for what a user got wrong, and its kinds that the program tells apart."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -23,3 +24,15 @@ class MissingProcessesError(UserError):
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
+
+
+class UnwritableError(UserError):
+    """A file could not be written: a full disk, no permission. Its cause is the OSError."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: could not be written: {self.reason}"

@@ -1,7 +1,8 @@
 """What every rank of a run does: join the others, train, leave; and what the run's folder says of how it ended."""
 
 import errno
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +14,7 @@ from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import RunState, StateFile
 from ditmoe.launcher.training.trainer import Trainer
+from ditmoe.model.errors import UnwritableError
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
 from ditmoe.parallel.checkpoint.saver import write_failure
@@ -43,23 +45,20 @@ def run_training(config: RunConfig) -> int:
             changes: list[Change] = []
             state = None
             if dist.get_rank() == 0:
-                stack.enter_context(folder.lock())
-                changes = folder.compare_config(config)
-                if not folder.config.exists():
-                    folder.store_config(config)
-                state = StateFile(folder.path, _at_the_start(folder.path, config.train.steps))
+                with telling_checkpoint(folder.path):
+                    stack.enter_context(folder.lock())
+                    changes = folder.compare_config(config)
+                    if not folder.config.exists():
+                        folder.store_config(config)
+                    state = StateFile(folder.path, _at_the_start(folder.path, config.train.steps))
             dist.barrier()
             stop = stack.enter_context(StopSignal())
             try:
                 trainer = Trainer(config, folder, device, stop, heart, state)
-                try:
+                with telling_checkpoint(folder.path):
                     if dist.get_rank() == 0:
                         trainer.open_reports(stack, changes)
                     trainer.train()
-                except OSError as error:
-                    if error.errno not in DISK_ERRORS:
-                        raise
-                    raise write_failure(error, folder.path, Path(error.filename or folder.path)) from error
             except (Exception, KeyboardInterrupt) as error:
                 if state is not None:
                     state.fail(str(error) or type(error).__name__)
@@ -67,6 +66,23 @@ def run_training(config: RunConfig) -> int:
             # While signals are heard: one that comes after the last checkpoint must not end the others in a wait.
             processes.leave()
     return 0
+
+
+@contextmanager
+def telling_checkpoint(run: Path) -> Iterator[None]:
+    """Where a file of a run cannot be written, say from which checkpoint it will go on, and what is to be done.
+
+    Raises:
+        UserError: the disk refused, whoever met it.
+    """
+    try:
+        yield
+    except UnwritableError as error:
+        raise write_failure(error.__cause__ or error, run, error.path) from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise write_failure(error, run, Path(error.filename or run)) from error
 
 
 def _at_the_start(run: Path, steps: int) -> RunState:

@@ -20,7 +20,7 @@ from ditmoe.launcher.configuration.resume import Change, changed_keys, may_chang
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.configuration.yaml_reader import read_yaml
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import UnwritableError, UserError
 from ditmoe.model.settings import message_of
 from ditmoe.model.weights.untrusted import first_problem
 from ditmoe.parallel.checkpoint.folder import (
@@ -94,7 +94,7 @@ class RunFolder:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(owner).encode() + b"\n", 0)
             except OSError as error:
-                raise UserError(f"{self.lock_file}: could not be written: {error.strerror}") from error
+                raise UnwritableError(self.lock_file, error.strerror or str(error)) from error
             yield
         finally:
             _held.discard(descriptor)

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import UnwritableError
 
 PARTIAL_PREFIX: Final = ".ditmoe-"
 PARTIAL_SUFFIX: Final = ".partial"
@@ -31,7 +31,7 @@ def replacing(path: Path, *, private: bool = False, synced: bool = True) -> Iter
         synced: after a loss of power it is either whole or as before; otherwise it may be empty.
 
     Raises:
-        UserError: the file system refuses (full, read-only, no permission).
+        UnwritableError: the file system refuses (full, read-only, no permission).
     """
     try:
         partial = temporary_beside(path)
@@ -52,7 +52,7 @@ def replacing(path: Path, *, private: bool = False, synced: bool = True) -> Iter
             partial.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
+        raise UnwritableError(path, error.strerror or str(error)) from error
 
 
 def sync_folder(folder: Path) -> None:

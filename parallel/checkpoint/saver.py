@@ -317,8 +317,9 @@ def write_failure(error: BaseException, run_dir: Path, path: Path) -> UserError:
     disk = next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
     newest = newest_checkpoint(run_dir)
     hint = "free some space" if getattr(disk, "errno", None) in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+    reason = getattr(disk, "strerror", None) or disk
     return UserError(
-        f"{path}: could not be written ({disk}). "
+        f"{path}: could not be written ({reason}). "
         f"The newest complete checkpoint is {newest or 'none yet'}; "
         f"{hint} and repeat the command to continue from it"
     )

@@ -241,9 +241,9 @@ class Cluster:
         return self.run("nsenter", "-t", init, "-m", "-u", "-p", *command, seconds=seconds)
 
     def submit(self, script: str, *options: str, environment: Mapping[str, str] | None = None) -> str:
-        """Submit the lines of a script; returns the job's number."""
+        """Submit the lines of a script; returns the job's number. Its output is lost unless an option keeps it."""
         done = subprocess.run(
-            ["sbatch", "--parsable", *options],
+            ["sbatch", "--parsable", "--output=/dev/null", *options],
             env=self.environment | dict(environment or {}),
             input=f"#!/bin/bash\n{script}\n",
             capture_output=True,

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from ditmoe.launcher.training import run_folder
+from ditmoe.launcher.training.program import telling_checkpoint
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import STATE, RunState, StateFile
 from ditmoe.model.errors import UserError
 from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Terms, read_heartbeats
 from tests.forked import DITMOE, run_forked
+from tests.small_disk import small_file_system
 
 
 def told(run: Path) -> dict[str, Any]:
@@ -49,6 +51,19 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         state.tell(step=1)
     state.fail("the disk is what failed")
     assert (tmp_path / STATE).is_dir()
+
+
+def test_a_full_disk_under_a_file_that_is_replaced(tmp_path: Path) -> None:
+    """The message is that of a checkpoint that could not be written, whichever file meets the full disk."""
+    with small_file_system(tmp_path / "disk", 1) as run:
+        state = StateFile(run, RunState("training", 3, 40, 48))
+        with pytest.raises(OSError), (run / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        expected = rf"{run}/state\.json: could not be written \(No space .* is none yet; free some space and"
+        with pytest.raises(UserError, match=expected), telling_checkpoint(run):
+            state.tell(step=4)
+        assert told(run)["step"] == 3
 
 
 def test_a_supervised_run_waits_for_the_end_of_the_attempt_before(

@@ -627,7 +627,8 @@ def test_a_disk_that_fills_under_the_records(
     result = train_by_command(config, *records)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("error:") == 1 and "Traceback" not in result.stderr, result.stderr
-    assert "No space left on device" in result.stderr
+    assert "could not be written (No space left on device)" in result.stderr, result.stderr
+    assert "newest complete checkpoint is none yet; free some space" in result.stderr, result.stderr
 
 
 @pytest.mark.timeout(120)
