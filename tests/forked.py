@@ -137,3 +137,10 @@ def _end_with_the_tests() -> None:
     assert tests is not None
     tests.join()
     os.killpg(0, signal.SIGKILL)
+
+
+def packed_digits(parent: Path) -> Path:
+    """The digits as shards, packed by the command into a folder in `parent`."""
+    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
+    assert packed.returncode == 0, packed.stderr
+    return parent / "digits"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forked import DITMOE, run_forked
+from tests.forked import packed_digits
 from tests.slurm.cluster import Cluster, running, why_not
 
 
@@ -37,7 +37,4 @@ def cluster(started_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterat
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits, packed."""
-    parent = tmp_path_factory.mktemp("data")
-    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
-    assert packed.returncode == 0, packed.stderr
-    return parent / "digits"
+    return packed_digits(tmp_path_factory.mktemp("data"))

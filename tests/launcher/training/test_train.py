@@ -26,7 +26,7 @@ from ditmoe.launcher.training.trainer import learning_rate
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
-from tests.forked import DITMOE, run_forked
+from tests.forked import DITMOE, packed_digits, run_forked
 from tests.small_disk import small_file_system
 
 CONFIG = """
@@ -46,10 +46,7 @@ COMPARED = ("step", "images", "loss", "balance_loss", "grad_norm", "lr", "expert
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Digits, packed."""
-    parent = tmp_path_factory.mktemp("data")
-    packed = run_forked([*DITMOE, "data", "pack", "digits", str(parent / "digits")], parent / "output")
-    assert packed.returncode == 0, packed.stderr
-    return parent / "digits"
+    return packed_digits(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
