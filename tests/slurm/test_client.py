@@ -153,19 +153,20 @@ def test_a_users_own_settings_of_the_programs_are_left_out(monkeypatch: pytest.M
 def test_the_real_programs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_STATES", "COMPLETED")
     queue = Queue()
+    name, unknown = f"a|b {tmp_path.name}", "9999999"  # squeue still has the jobs of other tests
     script = tmp_path / "a job.sbatch"
     script.write_text(
-        "#!/bin/bash\n#SBATCH --job-name='a|b c' --output=/dev/null --requeue\n"
+        f"#!/bin/bash\n#SBATCH --job-name='{name}' --output=/dev/null --requeue\n"
         f"trap 'echo TERM >> {tmp_path}/signals' TERM\necho > {tmp_path}/ready\n"
         "for i in $(seq 600); do sleep 0.1; done\n"
     )
     running = queue.submit(script, ["--nodes=2"])
     waiting = queue.submit(script, [f"--dependency=afterok:{running}"])
     cluster.wait(lambda: (tmp_path / "ready").exists(), "the job", 30)
-    jobs = queue.jobs([running, waiting, "99"])
+    jobs = queue.jobs([running, waiting, unknown])
     assert isinstance(jobs, dict) and set(jobs) == {running, waiting}
     first, second = jobs[running], jobs[waiting]
-    assert queue.named("a|b c") == jobs and queue.named("another") == {}
+    assert queue.named(name) == jobs and queue.named(f"{name} too") == {}
     assert (first.state, first.hosts, first.reason, first.has_ended) == ("RUNNING", ("n1", "n2"), "", False)
     assert first.submitted is not None and first.starts is not None and first.starts >= first.submitted
     assert (second.state, second.reason, second.hosts, second.starts) == ("PENDING", "Dependency", (), None)
@@ -176,7 +177,7 @@ def test_the_real_programs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest
     assert queue.exclude(waiting, ["n2"]) == ("n2",)
     assert queue.node_states(["n1", "n2", "n9"]) == {"n1": "mixed", "n2": "mixed"}
     assert queue.accounted([running]) == Unseen("sacct: Slurm accounting storage is disabled")
-    assert queue.jobs(["99"]) == {} and queue.details("99") is None
+    assert queue.jobs([unknown]) == {} and queue.details(unknown) is None
 
     queue.signal(running, "TERM")
     cluster.wait(lambda: (tmp_path / "signals").exists(), "the signal", 30)
@@ -188,6 +189,6 @@ def test_the_real_programs(cluster: Cluster, tmp_path: Path, monkeypatch: pytest
     jobs = queue.jobs([running])
     assert isinstance(jobs, dict) and jobs[running].has_ended
     with pytest.raises(UserError, match=r"scontrol: .*Invalid job id specified"):
-        queue.requeue("99")
+        queue.requeue(unknown)
     with pytest.raises(UserError, match="invalid partition specified: zz"):
         queue.submit(script, ["--partition=zz"])
