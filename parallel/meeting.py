@@ -70,10 +70,7 @@ def meet(process: ThisProcess, patience: Patience = PATIENCE) -> Meeting:
         try:
             return _wait_for_all(process, store, number, begin, patience)
         except dist.DistError as error:  # who holds the store may give up a moment before the others
-            reason = str(error).partition("\n")[0]
-            raise MissingProcessesError(
-                f"rank {process.rank} found rank 0 at {_where(process)} and lost it again: {reason}"
-            ) from error
+            raise _lost(process, error) from error
 
 
 def _wait_for_all(process: ThisProcess, store: Store, number: int, begin: float, patience: Patience) -> Meeting:
@@ -166,7 +163,9 @@ def _find(process: ThisProcess, number: int, patience: Patience) -> Store:
                 try:
                     return _open(process, found, holds=False, seconds=min(60.0, patience.limit))
                 except dist.DistError as error:
-                    raise _cannot_meet(process, error) from error
+                    # Who told of the store has gone with it; without a name, any program may listen at a port.
+                    told_of_it = process.meeting is not None
+                    raise (_lost if told_of_it else _cannot_meet)(process, error) from error
             reasons.insert(0, f"port {port} is another program's")
         waited, reason = time.monotonic() - begin, reasons[0]
         if waited > patience.limit:
@@ -238,6 +237,13 @@ def _in_use(process: ThisProcess) -> UserError:
     ports = _ports(process)
     those = f", as are all ports up to {ports[-1]}" if len(ports) > 1 else ""
     return _cannot_meet(process, f"in use by another program{those}; expected a free port of rank 0's machine")
+
+
+def _lost(process: ThisProcess, reason: object) -> MissingProcessesError:
+    first = str(reason).partition("\n")[0]
+    return MissingProcessesError(
+        f"rank {process.rank} found rank 0 at {_where(process)} and lost it again: {first}"
+    )
 
 
 def _cannot_meet(process: ThisProcess, reason: object) -> UserError:

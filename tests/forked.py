@@ -20,6 +20,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from ditmoe.launcher.local.launch import free_port
 
 DITMOE: Final = ("-m", "ditmoe.launcher")
@@ -39,6 +41,8 @@ _ENVIRONMENT: Final = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 """What is read from the environment at an import, and so is the same for all programs."""
 _POLL_SECONDS: Final = 0.02
 
+_starting = threading.Lock()
+"""Tests run programs in several threads, which share one environment."""
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(list(IMPORTED))
 
@@ -62,9 +66,9 @@ def run_forked(
     outputs = [(folder / f"rank-{rank}.out", folder / f"rank-{rank}.err") for rank in ranks]
     port = free_port()
     variables = [_of_rank(rank, processes, port) if processes else {} for rank in ranks]
-    before = dict(os.environ)
-    os.environ.update(_ENVIRONMENT)
-    try:
+    with _starting, pytest.MonkeyPatch.context() as patch:
+        for key, value in _ENVIRONMENT.items():
+            patch.setenv(key, value)
         forkserver.ensure_running()
         running = [
             _context.Process(target=_become, args=(list(program), {**os.environ, **own}, *files))
@@ -72,9 +76,6 @@ def run_forked(
         ]
         for process in running:
             process.start()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
     code = _wait(running, time.monotonic() + seconds)
     errors = "".join(err.read_text() for _, err in outputs if err.exists())
     return subprocess.CompletedProcess(program, code, outputs[0][0].read_text(), errors)

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -28,7 +29,7 @@ def port() -> Iterator[int]:
 
 
 def test_waiting_says_for_whom_and_where_and_ends(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = rf"rank 0 waited 1 s at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2"
+    expected = rf"rank 0 waited \d+ s at 127\.0\.0\.1:{port} .*2 of 3 .*rank 1, 2"
     with pytest.raises(MissingProcessesError, match=expected) as error:
         meet(ThisProcess(0, 3, 0, port=port, started=True), SOON)
     assert error.value.ranks == (1, 2)
@@ -37,7 +38,7 @@ def test_waiting_says_for_whom_and_where_and_ends(port: int, capsys: pytest.Capt
 
 
 def test_a_rank_without_the_first(port: int, capsys: pytest.CaptureFixture[str]) -> None:
-    expected = rf"rank 2 waited 1 s in vain for rank 0 at 127\.0\.0\.1:{port}"
+    expected = rf"rank 2 waited \d+ s in vain for rank 0 at 127\.0\.0\.1:{port}"
     with pytest.raises(MissingProcessesError, match=expected) as error:
         meet(ThisProcess(2, 3, 2, port=port, started=True), SOON)
     assert error.value.ranks == (0,)
@@ -60,22 +61,19 @@ def test_a_port_in_use() -> None:
 
 def test_all_come_and_none_comes_twice(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "_meetings", itertools.repeat(0))  # here all ranks are in one process
-    patience, met = Patience(60, 60), []
 
-    def come(rank: int) -> None:
-        met.append(meet(ThisProcess(rank, 3, rank, port=port, started=True), patience))
+    def come(rank: int) -> Meeting:
+        return meet(ThisProcess(rank, 3, rank, port=port, started=True), Patience(60, 60))
 
-    threads = [threading.Thread(target=come, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    while not _knows(port, "rank 1"):
-        time.sleep(0.02)
-    with pytest.raises(UserError, match="RANK = 1 is set for two processes"):
-        come(1)
-    come(2)
-    for thread in threads:
-        thread.join(30)
-    assert len(met) == 3
+    with ThreadPoolExecutor() as pool:
+        coming = [pool.submit(come, rank) for rank in (0, 1)]
+        while not _knows(port, "rank 1"):
+            time.sleep(0.02)
+        with pytest.raises(UserError, match="RANK = 1 is set for two processes"):
+            come(1)
+        come(2)
+        for each in coming:
+            each.result(60)
 
 
 def _knows(port: int, key: str) -> bool:
@@ -164,23 +162,17 @@ def test_who_listens_and_says_nothing_is_passed_over(port: int, monkeypatch: pyt
 @pytest.mark.usefixtures("_one_meeting")
 def test_processes_of_an_earlier_attempt_do_not_join(port: int) -> None:
     """They look at the same ports, with ranks and a number of processes that would fit."""
-    failed: list[str] = []
 
-    def left_over(rank: int) -> None:
-        try:
-            meet(replace(named(port, "7.0.0"), rank=rank, ranks=3), Patience(60, 4))
-        except UserError as error:
-            failed.append(str(error))
+    def left_over(rank: int) -> str:
+        with pytest.raises(MissingProcessesError) as error:
+            meet(replace(named(port, "7.0.0"), rank=rank, ranks=3), Patience(60, 6))
+        return str(error.value)
 
-    threads = [threading.Thread(target=left_over, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.3)  # they are there first
-    together(3, named(port))
-    for thread in threads:
-        thread.join(30)
-    (first,) = [text for text in failed if text.startswith("rank 0 ")]
-    (second,) = [text for text in failed if text.startswith("rank 1 ")]
+    with ThreadPoolExecutor() as pool:
+        left = [pool.submit(left_over, rank) for rank in (0, 1)]
+        time.sleep(0.3)  # they are there first
+        together(3, named(port))
+        first, second = [each.result(60) for each in left]
     assert "1 of 3 processes (WORLD_SIZE), rank 2" in first
     # Rank 0 may give up a moment before it.
     assert "1 of 3 processes (WORLD_SIZE), rank 2" in second or "rank 1 found rank 0" in second
@@ -190,28 +182,44 @@ def test_processes_of_an_earlier_attempt_do_not_join(port: int) -> None:
 def test_the_first_gives_up_before_the_others(port: int) -> None:
     def first() -> None:
         with pytest.raises(MissingProcessesError, match=r"2 of 4 processes \(WORLD_SIZE\), rank 2, 3"):
-            meet(replace(named(port), ranks=4), Patience(60, 2))
+            meet(replace(named(port), ranks=4), Patience(60, 5))
 
-    waiting = threading.Thread(target=first)
-    waiting.start()
-    expected = rf"rank 1 found rank 0 at 127\.0\.0\.1:{port} .* and lost it again: "
-    with pytest.raises(MissingProcessesError, match=expected) as error:
-        meet(replace(named(port), rank=1, ranks=4), Patience(60, 30))
-    assert error.value.ranks == ()  # rank 0 told who is missing
-    waiting.join(30)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(first)
+        expected = rf"rank 1 found rank 0 at 127\.0\.0\.1:{port} .* and lost it again: "
+        with pytest.raises(MissingProcessesError, match=expected) as error:
+            meet(replace(named(port), rank=1, ranks=4), Patience(60, 30))
+        assert error.value.ranks == ()  # rank 0 told who is missing
+        waiting.result(60)
+
+
+@pytest.mark.usefixtures("_one_meeting")
+def test_the_store_is_gone_before_it_is_found(port: int) -> None:
+    """Rank 0 has told where it is, and ends."""
+    with socket.socket() as bound:  # at which nobody listens
+        bound.bind(("127.0.0.1", 0))
+        told = f"ditmoe/7.0.1/0 3 {bound.getsockname()[1]}\n".encode()
+
+        def serve(visitor: socket.socket) -> None:
+            with visitor:
+                visitor.sendall(told)
+
+        expected = rf"rank 1 found rank 0 at 127\.0\.0\.1:{port} .* and lost it again: "
+        with listening(port, serve), pytest.raises(MissingProcessesError, match=expected):
+            meet(replace(named(port), rank=1, ranks=3), SOON)
 
 
 @pytest.mark.usefixtures("_one_meeting")
 def test_nodes_that_start_another_number(port: int) -> None:
     def wait() -> None:
         with pytest.raises(UserError, match="3 of 4 processes"):
-            meet(replace(named(port), ranks=4), Patience(60, 1))
+            meet(replace(named(port), ranks=4), Patience(60, 4))
 
-    waiting = threading.Thread(target=wait)
-    waiting.start()
-    with pytest.raises(UserError, match="rank 2 is one of 6 processes, but rank 0 of 4; expected as many"):
-        meet(replace(named(port), rank=2, ranks=6), Patience(60, 20))
-    waiting.join(30)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(wait)
+        with pytest.raises(UserError, match="rank 2 is one of 6 processes, but rank 0 of 4; expected as many"):
+            meet(replace(named(port), rank=2, ranks=6), Patience(60, 20))
+        waiting.result(60)
 
 
 def test_all_ports_in_use(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,6 @@ def reader(folder: Path) -> Iterator[subprocess.Popen[str]]:
         fetcher = ShardFetcher(place, [entry, other])
         fetcher.get(0)
         fetcher.prefetch(1)
-        time.sleep(0.5)
         print("ready", flush=True)
         sys.stdin.readline()
     """
@@ -265,7 +264,10 @@ def reader(folder: Path) -> Iterator[subprocess.Popen[str]]:
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    assert alive("sleep 62.75")
+    deadline = time.monotonic() + 20
+    while not alive("sleep 62.75"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     yield process
     process.kill()
     process.communicate()

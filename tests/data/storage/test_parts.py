@@ -113,7 +113,7 @@ def test_killed_at_random_no_part_is_lost_and_none_made_twice_beyond_theirs(
     workers = {}
 
     def start(rank: int) -> None:
-        workers[rank] = FORK.Process(target=work, args=(folder, log, rank, 3, 0.01))
+        workers[rank] = FORK.Process(target=work, args=(folder, log, rank, 3, 0.03))
         workers[rank].start()
 
     for rank in range(3):

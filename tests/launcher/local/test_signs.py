@@ -1,5 +1,6 @@
 """Signs of life of commands that work on files: while these grow, and not while the work hangs."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,10 +54,11 @@ def test_signs_of_a_watch(tmp_path: Path) -> None:
             wait(lambda: beats() == 3)  # its beginning, and the first look
             time.sleep(10 * FAST)
             assert beats() == 3  # nothing is added to it
-            evaluation.mkdir()
-            (evaluation / "chunk").touch()
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new/chunk").touch()
+            (tmp_path / "new").rename(evaluation)  # at once, as a look may come between two changes
             wait(lambda: beats() == 4)
-            (evaluation / "chunk").write_text("grows")
+            os.truncate(evaluation / "chunk", 5)  # it grows
             wait(lambda: beats() == 5)
             assert read_heartbeats(folder, 1)[0].doing == "works"
         after = beats()

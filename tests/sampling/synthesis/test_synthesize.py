@@ -247,12 +247,12 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_bytes(
         process.join(120)
         assert process.exitcode == 0
     cut = small_chunks(tmp_path / "cut")
-    start = all_of(cut, 0.01)
+    start = all_of(cut, 0.02)
     draws = random.Random(seed)
     there: dict[Path, int] = {}
     kills = 0
     while finished(cut) is None:
-        before, new = files(tmp_path / "cut"), draws.randint(1, 8)
+        before, new = files(tmp_path / "cut"), draws.randint(1, 5)
         processes = start()
         while len(files(tmp_path / "cut") - before) < new and any(process.is_alive() for process in processes):
             time.sleep(0.001)
