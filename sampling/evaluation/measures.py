@@ -49,6 +49,7 @@ class Measures:
                 job.cache,
                 rank=workers.rank,
                 ranks=workers.ranks,
+                device=workers.device,
                 on_progress=progress("parts of the real images", job.real.parts),
             )
         return self._statistics

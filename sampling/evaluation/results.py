@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
@@ -19,7 +20,7 @@ from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.reference import Reference
-from ditmoe.sampling.metrics.scores import ChunkDescriptions, RealStatistics, score
+from ditmoe.sampling.metrics.scores import CPU, ChunkDescriptions, RealStatistics, score
 from ditmoe.sampling.settings.names import NOT_FINITE
 
 METRICS_FILE: Final = "metrics.json"
@@ -43,11 +44,13 @@ def write_results(
     judged: ChunkDescriptions | None,
     warnings: Sequence[str] = (),
     samples_per_chain: int | None = None,
+    device: torch.device = CPU,
 ) -> None:
     """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished.
 
     Args:
         samples_per_chain: None: they are no chains.
+        device: where moments are computed.
     """
     not_finite = store.not_finite()
     write_samples(folder / "samples.npz", store, store.count - len(not_finite))
@@ -60,7 +63,7 @@ def write_results(
             **network.description,
         },
         "real": real.facts(statistics.left_out),
-        **score(descriptions, statistics),
+        **score(descriptions, statistics, device),
     }
     result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
     if not_finite:

@@ -193,6 +193,7 @@ def _run(
             judged,
             job.warnings,
             evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
+            workers.device,
         )
 
     workers.on_first(write)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
@@ -24,10 +25,10 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
+from ditmoe.sampling.metrics.moments import Moments, MomentsSum
 from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.statistics import (
     Manifold,
-    Moments,
     frechet_distance,
     inception_score,
     precision_recall,
@@ -37,9 +38,10 @@ NEIGHBOUR_IMAGES: Final = 10_000
 """Real and drawn images whose nearest neighbours are looked for, at most: the cost is quadratic."""
 NEIGHBOURS: Final = 3
 """k of improved precision and recall."""
+CPU: Final = torch.device("cpu")
 _HALVES: Final = ("half_a", "half_b", "rest")
 _KINDS: Final = ("features", "spatial")
-_VERSION: Final = 2
+_VERSION: Final = 3
 """Raised whenever this file changes what is kept of real images."""
 
 
@@ -72,17 +74,24 @@ def real_statistics(
     *,
     rank: int = 0,
     ranks: int = 1,
+    device: torch.device = CPU,
     on_progress: Progress = lambda done: None,
 ) -> RealStatistics:
     """Statistics of every real image, by all processes together; from the cache where they were computed before.
 
+    Args:
+        device: where sums are kept and products taken.
+
     Raises:
         UserError: a shard or a sample is damaged.
     """
-    return run_parts(_parts_of_real(real, network, cache), rank=rank, ranks=ranks, on_progress=on_progress)
+    parts = _parts_of_real(real, network, cache, device)
+    return run_parts(parts, rank=rank, ranks=ranks, on_progress=on_progress)
 
 
-def _parts_of_real(real: Reference, network: FeatureNetwork, cache: Path) -> Parts[Arrays, Arrays, RealStatistics]:
+def _parts_of_real(
+    real: Reference, network: FeatureNetwork, cache: Path, device: torch.device
+) -> Parts[Arrays, Arrays, RealStatistics]:
     folder = cache / f"real-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
     names = [f"part-{part:02d}.npz" for part in range(real.parts)]
     place = np.empty(real.count, dtype=np.int64)
@@ -90,17 +99,19 @@ def _parts_of_real(real: Reference, network: FeatureNetwork, cache: Path) -> Par
     return Parts(
         folder,
         names,
-        lambda part: _part_statistics(real, part, network, place),
+        lambda part: _part_statistics(real, part, network, place, device),
         write_arrays,
         lambda part: read_arrays(folder / names[part]),
         partial(_merged_statistics, real),
     )
 
 
-def _part_statistics(real: Reference, part: int, network: FeatureNetwork, place: NDArray[np.int64]) -> Arrays:
+def _part_statistics(
+    real: Reference, part: int, network: FeatureNetwork, place: NDArray[np.int64], device: torch.device
+) -> Arrays:
     """Moments of a part's images by half, and the features of those among the first in the random order."""
     half = real.count // 2
-    moments: dict[str, Moments] = {}
+    sums: dict[str, MomentsSum] = {}
     neighbours = [np.empty((0, network.dimension), dtype=np.float32)]
     left_out = real.new_left_out()
     images = ((batch.image_NHWC, batch.number_N) for batch in real.read(part, AT_ONCE, left_out))
@@ -112,16 +123,17 @@ def _part_statistics(real: Reference, part: int, network: FeatureNetwork, place:
             if kind not in described:
                 continue
             for number, name in enumerate(_HALVES):
-                found = Moments.of(described[kind][half_N == number])
+                rows_NF = described[kind][half_N == number]
                 key = f"{kind}/{name}"
-                moments[key] = moments[key].merge(found) if key in moments else found
+                sums.setdefault(key, MomentsSum(rows_NF.shape[1], device)).add(rows_NF)
         neighbours.append(described["features"][place_N < NEIGHBOUR_IMAGES].astype(np.float32))
     arrays: Arrays = {
         "neighbours": np.concatenate(neighbours),
         "left_out": np.array(left_out.lines, dtype=np.str_),
         "left_out_count": np.array(left_out.count),
     }
-    for key, value in moments.items():
+    for key, total in sums.items():
+        value = total.moments()
         arrays |= {f"{key}/mean": value.mean_F, f"{key}/scatter": value.scatter_FF}
         arrays[f"{key}/count"] = np.array(value.count)
     return arrays
@@ -194,8 +206,11 @@ def describe_with(network: FeatureNetwork) -> Callable[[NDArray[np.uint8]], Arra
     return lambda image_NHWC: dict(describe(network, image_NHWC))
 
 
-def score(descriptions: ChunkDescriptions, real: RealStatistics) -> dict[str, Any]:
+def score(descriptions: ChunkDescriptions, real: RealStatistics, device: torch.device = CPU) -> dict[str, Any]:
     """Every figure that this network's features give, with what it was computed from.
+
+    Args:
+        device: where moments are computed.
 
     Returns:
         Plain data: `fid`, `fid_error` (a bound on rounding), `fid_floor` (between two halves of the real images),
@@ -212,7 +227,9 @@ def score(descriptions: ChunkDescriptions, real: RealStatistics) -> dict[str, An
         if "probabilities" in described:
             probabilities.append(described["probabilities"])
     moments = {
-        kind: Moments.of_stream((each[kind] for each in descriptions.read_all()), halves["half_a"].dimension)
+        kind: Moments.of_stream(
+            (each[kind] for each in descriptions.read_all()), halves["half_a"].dimension, device
+        )
         for kind, halves in real.moments.items()
     }
     drawn, whole = moments["features"], real.whole("features")

@@ -1,11 +1,8 @@
-"""Mergeable feature statistics and the figures computed from them, in float64.
+"""The figures that are computed from features of images and their moments (`moments.py`), in float64.
 
-Shapes: N, M images; F features. Statistics of parts of a set merge to the statistics of the whole, so that parts
-may be computed by any process and kept. They are merged in the order of the parts, and products are computed in
-one thread: in another order the last digits are others.
+Shapes: N, M images; F features. Products are computed in one thread: in another order the last digits are others.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,75 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from ditmoe.model.threads import one_thread
-from ditmoe.sampling.metrics.features import in_blocks
-
-Float64 = NDArray[np.float64]
+from ditmoe.sampling.metrics.moments import Float64, Moments
 
 INCEPTION_SCORE_SPLIT = 5000
 """Images per split of the Inception Score, as in the ADM protocol."""
 
 _BLOCK = 1024
 """Rows of a block of pairwise distances."""
-_MOMENTS_BLOCK = 512
-"""Rows whose moments are computed at once."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Count, mean and scatter (sum of outer products of deviations from the mean) of feature vectors."""
-
-    count: int
-    mean_F: Float64
-    scatter_FF: Float64
-
-    @classmethod
-    def empty(cls, dimension: int) -> Self:
-        """The moments of no images."""
-        return cls(0, np.zeros(dimension), np.zeros((dimension, dimension)))
-
-    @classmethod
-    def of(cls, features_NF: NDArray[np.floating]) -> Self:
-        """The moments of the rows of `features_NF`."""
-        x_NF = np.asarray(features_NF, dtype=np.float64)
-        if len(x_NF) == 0:
-            return cls.empty(x_NF.shape[1])
-        mean_F = x_NF.mean(axis=0)
-        deviation_NF = x_NF - mean_F
-        return cls(len(x_NF), mean_F, _product(deviation_NF.T, deviation_NF))
-
-    @classmethod
-    def of_stream(cls, parts: Iterable[NDArray[np.floating]], dimension: int) -> Self:
-        """The moments of all rows of some arrays, the same however the rows are shared out among arrays."""
-        total = cls.empty(dimension)
-        for (block_NF,) in in_blocks(((part_NF,) for part_NF in parts), _MOMENTS_BLOCK):
-            total = total.merge(cls.of(block_NF))
-        return total
-
-    def merge(self, other: "Moments") -> Self:
-        """The moments of both sets together.
-
-        Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances"
-        (1982): only deviations from means are added, so that nothing cancels.
-        """
-        count = self.count + other.count
-        if count == 0:
-            return self
-        shift_F = other.mean_F - self.mean_F
-        mean_F = self.mean_F + shift_F * (other.count / count)
-        between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
-        return type(self)(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
-
-    @property
-    def dimension(self) -> int:
-        """Number of features F."""
-        return len(self.mean_F)
-
-    @property
-    def covariance_FF(self) -> Float64:
-        """Unbiased covariance (divided by count − 1)."""
-        assert self.count > 1
-        covariance_FF: Float64 = self.scatter_FF / (self.count - 1)
-        return covariance_FF
 
 
 @dataclass(frozen=True)
