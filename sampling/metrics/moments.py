@@ -113,8 +113,9 @@ class MomentsSum:
             self._add_block()
         if self._scatter_FF is None:
             return Moments.empty(self._dimension)
-        scatter_FF = self._scatter_FF.triu()
-        scatter_FF += scatter_FF.triu(1).T
+        with one_thread():  # a process that is forked from one with threads has none of them, and would wait
+            scatter_FF = self._scatter_FF.triu()
+            scatter_FF += scatter_FF.triu(1).T
         return Moments(self._count, self._mean_F.cpu().numpy().copy(), scatter_FF.cpu().numpy())
 
     def _add_block(self) -> None:
