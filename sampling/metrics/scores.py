@@ -25,11 +25,11 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
+from ditmoe.sampling.metrics.frechet import frechet_distance
 from ditmoe.sampling.metrics.moments import Moments, MomentsSum
 from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.statistics import (
     Manifold,
-    frechet_distance,
     inception_score,
     precision_recall,
 )

@@ -1,4 +1,4 @@
-"""The figures that are computed from features of images and their moments (`moments.py`), in float64.
+"""The figures that are computed from features of images, in float64.
 
 Shapes: N, M images; F features. Products are computed in one thread: in another order the last digits are others.
 """
@@ -11,65 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from ditmoe.model.threads import one_thread
-from ditmoe.sampling.metrics.moments import Float64, Moments
+from ditmoe.sampling.metrics.moments import Float64
 
 INCEPTION_SCORE_SPLIT = 5000
 """Images per split of the Inception Score, as in the ADM protocol."""
 
 _BLOCK = 1024
 """Rows of a block of pairwise distances."""
-
-
-@dataclass(frozen=True)
-class FrechetDistance:
-    """The Fréchet distance between two Gaussians, and how far rounding may have moved it."""
-
-    value: float
-    """|μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½)."""
-    mean_term: float
-    """|μ₁ − μ₂|²."""
-    error: float
-    """Bound on the numerical error of `value`; not the statistical error of a finite number of images."""
-    ranks: tuple[int, int]
-    """Numerical ranks of Σ₁ and Σ₂; below the number of features when there are too few images."""
-
-
-def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
-    """FID (Heusel et al. 2017, eq. 6) from the eigenvalues of Σ₁Σ₂.
-
-    With Σᵢ = Rᵢᵀ Rᵢ (Rᵢ from the symmetric eigendecomposition), the eigenvalues of Σ₁Σ₂ are the squared singular
-    values of R₁R₂ᵀ: they are real and non-negative by construction, also for singular covariances, and
-    tr (Σ₁Σ₂)^½ is the sum of the singular values. No square root of a rounded matrix is taken.
-
-    `error` adds up, for each covariance, the eigenvalues set to zero (those that rounding cannot tell from zero,
-    and negative ones), which change the trace by at most √(Σ|λ| · tr Σ_other) (Hölder), and the backward error
-    F·ε·s_max of the singular values.
-    """
-    if a.dimension != b.dimension:
-        raise ValueError(f"statistics of {a.dimension} and of {b.dimension} features")
-    if min(a.count, b.count) < 2:
-        raise ValueError(f"statistics of {a.count} and {b.count} images; at least 2 each")
-    root_a, cut_a = _root(a.covariance_FF)
-    root_b, cut_b = _root(b.covariance_FF)
-    trace_a, trace_b = float(np.trace(a.covariance_FF)), float(np.trace(b.covariance_FF))
-    singular = _singular_values(_product(root_a, root_b.T)) if len(root_a) and len(root_b) else np.zeros(1)
-    mean_term = float(np.sum((a.mean_F - b.mean_F) ** 2))
-    value = mean_term + trace_a + trace_b - 2 * float(singular.sum())
-    epsilon = float(np.finfo(np.float64).eps)
-    backward = len(singular) * a.dimension * epsilon * float(singular.max())
-    error = 2 * (np.sqrt(cut_a * trace_b) + np.sqrt(cut_b * trace_a) + backward)
-    return FrechetDistance(value, mean_term, float(error), (len(root_a), len(root_b)))
-
-
-def _root(covariance_FF: Float64) -> tuple[Float64, float]:
-    """R of shape [rank, F] with RᵀR = Σ, and the sum of the absolute eigenvalues that were set to zero."""
-    with one_thread():
-        found = torch.linalg.eigh(torch.from_numpy((covariance_FF + covariance_FF.T) / 2))
-    eigenvalues, vectors = found.eigenvalues.numpy(), found.eigenvectors.numpy()
-    threshold = len(eigenvalues) * np.finfo(np.float64).eps * max(float(np.abs(eigenvalues).max()), 0.0)
-    kept = eigenvalues > threshold
-    root: Float64 = np.sqrt(eigenvalues[kept])[:, None] * vectors[:, kept].T
-    return root, float(np.abs(eigenvalues[~kept]).sum())
 
 
 @dataclass(frozen=True)
@@ -142,12 +90,6 @@ def _product(a_NF: Float64, b_FM: Float64) -> Float64:
     with one_thread():
         product_NM: Float64 = (torch.from_numpy(a_NF) @ torch.from_numpy(b_FM)).numpy()
     return product_NM
-
-
-def _singular_values(a_NM: Float64) -> Float64:
-    with one_thread():
-        values: Float64 = torch.linalg.svdvals(torch.from_numpy(a_NM)).numpy()
-    return values
 
 
 def inception_score(

@@ -1,4 +1,4 @@
-"""Moments, Fréchet distance, precision/recall and the Inception Score against closed forms and scipy."""
+"""Moments, precision/recall and the Inception Score against closed forms."""
 
 from itertools import pairwise
 
@@ -7,12 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import linalg
 
 from ditmoe.sampling.metrics.moments import BLOCK, TILE, Moments
 from ditmoe.sampling.metrics.statistics import (
     Manifold,
-    frechet_distance,
     inception_score,
     precision_recall,
 )
@@ -22,10 +20,6 @@ def random_features(count: int, dimension: int, seed: int, scale: float = 1.0, s
     random = np.random.default_rng(seed)
     mixing = random.standard_normal((dimension, dimension)) / dimension**0.5
     return shift + scale * (random.standard_normal((count, dimension)) @ mixing)
-
-
-def gaussian(mean: np.ndarray, covariance: np.ndarray, count: int = 100) -> Moments:
-    return Moments(count, mean, covariance * (count - 1))
 
 
 @given(
@@ -76,60 +70,6 @@ def test_neither_pieces_nor_threads_are_in_the_last_digits_of_moments(dimension:
     np.testing.assert_allclose(found[0].mean_F, x_NF.mean(0), rtol=1e-12)
     expected_FF = np.cov(x_NF.T).reshape(dimension, dimension)
     np.testing.assert_allclose(found[0].covariance_FF, expected_FF, rtol=1e-9, atol=1e-11)
-
-
-def test_distance_of_commuting_gaussians_is_the_closed_form() -> None:
-    random = np.random.default_rng(0)
-    basis, _ = np.linalg.qr(random.standard_normal((8, 8)))
-    s, t = random.uniform(0.5, 2, 8), random.uniform(0.5, 2, 8)
-    mean_a, mean_b = random.standard_normal(8), random.standard_normal(8)
-    a, b = (gaussian(m, basis @ np.diag(v**2) @ basis.T) for m, v in ((mean_a, s), (mean_b, t)))
-    expected = np.sum((mean_a - mean_b) ** 2) + np.sum((s - t) ** 2)
-    distance = frechet_distance(a, b)
-    assert distance.value == pytest.approx(expected, rel=1e-12)
-    assert distance.ranks == (8, 8)
-    assert distance.error < 1e-11
-    assert distance.mean_term == pytest.approx(np.sum((mean_a - mean_b) ** 2))
-
-
-@pytest.mark.parametrize("dimension", [2, 16, 64])
-def test_distance_agrees_with_sqrtm_where_that_is_sound(dimension: int) -> None:
-    a = Moments.of(random_features(2000, dimension, 1))
-    b = Moments.of(random_features(2000, dimension, 2, scale=1.5, shift=0.3))
-    root = linalg.sqrtm(a.covariance_FF @ b.covariance_FF).real
-    trace = np.trace(a.covariance_FF + b.covariance_FF - 2 * root)
-    expected = np.sum((a.mean_F - b.mean_F) ** 2) + trace
-    distance = frechet_distance(a, b)
-    assert distance.value == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(b, a).value == pytest.approx(distance.value, rel=1e-10)
-
-
-def test_distance_of_a_set_to_itself_is_zero_within_its_stated_error() -> None:
-    for count in (500, 20):
-        a = Moments.of(random_features(count, 64, 3))
-        distance = frechet_distance(a, a)
-        assert abs(distance.value) <= distance.error
-        assert distance.error < 1e-5
-
-
-def test_rank_deficient_covariances_are_exact_within_the_stated_error() -> None:
-    # Two sets in the same plane of a 100-dimensional space: the distance is that within the plane.
-    random = np.random.default_rng(4)
-    basis, _ = np.linalg.qr(random.standard_normal((100, 3)))
-    x, y = random.standard_normal((50, 3)), 2 * random.standard_normal((40, 3)) + 1
-    inside = frechet_distance(Moments.of(x), Moments.of(y))
-    outside = frechet_distance(Moments.of(x @ basis.T), Moments.of(y @ basis.T))
-    assert outside.ranks == (3, 3)
-    assert abs(outside.value - inside.value) <= outside.error
-    assert outside.value == pytest.approx(inside.value, rel=1e-9)
-
-
-def test_orthogonal_supports_have_no_common_root() -> None:
-    a = gaussian(np.zeros(4), np.diag([1.0, 2.0, 0, 0]))
-    b = gaussian(np.zeros(4), np.diag([0, 0, 3.0, 4.0]))
-    assert frechet_distance(a, b).value == pytest.approx(10.0)
-    still = gaussian(np.ones(4), np.zeros((4, 4)))
-    assert frechet_distance(a, still).value == pytest.approx(3.0 + 4.0)
 
 
 def test_precision_and_recall_by_hand() -> None:
