@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.supervision.supervised import Supervised, curve, weights
+from tests.forked import DITMOE, run_forked
+from tests.slurm.supervision.supervised import CONFIG, Supervised, curve, weights
 
 
 @pytest.mark.slow
@@ -92,3 +93,28 @@ def test_a_run_survives_usr1_and_the_loss_of_a_node(
     # Slurm may end the next attempt on n2 as well: it still has an order to end the job there, which it repeats.
     assert {end.decision for end in others} <= {"requeue"}, others
     assert (last.outcome, last.decision) == ("complete", "done")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_survives_its_time_limit(make_run: Callable[..., Supervised], shards: Path, tmp_path: Path) -> None:
+    """Slurm's own, of the shortest kind, as a user asks for it; the run itself would not end."""
+    run = make_run(steps=10**6)
+    job = run.submit_as_a_user("--time=1", "--warning=10", "--no-check")
+    run.wait_for_end(1)
+    end = run.record.attempts[0].end
+    assert end is not None and (end.outcome, end.decision) == ("stopped", "requeue"), end
+    assert "SIGUSR2" in end.reason and end.step, end
+    run.wait_for_training(2)
+    assert (run.cluster.job(job)["JobState"], run.cluster.job(job)["Restarts"]) == ("RUNNING", "1")
+    assert run.record.attempts[1].step == end.step  # nothing is trained again
+    run.cluster.run("scancel", job)
+    run.cluster.wait_for_state(job, "CANCELLED")
+
+    found = curve(run.run)
+    assert [record["step"] for record in found] == list(range(1, len(found) + 1)) and len(found) > end.step
+    reference = tmp_path / "reference.yaml"
+    reference.write_text(CONFIG.format(run=tmp_path / "reference", shards=shards, processes=2, steps=len(found)))
+    trained = run_forked([*DITMOE, "train", str(reference)], tmp_path / "output", 2)
+    assert trained.returncode == 0, trained.stderr
+    assert curve(tmp_path / "reference") == found
