@@ -28,6 +28,7 @@ from typing import Final, NamedTuple
 
 from ditmoe.data.storage.files import make_folder
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.files import NO_LINKS
 
 BEAT_SECONDS: Final = 15.0
 """Between two signs of life of a holder."""
@@ -35,8 +36,6 @@ MISSED_BEATS: Final = 8
 """So many beats without a sign, and the holder is taken for dead; file systems may show a time a minute late."""
 _CLAIM: Final = re.compile(r"(?P<name>.+)\.(?P<number>[0-9]{1,9})")
 _LONGEST_BEAT: Final = 3600.0
-NO_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-"""What file systems without hard links answer to one."""
 
 
 class Listing(NamedTuple):

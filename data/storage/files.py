@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, replacing
+from ditmoe.model.outside.files import PARTIAL_PREFIX, PARTIAL_SUFFIX, new_file, replacing
 from ditmoe.model.outside.text import is_address
 
 __all__ = [
     "is_partial",
     "make_folder",
+    "new_file",
     "open_appending",
     "open_regular",
     "read_settings",

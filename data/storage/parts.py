@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, Generic, TypeVar
 
-from ditmoe.data.storage.claims import NO_LINKS, Claims, Listing, list_folder
+from ditmoe.data.storage.claims import Claims, Listing, list_folder
 from ditmoe.data.storage.files import make_folder
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.files import NO_LINKS
 
 Made = TypeVar("Made")
 Found = TypeVar("Found")

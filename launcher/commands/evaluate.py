@@ -44,7 +44,12 @@ def command(
     step: StepOption = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="SOURCE", help="Where shards with the real images lie. [default: the run's]"),
+        typer.Option(
+            "--reference",
+            "--data",
+            metavar="FILE|SHARDS",
+            help="What to compare with: a file of statistics, or shards of real images. [default: the run's]",
+        ),
     ] = None,
     index: IndexOption = None,
     on_error: OnErrorOption = None,
@@ -137,7 +142,7 @@ def command(
     shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
     shared += ["--recogniser" if recogniser else "--no-recogniser"]
     for option, value in (
-        ("--data", data),
+        ("--reference", data),
         ("--index", index),
         ("--on-error", on_error),
         ("--features-path", features_path),

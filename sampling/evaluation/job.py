@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +97,7 @@ class Job:
     folder: Path
     """`RUN/evaluations/<id>`."""
     real: Reference
+    """What they are compared with."""
     cache: Path
     """Folder of trained classifiers and statistics of real images, shared by runs."""
     features: FeatureName = "classifier"
@@ -111,6 +113,8 @@ class Job:
     """Where the VAE lies; None: they are drawn in pixels."""
     checkpoint: Path | None = None
     """Where the weights lie; None when they are not drawn from a checkpoint."""
+    learned_names: tuple[str, ...] = ()
+    """Names of the classes that the network was trained on; none where they are not known."""
     facts: dict[str, Any] = field(default_factory=dict)
     """More to record beside the figures: the run, its data, versions."""
     warnings: tuple[str, ...] = ()
@@ -125,11 +129,18 @@ class Job:
                 f"--chunk {self.chunk}: chains have {samples} samples each, which are drawn as one; expected a "
                 f"multiple of {samples}"
             )
-        if self.real.index.num_classes != self.evaluation.num_classes:
+        names = self.real.form.class_names
+        if names is not None and len(names) != self.evaluation.num_classes:
             raise UserError(
-                f"{self.real.where}: has {self.real.index.num_classes} classes; "
+                f"{self.real.where}: has {len(names)} classes; "
                 f"expected the network's {self.evaluation.num_classes}"
             )
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Those of the real images; where they have none, those that the network learned, or numbers."""
+        numbers = tuple(map(str, range(self.evaluation.num_classes)))
+        return self.real.form.class_names or self.learned_names or numbers
 
     @property
     def request(self) -> dict[str, Any]:

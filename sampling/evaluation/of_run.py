@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
 from ditmoe.sampling.drawing.generate import Generated, generate
 from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
-from ditmoe.sampling.evaluation.measures import Measures
+from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
 from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, join_workers
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_run
+from ditmoe.sampling.metrics.references.files import open_reference_file
+from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.network.denoiser import check_guidance
 from ditmoe.sampling.network.load import (
     LoadedModel,
@@ -56,7 +58,7 @@ class EvaluationOptions:
     weights: Weights = "ema"
     step: int | None = None
     data: str | Path | None = None
-    """Where the real images lie, as a source's `path`; None: where the run's lay."""
+    """Where the real images lie, as a source's `path`, or a file of statistics; None: where the run's lay."""
     index: Path | None = None
     """Folder of their index; None: it is with them."""
     on_error: OnError | None = None
@@ -97,12 +99,15 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     if options.weights not in info.parts:
         raise UserError(f"{path}: has no {options.weights}; it has {', '.join(info.parts)}")
     decoder = find_decoder(info, options.vae)
-    real = reference_of_run(info, options.data, options.index, options.on_error)
+    real = _reference(info, options)
     num_classes = _check_fit(info, real, decoder)
     if options.features_path is not None and options.features != "inception":
         raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
     if options.features == "inception":
-        load_inception(options.features_path, CPU)
+        network = load_inception(options.features_path, CPU)
+        if isinstance(real, ReferenceStatistics):
+            real.check_features(options.features)
+            real.check_network(network)
     resolved = [sampler.resolved(info.objective) for sampler in samplers]
     for sampler in resolved:
         check_guidance(complete_config(info.model, info), sampler)
@@ -121,7 +126,8 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
         )
         for sampler in resolved
     ]
-    return [
+    learned = tuple(info.dataset.get("class_names") or ())
+    jobs = [
         Job(
             evaluation=evaluation,
             folder=home_of(path) / "evaluations" / evaluation.id,
@@ -141,10 +147,13 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
                 "trained_on": info.dataset.get("name"),
                 "torch": torch.__version__,
             },
+            learned_names=learned if len(learned) == num_classes else (),
             warnings=(*_other_classes(info, real), *noise_warnings(evaluation.sampler)),
         )
         for evaluation in evaluations
     ]
+    told = check_reference(jobs[0])
+    return [replace(job, warnings=(*told, *job.warnings)) for job in jobs]
 
 
 def evaluate_run(job: Job) -> dict[str, Any]:
@@ -262,6 +271,17 @@ def drawn_images(images: Generated) -> DrawnImages:
     return DrawnImages(image_NHWC, nfe_N, images.chains.sigma_N.numpy(), images.chains.trace_NT.numpy(), finite_N)
 
 
+def _reference(info: CheckpointInfo, options: EvaluationOptions) -> Reference:
+    """What drawn images are compared with. UserError as `prepare_job`."""
+    file = open_reference_file(options.data)
+    if file is None:
+        return reference_of_run(info, options.data, options.index, options.on_error)
+    for name, value in (("--index", options.index), ("--on-error", options.on_error)):
+        if value is not None:
+            raise UserError(f"{name} {value}: goes with shards, and {file.where} is a file")
+    return file
+
+
 def _check_fit(info: CheckpointInfo, real: Reference, decoder: VaeFacts | None) -> int:
     """The number of classes; the images that the network draws must be of the form of the real ones."""
     expected: dict[str, Any] = {
@@ -270,26 +290,33 @@ def _check_fit(info: CheckpointInfo, real: Reference, decoder: VaeFacts | None) 
     }
     if decoder is not None:
         expected |= {"image_size": expected["image_size"] * decoder.reduction, "channels": decoder.pixel_channels}
+    form = real.form
+    found = {
+        "image_size": form.image_size,
+        "channels": form.channels,
+        "num_classes": None if form.class_names is None else len(form.class_names),
+    }
     problems = [
-        f"{name} is {getattr(real.index, name)}, expected {value}"
+        f"{name} is {found[name]}, expected {value}"
         for name, value in expected.items()
-        if getattr(real.index, name) != value
+        if found[name] not in (None, value)
     ]
-    if real.index.channels not in (1, 3):
-        problems.append(f"channels is {real.index.channels}, and only 1 (grey) or 3 (RGB) make pictures to score")
+    channels = form.channels or expected["channels"]
+    if channels not in (1, 3):
+        problems.append(f"channels is {channels}, and only 1 (grey) or 3 (RGB) make pictures to score")
     if problems:
         latents = decoder is None and expected["channels"] not in (1, 3)
         raise UserError(
             f"{real.where}: not what the network of {info.path} draws: {'; '.join(problems)}"
             + ("; if it draws latents, give their VAE with --vae" if latents else "")
         )
-    return real.index.num_classes
+    return int(expected["num_classes"])
 
 
 def _other_classes(info: CheckpointInfo, real: Reference) -> tuple[str, ...]:
     """A warning where the classes of the real images have other names than those that the network learned."""
     learned = info.dataset.get("class_names") or []
-    for label, (expected, found) in enumerate(zip(learned, real.index.class_names, strict=False)):
+    for label, (expected, found) in enumerate(zip(learned, real.form.class_names or (), strict=False)):
         if normal(expected) != normal(found):
             return (
                 f"class {label} is {found} in {real.where} and {expected} in the network's training: "

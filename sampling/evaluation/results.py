@@ -37,6 +37,7 @@ def write_results(
     request: dict[str, Any],
     store: ChunkStore,
     real: Reference,
+    class_names: Sequence[str],
     network: FeatureNetwork,
     statistics: RealStatistics,
     descriptions: ChunkDescriptions,
@@ -49,6 +50,7 @@ def write_results(
     """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished.
 
     Args:
+        class_names: of the drawn images.
         samples_per_chain: None: they are no chains.
         device: where moments are computed.
     """
@@ -78,13 +80,19 @@ def write_results(
         )
     result["warnings"] += warnings
     if isinstance(network, Classifier):
-        result["warnings"] += _weak_features(network, real.index.num_classes)
+        result["warnings"] += _weak_features(network, len(class_names))
     if samples_per_chain is not None:
         picture = folder / "gallery" / CHAINS_FILE
-        result["chains"] = chain_results(picture, store, descriptions, samples_per_chain, statistics.features_NF)
-    sheets = Sheets(real.index.class_names, real.index.image_size, real.index.channels)
-    right = np.zeros(real.index.num_classes, dtype=np.int64)
-    of_class = np.zeros(real.index.num_classes, dtype=np.int64)
+        real_NF = statistics.features_NF
+        result["chains"] = (
+            {"warnings": [f"{real.where}: has no features of single images: chains have no figures"]}
+            if real_NF is None
+            else chain_results(picture, store, descriptions, samples_per_chain, real_NF)
+        )
+    _, size, _, channels = store.read(0).image_NHWC.shape
+    sheets = Sheets(class_names, size, channels)
+    right = np.zeros(len(class_names), dtype=np.int64)
+    of_class = np.zeros(len(class_names), dtype=np.int64)
     for chunk in range(store.chunks):
         drawn = store.read(chunk)
         sheets.add(drawn.image_NHWC, drawn.label_N)
@@ -187,7 +195,7 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
         f"{sampler['sampler']}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}, "
         f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}",
-        f"against {result['real_images']:,} real images of {result['real']['name']}, "
+        f"against {_images(result['real_images'])} of {result['real']['name']}, "
         f"in {network['dimension']} features of {network['name']} {network['fingerprint']}",
     ]
     rows: list[tuple[str, str, str]] = []
@@ -195,7 +203,8 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
         if name in result:
             floor = _figure(result[f"{name}_floor"])
             half = result[f"{name}_floor_images_per_half"]
-            rows.append((shown, _figure(result[name]), f"floor {floor} (two halves of {half:,} real images)"))
+            note = "no floor" if half is None else f"floor {floor} (two halves of {half:,} real images)"
+            rows.append((shown, _figure(result[name]), note))
     rows.append(("precision", _figure(result["precision"]), f"k = {result['neighbours']}"))
     rows.append(
         (
@@ -216,6 +225,10 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
     if "chains" in result:
         lines += chain_lines(result["chains"])
     return lines
+
+
+def _images(count: int | None) -> str:
+    return "statistics" if count is None else f"{count:,} real images"
 
 
 def _figure(value: float | None) -> str:

@@ -146,7 +146,7 @@ def _run(
         log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
 
     network, recogniser = measures.networks(job, workers, log)
-    descriptions = ChunkDescriptions(store, network.fingerprint, describe_with(network))
+    descriptions = ChunkDescriptions.of_store(store, network.fingerprint, describe_with(network))
     descriptions.make(
         rank=workers.rank,
         ranks=workers.ranks,
@@ -155,7 +155,7 @@ def _run(
     judged = None
     if recogniser is not None:
         judge = recogniser
-        judged = ChunkDescriptions(
+        judged = ChunkDescriptions.of_store(
             store, recogniser.fingerprint, lambda image_NHWC: {"predicted": judge.predict(image_NHWC)}
         )
         judged.make(rank=workers.rank, ranks=workers.ranks)
@@ -186,6 +186,7 @@ def _run(
             job.request,
             store,
             job.real,
+            job.class_names,
             network,
             statistics,
             descriptions,

@@ -35,7 +35,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator, permutation
 from ditmoe.model.threads import one_thread
 from ditmoe.sampling.metrics.features import AT_ONCE, Features, fingerprint_of, images_to_tensor, in_batches
-from ditmoe.sampling.metrics.reference import Reference
+from ditmoe.sampling.metrics.reference import Form, ReferenceImages
 
 MAX_IMAGES: Final = 50_000
 """Real images that a classifier is trained on at most, drawn at random from larger sets."""
@@ -177,6 +177,10 @@ class Classifier:
         self.held_out_images = int(facts["held_out_images"])
         self.description: Mapping[str, Any] = facts
 
+    def state(self) -> dict[str, Tensor]:
+        """The weights, on the CPU."""
+        return {name: tensor.cpu().contiguous() for name, tensor in self._network.state_dict().items()}
+
     @torch.inference_mode()
     def features(self, image_NHWC: NDArray[np.uint8]) -> Features:
         """uint8 [N, H, W, C] → `features` [N, F], float32."""
@@ -215,7 +219,7 @@ def _reduce(x_NCHW: Tensor) -> Tensor:
 
 def load_classifier(
     settings: ClassifierSettings,
-    real: Reference,
+    real: ReferenceImages,
     cache: Path,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
@@ -245,28 +249,45 @@ def load_classifier(
     return run_parts(parts)
 
 
-def _build(settings: ClassifierSettings, real: Reference) -> nn.Module:
+def _build(settings: ClassifierSettings, form: Form) -> nn.Module:
     make = PlainClassifier if settings.architecture == "plain" else ResidualClassifier
-    size = min(real.index.image_size, MAX_SIZE)
-    return make(size, real.index.channels, real.index.num_classes, settings.dimension)
+    assert form.image_size is not None and form.channels is not None and form.class_names is not None
+    return make(min(form.image_size, MAX_SIZE), form.channels, len(form.class_names), settings.dimension)
 
 
-def _load(path: Path, real: Reference, settings: ClassifierSettings, device: torch.device) -> Classifier:
-    network = _build(settings, real)
+def restored(
+    state: Mapping[str, Tensor], facts: Mapping[str, Any], form: Form, device: torch.device
+) -> Classifier:
+    """A classifier from its weights and its facts.
+
+    Args:
+        form: of the images that it was trained on, all of it.
+
+    Raises:
+        ValueError, TypeError, KeyError, RuntimeError: they do not fit together.
+    """
+    network = _build(ClassifierSettings(**facts["settings"]), form)
+    network.load_state_dict(state)
+    if fingerprint_of(network.state_dict()) != facts["fingerprint"]:
+        raise ValueError("the checksum of its weights is another")
+    return Classifier(network, facts, device)
+
+
+def _load(path: Path, real: ReferenceImages, settings: ClassifierSettings, device: torch.device) -> Classifier:
     try:
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["facts"])
-            network.load_state_dict({name: stored.get_tensor(name) for name in stored.keys()})  # noqa: SIM118
-        if fingerprint_of(network.state_dict()) != facts["fingerprint"]:
-            raise ValueError("the checksum of its weights is another")
-        return Classifier(network, facts, device)
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        if facts["settings"] != asdict(settings):
+            raise ValueError("it is of other settings")
+        return restored(state, facts, real.form, device)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise DamagedPart(path, error) from error
 
 
 def train_classifier(
     settings: ClassifierSettings,
-    real: Reference,
+    real: ReferenceImages,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -287,7 +308,7 @@ def train_classifier(
 
     with _same_everywhere(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        network = _build(settings, real).to(device)
+        network = _build(settings, real.form).to(device)
         optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.02)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=steps + 1)
         network.train()
@@ -332,7 +353,7 @@ def _same_everywhere() -> Iterator[None]:
         yield
 
 
-def _read_training_images(settings: ClassifierSettings, real: Reference) -> tuple[Tensor, Tensor]:
+def _read_training_images(settings: ClassifierSettings, real: ReferenceImages) -> tuple[Tensor, Tensor]:
     """Up to MAX_IMAGES real images in random order, uint8 [N, C, H, W], and labels [N]; the first are held out."""
     chosen = permutation(settings.seed, "classifier/split", 0, real.count)[:MAX_IMAGES]
     row_of = np.full(real.count, -1, dtype=np.int64)

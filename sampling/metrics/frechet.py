@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditmoe.model.threads import one_thread
-from ditmoe.sampling.metrics.moments import Moments
+from ditmoe.sampling.metrics.moments import Gaussian, Moments
 
 EPSILON: Final = float(np.finfo(np.float64).eps)
 SMALL: Final = EPSILON**0.5
@@ -41,7 +41,7 @@ class FrechetDistance:
     """Numerical ranks of Σ₁ and Σ₂; below the number of features when there are too few images."""
 
 
-def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
+def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> FrechetDistance:
     """FID (Heusel et al. 2017, eq. 6) from factors of the covariances.
 
     With Σᵢ = RᵢᵀRᵢ, the eigenvalues of Σ₁Σ₂ are the squared singular values of R₁R₂ᵀ: they are real and
@@ -54,7 +54,7 @@ def frechet_distance(a: Moments, b: Moments) -> FrechetDistance:
     """
     if a.dimension != b.dimension:
         raise ValueError(f"statistics of {a.dimension} and of {b.dimension} features")
-    if min(a.count, b.count) < 2:
+    if min(count for count in (a.count, b.count, 2) if count is not None) < 2:
         raise ValueError(f"statistics of {a.count} and {b.count} images; at least 2 each")
     root_a, root_b = _Root.of(a), _Root.of(b)
     with one_thread():
@@ -81,7 +81,7 @@ class _Root:
     """Eigenvalues that the rounding of Σ itself cannot make of zero."""
 
     @classmethod
-    def of(cls, moments: Moments) -> "_Root":
+    def of(cls, moments: Moments | Gaussian) -> "_Root":
         """Eigendecomposition, and a second one of the small part.
 
         With V the computed eigenvectors, VᵀΣV is the diagonal Λ but for errors of δ = F·ε·λ_max. (That V is
@@ -94,9 +94,9 @@ class _Root:
         covariance_FF = torch.from_numpy((moments.covariance_FF + moments.covariance_FF.T) / 2)
         with one_thread():
             found = torch.linalg.eigh(covariance_FF)
-        # Of N images, N − 1 eigenvalues are not zero.
         value_F, vector_FF = found.eigenvalues.flip(0), found.eigenvectors.flip(1)
-        value_F, vector_FF = value_F[: moments.count - 1], vector_FF[:, : moments.count - 1]
+        if moments.count is not None:  # of N images, N − 1 eigenvalues are not zero
+            value_F, vector_FF = value_F[: moments.count - 1], vector_FF[:, : moments.count - 1]
         largest = float(value_F[0])
         if largest <= 0:
             return cls(vector_FF[:, :0].T, float(value_F.abs().sum()) ** 0.5, 0)

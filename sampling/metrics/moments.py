@@ -84,6 +84,20 @@ class Moments:
         return covariance_FF
 
 
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of feature vectors as a file states them; of how many they are it may not tell."""
+
+    count: int | None
+    mean_F: Float64
+    covariance_FF: Float64
+
+    @property
+    def dimension(self) -> int:
+        """Number of features F."""
+        return len(self.mean_F)
+
+
 class MomentsSum:
     """The moments of rows that come a few at a time."""
 

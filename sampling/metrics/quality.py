@@ -25,7 +25,7 @@ from ditmoe.sampling.metrics.classifier import (
 )
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.inception import load_inception
-from ditmoe.sampling.metrics.reference import Reference
+from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.settings.names import FeatureName
 
 ScoreName = Literal["classifier", "features", "none"]
@@ -62,7 +62,7 @@ class ScoreSettings:
 class ClassifierScore:
     """The probability that the classifier gives to the intended class, 0 … 1."""
 
-    def __init__(self, classifier: Classifier, real: Reference) -> None:
+    def __init__(self, classifier: Classifier, real: ReferenceImages) -> None:
         self._classifier = classifier
         self.description: Mapping[str, Any] = {
             "score": "classifier",
@@ -81,7 +81,7 @@ class ClassifierScore:
 class FeatureScore:
     """Minus the distance to the mean of the intended class's real images, so 0 at most."""
 
-    def __init__(self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: Reference) -> None:
+    def __init__(self, network: FeatureNetwork, mean_KF: NDArray[np.float64], real: ReferenceImages) -> None:
         self._network, self._mean_KF = network, mean_KF
         self.description: Mapping[str, Any] = {
             "score": "features",
@@ -100,7 +100,7 @@ class FeatureScore:
 
 def make_scorer(
     settings: ScoreSettings,
-    real: Reference,
+    real: ReferenceImages,
     labels: Sequence[int],
     cache: Path,
     workers: Workers,
@@ -137,7 +137,7 @@ def make_scorer(
 
 def class_means(
     network: FeatureNetwork,
-    real: Reference,
+    real: ReferenceImages,
     cache: Path,
     workers: Workers,
     on_progress: Progress = lambda done: None,
@@ -171,7 +171,7 @@ def class_means(
     return run_parts(parts, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
 
 
-def plain_settings(settings: ScoreSettings, real: Reference | None) -> dict[str, Any]:
+def plain_settings(settings: ScoreSettings, real: ReferenceImages | None) -> dict[str, Any]:
     """The choice of a score as plain data, to tell whether two are the same."""
     if settings.kind == "none" or real is None:
         return {"kind": "none"}

@@ -1,12 +1,13 @@
-"""The images that others are compared with: which they are, how they are read, and where they lie.
+"""What drawn images are compared with: real images, which they are, how they are read and where they lie.
 
 The code that reads them is that of training: the same place, index, label rule and choice of samples, so that a
 run is compared with what it was trained on. Statistics of them are kept under their fingerprint, which covers all
-of it.
+of it. Images without an index, and statistics that stand in a file, are in `references/`.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,17 +40,88 @@ _CHOICE: Final = ("classes", "min_score", "max_samples", "max_per_class")
 """Keys of a source that choose among its samples."""
 
 
+class Form(NamedTuple):
+    """What is known of the form of images; None: it is not."""
+
+    image_size: int | None = None
+    channels: int | None = None
+    class_names: tuple[str, ...] | None = None
+
+
 class ReferenceBatch(NamedTuple):
     """Some of the images."""
 
     image_NHWC: NDArray[np.uint8]
     label_N: NDArray[np.int64]
+    """−1 where they have no labels."""
     number_N: NDArray[np.int64]
-    """Their numbers in the index's order, 0 … count − 1."""
+    """Their numbers in their order, 0 … count − 1."""
+
+
+class Reference(ABC):
+    """What drawn images are compared with: images, or statistics of them."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """Its place, without secrets."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of all that figures depend on (first 16 hex digits of SHA-256)."""
+
+    @property
+    @abstractmethod
+    def form(self) -> Form:
+        """That of the images."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> int:
+        """Number of parts that are computed one by one, and kept, so that a killed job repeats one part."""
+
+    @abstractmethod
+    def facts(self, left_out: LeftOut | None) -> dict[str, Any]:
+        """What results record of it, as plain data.
+
+        Args:
+            left_out: what was passed over when all images were read; None: no image was read.
+        """
+
+
+class Images(Reference):
+    """Images that can be read, each once, in an order of their own."""
+
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """Number of images, including those that turn out to be unusable when they are read."""
+
+    @abstractmethod
+    def new_left_out(self) -> LeftOut:
+        """An empty record of what is passed over while images are read."""
+
+    @abstractmethod
+    def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
+        """The images of one part, up to `batch` at a time.
+
+        Args:
+            left_out: takes those that cannot be used.
+
+        Raises:
+            UserError: a file or an image is damaged, and the policy is to stop or the budget is spent.
+        """
+
+    def read_all(self, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
+        """Every image, part by part."""
+        left_out = self.new_left_out() if left_out is None else left_out
+        for part in range(self.parts):
+            yield from self.read(part, batch, left_out)
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceImages(Images):
     """Images of a source, each once, in the index's order."""
 
     source: OpenSource
@@ -67,6 +139,11 @@ class Reference:
     def where(self) -> str:
         """Their place, without secrets."""
         return self.source.config.shown
+
+    @property
+    def form(self) -> Form:
+        """As its index says."""
+        return Form(self.index.image_size, self.index.channels, self.index.class_names)
 
     @cached_property
     def members(self) -> tuple[NDArray[np.int64], ...]:
@@ -142,18 +219,9 @@ class Reference:
                 if images:
                     yield ReferenceBatch(np.stack(images), np.array(labels, np.int64), np.array(rows, np.int64))
 
-    def read_all(self, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
-        """Every image, part by part."""
-        left_out = self.new_left_out() if left_out is None else left_out
-        for part in range(self.parts):
-            yield from self.read(part, batch, left_out)
-
-    def facts(self, left_out: LeftOut) -> dict[str, Any]:
-        """What results record of the images, as plain data.
-
-        Args:
-            left_out: what was passed over when all of them were read.
-        """
+    def facts(self, left_out: LeftOut | None) -> dict[str, Any]:
+        """As `Reference`."""
+        assert left_out is not None
         config = self.source.config
         lost = [f"{self.source.place.where(self.index.shards[number].file)}" for number in self.lost]
         lines = [*self.lost.values(), *left_out.lines]
@@ -171,8 +239,8 @@ class Reference:
 
 
 def open_reference(
-    config: SourceConfig, *, seed: int = 0, cache: Path | None = None, option: str = "--data"
-) -> Reference:
+    config: SourceConfig, *, seed: int = 0, cache: Path | None = None, option: str = "--reference"
+) -> ReferenceImages:
     """The images of a source that its settings choose.
 
     Args:
@@ -192,8 +260,8 @@ def reference_of_run(
     named: str | Path | None = None,
     index: Path | None = None,
     on_error: OnError | None = None,
-    option: str = "--data",
-) -> Reference:
+    option: str = "--reference",
+) -> ReferenceImages:
     """The images that a run is compared with: those of its first source that it was trained on, or others.
 
     Args:
@@ -229,7 +297,7 @@ def reference_of_run(
     return reference
 
 
-def _reference(source: OpenSource, seed: int, option: str) -> Reference:
+def _reference(source: OpenSource, seed: int, option: str) -> ReferenceImages:
     latents = source.index.latents
     if latents is not None:  # decoded latents are not the images: a figure against them is another figure
         raise UserError(
@@ -243,13 +311,13 @@ def _reference(source: OpenSource, seed: int, option: str) -> Reference:
     budget = LeftOut(source.config)
     for number, problem in lost.items():
         budget.add_lines(selection.counts[number], [problem])
-    reference = Reference(source, selection, lost)
+    reference = ReferenceImages(source, selection, lost)
     if not reference.count:
         raise UserError(f"{source.config.shown}: none of its images can be used; {next(iter(lost.values()))}")
     return reference
 
 
-def _check_unchanged(info: CheckpointInfo, reference: Reference, option: str) -> None:
+def _check_unchanged(info: CheckpointInfo, reference: ReferenceImages, option: str) -> None:
     """UserError when other data lies now where the run was trained from."""
     now = {
         "fingerprint": fingerprint_of(reference.index, reference.selection),

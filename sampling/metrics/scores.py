@@ -8,11 +8,11 @@ Shapes: N images, F features.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from ditmoe.model.randomness import permutation
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.frechet import frechet_distance
-from ditmoe.sampling.metrics.moments import Moments, MomentsSum
-from ditmoe.sampling.metrics.reference import Reference
+from ditmoe.sampling.metrics.moments import Gaussian, Moments, MomentsSum
+from ditmoe.sampling.metrics.reference import Images
 from ditmoe.sampling.metrics.statistics import (
     Manifold,
     inception_score,
@@ -39,8 +39,8 @@ NEIGHBOUR_IMAGES: Final = 10_000
 NEIGHBOURS: Final = 3
 """k of improved precision and recall."""
 CPU: Final = torch.device("cpu")
-_HALVES: Final = ("half_a", "half_b", "rest")
-_KINDS: Final = ("features", "spatial")
+HALVES: Final = ("half_a", "half_b", "rest")
+KINDS: Final = ("features", "spatial")
 _VERSION: Final = 3
 """Raised whenever this file changes what is kept of real images."""
 
@@ -51,24 +51,41 @@ class RealStatistics:
 
     moments: dict[str, dict[str, Moments]]
     """Kind of feature → `half_a`, `half_b` and `rest` (the odd image of an uneven count)."""
-    features_NF: NDArray[np.floating]
-    """Features of up to NEIGHBOUR_IMAGES images drawn at random."""
-    left_out: LeftOut
-    """Images that could not be used."""
+    features_NF: NDArray[np.floating] | None
+    """Features of up to NEIGHBOUR_IMAGES images drawn at random; None: of none is anything known."""
+    left_out: LeftOut | None
+    """Images that could not be used; None: no image was read."""
+    stated: dict[str, Gaussian] = field(default_factory=dict)
+    """Kind of feature → what is known of all images, where that of their halves is not."""
+    missing: tuple[str, ...] = ()
+    """Lines that say which figures cannot be computed, and why."""
 
-    def whole(self, kind: str) -> Moments:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of features that are known."""
+        return (*self.moments, *self.stated)
+
+    def whole(self, kind: str) -> Moments | Gaussian:
         """The moments of all real images."""
-        half_a, half_b, rest = (self.moments[kind][name] for name in _HALVES)
+        if kind in self.stated:
+            return self.stated[kind]
+        half_a, half_b, rest = (self.moments[kind][name] for name in HALVES)
         return half_a.merge(half_b).merge(rest)
+
+    def halves(self, kind: str) -> tuple[Moments, Moments] | None:
+        """The moments of two halves of the real images; None: they are not known."""
+        found = self.moments.get(kind)
+        return None if found is None else (found["half_a"], found["half_b"])
 
     @cached_property
     def manifold(self) -> Manifold:
-        """That of `features_NF`, which must be more than NEIGHBOURS; computed once."""
+        """That of `features_NF`, which must be known, and more than NEIGHBOURS; computed once."""
+        assert self.features_NF is not None
         return Manifold.of(self.features_NF, NEIGHBOURS)
 
 
 def real_statistics(
-    real: Reference,
+    real: Images,
     network: FeatureNetwork,
     cache: Path,
     *,
@@ -90,7 +107,7 @@ def real_statistics(
 
 
 def _parts_of_real(
-    real: Reference, network: FeatureNetwork, cache: Path, device: torch.device
+    real: Images, network: FeatureNetwork, cache: Path, device: torch.device
 ) -> Parts[Arrays, Arrays, RealStatistics]:
     folder = cache / f"real-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
     names = [f"part-{part:02d}.npz" for part in range(real.parts)]
@@ -107,7 +124,7 @@ def _parts_of_real(
 
 
 def _part_statistics(
-    real: Reference, part: int, network: FeatureNetwork, place: NDArray[np.int64], device: torch.device
+    real: Images, part: int, network: FeatureNetwork, place: NDArray[np.int64], device: torch.device
 ) -> Arrays:
     """Moments of a part's images by half, and the features of those among the first in the random order."""
     half = real.count // 2
@@ -119,10 +136,10 @@ def _part_statistics(
         described = describe(network, image_NHWC)
         place_N = place[number_N]
         half_N = np.minimum(place_N // max(half, 1), 2)
-        for kind in _KINDS:
+        for kind in KINDS:
             if kind not in described:
                 continue
-            for number, name in enumerate(_HALVES):
+            for number, name in enumerate(HALVES):
                 rows_NF = described[kind][half_N == number]
                 key = f"{kind}/{name}"
                 sums.setdefault(key, MomentsSum(rows_NF.shape[1], device)).add(rows_NF)
@@ -139,7 +156,7 @@ def _part_statistics(
     return arrays
 
 
-def _merged_statistics(real: Reference, parts: Iterable[Arrays]) -> RealStatistics:
+def _merged_statistics(real: Images, parts: Iterable[Arrays]) -> RealStatistics:
     """Merged in the order of the parts. UserError when too many images cannot be used."""
     left_out = real.new_left_out()
     moments: dict[str, dict[str, Moments]] = {}
@@ -147,8 +164,8 @@ def _merged_statistics(real: Reference, parts: Iterable[Arrays]) -> RealStatisti
     for part in parts:
         neighbours.append(part["neighbours"])
         left_out.add_lines(int(part["left_out_count"]), part["left_out"].tolist())
-        for kind in _KINDS:
-            for half in _HALVES:
+        for kind in KINDS:
+            for half in HALVES:
                 key = f"{kind}/{half}"
                 if f"{key}/mean" not in part:
                     continue
@@ -161,20 +178,34 @@ def _merged_statistics(real: Reference, parts: Iterable[Arrays]) -> RealStatisti
 
 
 class ChunkDescriptions:
-    """What a network says of each chunk of drawn images: one file per chunk, kept until `remove`."""
+    """What a network says of each chunk of some images: one file per chunk, kept until `remove`."""
 
-    def __init__(
-        self, store: ChunkStore, fingerprint: str, describe_images: Callable[[NDArray[np.uint8]], Arrays]
-    ) -> None:
-        folder = store.folder.parent / "features" / fingerprint
-        names = [store.path(chunk).name for chunk in range(store.chunks)]
+    def __init__(self, folder: Path, names: Sequence[str], describe_chunk: Callable[[int], Arrays]) -> None:
+        """Of any images.
+
+        Args:
+            folder: of the files.
+            names: of the file of each chunk.
+            describe_chunk: number of a chunk → arrays with a row for each of its images; none where it has none.
+        """
         self._parts: Parts[Arrays, Arrays, None] = Parts(
             folder,
             names,
-            lambda chunk: _described(store.read(chunk).image_NHWC, describe_images),
+            describe_chunk,
             write_arrays,
             lambda chunk: read_arrays(folder / names[chunk]),
             lambda found: None,
+        )
+
+    @classmethod
+    def of_store(
+        cls, store: ChunkStore, fingerprint: str, describe_images: Callable[[NDArray[np.uint8]], Arrays]
+    ) -> Self:
+        """Of drawn images; the network has this fingerprint."""
+        return cls(
+            store.folder.parent / "features" / fingerprint,
+            [store.path(chunk).name for chunk in range(store.chunks)],
+            lambda chunk: _described(store.read(chunk).image_NHWC, describe_images),
         )
 
     def make(self, *, rank: int = 0, ranks: int = 1, on_progress: Progress = lambda done: None) -> None:
@@ -228,23 +259,24 @@ def score(descriptions: ChunkDescriptions, real: RealStatistics, device: torch.d
             probabilities.append(described["probabilities"])
     moments = {
         kind: Moments.of_stream(
-            (each[kind] for each in descriptions.read_all()), halves["half_a"].dimension, device
+            (each[kind] for each in descriptions.read_all()), real.whole(kind).dimension, device
         )
-        for kind, halves in real.moments.items()
+        for kind in real.kinds
     }
     drawn, whole = moments["features"], real.whole("features")
-    warnings: list[str] = []
+    warnings = list(real.missing)
     result: dict[str, Any] = {"drawn_images": drawn.count, "real_images": whole.count}
-    result |= _distances("fid", drawn, real.moments["features"], whole, warnings)
+    result |= _distances("fid", drawn, real.halves("features"), whole, warnings)
     if "spatial" in moments:
-        result |= _distances("sfid", moments["spatial"], real.moments["spatial"], real.whole("spatial"), [])
+        result |= _distances("sfid", moments["spatial"], real.halves("spatial"), real.whole("spatial"), [])
 
     result |= {"precision": None, "recall": None, "neighbours": NEIGHBOURS}
-    result |= {"neighbour_images_drawn": kept, "neighbour_images_real": len(real.features_NF)}
-    if min(kept, len(real.features_NF)) > NEIGHBOURS:
+    known = 0 if real.features_NF is None else len(real.features_NF)
+    result |= {"neighbour_images_drawn": kept, "neighbour_images_real": known}
+    if min(kept, known) > NEIGHBOURS:
         pair = precision_recall(real.manifold, np.concatenate(neighbours))
         result |= {"precision": pair[0], "recall": pair[1]}
-    else:
+    elif real.features_NF is not None:
         warnings.append(f"precision and recall need more than {NEIGHBOURS} real and drawn images")
     if probabilities:
         mean, deviation, splits = inception_score(np.concatenate(probabilities))
@@ -257,24 +289,28 @@ def score(descriptions: ChunkDescriptions, real: RealStatistics, device: torch.d
 
 
 def _distances(
-    name: str, drawn: Moments, halves: dict[str, Moments], whole: Moments, warnings: list[str]
+    name: str,
+    drawn: Moments,
+    halves: tuple[Moments, Moments] | None,
+    whole: Moments | Gaussian,
+    warnings: list[str],
 ) -> dict[str, Any]:
     """The distance to the whole set, its numerical error, and the distance between the halves of the set."""
     result: dict[str, Any] = {name: None, f"{name}_error": None, f"{name}_floor": None}
-    half_a, half_b = halves["half_a"], halves["half_b"]
-    result[f"{name}_floor_images_per_half"] = half_a.count
-    if min(drawn.count, whole.count) < 2:
+    result[f"{name}_floor_images_per_half"] = None if halves is None else halves[0].count
+    counts = {f"{drawn.count:,} drawn images": drawn.count}
+    if whole.count is not None:
+        counts[f"{whole.count:,} real images"] = whole.count
+    if min(counts.values()) < 2:
         warnings.append(f"{name} needs at least 2 real and 2 drawn images")
         return result
     distance = frechet_distance(drawn, whole)
     result |= {name: distance.value, f"{name}_error": distance.error}
-    if min(half_a.count, half_b.count) >= 2:
-        result[f"{name}_floor"] = frechet_distance(half_a, half_b).value
-    for what, count in (
-        (f"{drawn.count:,} drawn images", drawn.count),
-        (f"{whole.count:,} real images", whole.count),
-        (f"{half_a.count:,} images per half of the floor", half_a.count),
-    ):
+    if halves is not None:
+        if min(half.count for half in halves) >= 2:
+            result[f"{name}_floor"] = frechet_distance(*halves).value
+        counts[f"{halves[0].count:,} images per half of the floor"] = halves[0].count
+    for what, count in counts.items():
         if count <= drawn.dimension:
             warnings.append(
                 f"{what} are too few for {drawn.dimension} features: the covariance is singular, {name} is biased"

@@ -37,7 +37,7 @@ from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.jobs.workers import CPU
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.quality import ScoreSettings, plain_settings
-from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_run
+from ditmoe.sampling.metrics.reference import OnError, ReferenceImages, reference_of_run
 from ditmoe.sampling.network.denoiser import check_guidance
 from ditmoe.sampling.network.load import Weights, complete_config, find_checkpoint, find_decoder, home_of
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
@@ -86,7 +86,7 @@ class Synthesis:
     options: SynthesisOptions
     checkpoint: Path
     class_names: tuple[str, ...]
-    real: Reference | None
+    real: ReferenceImages | None
     """What scores go by; null: there are none."""
     vae: Path | None
     """The VAE that decodes what the network draws; null: it draws pixels."""
@@ -220,7 +220,7 @@ def _form(info: CheckpointInfo, decoder: VaeFacts | None) -> tuple[int, int]:
 
 def _reference(
     options: SynthesisOptions, info: CheckpointInfo, expected: tuple[int, int, int]
-) -> Reference | None:
+) -> ReferenceImages | None:
     """The real images that scores go by. UserError when they are not there, or of another kind."""
     if options.score.features_path is not None and options.score.features != "inception":
         raise UserError(f"--features-path {options.score.features_path}: expected only with --features inception")

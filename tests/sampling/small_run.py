@@ -11,7 +11,7 @@ from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
-from ditmoe.sampling.metrics.reference import Reference, open_reference
+from ditmoe.sampling.metrics.reference import ReferenceImages, open_reference
 from ditmoe.sampling.noise_level.classifier import (
     NoiseNetwork,
     classifier_folder,
@@ -32,7 +32,7 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
-def images_of(folder: Path) -> Reference:
+def images_of(folder: Path) -> ReferenceImages:
     """All images of a folder."""
     return open_reference(SourceConfig(path=str(folder)))
 

@@ -151,7 +151,7 @@ def test_an_evaluation_compares_pixels(run: Path, shards: Path, encoded: Dataset
         source=run, sampler=SAMPLER, count=10, batch=5, data=shards, recogniser=False, cache=tmp_path / "cache"
     )
     latents = shards.parent / "latents"
-    with pytest.raises(UserError, match=r"latents: holds latents; expected the 16×16 images .* with --data"):
+    with pytest.raises(UserError, match=r"latents: holds latents; expected the 16×16 images .* with --reference"):
         prepare_job(replace(options, data=latents))
     job = replace(prepare_job(options), feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
     metrics = evaluate_run(job)

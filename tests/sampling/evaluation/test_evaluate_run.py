@@ -143,7 +143,7 @@ def test_chains_are_evaluated_with_the_classifier_of_the_run(run: Path, shards: 
 
 def test_what_does_not_fit_is_told_before_anything_starts(run: Path, shards: Path, tmp_path: Path) -> None:
     options = options_for(run, shards)
-    with pytest.raises(UserError, match="give the folder of real images with --data"):
+    with pytest.raises(UserError, match="give the folder of real images with --reference"):
         prepare_job(replace(options, data=None))
     with pytest.raises(UserError, match="expected only with --features inception"):
         prepare_job(replace(options, features_path=tmp_path / "x.pt"))

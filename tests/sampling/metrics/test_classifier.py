@@ -26,7 +26,7 @@ from ditmoe.sampling.metrics.classifier import (
 )
 from ditmoe.sampling.metrics.features import describe
 from ditmoe.sampling.metrics.quality import class_means
-from ditmoe.sampling.metrics.reference import Reference
+from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.metrics.scores import real_statistics
 from tests.sampling.small_run import images_of
 
@@ -35,13 +35,13 @@ FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def digits(tmp_path_factory: pytest.TempPathFactory) -> ReferenceImages:
     folder = tmp_path_factory.mktemp("digits") / "shards"
     pack(open_source("digits", seed=0), folder, PackSettings(limits=ShardLimits(samples=500)))
     return images_of(folder)
 
 
-def test_real_images_come_once_each_in_order(digits: Reference) -> None:
+def test_real_images_come_once_each_in_order(digits: ReferenceImages) -> None:
     batches = list(digits.read_all(100))
     numbers = np.concatenate([batch.number_N for batch in batches])
     assert numbers.tolist() == list(range(1797)) and digits.count == 1797
@@ -51,7 +51,7 @@ def test_real_images_come_once_each_in_order(digits: Reference) -> None:
     assert np.bincount(labels).min() > 170
 
 
-def test_a_truncated_shard_is_named(digits: Reference, tmp_path: Path) -> None:
+def test_a_truncated_shard_is_named(digits: ReferenceImages, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     folder.mkdir()
     for path in Path(digits.where).iterdir():
@@ -62,7 +62,7 @@ def test_a_truncated_shard_is_named(digits: Reference, tmp_path: Path) -> None:
         images_of(folder)
 
 
-def test_recogniser_is_good_on_held_out_digits_and_kept(digits: Reference, tmp_path: Path) -> None:
+def test_recogniser_is_good_on_held_out_digits_and_kept(digits: ReferenceImages, tmp_path: Path) -> None:
     lines: list[str] = []
     recogniser = load_classifier(RECOGNISER, digits, tmp_path, CPU, lines.append)
     assert recogniser.held_out_images == round(1797 * HELD_OUT)
@@ -76,7 +76,7 @@ def test_recogniser_is_good_on_held_out_digits_and_kept(digits: Reference, tmp_p
     assert again.held_out_accuracy == recogniser.held_out_accuracy
 
 
-def test_a_damaged_classifier_is_trained_anew(digits: Reference, tmp_path: Path) -> None:
+def test_a_damaged_classifier_is_trained_anew(digits: ReferenceImages, tmp_path: Path) -> None:
     settings = replace(FEATURE_CLASSIFIER, passes=0.2)
     whole = load_classifier(settings, digits, tmp_path, CPU).fingerprint
     stored = next(tmp_path.glob("*.safetensors"))
@@ -91,7 +91,7 @@ def test_a_damaged_classifier_is_trained_anew(digits: Reference, tmp_path: Path)
 
 @pytest.mark.parametrize("settings", [FEATURE_CLASSIFIER, RECOGNISER])
 def test_what_is_kept_does_not_tell_who_made_it(
-    digits: Reference, tmp_path: Path, settings: ClassifierSettings
+    digits: ReferenceImages, tmp_path: Path, settings: ClassifierSettings
 ) -> None:
     """Neither the threads that the process has, nor how many share the work, nor the size of the batches."""
     settings = replace(settings, passes=0.5)
@@ -125,7 +125,7 @@ def test_what_is_kept_does_not_tell_who_made_it(
         assert kept[0][name] == kept[1][name] == kept[2][name], name
 
 
-def test_features_do_not_depend_on_the_images_beside(digits: Reference, tmp_path: Path) -> None:
+def test_features_do_not_depend_on_the_images_beside(digits: ReferenceImages, tmp_path: Path) -> None:
     network = load_classifier(replace(FEATURE_CLASSIFIER, passes=0.1), digits, tmp_path, CPU)
     image_NHWC = next(digits.read_all(200)).image_NHWC
     whole_NF = describe(network, image_NHWC)["features"]
@@ -140,7 +140,7 @@ def test_cells_are_adaptive_average_pooling(size: int, cells: int) -> None:
     torch.testing.assert_close(_Cells(cells)(x), torch.nn.functional.adaptive_avg_pool2d(x, cells))
 
 
-def test_training_is_a_function_of_its_settings(digits: Reference, tmp_path: Path) -> None:
+def test_training_is_a_function_of_its_settings(digits: ReferenceImages, tmp_path: Path) -> None:
     def train(folder: str, seed: int) -> Classifier:
         settings = replace(FEATURE_CLASSIFIER, passes=1, seed=seed)
         return load_classifier(settings, digits, tmp_path / folder, CPU)

@@ -23,7 +23,7 @@ from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_path, read_info
-from ditmoe.sampling.metrics.reference import Reference, open_reference, reference_of_run
+from ditmoe.sampling.metrics.reference import ReferenceImages, open_reference, reference_of_run
 from tests.data.making.foreign_tars import picture, write_tar
 from tests.sampling.small_run import images_of, write_run
 
@@ -74,7 +74,7 @@ def seen_in_training(dataset: Dataset) -> list[tuple[int, bytes]]:
     return sorted((int(label), image.tobytes()) for label, image in zip(batch.label_B, images, strict=True))
 
 
-def seen_in(reference: Reference) -> list[tuple[int, bytes]]:
+def seen_in(reference: ReferenceImages) -> list[tuple[int, bytes]]:
     batches = list(reference.read_all(7))
     return sorted(
         (int(label), image.tobytes())
@@ -116,7 +116,7 @@ def test_the_same_tars_indexed_otherwise_are_other_images(tmp_path: Path) -> Non
     samples = [(f"{n}", {"png": picture("PNG", (16, 16), shade=60 + n), "json": labels[n % 2]}) for n in range(8)]
     write_tar(tmp_path / "in/0.tar", samples)
 
-    def indexed(out: str, **settings: Any) -> Reference:
+    def indexed(out: str, **settings: Any) -> ReferenceImages:
         settings = {"label": "json:a", "image_size": 16, "out": tmp_path / out, **settings}
         index_foreign(tmp_path / "in", ForeignSettings(**settings))
         return open_reference(SourceConfig(path=str(tmp_path / "in"), index=tmp_path / out / "index.json"))

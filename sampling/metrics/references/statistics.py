@@ -1,0 +1,165 @@
+"""Statistics of real images that stand in a file, in place of the images, and the npz files of others.
+
+The npz files of ADM, EDM and pytorch-fid hold mean and covariance (`mu`, `sigma`; of spatial features `mu_s`,
+`sigma_s`), and ADM's some images (`arr_0`).
+
+Shapes: F features.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from ditmoe.data.storage.files import open_regular
+from ditmoe.data.stream.left_out import LeftOut
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.metrics.classifier import Classifier
+from ditmoe.sampling.metrics.features import FeatureNetwork
+from ditmoe.sampling.metrics.moments import Gaussian
+from ditmoe.sampling.metrics.reference import Form, Images, Reference
+from ditmoe.sampling.metrics.references.image_sets import IMAGES_KEY, NpzFile, NpzImages
+from ditmoe.sampling.metrics.scores import RealStatistics
+from ditmoe.sampling.settings.names import FeatureName
+
+NPZ_KINDS: Final = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+"""Kind of feature → its mean and covariance in an npz file."""
+MOST_FEATURES: Final = 1 << 14
+
+
+class ReferenceStatistics(Reference):
+    """Statistics in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's bytes (first 16 hex digits)."""
+        try:
+            with open_regular(self.path) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError as error:
+            raise UserError(f"{self.path}: could not be read: {error.strerror or error}") from error
+
+    @property
+    def parts(self) -> int:
+        """Those of the images that stand beside the statistics."""
+        return 1 if self.images is None else self.images.parts
+
+    @property
+    def images(self) -> Images | None:
+        """Some of the real images, for figures that need more than moments."""
+        return None
+
+    @property
+    def features(self) -> FeatureName:
+        """The network that the statistics are of."""
+        raise NotImplementedError
+
+    def classifier(self, role: Literal["features", "recogniser"], device: torch.device) -> Classifier | None:
+        """A classifier that was trained on the real images; None: the file has it not."""
+        return None
+
+    def has_classifier(self, role: Literal["features", "recogniser"]) -> bool:
+        """Whether the file has a classifier for this."""
+        return False
+
+    def statistics(self, network: FeatureNetwork) -> RealStatistics:
+        """What is known in a feature network. UserError when the file is of another, or damaged."""
+        raise NotImplementedError
+
+    def check_network(self, network: FeatureNetwork) -> None:
+        """UserError when its statistics are of another network, as far as it tells."""
+
+    def check_features(self, features: FeatureName) -> None:
+        """UserError when it has statistics in the features of another network."""
+        if features != self.features:
+            path = " --features-path FILE" if self.features == "inception" else ""
+            raise UserError(
+                f"{self.path}: has statistics in the features of {self.features}, and not of {features}; "
+                f"give --features {self.features}{path}"
+            )
+
+
+class NpzStatistics(ReferenceStatistics):
+    """`mu` and `sigma` of an npz file, as the tools of ADM, EDM and pytorch-fid write them."""
+
+    def __init__(self, path: Path, file: NpzFile) -> None:
+        super().__init__(path)
+        self._file = file
+        self._dimensions: dict[str, int] = {}
+        for kind, (mean, covariance) in NPZ_KINDS.items():
+            if mean not in file.members and covariance not in file.members:
+                continue
+            for name in (mean, covariance):
+                if name not in file.members:
+                    raise UserError(f"{path}: has no {name} beside its {mean if name != mean else covariance}")
+            shape = file.members[mean].shape
+            if len(shape) != 1 or not 0 < shape[0] <= MOST_FEATURES:
+                raise UserError(f"{path}: {mean} is {file.members[mean].shown}, expected float64 [F]")
+            self._dimensions[kind] = shape[0]
+        if "features" not in self._dimensions:
+            raise UserError(f"{path}: has no mu and sigma beside {', '.join(NPZ_KINDS['spatial'])}")
+        self._images = NpzImages(path) if IMAGES_KEY in file.members else None
+
+    @property
+    def features(self) -> FeatureName:
+        return "inception"
+
+    @property
+    def images(self) -> Images | None:
+        return self._images
+
+    @property
+    def form(self) -> Form:
+        return Form() if self._images is None else self._images.form
+
+    def facts(self, left_out: LeftOut | None) -> dict[str, Any]:
+        return {
+            "name": self.path.stem,
+            "place": self.where,
+            "index": None,
+            "images": None,
+            "of": None,
+            "choice": {},
+            "fingerprint": self.fingerprint,
+            "left_out": {"samples": 0, "shards": [], "first": []},
+            "statistics": "npz",
+        }
+
+    def statistics(self, network: FeatureNetwork) -> RealStatistics:
+        stated = {}
+        for kind, dimension in self._dimensions.items():
+            if kind == "features" and dimension != network.dimension:
+                raise UserError(
+                    f"{self.path}: has {dimension} features, and {network.name} {network.fingerprint} has "
+                    f"{network.dimension}"
+                )
+            mean, covariance = NPZ_KINDS[kind]
+            covariance_FF = self._file.array(covariance, (dimension, dimension))
+            scale = max(float(np.abs(covariance_FF).max()), 1e-300)
+            if not np.allclose(covariance_FF, covariance_FF.T, rtol=0, atol=1e-5 * scale):
+                raise UserError(f"{self.path}: {covariance} is not symmetric, and no covariance")
+            stated[kind] = Gaussian(None, self._file.array(mean, (dimension,)), covariance_FF)
+        lost = ["the floors"] + ["precision and recall"] * (self.images is None)
+        lost += ["sFID"] * ("spatial" not in stated)
+        holds = "moments of all real images" + (" and some images" if self.images else " alone")
+        return RealStatistics(
+            {},
+            None,
+            None,
+            stated,
+            (
+                f"{self.path}: holds {holds}; left out: {', '.join(lost)}",
+                f"{self.path}: does not name the network that it is of: the figures hold only if that is "
+                f"{network.name} {network.fingerprint}, with the same resizing",
+            ),
+        )
