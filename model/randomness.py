@@ -5,6 +5,7 @@ Each (seed, purpose) is a Philox key and each position its own stretch of that k
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,8 +24,20 @@ def generator(seed: int, purpose: str, position: int) -> np.random.Generator:
 
 def normal(seed: int, purpose: str, positions: Iterable[int], shape: Sequence[int]) -> Tensor:
     """Standard normal draws, float32 `[len(positions), *shape]`, one stream per position."""
-    draws = [generator(seed, purpose, p).standard_normal(tuple(shape), dtype=np.float32) for p in positions]
-    return torch.from_numpy(np.stack(draws))
+    positions = list(positions)
+    out = torch.empty(len(positions), *shape)
+    fill_normal(out, seed, purpose, positions)
+    return out
+
+
+def fill_normal(out: Tensor, seed: int, purpose: str, positions: Sequence[int]) -> None:
+    """`normal` into memory that is there: contiguous float32 `[len(positions), …]` on the CPU.
+
+    The draws themselves leave Python's lock alone, so that threads may fill different rows side by side.
+    """
+    rows = out.view(len(positions), math.prod(out.shape[1:])).numpy()
+    for row, position in zip(rows, positions, strict=True):
+        generator(seed, purpose, position).standard_normal(dtype=np.float32, out=row)
 
 
 def uniform(seed: int, purpose: str, positions: Iterable[int]) -> Tensor:

@@ -7,16 +7,15 @@ because a matrix product of another shape may round otherwise.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ditmoe.data.shards.images import to_uint8
-from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.chains.images import ChainImages, StateFile, draw_chain_images, find_posterior
+from ditmoe.sampling.drawing.noise import ImageNoise, noise_threads
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
 from ditmoe.sampling.integrators.samplers import integrate, start_of
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
@@ -60,28 +59,6 @@ class Generated(NamedTuple):
         return self.nfe * self.passes_per_evaluation
 
 
-@dataclass(frozen=True)
-class ImageNoise:
-    """The noise of some images: their streams hold one stretch for each step."""
-
-    seed: int
-    image_numbers: Sequence[int]
-    shape: tuple[int, ...]
-    """(C, H, W) of one image."""
-    device: torch.device
-
-    def initial(self) -> Tensor:
-        """What the images start from, standard normal `[B, C, H, W]`."""
-        return self._draw("image/start")
-
-    def __call__(self, step: int) -> Tensor:
-        """What a stochastic integrator adds at a step, standard normal `[B, C, H, W]`."""
-        return self._draw(f"image/step {step}")
-
-    def _draw(self, purpose: str) -> Tensor:
-        return randomness.normal(self.seed, purpose, self.image_numbers, self.shape).to(self.device)
-
-
 def default_labels(image_numbers: Sequence[int], num_classes: int, images_per_unit: int = 1) -> Tensor:
     """The classes in turn: image i, or all samples of chain i, is of class i mod `num_classes`; int64 `[N]`."""
     return torch.tensor(image_numbers, dtype=torch.int64) // images_per_unit % num_classes
@@ -115,9 +92,19 @@ def generate(
     config = config.resolved(model.objective_config)
     passes = 1 if config.cfg_scale == 1 else 2
     if not config.chains:
-        images = generate_float(model, labels, image_numbers, config, batch, progress)
-        image_NHWC, finite_N = _as_bytes(images.image_NCHW)
-        return Generated(image_NHWC, images.nfe_N, passes, finite_N=finite_N)
+        channels, height, width = model.image_shape
+        images = [torch.empty(0, height, width, channels, dtype=torch.uint8)]
+        nfe = [torch.empty(0, dtype=torch.int64)]
+        finite = [torch.empty(0, dtype=torch.bool)]
+
+        def take(pixels_BCHW: Tensor, nfe_B: Tensor) -> None:
+            image_BHWC, finite_B = as_bytes(pixels_BCHW)
+            images.append(image_BHWC.cpu())
+            finite.append(finite_B.cpu())
+            nfe.append(nfe_B)
+
+        _draw_batches(model, labels, image_numbers, config, batch, take, progress)
+        return Generated(torch.cat(images), torch.cat(nfe), passes, finite_N=torch.cat(finite))
     labels = _checked_labels(model, labels, image_numbers, config)
     device = next(model.network.parameters()).device
     if posterior is None:
@@ -126,7 +113,8 @@ def generate(
     vae = model.vae
 
     def to_bytes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        return _as_bytes((x_BCHW if vae is None else vae.decode(x_BCHW)).float().cpu())
+        image_BHWC, finite_B = as_bytes(x_BCHW if vae is None else vae.decode(x_BCHW))
+        return image_BHWC.cpu(), finite_B.cpu()
 
     with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
         drawn = draw_chain_images(
@@ -166,23 +154,58 @@ def generate_float(
     """
     config = config.resolved(model.objective_config)
     assert not config.chains
-    labels = _checked_labels(model, labels, image_numbers, config)
-    device = next(model.network.parameters()).device
     images: list[Tensor] = [torch.empty(0, *model.image_shape)]
     nfe: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
-    with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
-        for first in range(0, len(image_numbers), batch):
-            wanted = list(range(first, min(first + batch, len(image_numbers))))
-            rows = wanted + [wanted[-1]] * (batch - len(wanted))
-            noise = ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device)
-            drawn = draw(denoiser, labels[rows].to(device), noise.initial(), noise, config)
+
+    def take(pixels_BCHW: Tensor, nfe_B: Tensor) -> None:
+        images.append(pixels_BCHW.float().cpu())
+        nfe.append(nfe_B)
+
+    _draw_batches(model, labels, image_numbers, config, batch, take, progress)
+    return GeneratedFloats(torch.cat(images), torch.cat(nfe))
+
+
+def _draw_batches(
+    model: LoadedModel,
+    labels: Tensor | None,
+    image_numbers: Sequence[int],
+    config: SamplerConfig,
+    batch: int,
+    take: Callable[[Tensor, Tensor], None],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Draw independent images, a batch at a time, while threads draw the noise that comes next.
+
+    Args:
+        take: gets the pixels of each batch, `[B, C, H, W]` on the network's device, and their NFE, int64 `[B]` on
+            the CPU.
+    """
+    labels = _checked_labels(model, labels, image_numbers, config)
+    device = next(model.network.parameters()).device
+    batches = [
+        list(range(first, min(first + batch, len(image_numbers)))) for first in range(0, len(image_numbers), batch)
+    ]
+    filled = [wanted + [wanted[-1]] * (batch - len(wanted)) for wanted in batches]
+    with (
+        _evaluating(model, config) as (denoiser, shape),
+        torch.inference_mode(),
+        noise_threads() as threads,
+    ):
+        noises = [
+            ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device, threads)
+            for rows in filled
+        ]
+        for number, (wanted, rows, noise) in enumerate(zip(batches, filled, noises, strict=True)):
+            initial_BCHW = noise.initial()
+            for following in noises[number + 1 : number + 2]:
+                following.prepare()
+            drawn = draw(denoiser, labels[rows].to(device), initial_BCHW, noise, config)
+            noise.forget()
             pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
-            images.append(pixels_BCHW[: len(wanted)].float().cpu())
             nfe_B = torch.full((len(rows),), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
-            nfe.append(nfe_B[: len(wanted)])
+            take(pixels_BCHW[: len(wanted)], nfe_B[: len(wanted)])
             if progress is not None:
                 progress(wanted[-1] + 1)
-    return GeneratedFloats(torch.cat(images), torch.cat(nfe))
 
 
 @contextmanager
@@ -223,8 +246,13 @@ def check_finite(finite_N: Tensor | None, image_numbers: Sequence[int]) -> None:
         )
 
 
-def _as_bytes(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255, or grey; and which of them are finite, `[N]`."""
+def as_bytes(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255, or grey; and which of them are finite, `[N]`.
+
+    Both are on the images' device, where a quarter of the bytes leave for the CPU. Each operation rounds once, so
+    that every device gives the same bytes.
+    """
+    image_NCHW = image_NCHW.float()
     finite_N = image_NCHW.isfinite().flatten(1).all(1)
     image_NCHW = torch.where(finite_N[:, None, None, None], image_NCHW, 0.0)
     return to_uint8(image_NCHW).permute(0, 2, 3, 1).contiguous(), finite_N

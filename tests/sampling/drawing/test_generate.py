@@ -1,5 +1,8 @@
 """Image i is a function of (seed, i) and its label: at any batch size, among any other images."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import pytest
 import torch
 
@@ -7,13 +10,17 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
+from ditmoe.model.randomness import normal
 from ditmoe.sampling.drawing.generate import (
-    GeneratedFloats,
+    as_bytes,
     check_finite,
     default_labels,
+    draw,
     generate,
     generate_float,
 )
+from ditmoe.sampling.drawing.noise import ImageNoise
+from ditmoe.sampling.integrators.flow import Drawn
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.settings.config import SamplerConfig
 
@@ -159,16 +166,101 @@ def test_defaults():
 
 
 def test_images_that_are_not_finite_are_told_from_others(model, monkeypatch):
-    def drawn(*arguments):
-        images = torch.zeros(4, 1, 2, 2)
+    def drawn(denoiser, label_B, *arguments):
+        images = torch.zeros(len(label_B), 1, 8, 8)
         images[2, 0, 1, 1] = float("nan")
         images[3, 0, 0, 0] = float("inf")
-        return GeneratedFloats(images, torch.ones(4, dtype=torch.int64))
+        return Drawn(images, 1)
 
-    monkeypatch.setattr("ditmoe.sampling.drawing.generate.generate_float", drawn)
+    monkeypatch.setattr("ditmoe.sampling.drawing.generate.draw", drawn)
     images = generate(model, None, range(10, 14), SamplerConfig(steps=1), batch=4)
     assert images.finite_N.tolist() == [True, True, False, False]
-    assert images.image_NHWC.flatten().tolist() == [128] * 16 and images.image_NHWC.dtype == torch.uint8
+    assert images.image_NHWC.flatten().tolist() == [128] * 256 and images.image_NHWC.dtype == torch.uint8
     check_finite(images.finite_N[:2], range(2))
     with pytest.raises(UserError, match="image 12 is not finite, and neither are 1 others"):
         check_finite(images.finite_N, range(10, 14))
+
+
+def test_bytes_are_made_where_the_images_are_and_round_as_the_rule_says():
+    on_meta, finite_N = as_bytes(torch.empty(2, 3, 4, 5, device="meta"))  # nothing could be copied from there
+    assert (on_meta.device.type, on_meta.dtype, on_meta.shape) == ("meta", torch.uint8, (2, 4, 5, 3))
+    assert finite_N.device.type == "meta"
+    generator = np.random.default_rng(0)
+    images = generator.normal(0, 0.8, (40, 3, 8, 8)).astype(np.float32)
+    # Halves between two bytes, and their neighbours.
+    images[1] = np.linspace(-1.01, 1.01, images[1].size, dtype=np.float32).reshape(images[1].shape)
+    halves = (np.arange(255, dtype=np.float32) + np.float32(0.5)) / np.float32(127.5) - 1
+    images[2:6].reshape(-1)[: 3 * 255] = np.concatenate(
+        [halves, np.nextafter(halves, np.float32(2)), np.nextafter(halves, np.float32(-2))]
+    )
+    found, finite_N = as_bytes(torch.from_numpy(images))
+    scaled = (images + np.float32(1)) * np.float32(127.5)  # float32, rounded after each operation
+    expected = np.clip(np.rint(scaled), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    assert np.array_equal(found.numpy(), expected) and bool(finite_N.all())
+
+
+def test_images_as_bytes_are_those_of_the_floats(model):
+    config = SamplerConfig(steps=4)
+    floats = generate_float(model, None, range(7), config, batch=3)
+    images = generate(model, None, range(7), config, batch=3)
+    assert torch.equal(images.image_NHWC, as_bytes(floats.image_NCHW)[0])
+    assert torch.equal(images.nfe_N, floats.nfe_N)
+
+
+class Recorded(ThreadPoolExecutor):
+    """Writes down what is asked of the threads, and lets what is drawn be asked for first."""
+
+    def __init__(self, threads: int, log: list[str]) -> None:
+        super().__init__(threads)
+        self.log = log
+
+    def submit(self, function, out, seed, purpose, positions):
+        self.log.append(f"begun {purpose} of {positions}")
+        return super().submit(function, out, seed, purpose, positions)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_noise_drawn_ahead_has_the_same_bits(threads):
+    numbers, shape, cpu = [7, 3, 2**40, 9, 9], (2, 3, 4), torch.device("cpu")
+    plain = ImageNoise(5, numbers, shape, cpu)
+    with Recorded(threads, log := []) as pool:
+        ahead = ImageNoise(5, numbers, shape, cpu, pool)
+        ahead.prepare()
+        assert [line.split(" of ")[1] for line in log] == [f"{some}" for some in ([7, 3], [2**40, 9], [9])]
+        for ours, alone, purpose in (
+            (ahead.initial(), plain.initial(), "image/start"),
+            (ahead(0), plain(0), "image/step 0"),
+            (ahead(1), plain(1), "image/step 1"),
+            (ahead(7), plain(7), "image/step 7"),
+        ):
+            assert torch.equal(ours, alone) and torch.equal(ours, normal(5, purpose, numbers, shape))
+        log.clear()
+        assert torch.equal(ahead(8), plain(8))
+        assert {line.split(" of ")[0] for line in log} == {"begun image/step 9"}  # 8 was drawn already
+        ahead.forget()
+        assert not ahead._ahead
+
+
+def test_the_noise_of_a_batch_is_begun_before_the_batch_before_is_drawn(model, monkeypatch):
+    events: list[str] = []
+    monkeypatch.setattr("ditmoe.sampling.drawing.noise.ThreadPoolExecutor", lambda *_: Recorded(1, events))
+    whole = draw
+
+    def watched(denoiser, label_B, initial_BCHW, noise, config):
+        events.append(f"drawn {list(noise.image_numbers)}")
+        return whole(denoiser, label_B, initial_BCHW, noise, config)
+
+    monkeypatch.setattr("ditmoe.sampling.drawing.generate.draw", watched)
+    generate(model, None, range(5), SamplerConfig(sampler="euler", steps=1), batch=2)
+    starts = [event for event in events if "step" not in event]
+    assert starts == [
+        "begun image/start of [0]",
+        "begun image/start of [1]",
+        "begun image/start of [2]",
+        "begun image/start of [3]",
+        "drawn [0, 1]",
+        "begun image/start of [4]",
+        "begun image/start of [4]",
+        "drawn [2, 3]",
+        "drawn [4, 4]",
+    ]
