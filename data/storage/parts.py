@@ -15,13 +15,15 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Final, Generic, TypeVar
+from typing import BinaryIO, Final, Generic, Self, TypeVar
 
-from ditmoe.data.storage.claims import Claims, Listing, list_folder
+from ditmoe.data.storage.claims import Claim, Claims, Listing, list_folder
 from ditmoe.data.storage.files import make_folder
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import NO_LINKS
@@ -97,7 +99,12 @@ class Parts(Generic[Made, Found, Result]):
         Raises:
             UserError: it cannot be made, or the file system refuses.
         """
-        made = self.make(part)
+        return self.place(part, self.make(part), still_wanted, anew=anew)
+
+    def place(
+        self, part: int, made: Made, still_wanted: Callable[[], bool] = lambda: True, *, anew: bool = False
+    ) -> bool:
+        """Write what was made of a part, and give the file its name; as `make_one`."""
         path, drafts = self.path(part), self.claims.folder
         make_folder(self.folder)
         make_folder(drafts)
@@ -157,42 +164,99 @@ def make_parts(
         UserError: a part cannot be made, here or by another process; or the file system refuses.
     """
     wanted = range(len(parts.names)) if only is None else only
-    claims, made = parts.claims, 0
+    claims = parts.claims
     old: frozenset[str] | None = None
     make_folder(parts.folder)
-    while True:
-        there = set(list_folder(parts.folder))
-        missing = [part for part in wanted if parts.names[part] not in there]
-        done = parts.size(wanted) - parts.size(missing)
-        on_progress(done)
-        listing = claims.listing()
-        if not missing:
-            _clean(parts, wanted, listing)
-            return made
-        # Failures of earlier starts are tried again.
-        old = listing.others if old is None else old
-        _end_with_others(parts, missing, listing.others - old)
-        start = len(missing) * rank // ranks
-        order = missing[start:] + missing[:start]
-        # What is claimed is looked into when nothing else is left: its holder may be dead.
-        free = [part for part in order if parts.names[part] not in listing.claims]
-        made_now = 0
-        look_again = time.monotonic() + WAIT_SECONDS
-        for part in free or order:
-            with claims.taken(parts.names[part], listing) as claim:
-                if claim is not None and not parts.path(part).exists():
-                    _remove_of(parts, [part], listing, DRAFT_SUFFIX)
-                    with _failure_told(parts, part, listing):
-                        mine = parts.make_one(part, claim.held)
-                    made_now += mine
-                    done += parts.size([part]) if mine else 0
-                    on_progress(done)
-            # Not before: one that is slow to look would never come to the end of what others hold.
-            if made_now and time.monotonic() >= look_again:
-                break
-        made += made_now
-        if not made_now:
-            time.sleep(WAIT_SECONDS)
+    with _Writer(parts) as writer:
+        while True:
+            writer.newly_written()  # the folder shows them
+            there = set(list_folder(parts.folder))
+            missing = {part: None for part in wanted if parts.names[part] not in there}
+            done = parts.size(wanted) - parts.size(missing)
+            on_progress(done)
+            listing = claims.listing()
+            if not missing:
+                writer.wait()
+                _clean(parts, wanted, listing)
+                return writer.made
+            # Failures of earlier starts are tried again.
+            old = listing.others if old is None else old
+            _end_with_others(parts, missing, listing.others - old)
+            start = len(missing) * rank // ranks
+            order = [*missing][start:] + [*missing][:start]
+            # What is claimed is looked into when nothing else is left: its holder may be dead.
+            free = [part for part in order if parts.names[part] not in listing.claims]
+            begun = False
+            look_again = time.monotonic() + WAIT_SECONDS
+            for part in free or order:
+                with ExitStack() as stack:
+                    claim = stack.enter_context(claims.taken(parts.names[part], listing))
+                    if claim is not None and not parts.path(part).exists():
+                        _remove_of(parts, [part], listing, DRAFT_SUFFIX)
+                        with _failure_told(parts, part, listing):
+                            made = parts.make(part)
+                        writer.write(part, made, claim, listing, stack.pop_all())
+                        begun = True
+                        done += parts.size(each for each in writer.newly_written() if each in missing)
+                        on_progress(done)
+                # Not before: one that is slow to look would never come to the end of what others hold.
+                if begun and time.monotonic() >= look_again:
+                    break
+            else:
+                waited = writer.wait()
+                if not begun and not waited:
+                    time.sleep(WAIT_SECONDS)
+
+
+class _Writer(Generic[Made, Found, Result]):
+    """Writes a part in a thread while the next one is made."""
+
+    def __init__(self, parts: Parts[Made, Found, Result]) -> None:
+        self.made = 0
+        """Parts whose file is this process's."""
+        self._parts = parts
+        self._thread = ThreadPoolExecutor(1, "writer of parts")
+        self._at_work: Future[None] | None = None
+        self._new: deque[int] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What was given is written, whatever ends the body."""
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def write(self, part: int, made: Made, claim: Claim, listing: Listing, stack: ExitStack) -> None:
+        """Have a part written, when the one before is: two are in memory, one made and one in the making.
+
+        Args:
+            stack: holds the claim, and is closed when the part is written.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        with stack:
+            self.wait()
+            self._at_work = self._thread.submit(self._write, part, made, claim, listing, stack.pop_all())
+
+    def wait(self) -> bool:
+        """Wait for what is being written; False where nothing is. UserError when it could not be written."""
+        at_work, self._at_work = self._at_work, None
+        if at_work is not None:
+            at_work.result()
+        return at_work is not None
+
+    def newly_written(self) -> list[int]:
+        """Parts whose file is this process's and was not told of before."""
+        return [self._new.popleft() for _ in range(len(self._new))]
+
+    def _write(self, part: int, made: Made, claim: Claim, listing: Listing, stack: ExitStack) -> None:
+        with stack, _failure_told(self._parts, part, listing):
+            if self._parts.place(part, made, claim.held):
+                self.made += 1
+                self._new.append(part)
 
 
 def run_parts(
@@ -256,7 +320,7 @@ def _failure_told(parts: Parts[Made, Found, Result], part: int, listing: Listing
         _remove_of(parts, [part], listing, FAILURE_SUFFIX)
 
 
-def _end_with_others(parts: Parts[Made, Found, Result], missing: Sequence[int], new: frozenset[str]) -> None:
+def _end_with_others(parts: Parts[Made, Found, Result], missing: Mapping[int, None], new: frozenset[str]) -> None:
     """UserError when another process could not make one of the parts since this one began."""
     for file in _files_of(parts, missing, new, FAILURE_SUFFIX):
         time.sleep(FAILURE_SECONDS)

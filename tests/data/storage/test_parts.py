@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -272,6 +273,59 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"000\.npz: could not be written: No space left on device"):
         make_parts(squares(tmp_path))
     assert [path.suffix for path in tmp_path.rglob("*") if path.is_file()] == [".failed"]
+
+
+def test_a_part_is_written_while_the_next_one_is_made(tmp_path: Path) -> None:
+    begun = [threading.Event() for _ in range(12)]
+    made: list[int] = []
+
+    def make(part: int) -> Arrays:
+        begun[part].set()
+        made.append(part)
+        assert len(made) <= len(files(tmp_path / "claims")) + len(list(tmp_path.glob("*.npz"))) + 1
+        return {"square": np.array(part * part)}
+
+    def write(arrays: Arrays, file: BinaryIO) -> None:
+        part = round(float(arrays["square"]) ** 0.5)
+        assert part == 11 or begun[part + 1].wait(30), "the next one waits for this one"
+        assert part >= 10 or not begun[part + 2].is_set(), "more than one waits to be written"
+        write_arrays(arrays, file)
+
+    told: list[int] = []
+    parts = replace(squares(tmp_path, make=make), write=write)
+    assert make_parts(parts, on_progress=told.append) == 12
+    assert made == list(range(12)) and told == sorted(told) and told[-1] == 12
+    assert files(tmp_path) == list(parts.names)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("of the program")])
+def test_what_fails_in_the_writing_thread_ends_the_work_with_its_own_message(
+    tmp_path: Path, error: Exception
+) -> None:
+    made: list[int] = []
+
+    def make(part: int) -> Arrays:
+        made.append(part)
+        return {"square": np.array(part * part)}
+
+    def write(arrays: Arrays, file: BinaryIO) -> None:
+        if int(arrays["square"]) == 9:
+            raise error
+        write_arrays(arrays, file)
+
+    message = r"003\.npz: could not be written: No space left" if isinstance(error, OSError) else "of the program"
+    with pytest.raises(UserError if isinstance(error, OSError) else ValueError, match=message):
+        make_parts(replace(squares(tmp_path, make=make), write=write))
+    assert made == [0, 1, 2, 3, 4]
+    left = [name for name in files(tmp_path) if not name.endswith(".failed")]
+    assert left == ["000.npz", "001.npz", "002.npz"]  # neither drafts nor claims
+    assert run_parts(squares(tmp_path)) == sum(i * i for i in range(12))
+
+
+def test_what_is_made_is_written_when_the_next_one_fails(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shard x"):
+        make_parts(squares(tmp_path, make=fail_at(2, "shard x")))
+    assert [name for name in files(tmp_path) if not name.endswith(".failed")] == ["000.npz", "001.npz"]
 
 
 def test_without_hard_links_parts_are_made_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
