@@ -60,6 +60,12 @@ def command(
     features_path: Annotated[
         Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
     ] = None,
+    neighbour_images: Annotated[
+        int | None,
+        typer.Option(
+            min=8, help="Real images that precision and recall look at. [default: all, up to 50,000; ADM: 10,000]"
+        ),
+    ] = None,
     recogniser: Annotated[
         bool, typer.Option(help="Also report the share that an independent classifier recognises.")
     ] = True,
@@ -132,6 +138,7 @@ def command(
         on_error=on_error,
         features=features,
         features_path=features_path,
+        neighbour_images=neighbour_images,
         recogniser=recogniser,
         batch=batch,
         chunk=chunk,
@@ -146,6 +153,7 @@ def command(
         ("--index", index),
         ("--on-error", on_error),
         ("--features-path", features_path),
+        ("--neighbour-images", neighbour_images),
         ("--chunk", chunk),
         ("--cache", cache),
         ("--vae", vae),

@@ -18,7 +18,7 @@ from ditmoe.launcher.training.run_folder import RunFolder
 
 MARKDOWN_FILE: Final = "table.md"
 CSV_FILE: Final = "table.csv"
-FIGURES: Final = ("fid", "sfid", "precision", "recall", "inception_score")
+FIGURES: Final = ("fid", "sfid", "kid", "precision", "recall", "inception_score")
 """Of the evaluation of a cell's newest evaluated step."""
 _TITLES: Final = {"loss": "loss", "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score"}
 

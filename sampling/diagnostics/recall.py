@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.model.randomness import permutation
-from ditmoe.sampling.metrics.statistics import Manifold
+from ditmoe.sampling.metrics.neighbours import Manifold
 
 SETS: Final = 8
 """Sets of each kind whose recall is averaged, at most."""
@@ -59,11 +59,10 @@ def recall_figures(
         ]
     chosen = permutation(0, "chain recall/real", 0, len(real_features_NF))[:REAL_IMAGES]
     real_NF = np.asarray(real_features_NF[chosen], dtype=np.float64)
-    centre_F = real_NF.mean(axis=0)
 
     def recall(parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:
-        manifolds = (Manifold.of(features_CSF[chain, place], _NEIGHBOURS, centre_F) for chain, place in parts)
-        return float(np.mean([manifold.share_of(real_NF - centre_F) for manifold in manifolds]))
+        manifolds = (Manifold.of(features_CSF[chain, place], _NEIGHBOURS) for chain, place in parts)
+        return float(np.mean([manifold.holds(real_NF).mean() for manifold in manifolds]))
 
     of_chains, of_independent = recall(whole), recall(single)
     figures |= {"recall_of_chains": of_chains, "recall_of_independent": of_independent}

@@ -9,9 +9,11 @@ from numpy.typing import NDArray
 from ditmoe.sampling.diagnostics.figures import ChainSeries, chain_figures
 from ditmoe.sampling.diagnostics.picture import write_chain_picture
 from ditmoe.sampling.jobs.chunks import ChunkStore
-from ditmoe.sampling.metrics.scores import NEIGHBOUR_IMAGES, ChunkDescriptions
+from ditmoe.sampling.metrics.scores import ChunkDescriptions
 
 CHAINS_FILE: Final = "chains.png"
+IMAGES: Final = 10_000
+"""Drawn and real images that are looked at, at most."""
 SHOWN_CHAINS: Final = 12
 """Chains whose images are read for the picture."""
 
@@ -35,7 +37,7 @@ def chain_results(
     Returns:
         `chain_figures`; where not one chain is whole, a warning alone.
     """
-    chains = min(store.count, max(samples, NEIGHBOUR_IMAGES)) // samples
+    chains = min(store.count, max(samples, IMAGES)) // samples
     if chains == 0:
         return {"warnings": [f"{store.count} images are less than one chain of {samples}: chains have no figures"]}
     sigma, trace, features, label, number = [], [], [], [], []
@@ -63,7 +65,7 @@ def chain_results(
         np.concatenate(features)[rows].reshape(*shape, -1),
         np.concatenate(label)[rows].reshape(shape)[:, 0],
     )
-    figures = chain_figures(series, real_features_NF)
+    figures = chain_figures(series, real_features_NF[:IMAGES])
     if len(whole) < chains:
         figures["warnings"].append(f"{lost}: the figures of chains leave them out")
     shown = whole[:SHOWN_CHAINS]

@@ -103,6 +103,8 @@ class Job:
     features: FeatureName = "classifier"
     features_path: Path | None = None
     """The Inception file."""
+    neighbour_images: int | None = None
+    """Real images that precision and recall look at; None: all, up to 50,000."""
     recogniser: bool = True
     """Report the share of images that an independent classifier recognises."""
     chunk: int | None = None
@@ -155,5 +157,6 @@ class Job:
             "features": self.features,
             "features_file": file,
             "classifier": vars(classifier) if classifier is not None else None,
+            "neighbour_images": self.neighbour_images,
             "recogniser": vars(self.recogniser_classifier) if self.recogniser else None,
         }

@@ -65,6 +65,7 @@ class EvaluationOptions:
     """What to do about images that cannot be used; None: what the run did."""
     features: FeatureName = "classifier"
     features_path: Path | None = None
+    neighbour_images: int | None = None
     recogniser: bool = True
     batch: int = 64
     chunk: int | None = None
@@ -135,6 +136,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             cache=options.cache or default_cache(),
             features=options.features,
             features_path=options.features_path,
+            neighbour_images=options.neighbour_images,
             recogniser=options.recogniser,
             chunk=options.chunk,
             batch=options.batch,

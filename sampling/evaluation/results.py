@@ -46,13 +46,15 @@ def write_results(
     warnings: Sequence[str] = (),
     samples_per_chain: int | None = None,
     device: torch.device = CPU,
+    neighbour_images: int | None = None,
 ) -> None:
     """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished.
 
     Args:
         class_names: of the drawn images.
         samples_per_chain: None: they are no chains.
-        device: where moments are computed.
+        device: where figures are computed.
+        neighbour_images: real images that precision and recall look at; None: all that are kept.
     """
     not_finite = store.not_finite()
     write_samples(folder / "samples.npz", store, store.count - len(not_finite))
@@ -65,7 +67,7 @@ def write_results(
             **network.description,
         },
         "real": real.facts(statistics.left_out),
-        **score(descriptions, statistics, device),
+        **score(descriptions, statistics, device, neighbour_images),
     }
     result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
     if not_finite:
@@ -204,18 +206,18 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
             floor = _figure(result[f"{name}_floor"])
             half = result[f"{name}_floor_images_per_half"]
             note = "no floor" if half is None else f"floor {floor} (two halves of {half:,} real images)"
-            rows.append((shown, _figure(result[name]), note))
-    rows.append(("precision", _figure(result["precision"]), f"k = {result['neighbours']}"))
-    rows.append(
-        (
-            "recall",
-            _figure(result["recall"]),
-            f"{result['neighbour_images_drawn']:,} drawn, {result['neighbour_images_real']:,} real",
-        )
-    )
+            rows.append((shown, _figure(result[name]), note + _ratio(result, name)))
+    if result["kid"] is not None:
+        subsets = f"{result['kid_subsets']} subsets of {result['kid_subset_images']}"
+        rows.append(("KID", _figure(result["kid"]), f"floor {_figure(result['kid_floor'])}; {subsets}"))
+    compared = f"{result['neighbour_images_drawn']:,} drawn, {result['neighbour_images_real']:,} real"
+    for name, note in (("precision", f"k = {result['neighbours']}"), ("recall", compared)):
+        floor = f"floor {_figure(result[f'{name}_floor'])}{_ratio(result, name)}"
+        rows.append((name, _figure(result[name]), f"{floor}; {note}"))
     if "inception_score" in result:
+        real = f"real images {_figure(result['inception_score_real'])}{_ratio(result, 'inception_score')}"
         splits = f"{result['inception_score_splits']} split(s)"
-        rows.append(("Inception Score", _figure(result["inception_score"]), splits))
+        rows.append(("Inception Score", _figure(result["inception_score"]), f"{real}; {splits}"))
     if "recogniser" in result:
         judge = result["recogniser"]
         held = f"{judge['held_out_accuracy']:.2%} of {judge['held_out_images']:,} held-out real images"
@@ -229,6 +231,12 @@ def table(metrics: Mapping[str, Any], features: str) -> list[str]:
 
 def _images(count: int | None) -> str:
     return "statistics" if count is None else f"{count:,} real images"
+
+
+def _ratio(result: Mapping[str, Any], name: str) -> str:
+    """How many times its floor a figure is."""
+    ratio = result[f"{name}_ratio"]
+    return "" if ratio is None else f", × {ratio:.3g}"
 
 
 def _figure(value: float | None) -> str:

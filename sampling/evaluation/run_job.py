@@ -195,6 +195,7 @@ def _run(
             job.warnings,
             evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
             workers.device,
+            job.neighbour_images,
         )
 
     workers.on_first(write)

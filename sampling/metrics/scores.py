@@ -10,7 +10,7 @@ Shapes: N images, F features.
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -25,23 +25,20 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
+from ditmoe.sampling.metrics.floors import NEIGHBOURS, Floors, floors
 from ditmoe.sampling.metrics.frechet import frechet_distance
+from ditmoe.sampling.metrics.inception_score import SPLIT, SplitSums, inception_score
+from ditmoe.sampling.metrics.kernel import kernel_distance
 from ditmoe.sampling.metrics.moments import Gaussian, Moments, MomentsSum
+from ditmoe.sampling.metrics.neighbours import Manifold, precision_recall
 from ditmoe.sampling.metrics.reference import Images
-from ditmoe.sampling.metrics.statistics import (
-    Manifold,
-    inception_score,
-    precision_recall,
-)
 
-NEIGHBOUR_IMAGES: Final = 10_000
-"""Real and drawn images whose nearest neighbours are looked for, at most: the cost is quadratic."""
-NEIGHBOURS: Final = 3
-"""k of improved precision and recall."""
+KEPT_IMAGES: Final = 50_000
+"""Real and drawn images, at most, that are compared one by one: by precision, recall and KID."""
 CPU: Final = torch.device("cpu")
 HALVES: Final = ("half_a", "half_b", "rest")
 KINDS: Final = ("features", "spatial")
-_VERSION: Final = 3
+_VERSION: Final = 4
 """Raised whenever this file changes what is kept of real images."""
 
 
@@ -52,13 +49,17 @@ class RealStatistics:
     moments: dict[str, dict[str, Moments]]
     """Kind of feature → `half_a`, `half_b` and `rest` (the odd image of an uneven count)."""
     features_NF: NDArray[np.floating] | None
-    """Features of up to NEIGHBOUR_IMAGES images drawn at random; None: of none is anything known."""
+    """Features of up to KEPT_IMAGES images drawn at random, in a random order; None: of none is anything known."""
     left_out: LeftOut | None
     """Images that could not be used; None: no image was read."""
     stated: dict[str, Gaussian] = field(default_factory=dict)
     """Kind of feature → what is known of all images, where that of their halves is not."""
     missing: tuple[str, ...] = ()
     """Lines that say which figures cannot be computed, and why."""
+    splits: SplitSums | None = None
+    """Sums of the Inception Score of the images of `features_NF`; None: not known, or of a network without."""
+    folder: Path | None = None
+    """Where what is computed of `features_NF` is kept; None: nowhere."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -77,11 +78,10 @@ class RealStatistics:
         found = self.moments.get(kind)
         return None if found is None else (found["half_a"], found["half_b"])
 
-    @cached_property
-    def manifold(self) -> Manifold:
-        """That of `features_NF`, which must be known, and more than NEIGHBOURS; computed once."""
+    def floors(self, images: int | None = None, device: torch.device = CPU) -> Floors:
+        """The floors of the first `images` of `features_NF`, which must be known, or of all; computed once."""
         assert self.features_NF is not None
-        return Manifold.of(self.features_NF, NEIGHBOURS)
+        return floors(self.features_NF[:images], self.folder, device)
 
 
 def real_statistics(
@@ -119,7 +119,7 @@ def _parts_of_real(
         lambda part: _part_statistics(real, part, network, place, device),
         write_arrays,
         lambda part: read_arrays(folder / names[part]),
-        partial(_merged_statistics, real),
+        partial(_merged_statistics, real, folder),
     )
 
 
@@ -129,7 +129,9 @@ def _part_statistics(
     """Moments of a part's images by half, and the features of those among the first in the random order."""
     half = real.count // 2
     sums: dict[str, MomentsSum] = {}
-    neighbours = [np.empty((0, network.dimension), dtype=np.float32)]
+    kept = [np.empty((0, network.dimension), dtype=np.float32)]
+    kept_place = [np.empty(0, dtype=np.int64)]
+    splits: SplitSums | None = None
     left_out = real.new_left_out()
     images = ((batch.image_NHWC, batch.number_N) for batch in real.read(part, AT_ONCE, left_out))
     for image_NHWC, number_N in in_blocks(images, AT_ONCE):
@@ -143,12 +145,21 @@ def _part_statistics(
                 rows_NF = described[kind][half_N == number]
                 key = f"{kind}/{name}"
                 sums.setdefault(key, MomentsSum(rows_NF.shape[1], device)).add(rows_NF)
-        neighbours.append(described["features"][place_N < NEIGHBOUR_IMAGES].astype(np.float32))
+        is_kept_N = place_N < KEPT_IMAGES
+        kept.append(described["features"][is_kept_N].astype(np.float32))
+        kept_place.append(place_N[is_kept_N])
+        if "probabilities" in described:
+            split_N = place_N[is_kept_N] // SPLIT
+            found = SplitSums.of(described["probabilities"][is_kept_N], split_N, KEPT_IMAGES // SPLIT)
+            splits = found if splits is None else splits.merge(found)
     arrays: Arrays = {
-        "neighbours": np.concatenate(neighbours),
+        "kept": np.concatenate(kept),
+        "kept_place": np.concatenate(kept_place),
         "left_out": np.array(left_out.lines, dtype=np.str_),
         "left_out_count": np.array(left_out.count),
     }
+    if splits is not None:
+        arrays |= {f"splits/{name}": value for name, value in vars(splits).items()}
     for key, total in sums.items():
         value = total.moments()
         arrays |= {f"{key}/mean": value.mean_F, f"{key}/scatter": value.scatter_FF}
@@ -156,13 +167,19 @@ def _part_statistics(
     return arrays
 
 
-def _merged_statistics(real: Images, parts: Iterable[Arrays]) -> RealStatistics:
+def _merged_statistics(real: Images, folder: Path, parts: Iterable[Arrays]) -> RealStatistics:
     """Merged in the order of the parts. UserError when too many images cannot be used."""
     left_out = real.new_left_out()
     moments: dict[str, dict[str, Moments]] = {}
-    neighbours: list[NDArray[np.floating]] = []
+    kept: list[NDArray[np.floating]] = []
+    places: list[NDArray[np.int64]] = []
+    splits: SplitSums | None = None
     for part in parts:
-        neighbours.append(part["neighbours"])
+        kept.append(part["kept"])
+        places.append(part["kept_place"])
+        if "splits/count_S" in part:
+            found_splits = SplitSums(**{name: part[f"splits/{name}"] for name in SplitSums.__annotations__})
+            splits = found_splits if splits is None else splits.merge(found_splits)
         left_out.add_lines(int(part["left_out_count"]), part["left_out"].tolist())
         for kind in KINDS:
             for half in HALVES:
@@ -174,7 +191,19 @@ def _merged_statistics(real: Images, parts: Iterable[Arrays]) -> RealStatistics:
                 halves[half] = halves[half].merge(found) if half in halves else found
     if not moments:
         raise UserError(f"{real.where}: none of its {real.count:,} images can be used; {left_out.lines[-1]}")
-    return RealStatistics(moments, np.concatenate(neighbours), left_out)
+    return RealStatistics(moments, _in_order(kept, places), left_out, splits=splits, folder=folder)
+
+
+def _in_order(kept: list[NDArray[np.floating]], places: list[NDArray[np.int64]]) -> NDArray[np.floating]:
+    """The features of all parts, by their places in the random order; the parts are let go one by one."""
+    row_N = np.argsort(np.argsort(np.concatenate(places)))
+    features_NF = np.empty((len(row_N), kept[0].shape[1]), dtype=np.float32)
+    first = 0
+    while kept:
+        part_NF = kept.pop(0)
+        features_NF[row_N[first : first + len(part_NF)]] = part_NF
+        first += len(part_NF)
+    return features_NF
 
 
 class ChunkDescriptions:
@@ -237,26 +266,24 @@ def describe_with(network: FeatureNetwork) -> Callable[[NDArray[np.uint8]], Arra
     return lambda image_NHWC: dict(describe(network, image_NHWC))
 
 
-def score(descriptions: ChunkDescriptions, real: RealStatistics, device: torch.device = CPU) -> dict[str, Any]:
+def score(
+    descriptions: ChunkDescriptions,
+    real: RealStatistics,
+    device: torch.device = CPU,
+    neighbour_images: int | None = None,
+) -> dict[str, Any]:
     """Every figure that this network's features give, with what it was computed from.
 
     Args:
-        device: where moments are computed.
+        device: where they are computed.
+        neighbour_images: real images that precision and recall look at; None: all that are kept.
 
     Returns:
         Plain data: `fid`, `fid_error` (a bound on rounding), `fid_floor` (between two halves of the real images),
-        `precision`, `recall`; with an Inception network also `inception_score`, and `sfid` where it has the
-        spatial features; null where a figure cannot be computed, and `warnings` that say why.
+        `precision`, `recall` and `kid` with theirs; with an Inception network also `inception_score`, and `sfid`
+        where it has the spatial features; null where a figure cannot be computed, and `warnings` that say why.
     """
-    neighbours: list[NDArray[np.floating]] = []
-    probabilities: list[NDArray[np.floating]] = []
-    kept = 0
-    for described in descriptions.read_all():
-        if kept < NEIGHBOUR_IMAGES:
-            neighbours.append(described["features"][: NEIGHBOUR_IMAGES - kept])
-            kept += len(neighbours[-1])
-        if "probabilities" in described:
-            probabilities.append(described["probabilities"])
+    probabilities = [each["probabilities"] for each in descriptions.read_all() if "probabilities" in each]
     moments = {
         kind: Moments.of_stream(
             (each[kind] for each in descriptions.read_all()), real.whole(kind).dimension, device
@@ -269,23 +296,74 @@ def score(descriptions: ChunkDescriptions, real: RealStatistics, device: torch.d
     result |= _distances("fid", drawn, real.halves("features"), whole, warnings)
     if "spatial" in moments:
         result |= _distances("sfid", moments["spatial"], real.halves("spatial"), real.whole("spatial"), [])
-
-    result |= {"precision": None, "recall": None, "neighbours": NEIGHBOURS}
-    known = 0 if real.features_NF is None else len(real.features_NF)
-    result |= {"neighbour_images_drawn": kept, "neighbour_images_real": known}
-    if min(kept, known) > NEIGHBOURS:
-        pair = precision_recall(real.manifold, np.concatenate(neighbours))
-        result |= {"precision": pair[0], "recall": pair[1]}
-    elif real.features_NF is not None:
-        warnings.append(f"precision and recall need more than {NEIGHBOURS} real and drawn images")
+    result |= _compared(_kept(descriptions, drawn), real, device, neighbour_images, warnings)
     if probabilities:
         mean, deviation, splits = inception_score(np.concatenate(probabilities))
         result["inception_score"] = mean
         result |= {
             "inception_score_deviation": deviation if splits > 1 else None,
             "inception_score_splits": splits,
+            "inception_score_real": None if real.splits is None else float(real.splits.scores_S.mean()),
         }
-    return result | {"warnings": warnings}
+    return result | _ratios(result) | {"warnings": warnings}
+
+
+def _kept(descriptions: ChunkDescriptions, drawn: Moments) -> NDArray[np.floating]:
+    """The features of the first KEPT_IMAGES drawn images."""
+    features_NF = np.empty((min(drawn.count, KEPT_IMAGES), drawn.dimension), dtype=np.float32)
+    first = 0
+    for described in descriptions.read_all():
+        some_NF = described["features"][: len(features_NF) - first]
+        features_NF[first : first + len(some_NF)] = some_NF
+        first += len(some_NF)
+        if first == len(features_NF):
+            break
+    return features_NF
+
+
+def _compared(
+    drawn_NF: NDArray[np.floating],
+    real: RealStatistics,
+    device: torch.device,
+    neighbour_images: int | None,
+    warnings: list[str],
+) -> dict[str, Any]:
+    """KID, precision and recall, which compare images one by one, and their floors."""
+    names = ("kid", "kid_deviation", "kid_subsets", "kid_subset_images", "kid_floor", "kid_floor_deviation")
+    result: dict[str, Any] = dict.fromkeys(names)
+    result |= dict.fromkeys(("precision", "recall", "precision_floor", "recall_floor"))
+    known = 0 if real.features_NF is None else len(real.features_NF[:neighbour_images])
+    result |= {"neighbours": NEIGHBOURS, "neighbour_images_drawn": len(drawn_NF), "neighbour_images_real": known}
+    result["neighbour_floor_images_per_half"] = None
+    if real.features_NF is None:
+        return result
+    if min(len(drawn_NF), len(real.features_NF)) >= 2:
+        kid = kernel_distance(drawn_NF, real.features_NF, device)
+        result |= {"kid": kid.value, "kid_deviation": kid.deviation}
+        result |= {"kid_subsets": kid.subsets, "kid_subset_images": kid.images}
+    else:
+        warnings.append("kid needs at least 2 real and 2 drawn images")
+    floor = real.floors(neighbour_images, device)
+    if floor.manifold is not None and len(drawn_NF) > NEIGHBOURS:
+        inside = precision_recall(floor.manifold, Manifold.of(drawn_NF, NEIGHBOURS, device), device)
+        result |= {"precision": inside.precision, "recall": inside.recall}
+    else:
+        warnings.append(f"precision and recall need more than {NEIGHBOURS} real and drawn images")
+    result |= {"kid_floor": floor.kid, "kid_floor_deviation": floor.kid_deviation}
+    result |= {"precision_floor": floor.precision, "recall_floor": floor.recall}
+    return result | {"neighbour_floor_images_per_half": floor.half}
+
+
+def _ratios(result: dict[str, Any]) -> dict[str, float | None]:
+    """Figures in proportion to what real images get; of KID there is none, for real images get 0."""
+    against = {name: f"{name}_floor" for name in ("fid", "sfid", "precision", "recall")}
+    against["inception_score"] = "inception_score_real"
+    found: dict[str, float | None] = {}
+    for name, floor in against.items():
+        if name in result:
+            known = result[name] is not None and result[floor]
+            found[f"{name}_ratio"] = result[name] / result[floor] if known else None
+    return found
 
 
 def _distances(

@@ -79,4 +79,6 @@ def reference_statistics(
         assert computed is not None
         return computed
     stated = real.statistics(network)
-    return stated if computed is None else replace(stated, features_NF=computed.features_NF)
+    if computed is None:
+        return stated
+    return replace(stated, features_NF=computed.features_NF, splits=computed.splits, folder=computed.folder)

@@ -1,7 +1,7 @@
 """Our own file of statistics, which stands for the images that it was made of: safetensors.
 
-It holds moments of two halves and the rest, features for precision and recall, and the classifiers trained
-on the images; as JSON what is known of them.
+It holds moments of two halves and the rest, features for precision, recall and KID, sums of the Inception
+Score, and the classifiers trained on the images; as JSON what is known of them.
 
 Shapes: N images, F features.
 """
@@ -26,6 +26,7 @@ from ditmoe.model.outside.text import is_fit_to_print
 from ditmoe.model.settings import message_of
 from ditmoe.sampling.metrics.classifier import Classifier, restored
 from ditmoe.sampling.metrics.features import FeatureNetwork
+from ditmoe.sampling.metrics.inception_score import SplitSums
 from ditmoe.sampling.metrics.moments import Moments
 from ditmoe.sampling.metrics.reference import Form, Images
 from ditmoe.sampling.metrics.references.statistics import MOST_FEATURES, ReferenceStatistics
@@ -36,6 +37,7 @@ SUFFIX: Final = ".safetensors"
 FORMAT: Final = 1
 _META: Final = "ditmoe_reference"
 _NEIGHBOURS: Final = "neighbours"
+_SPLITS: Final = "inception_score/"
 
 
 class _Network(BaseModel):
@@ -194,7 +196,19 @@ class OwnStatistics(ReferenceStatistics):
             or not np.isfinite(features_NF).all()
         ):
             raise UserError(f"{self.path}: its features are damaged")
-        return RealStatistics(moments, features_NF, None)
+        return RealStatistics(moments, features_NF, None, splits=self._splits())
+
+    def _splits(self) -> SplitSums | None:
+        """The sums of the Inception Score; None: the file has none."""
+        found = {key.removeprefix(_SPLITS): value.numpy() for key, value in self._tensors(_SPLITS).items()}
+        if not found:
+            return None
+        kinds = {name: (value.ndim, value.dtype.name) for name, value in found.items()}
+        expected = {"count_S": (1, "int64"), "probability_SP": (2, "float64"), "negentropy_S": (1, "float64")}
+        well = kinds == expected and len({len(value) for value in found.values()}) == 1
+        if not well or not all(np.isfinite(value).all() for value in found.values()):
+            raise UserError(f"{self.path}: its sums of the Inception Score are damaged")
+        return SplitSums(**found)
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
         try:
@@ -225,6 +239,8 @@ def write_reference(
             tensors[f"moments/{kind}/{half}/scatter"] = torch.from_numpy(np.ascontiguousarray(moments.scatter_FF))
     assert statistics.features_NF is not None
     tensors[_NEIGHBOURS] = torch.from_numpy(np.ascontiguousarray(statistics.features_NF))
+    if statistics.splits is not None:
+        tensors |= {f"{_SPLITS}{name}": torch.from_numpy(value) for name, value in vars(statistics.splits).items()}
     classifiers: dict[str, Mapping[str, Any]] = {}
     for role, classifier in (("features", network), ("recogniser", recogniser)):
         if isinstance(classifier, Classifier):

@@ -149,7 +149,7 @@ class NpzStatistics(ReferenceStatistics):
             if not np.allclose(covariance_FF, covariance_FF.T, rtol=0, atol=1e-5 * scale):
                 raise UserError(f"{self.path}: {covariance} is not symmetric, and no covariance")
             stated[kind] = Gaussian(None, self._file.array(mean, (dimension,)), covariance_FF)
-        lost = ["the floors"] + ["precision and recall"] * (self.images is None)
+        lost = ["floors of Fréchet distances"] + ["precision, recall and KID"] * (self.images is None)
         lost += ["sFID"] * ("spatial" not in stated)
         holds = "moments of all real images" + (" and some images" if self.images else " alone")
         return RealStatistics(

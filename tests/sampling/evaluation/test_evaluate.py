@@ -108,7 +108,13 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
     assert result["fid_floor_images_per_half"] == 898
     assert 0 < result["fid_floor"] < result["fid"]
     assert 0 <= result["fid_error"] < 1e-6
-    assert result["precision"] == pytest.approx(1.0)  # every image is a real one
+    assert result["precision"] == 1.0  # every image is a real one
+    assert result["neighbour_images_drawn"] == 200 and result["neighbour_images_real"] == 1797
+    assert 0.5 < result["precision_floor"] < 1 and 0.5 < result["recall_floor"] < 1
+    assert result["precision_ratio"] == 1 / result["precision_floor"]
+    assert result["fid_ratio"] == result["fid"] / result["fid_floor"]
+    assert result["kid_subsets"] == 100 and result["kid_subset_images"] == 200
+    assert abs(result["kid_floor"]) < result["kid_floor_deviation"]
     assert result["recogniser"]["accuracy"] > 0.8  # three passes only
     assert result["recogniser"]["held_out_images"] == 359
     assert result["network"]["fingerprint"] != result["recogniser"]["fingerprint"]
@@ -160,21 +166,32 @@ def test_results_are_written_when_no_process_looks_for_descriptions_any_more(
     assert seen == [(False, False), (False, False), (True, False), (False, True)]
 
 
+def test_neighbours_are_looked_for_among_as_many_real_images_as_are_asked_for(
+    tmp_path: Path, shards: Path, cache: Path
+) -> None:
+    job = make_job(tmp_path, shards, cache, recogniser=False, neighbour_images=400)
+    result = run_job(job, Copyist(shards))["results"]["classifier"]
+    assert result["neighbour_images_real"] == 400 and result["neighbour_floor_images_per_half"] == 200
+    assert result["neighbour_images_drawn"] == 200 and result["precision"] < 1
+    assert stored_result(replace(job, neighbour_images=None)) is None
+
+
 def test_worse_images_score_worse(tmp_path: Path, shards: Path, cache: Path) -> None:
     figures = []
     for noise in (0, 255):
         job = make_job(tmp_path / str(noise), shards, cache, count=120, labels="balanced", recogniser=False)
         result = run_job(job, Copyist(shards, noise=noise))["results"]["classifier"]
         assert "recogniser" not in result
-        figures.append(result["fid"])
-    assert figures[1] > 2 * figures[0]
+        figures.append((result["fid"], result["kid"]))
+    assert figures[1][0] > 2 * figures[0][0] and figures[1][1] > 2 * figures[0][1]
 
 
 def test_too_few_images_give_a_warning_and_nulls(tmp_path: Path, shards: Path, cache: Path) -> None:
     job = make_job(tmp_path, shards, cache, count=1, recogniser=False)
     result = run_job(job, Copyist(shards))["results"]["classifier"]
     assert result["fid"] is None and result["precision"] is None
-    assert len(result["warnings"]) == 2
+    assert result["kid"] is None and result["fid_ratio"] is None
+    assert [warning.split()[0] for warning in result["warnings"]] == ["fid", "kid", "precision"]
     assert "–" in "\n".join(table(stored_result(job) or {}, "classifier"))
     job = make_job(tmp_path, shards, cache, count=40, recogniser=False)
     warnings = run_job(job, Copyist(shards))["results"]["classifier"]["warnings"]

@@ -8,7 +8,7 @@ from scipy import linalg
 
 from ditmoe.sampling.metrics.frechet import EPSILON, exact_product, frechet_distance
 from ditmoe.sampling.metrics.moments import Moments
-from tests.sampling.metrics.test_statistics import random_features
+from tests.sampling.metrics.test_moments import random_features
 
 MANY = 2**20 + 1
 """Images: more than features, and one more than a power of two: a scatter is as exact as its covariance."""

@@ -103,9 +103,13 @@ def test_a_file_of_adm_gives_the_figures_of_its_images(
     assert isinstance(reference, NpzStatistics) and reference.form.image_size == 8
     found = score(drawn, reference_statistics(reference, network, cache))
     same = ("fid", "fid_error", "sfid", "sfid_error", "precision", "recall", "inception_score", "drawn_images")
+    same += ("kid", "kid_floor", "precision_floor", "recall_floor", "inception_score_real")
     assert {key: found[key] for key in same} == {key: expected[key] for key in same}
     assert found["fid_floor"] is None and found["sfid_floor"] is None and found["real_images"] is None
-    assert "holds moments of all real images and some images; left out: the floors" in found["warnings"][0]
+    assert (
+        "holds moments of all real images and some images; left out: floors of Fréchet distances"
+        in found["warnings"][0]
+    )
     assert "does not name the network" in found["warnings"][1]
     # Moments alone, as EDM's and pytorch-fid's are: no images are looked for, and what is missing is said.
     alone = tmp_path / "edm.npz"
@@ -116,7 +120,8 @@ def test_a_file_of_adm_gives_the_figures_of_its_images(
     found = score(drawn, reference_statistics(reference, network, cache))
     assert found["fid"] == expected["fid"] and "sfid" not in found
     assert found["precision"] is None and found["recall"] is None and found["inception_score"] is not None
-    assert "left out: the floors, precision and recall, sFID" in found["warnings"][0]
+    assert found["kid"] is None and found["inception_score_real"] is None
+    assert "left out: floors of Fréchet distances, precision, recall and KID, sFID" in found["warnings"][0]
     # Images alone are as good as the shards, floors included.
     np.savez(tmp_path / "images.npz", arr_0=image_NHWC)
     reference = open_reference_file(tmp_path / "images.npz")

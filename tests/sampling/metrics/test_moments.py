@@ -1,4 +1,4 @@
-"""Moments, precision/recall and the Inception Score against closed forms."""
+"""Moments of features against closed forms."""
 
 from itertools import pairwise
 
@@ -9,11 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditmoe.sampling.metrics.moments import BLOCK, TILE, Moments
-from ditmoe.sampling.metrics.statistics import (
-    Manifold,
-    inception_score,
-    precision_recall,
-)
 
 
 def random_features(count: int, dimension: int, seed: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
@@ -70,30 +65,3 @@ def test_neither_pieces_nor_threads_are_in_the_last_digits_of_moments(dimension:
     np.testing.assert_allclose(found[0].mean_F, x_NF.mean(0), rtol=1e-12)
     expected_FF = np.cov(x_NF.T).reshape(dimension, dimension)
     np.testing.assert_allclose(found[0].covariance_FF, expected_FF, rtol=1e-9, atol=1e-11)
-
-
-def test_precision_and_recall_by_hand() -> None:
-    # Five points on a line at 0..4 (k = 1: radius 1 each); drawn ones at 0.5, 10, 10.5.
-    real = np.arange(5.0)[:, None]
-    fake = np.array([[0.5], [10.0], [10.5]])
-    precision, recall = precision_recall(Manifold.of(real, 1), fake)
-    assert precision == pytest.approx(1 / 3)
-    # Radii of the drawn ones: 9.5, 0.5, 0.5; the first ball reaches all real points.
-    assert recall == pytest.approx(1.0)
-
-
-def test_precision_and_recall_tell_quality_from_variety() -> None:
-    real = random_features(1500, 4, 6)
-    manifold = Manifold.of(real, 3)
-    assert min(precision_recall(manifold, random_features(1500, 4, 6) + 1e-9)) == pytest.approx(1.0)
-    narrow = real.mean(0) + 0.01 * random_features(300, 4, 7)
-    precision, recall = precision_recall(manifold, narrow)
-    assert precision > 0.95 and recall < 0.05
-    assert precision_recall(manifold, real + 1000) == (0.0, 0.0)
-
-
-def test_inception_score_bounds() -> None:
-    certain = np.eye(4)[np.arange(400) % 4]
-    assert inception_score(certain)[0] == pytest.approx(4.0)
-    assert inception_score(np.full((100, 4), 0.25))[0] == pytest.approx(1.0)
-    assert inception_score(certain, split=100)[2] == 4
