@@ -44,11 +44,13 @@ def kernel_distance(
     """The mean of `unbiased_mmd2` over random subsets of both sets, drawn without replacement by SEED.
 
     Args:
-        images: of a subset; all images of the smaller set where it has fewer. At least 2.
+        images: of a subset; half of the smaller set, where that is less, so that subsets differ. Sets have at
+            least 2 images.
     """
-    images = min(images, len(a_NF), len(b_MF))
-    if images < 2:
+    smaller = min(len(a_NF), len(b_MF))
+    if smaller < 2:
         raise ValueError(f"{len(a_NF)} and {len(b_MF)} images; at least 2 each")
+    images = min(images, max(2, smaller // 2))
 
     def of_subset(number: int) -> float:
         random = generator(SEED, "evaluate/kid", number)

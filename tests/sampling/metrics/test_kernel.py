@@ -27,7 +27,7 @@ def test_the_estimate_is_the_sum_over_all_pairs() -> None:
         by_brute_force(x, y), rel=1e-11
     )
     of_subsets = kernel_distance(x, y, subsets=3)
-    assert of_subsets.images == 23 and of_subsets.subsets == 3 and of_subsets.deviation > 0
+    assert of_subsets.images == 11 and of_subsets.subsets == 3 and of_subsets.deviation > 0
 
 
 def test_subsets_are_drawn_by_a_seed_without_replacement() -> None:
