@@ -1,0 +1,66 @@
+"""`ditmoe serve`: images of many users over HTTP."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditmoe.model.errors import UserError
+
+
+def command(
+    runs: Annotated[Path, typer.Argument(help="A folder of runs, or a run.", metavar="RUNS")],
+    *,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any other than loopback needs a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, which is printed.")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="File (mode 600) with the token of clients. [default: $DITMOE_SERVICE_TOKEN]"
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    memory: Annotated[float, typer.Option(min=0.001, help="GiB for the weights of all networks.")] = 8.0,
+    batch: Annotated[int, typer.Option(min=1, max=512, help="Rows of a pass, and images under way at once.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Images of a user that may wait.")] = 256,
+    most_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images of a request.")] = 64,
+    most_passes: Annotated[
+        int, typer.Option(min=1, help="Passes through the network that all images of a request may take.")
+    ] = 100_000,
+) -> None:
+    """Draw images for many users at once, by HTTP: an image's bits are the same alone and in any company.
+
+    Example: ditmoe serve runs
+    """
+    import torch
+
+    from ditmoe.launcher.commands.sample import check_device
+    from ditmoe.sampling.service.access import read_token
+    from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
+    from ditmoe.sampling.service.listening import is_loopback, listen, serve
+
+    loopback = is_loopback(host)
+    token = read_token(token_file)
+    if token is None and not loopback:
+        raise UserError(
+            f"--host {host}: is not loopback, so whoever reaches it may use it; expected a token in "
+            "--token-file or DITMOE_SERVICE_TOKEN"
+        )
+    name = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings = ServiceSettings(
+        runs=runs,
+        device=torch.device(name),
+        memory=int(memory * 2**30),
+        batch=batch,
+        queue=queue,
+        most_images=most_images,
+        most_passes=most_passes,
+        token=token,
+        loopback=loopback,
+    )
+    with listen(host, port) as sockets:
+        service = Service(settings)
+        typer.echo(f"serving {runs} at {sockets.address}")
+        serve(make_app(service), sockets)

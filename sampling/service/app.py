@@ -1,0 +1,182 @@
+"""The routes of the sampling service."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from ditmoe.sampling.batching.engine import Engine
+from ditmoe.sampling.batching.models import Models
+from ditmoe.sampling.service.access import Guard, read_body
+from ditmoe.sampling.service.counters import Counters
+from ditmoe.sampling.service.errors import ServiceError
+from ditmoe.sampling.service.images import generate_images
+from ditmoe.sampling.service.listing import Listing
+from ditmoe.sampling.service.requests import ImageRequest, parse
+
+LOG: Final = logging.getLogger("ditmoe.service")
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What a service is started with."""
+
+    runs: Path
+    """A folder of runs, or a run."""
+    device: torch.device
+    memory: int
+    """Bytes for the weights of all networks."""
+    batch: int = 16
+    """Rows of each pass, and images under way at once."""
+    queue: int = 256
+    """Images of a user that may wait."""
+    most_images: int = 64
+    """Of a request."""
+    most_passes: int = 100_000
+    """Rows of passes that a request may take."""
+    token: str | None = None
+    loopback: bool = True
+    """It listens on loopback alone."""
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, settings: ServiceSettings) -> None:
+        """Start the engine's threads. UserError: there is no such folder."""
+        self.settings = settings
+        self.counters = Counters()
+        self.listing = Listing(settings.runs)
+        self.models = Models(
+            settings.device,
+            settings.memory,
+            settings.batch,
+            self.counters.rows.observe,
+            self.counters.loads.inc,
+        )
+        self.engine = Engine(self.models, settings.batch, settings.queue)
+        self.counters.gauge("ditmoe_images_waiting", "Images that nobody has begun.", lambda: self.engine.waiting)
+        self.counters.gauge("ditmoe_networks_loaded", "Networks in memory.", lambda: len(self.models.loaded()))
+        self.counters.gauge(
+            "ditmoe_networks_bytes",
+            "Bytes of their weights.",
+            lambda: sum(loaded.bytes for loaded in self.models.loaded().values()),
+        )
+
+    def close(self) -> None:
+        """End the threads."""
+        self.engine.close()
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The service as an application, behind its guard; it closes the service at its end."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    # No pages of documentation: they would load scripts from elsewhere.
+    app = FastAPI(title="ditmoe", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    _count_and_tell(app, service.counters)
+    _add_facts(app, service)
+
+    @app.post("/v1/images/generations")
+    async def generations(request: Request) -> JSONResponse:
+        asked = parse(ImageRequest, await read_body(request))
+        settings = service.settings
+        reply = await generate_images(
+            request,
+            asked,
+            service.listing,
+            service.engine,
+            service.counters,
+            settings.most_images,
+            settings.most_passes,
+        )
+        return JSONResponse(reply)
+
+    return Guard(_Counted(app, service.counters), service.settings.token, service.settings.loopback)
+
+
+def _add_facts(app: FastAPI, service: Service) -> None:
+    """Routes that say how the service is."""
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        alive = service.engine.alive
+        return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        runs = len(await asyncio.to_thread(service.listing.runs))
+        well = service.engine.alive and runs > 0
+        return JSONResponse({"status": "ok" if well else "not ready", "runs": runs}, 200 if well else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.counters.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        described = await asyncio.to_thread(service.listing.described)
+        loaded = {str(key.checkpoint) for key in service.models.loaded()}
+        runs = service.listing.runs()
+        for each in described:
+            folder = str(runs.get(str(each["id"]), ""))
+            each["loaded"] = bool(folder) and any(path.startswith(f"{folder}/") for path in loaded)
+        return JSONResponse({"object": "list", "data": described})
+
+
+def _count_and_tell(app: FastAPI, counters: Counters) -> None:
+    """Errors as JSON, each counted by its reason."""
+
+    def reply(error: ServiceError) -> JSONResponse:
+        counters.failures.labels(error.reason).inc()
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @app.exception_handler(ServiceError)
+    async def refused(_: Request, error: ServiceError) -> JSONResponse:
+        return reply(error)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(_: Request, error: HTTPException) -> JSONResponse:
+        reason = "not_found" if error.status_code == 404 else "rejected"
+        return reply(ServiceError(error.status_code, str(error.detail), reason=reason))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return reply(ServiceError(500, "the service failed; its log says why", reason="other"))
+
+
+class _Counted:
+    """Counts requests by their route, not by their path: paths are whatever a client makes up."""
+
+    def __init__(self, app: FastAPI, counters: Counters) -> None:
+        self._app, self._counters = app, counters
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status = 500
+
+        async def note(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        finally:
+            if scope["type"] == "http":
+                route = getattr(scope.get("route"), "path", "unknown")
+                self._counters.requests.labels(route, str(status)).inc()

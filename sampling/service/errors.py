@@ -1,0 +1,52 @@
+"""What a request is refused with: JSON in the form that clients of OpenAI's routes know."""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from ditmoe.model.settings import message_of
+
+
+class ServiceError(Exception):
+    """A request is not answered.
+
+    Its `reason` is one of few, which metrics count by.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        reason: str = "rejected",
+        retry_after: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        """The field that is wrong, such as `labels.3`."""
+        self.reason = reason
+        self.retry_after = retry_after
+        """Seconds; 0: to ask again is no use."""
+
+    def headers(self) -> dict[str, str]:
+        """Of the reply."""
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        return headers | ({"Retry-After": str(self.retry_after)} if self.retry_after else {})
+
+    def body(self) -> dict[str, Any]:
+        """Of the reply."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.reason}}
+
+
+def of_validation(error: ValidationError) -> ServiceError:
+    """All that is wrong with the fields of a request; `param` is the first of them."""
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    lines, param = [], None
+    for problem in problems[:10]:
+        field = ".".join(str(part) for part in problem["loc"])
+        lines.append(f"{field}: {message_of(problem)}" if field else message_of(problem))
+        param = param or field or None
+    return ServiceError(400, "; ".join(lines), param=param)

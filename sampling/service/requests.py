@@ -1,0 +1,100 @@
+"""What may be asked for: strictly typed, with every unknown field refused."""
+
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.service.errors import ServiceError, of_validation
+from ditmoe.sampling.settings.config import SamplerConfig
+
+LONGEST_CLASS: Final = 1000
+"""Characters of a class's name."""
+LARGEST_NUMBER: Final = 2**31 - 1
+ADAPTIVE_NFE: Final = 1000
+"""What an image of rk45, which finds its own steps, counts for."""
+
+ClassGiven = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)] | Annotated[str, Field(max_length=LONGEST_CLASS)]
+RunName = Annotated[str, Field(min_length=1, max_length=255)]
+Request = TypeVar("Request", bound=BaseModel)
+
+
+class ImageRequest(SamplerConfig):
+    """Images that are answered at once: OpenAI's form, with classes in place of the prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    steps: int = Field(default=50, ge=1, le=10**6)
+    """Steps of the integrator."""
+    model: RunName | None = None
+    """Name of the run; null where there is only one."""
+    step: int | None = Field(default=None, ge=0)
+    """Training step of the checkpoint; null: the newest."""
+    weights: Literal["ema", "weights"] = "ema"
+    """The moving average, or the weights themselves."""
+    n: int = Field(default=1, ge=1, le=LARGEST_NUMBER)
+    """Images; left out where `labels` says how many."""
+    first: int = Field(default=0, ge=0, le=LARGEST_NUMBER)
+    """Number of the first image: image i depends on the seed, i and its class alone."""
+    one_class: ClassGiven | None = Field(default=None, alias="class")
+    """Number or name of the class of all images; null: the classes in turn."""
+    labels: list[ClassGiven] | None = Field(default=None, min_length=1)
+    """Number or name of the class of each image."""
+    response_format: Literal["b64_json"] = "b64_json"
+    output_format: Literal["png"] = "png"
+    user: str = Field(default="", max_length=64)
+    """Users take turns; those of one address are told apart by this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_prompt(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "prompt" in given:
+            raise ValueError("prompt: the networks draw classes, not texts; expected class or labels")
+        return given
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.labels is not None and self.one_class is not None:
+            raise ValueError("class and labels: expected one of them")
+        if self.labels is not None and "n" in self.model_fields_set and self.n != len(self.labels):
+            raise ValueError(f"n = {self.n} with {len(self.labels)} labels: expected as many, or n left out")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Images."""
+        return self.n if self.labels is None else len(self.labels)
+
+    def sampler_config(self) -> SamplerConfig:
+        """What they are drawn by."""
+        return SamplerConfig.model_validate({name: getattr(self, name) for name in SamplerConfig.model_fields})
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
+    """A request from its JSON. ServiceError naming all fields that are wrong."""
+    try:
+        return kind.model_validate_json(body, strict=True)
+    except ValidationError as error:
+        raise of_validation(error) from None
+
+
+def passes_of(config: SamplerConfig) -> float:
+    """Rows of passes through the network that an image is planned to take; guidance takes two each time."""
+    nfe = planned_nfe(config)
+    return (ADAPTIVE_NFE if nfe is None else nfe) * (1 if config.cfg_scale == 1 else 2)
+
+
+def check_cost(count: int, config: SamplerConfig, most_images: int, most_passes: int) -> None:
+    """Refuse what is too much; the configuration is resolved. ServiceError."""
+    if count > most_images:
+        raise ServiceError(
+            400, f"n: {count} images; expected {most_images} at most, or a job (POST /v1/jobs)", param="n"
+        )
+    passes = count * passes_of(config)
+    if passes > most_passes:
+        raise ServiceError(
+            400,
+            f"steps: {count} images take {passes:,.0f} passes through the network; expected {most_passes:,} at "
+            "most, or a job (POST /v1/jobs)",
+            param="steps",
+        )

@@ -1,0 +1,58 @@
+"""A service of two small runs, in a thread of its own."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
+from ditmoe.sampling.service.listening import listen
+from tests.markers import change_marker
+from tests.sampling.small_run import write_checkpoint, write_run
+
+ROWS = 8
+Serving = Callable[..., AbstractContextManager[httpx.Client]]
+MARKUP = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs; one class has markup for its name."""
+    folder = tmp_path_factory.mktemp("served") / "runs"
+    checkpoint = write_checkpoint(write_run(folder / "digits"), 3)
+    names = [MARKUP, *map(str, range(1, 10))]
+    change_marker(checkpoint, lambda facts: facts["dataset"].update(class_names=names))
+    write_run(folder / "other")
+    return folder
+
+
+@contextmanager
+def serving(runs: Path, **settings: object) -> Iterator[httpx.Client]:
+    """A client of a service of its own."""
+    chosen = {"device": torch.device("cpu"), "memory": 2**30, "batch": ROWS, **settings}
+    service = Service(ServiceSettings(runs=runs, **chosen))  # type: ignore[arg-type]
+    with listen("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="critical", server_header=False))
+        thread = threading.Thread(target=server.run, args=([listening.socket],), daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            with httpx.Client(base_url=listening.address, timeout=60, trust_env=False) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def client(runs: Path) -> Iterator[httpx.Client]:
+    with serving(runs) as made:
+        yield made
