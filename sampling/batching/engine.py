@@ -22,7 +22,8 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.batching.models import Loaded, ModelKey, Models
 from ditmoe.sampling.batching.passes import Call, Passes
 from ditmoe.sampling.batching.queue import FairQueue
-from ditmoe.sampling.drawing.generate import ImageNoise, draw
+from ditmoe.sampling.drawing.generate import draw
+from ditmoe.sampling.drawing.noise import ImageNoise
 from ditmoe.sampling.network.denoiser import make_denoiser
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import NOT_FINITE
