@@ -44,7 +44,7 @@ VERBS: Final[dict[str, Verb]] = {
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
     "reference": Verb("ditmoe.launcher.commands.reference", "Make a file that stands for real images."),
-    "serve": Verb("ditmoe.launcher.commands.serve", "Draw images for many users, over HTTP."),
+    "serve": Verb("ditmoe.launcher.commands.serving.serve", "Draw images for many users, over HTTP."),
     "noise-classifier": Verb(
         "ditmoe.launcher.commands.noise_classifier", "Train the noise-level classifier that DLG chains need."
     ),
