@@ -43,7 +43,8 @@ VERBS: Final[dict[str, Verb]] = {
     "cancel": Verb("ditmoe.launcher.commands.jobs.cancel", "End a run, with a checkpoint."),
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
-    "reference": Verb("ditmoe.launcher.commands.reference", "Make a file that stands for real images."),
+    "score": Verb("ditmoe.launcher.commands.scoring.score", "Score images that others drew."),
+    "reference": Verb("ditmoe.launcher.commands.scoring.reference", "Make a file that stands for real images."),
     "serve": Verb("ditmoe.launcher.commands.serving.serve", "Draw images for many users, over HTTP."),
     "noise-classifier": Verb(
         "ditmoe.launcher.commands.noise_classifier", "Train the noise-level classifier that DLG chains need."

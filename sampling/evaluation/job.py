@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,6 +89,27 @@ class Evaluation:
         return np.array([drawn[unit] for unit in units], dtype=np.int64)
 
 
+class Scored(Protocol):
+    """What is scored, as far as it decides what it is scored with; the fields are those of `Job`."""
+
+    @property
+    def real(self) -> Reference: ...
+    @property
+    def cache(self) -> Path: ...
+    @property
+    def features(self) -> FeatureName: ...
+    @property
+    def features_path(self) -> Path | None: ...
+    @property
+    def recogniser(self) -> bool: ...
+    @property
+    def feature_classifier(self) -> ClassifierSettings: ...
+    @property
+    def recogniser_classifier(self) -> ClassifierSettings: ...
+    @property
+    def neighbour_images(self) -> int | None: ...
+
+
 @dataclass(frozen=True)
 class Job:
     """One use of an evaluation: where it lies, and what it is scored with."""
@@ -147,16 +168,21 @@ class Job:
     @property
     def request(self) -> dict[str, Any]:
         """What the scores depend on, besides the images: a stored result of an equal request is the result."""
-        file = None
-        if self.features == "inception" and self.features_path is not None and self.features_path.is_file():
-            with self.features_path.open("rb") as stored:
-                file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
-        classifier = self.feature_classifier if self.features == "classifier" else None
-        return {
-            "real": self.real.fingerprint,
-            "features": self.features,
-            "features_file": file,
-            "classifier": vars(classifier) if classifier is not None else None,
-            "neighbour_images": self.neighbour_images,
-            "recogniser": vars(self.recogniser_classifier) if self.recogniser else None,
-        }
+        return request_of(self)
+
+
+def request_of(job: Scored) -> dict[str, Any]:
+    """What figures depend on, besides the images."""
+    file = None
+    if job.features == "inception" and job.features_path is not None and job.features_path.is_file():
+        with job.features_path.open("rb") as stored:
+            file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
+    classifier = job.feature_classifier if job.features == "classifier" else None
+    return {
+        "real": job.real.fingerprint,
+        "features": job.features,
+        "features_file": file,
+        "classifier": vars(classifier) if classifier is not None else None,
+        "neighbour_images": job.neighbour_images,
+        "recogniser": vars(job.recogniser_classifier) if job.recogniser else None,
+    }

@@ -29,6 +29,8 @@ class ReferenceJob:
     cache: Path
     features: FeatureName = "classifier"
     features_path: Path | None = None
+    neighbour_images: int | None = None
+    """As of `Job`; the file has the features of all that are kept."""
     recogniser: bool = True
     """Give the file an independent classifier, for the share recognised."""
     feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
@@ -73,7 +75,7 @@ def prepare_reference(
         real = open_reference(config, option="SHARDS")
     if real.index.channels not in (1, 3):
         raise UserError(f"{real.where}: channels is {real.index.channels}, expected 1 (grey) or 3 (RGB)")
-    return ReferenceJob(real, out, cache, features, features_path, recogniser)
+    return ReferenceJob(real, out, cache, features=features, features_path=features_path, recogniser=recogniser)
 
 
 def make_reference(

@@ -1,39 +1,19 @@
 """What drawn images are scored with, for as many evaluations as are scored alike."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.evaluation.job import Scored
 from ditmoe.sampling.jobs.workers import Workers
-from ditmoe.sampling.metrics.classifier import Classifier, ClassifierSettings, load_classifier
+from ditmoe.sampling.metrics.classifier import Classifier, load_classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.reference import Reference, ReferenceImages
 from ditmoe.sampling.metrics.references.files import reference_statistics
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.metrics.scores import RealStatistics
-from ditmoe.sampling.settings.names import FeatureName
-
-
-class Scored(Protocol):
-    """What is scored, as far as it decides what it is scored with; the fields are those of `Job`."""
-
-    @property
-    def real(self) -> Reference: ...
-    @property
-    def cache(self) -> Path: ...
-    @property
-    def features(self) -> FeatureName: ...
-    @property
-    def features_path(self) -> Path | None: ...
-    @property
-    def recogniser(self) -> bool: ...
-    @property
-    def feature_classifier(self) -> ClassifierSettings: ...
-    @property
-    def recogniser_classifier(self) -> ClassifierSettings: ...
 
 
 class Measures:

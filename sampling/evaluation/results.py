@@ -58,31 +58,17 @@ def write_results(
     """
     not_finite = store.not_finite()
     write_samples(folder / "samples.npz", store, store.count - len(not_finite))
-    result: dict[str, Any] = {
-        "request": request,
-        "network": {
-            "name": network.name,
-            "dimension": network.dimension,
-            "fingerprint": network.fingerprint,
-            **network.description,
-        },
-        "real": real.facts(statistics.left_out),
-        **score(descriptions, statistics, device, neighbour_images),
-    }
+    result = scored_result(request, real, network, statistics, descriptions, device, neighbour_images)
     result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
     if not_finite:
         result["warnings"].append(
             f"{len(not_finite):,} of {store.count:,} images are not finite and take no part, such as image "
             f"{not_finite[0]}: {NOT_FINITE}"
         )
-    left_out = result["real"]["left_out"]
-    if left_out["samples"]:
-        result["warnings"].append(
-            f"{left_out['samples']:,} real images cannot be used and take no part, such as {left_out['first'][0]}"
-        )
+    result["warnings"] += images_left_out(result)
     result["warnings"] += warnings
     if isinstance(network, Classifier):
-        result["warnings"] += _weak_features(network, len(class_names))
+        result["warnings"] += weak_features(network, len(class_names))
     if samples_per_chain is not None:
         picture = folder / "gallery" / CHAINS_FILE
         real_NF = statistics.features_NF
@@ -130,7 +116,44 @@ def write_results(
         judged.remove()
 
 
-def _weak_features(network: Classifier, classes: int) -> list[str]:
+def scored_result(
+    request: dict[str, Any],
+    real: Reference,
+    network: FeatureNetwork,
+    statistics: RealStatistics,
+    descriptions: ChunkDescriptions,
+    device: torch.device = CPU,
+    neighbour_images: int | None = None,
+) -> dict[str, Any]:
+    """The figures in one feature network, with what they are of.
+
+    Args:
+        request: what they depend on, besides the images.
+        device: where figures are computed.
+        neighbour_images: real images that precision and recall look at; None: all that are kept.
+    """
+    return {
+        "request": request,
+        "network": {
+            "name": network.name,
+            "dimension": network.dimension,
+            "fingerprint": network.fingerprint,
+            **network.description,
+        },
+        "real": real.facts(statistics.left_out),
+        **score(descriptions, statistics, device, neighbour_images),
+    }
+
+
+def images_left_out(result: Mapping[str, Any]) -> list[str]:
+    """A warning where real images took no part."""
+    left_out = result["real"]["left_out"]
+    if not left_out["samples"]:
+        return []
+    return [f"{left_out['samples']:,} real images cannot be used and take no part, such as {left_out['first'][0]}"]
+
+
+def weak_features(network: Classifier, classes: int) -> list[str]:
     """A warning where what the feature classifier was taught tells little about images."""
     if classes == 1:
         return ["with one class the feature classifier has nothing to learn: its FID says little"]
@@ -192,11 +215,19 @@ def to_colour(image_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def table(metrics: Mapping[str, Any], features: str) -> list[str]:
     """The figures of one feature network as lines for a terminal."""
     evaluation, result = metrics["evaluation"], metrics["results"][features]
-    sampler, network = evaluation["sampler"], result["network"]
-    lines = [
+    sampler = evaluation["sampler"]
+    drawn = (
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
         f"{sampler['sampler']}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}, "
-        f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}",
+        f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}"
+    )
+    return [drawn, *figure_lines(result)]
+
+
+def figure_lines(result: Mapping[str, Any]) -> list[str]:
+    """What images are compared with, and the figures, as lines for a terminal."""
+    network = result["network"]
+    lines = [
         f"against {_images(result['real_images'])} of {result['real']['name']}, "
         f"in {network['dimension']} features of {network['name']} {network['fingerprint']}",
     ]

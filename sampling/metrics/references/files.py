@@ -80,5 +80,5 @@ def reference_statistics(
         return computed
     stated = real.statistics(network)
     if computed is None:
-        return stated
+        return replace(stated, folder=cache / f"file-{real.fingerprint}-{network.fingerprint}")
     return replace(stated, features_NF=computed.features_NF, splits=computed.splits, folder=computed.folder)

@@ -3,19 +3,22 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ditmoe.launcher.commands.evaluate import command
-from ditmoe.launcher.commands.reference import make
+from ditmoe.launcher.commands.scoring.reference import make
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.evaluation import measures, of_run
 from ditmoe.sampling.evaluation.make_reference import make_reference, prepare_reference
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
+from ditmoe.sampling.metrics.features import Features
 from ditmoe.sampling.settings.config import SamplerConfig
-from tests.sampling.small_run import write_digits, write_run
+from tests.sampling.small_run import images_of, write_digits, write_run
 
 QUICK = {
     "feature_classifier": replace(FEATURE_CLASSIFIER, passes=1),
@@ -57,7 +60,7 @@ def test_a_file_stands_for_the_images(run: Path, shards: Path, tmp_path: Path) -
     }
     assert found["fid_floor"] is not None and found["recogniser"]["accuracy"] >= 0
     assert "against 300 real images of digits, in 64 features" in table(metrics, "classifier")[1]
-    assert not (tmp_path / "elsewhere").exists()
+    assert [path.name[:5] for path in (tmp_path / "elsewhere").iterdir()] == ["file-"]
     # Without a recogniser in the file that is said, and nothing else changes.
     other = tmp_path / "plain.safetensors"
     make_reference(replace(made, real=of_images.real, out=other, recogniser=False))
@@ -66,6 +69,65 @@ def test_a_file_stands_for_the_images(run: Path, shards: Path, tmp_path: Path) -
     found = metrics["results"]["classifier"]
     assert "recogniser" not in found and found["fid"] == expected["fid"]
     assert f"{other}: has no recogniser: the share recognised is left out" in found["warnings"]
+
+
+class Pixels:
+    """A feature network of 16 means of pixels, which says that it is Inception."""
+
+    name = "inception"
+    dimension = 16
+    fingerprint = "0123456789abcdef"
+    description: dict[str, Any] = {}  # as the protocol has it
+
+    def features(self, image_NHWC: np.ndarray) -> Features:
+        x_NHW = image_NHWC.mean(3) / 255
+        cell_NF = x_NHW.reshape(-1, 4, 2, 4, 2).mean((2, 4)).reshape(-1, 16)
+        return {"features": np.sqrt(cell_NF), "spatial": cell_NF[:, :5]}
+
+
+def test_an_evaluation_against_a_file_of_adm_has_the_figures_of_its_images(
+    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (of_run, measures):
+        monkeypatch.setattr(module, "load_inception", lambda path, device: Pixels())
+    weights, file = tmp_path / "inception.pth", tmp_path / "VIRTUAL_digits.npz"
+    weights.write_bytes(b"weights")
+    images = np.concatenate([batch.image_NHWC for batch in images_of(shards).read_all(64)])
+    feature_NF, spatial_NF = Pixels().features(images).values()
+    np.savez(
+        file,
+        mu=feature_NF.mean(0),
+        sigma=np.cov(feature_NF, rowvar=False),
+        mu_s=spatial_NF.mean(0),
+        sigma_s=np.cov(spatial_NF, rowvar=False),
+        arr_0=np.repeat(images, 3, axis=3),
+    )
+    found = []
+    for reference in (shards, file):
+        options = replace(
+            options_for(run, reference, tmp_path / "cache"), features="inception", features_path=weights
+        )
+        if reference == file:
+            shutil.rmtree(shards)
+        job = replace(prepare_job(options), folder=tmp_path / reference.name[:3], **QUICK)
+        metrics = evaluate_run(job)
+        found.append(metrics["results"]["inception"])
+    of_images, of_file = found
+    for name in ("fid", "sfid", "precision", "recall", "kid", "precision_floor", "recall_floor"):
+        assert of_file[name] == pytest.approx(of_images[name], rel=1e-9, abs=1e-12), name
+    assert of_file["fid_floor"] is None and of_images["fid_floor"] > 0
+    assert of_file["drawn_images"] == 90 and of_file["real_images"] is None and "recogniser" not in of_file
+    told = "\n".join(table(metrics, "inception"))
+    for line in (
+        "against statistics of VIRTUAL_digits, in 16 features",
+        "no floor",
+        "left out: floors of Fréchet distances",
+        "does not name the network that it is of",
+        "has no recogniser: the share recognised is left out",
+    ):
+        assert told.count(line) >= 1, line
+    page = (job.folder / "gallery" / "index.html").read_text()
+    assert 'class-00000.png"' in page and "VIRTUAL_digits" in page
 
 
 def test_files_that_do_not_fit_are_refused_before_anything_is_drawn(

@@ -1,0 +1,1 @@
+"""Commands that score images against references, besides `ditmoe evaluate`."""

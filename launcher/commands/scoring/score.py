@@ -1,0 +1,117 @@
+"""`ditmoe score`: the figures of an evaluation for images that others drew."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ditmoe.launcher.commands.drawing import IndexOption
+
+
+def command(
+    images: Annotated[
+        str,
+        typer.Argument(help="An npz file with arr_0, a folder of pictures, or shards.", metavar="IMAGES"),
+    ],
+    reference: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE|SHARDS", help="What to compare with: a file of statistics, or shards of real images."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="For the figures. [default: scores/NAME-FINGERPRINT]")
+    ] = None,
+    images_index: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of the images' index.json, where it is not with the shards."),
+    ] = None,
+    index: IndexOption = None,
+    on_error: Annotated[
+        Literal["stop", "skip"] | None,
+        typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: stop]"),
+    ] = None,
+    features: Annotated[
+        Literal["classifier", "inception"],
+        typer.Option(help="Feature network: one trained on the real images, or Inception-v3 from a file."),
+    ] = "classifier",
+    features_path: Annotated[
+        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+    ] = None,
+    neighbour_images: Annotated[
+        int | None,
+        typer.Option(
+            min=4, help="Real images that precision and recall look at; ADM: 10000. [default: all, up to 50000]"
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),
+    ] = None,
+) -> None:
+    """Score images that others drew against real ones, or their statistics.
+
+    Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it joins
+    their processes.
+
+    Example: ditmoe score samples.npz --reference photos.safetensors
+    """
+    import torch
+
+    from ditmoe.data.storage.files import make_folder
+    from ditmoe.data.storage.progress import show_progress
+    from ditmoe.launcher.local.launch import spawn
+    from ditmoe.launcher.local.signs import signs_of_work
+    from ditmoe.parallel.ranks import this_process
+    from ditmoe.sampling.evaluation.of_run import default_cache
+    from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
+    from ditmoe.sampling.jobs.workers import join_workers
+
+    cache = cache or default_cache()
+    job = prepare_score(
+        images,
+        reference,
+        cache,
+        out,
+        images_index=images_index,
+        index=index,
+        on_error=on_error,
+        features=features,
+        features_path=features_path,
+        neighbour_images=neighbour_images,
+    )
+    metrics, process = stored_score(job), this_process()
+    if metrics is None:
+        processes = (processes or torch.cuda.device_count() or 1) if process.starts_ranks else 1
+        if processes > 1:
+            arguments = ["score", "--reference", reference, "--out", str(job.folder), "--features", features]
+            for option, value in (
+                ("--images-index", images_index),
+                ("--index", index),
+                ("--on-error", on_error),
+                ("--features-path", features_path),
+                ("--neighbour-images", neighbour_images),
+                ("--cache", cache),
+            ):
+                arguments += [option, str(value)] if value is not None else []
+            ranks = job.folder / "ranks"
+            make_folder(ranks)
+            raise typer.Exit(spawn([*arguments, "--", images], processes, log_dir=ranks))
+        workers = join_workers(str(job.folder))
+        try:
+            with signs_of_work(job.folder, cache):
+                metrics = score_images(
+                    job, workers, log=lambda line: typer.echo(line, err=True), progress=show_progress
+                )
+        finally:
+            workers.leave()
+    if process.first:
+        for line in score_table(metrics, features):
+            typer.echo(line)
+        typer.echo(f"  metrics  {job.folder / 'metrics.json'}")

@@ -1,0 +1,258 @@
+"""Scores of images that others drew: the figures of an evaluation, without its drawing.
+
+OUT/score.json    which images these are
+    features/     what the feature network says of each part of them, until the figures are written
+    metrics.json  every figure with what it was computed from
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditmoe.data.shards.index import INDEX_FILE
+from ditmoe.data.storage.arrays import Arrays
+from ditmoe.data.storage.claims import Claims
+from ditmoe.data.storage.files import read_object, replacing
+from ditmoe.data.storage.parts import Progress
+from ditmoe.data.stream.config import SourceConfig
+from ditmoe.data.stream.remembered import index_file
+from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import is_address
+from ditmoe.sampling.evaluation.job import request_of
+from ditmoe.sampling.evaluation.measures import Measures, check_reference
+from ditmoe.sampling.evaluation.results import (
+    METRICS_FILE,
+    METRICS_FORMAT,
+    figure_lines,
+    images_left_out,
+    scored_result,
+    stored_results,
+    weak_features,
+)
+from ditmoe.sampling.jobs.alone import alone_at
+from ditmoe.sampling.jobs.workers import CPU, Workers
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, Classifier, ClassifierSettings
+from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
+from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.reference import Images, OnError, Reference, open_reference
+from ditmoe.sampling.metrics.references.files import open_reference_file
+from ditmoe.sampling.metrics.references.image_sets import FolderImages, NpzImages
+from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
+from ditmoe.sampling.metrics.scores import ChunkDescriptions
+from ditmoe.sampling.settings.names import FeatureName
+
+SETTINGS_FILE: Final = "score.json"
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Which images are compared with what, in which features."""
+
+    images: Images
+    real: Reference
+    folder: Path
+    """Where the figures are written."""
+    cache: Path
+    features: FeatureName = "classifier"
+    features_path: Path | None = None
+    neighbour_images: int | None = None
+    """As of `Job`."""
+    feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
+    recogniser_classifier: ClassifierSettings = RECOGNISER
+
+    @property
+    def recogniser(self) -> bool:
+        """They have no classes that somebody asked for."""
+        return False
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the figures depend on, besides the images."""
+        return request_of(self)
+
+
+def prepare_score(
+    images: str,
+    reference: str,
+    cache: Path,
+    out: Path | None = None,
+    *,
+    images_index: Path | None = None,
+    index: Path | None = None,
+    on_error: OnError | None = None,
+    features: FeatureName = "classifier",
+    features_path: Path | None = None,
+    neighbour_images: int | None = None,
+) -> ScoreJob:
+    """Find everything, so that what is missing shows before a process is started.
+
+    Args:
+        images: an npz file with `arr_0`, a folder of pictures, or a place of shards.
+        reference: a file of statistics, or a place of shards.
+        out: folder of the figures; None: `scores/NAME-FINGERPRINT`.
+        images_index: folder of the index of the images, where these are shards with an index elsewhere.
+        index: the same of the reference.
+        on_error: what to do about real images that cannot be used; None: stop.
+
+    Raises:
+        UserError: no such images or reference, or they do not fit together.
+    """
+    scored = _open_images(images, images_index)
+    real = open_reference_file(reference)
+    if real is None:
+        config = SourceConfig(path=reference, index=index_file(index), on_error=on_error or "stop")
+        real = open_reference(config)
+    elif index is not None or on_error is not None:
+        raise UserError(f"{'--index' if index else '--on-error'}: goes with shards, and {real.where} is a file")
+    if features_path is not None and features != "inception":
+        raise UserError(f"--features-path {features_path}: expected only with --features inception")
+    sizes = scored.form.image_size, real.form.image_size
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise UserError(
+            f"{scored.where}: images of {sizes[0]}×{sizes[0]} pixels; "
+            f"expected {sizes[1]}×{sizes[1]} as {real.where}"
+        )
+    if scored.form.channels not in (None, 1, 3):
+        raise UserError(f"{scored.where}: channels is {scored.form.channels}, expected 1 (grey) or 3 (RGB)")
+    name = re.sub(r"[^\w.-]", "-", Path(images).resolve().stem).lstrip(".-") or "images"
+    folder = out or Path("scores") / f"{name[:80]}-{scored.fingerprint[:8]}"
+    job = ScoreJob(
+        scored,
+        real,
+        folder,
+        cache,
+        features=features,
+        features_path=features_path,
+        neighbour_images=neighbour_images,
+    )
+    check_reference(job)
+    if features == "inception":
+        network = load_inception(features_path, CPU)
+        if isinstance(real, ReferenceStatistics):
+            real.check_network(network)
+    return job
+
+
+def _open_images(named: str, index: Path | None) -> Images:
+    """UserError when nothing of that name is there."""
+    path = Path(named)
+    if index is not None or is_address(named) or named.startswith("pipe:") or (path / INDEX_FILE).is_file():
+        return open_reference(SourceConfig(path=named, index=index_file(index)), option="IMAGES")
+    if path.is_dir():
+        return FolderImages(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; expected an npz file, a folder of pictures, or shards")
+    return NpzImages(path)
+
+
+def stored_score(job: ScoreJob) -> dict[str, Any] | None:
+    """The metrics, when these images were scored so before. UserError when `metrics.json` is damaged."""
+    path = job.folder / METRICS_FILE
+    if not path.exists() or not _is_of(job):
+        return None
+    result = stored_results(job.folder).get(job.features)
+    return read_object(path) if result is not None and result.get("request") == job.request else None
+
+
+def score_images(
+    job: ScoreJob,
+    workers: Workers | None = None,
+    *,
+    log: Callable[[str], None] = lambda line: None,
+    progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
+) -> dict[str, Any]:
+    """Score the images; every process of the job calls this with the same arguments.
+
+    Parts that are described stay until the figures are written: repeated, the command goes on where it was killed.
+
+    Returns:
+        The metrics, as in `metrics.json`.
+
+    Raises:
+        UserError: an image cannot be used; the folder is of other images, or another process is at it.
+    """
+    workers = workers or Workers()
+    say: Callable[[str], None] = log if workers.first else lambda line: None
+    show = progress if workers.first else lambda title, total: lambda done: None
+    busy = f"{job.folder}: another process is at these scores"
+    with alone_at(Claims(job.folder), "score", workers, busy, lambda: _begin(job)) as check:
+        measures = Measures()
+        network, _ = measures.networks(job, workers, say)
+        descriptions = ChunkDescriptions(
+            job.folder / "features" / f"{job.images.fingerprint}-{network.fingerprint}",
+            [f"part-{part:02d}.npz" for part in range(job.images.parts)],
+            lambda part: _describe_part(job, part, network),
+        )
+        descriptions.make(
+            rank=workers.rank, ranks=workers.ranks, on_progress=show("parts of the images", job.images.parts)
+        )
+        statistics = measures.real_statistics(job, network, workers, show)
+        workers.wait()
+
+        def write() -> None:
+            check()
+            result = scored_result(
+                job.request, job.real, network, statistics, descriptions, workers.device, job.neighbour_images
+            )
+            result["warnings"] += images_left_out(result)
+            if isinstance(network, Classifier):
+                result["warnings"] += weak_features(network, len(job.real.form.class_names or ()))
+            path = job.folder / METRICS_FILE
+            results = {**(stored_results(job.folder) if path.exists() else {}), job.features: result}
+            metrics = {"format": METRICS_FORMAT, "images": _facts(job.images), "results": results}
+            with replacing(path) as file:
+                file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
+            descriptions.remove()
+
+        workers.on_first(write)
+    return read_object(job.folder / METRICS_FILE)
+
+
+def score_table(metrics: dict[str, Any], features: FeatureName) -> list[str]:
+    """The figures as lines for a terminal."""
+    images, result = metrics["images"], metrics["results"][features]
+    return [f"{result['drawn_images']:,} images of {images['place']}", *figure_lines(result)]
+
+
+def _facts(images: Images) -> dict[str, Any]:
+    return images.facts(images.new_left_out())
+
+
+def _is_of(job: ScoreJob) -> bool:
+    path = job.folder / SETTINGS_FILE
+    return path.exists() and read_object(path).get("images") == job.images.fingerprint
+
+
+def _begin(job: ScoreJob) -> None:
+    """Refuse a folder of other images; write down which these are."""
+    path = job.folder / SETTINGS_FILE
+    if path.exists() and not _is_of(job):
+        raise UserError(f"{job.folder}: holds scores of other images; choose another --out, or remove it")
+    settings = {"images": job.images.fingerprint, "place": job.images.where}
+    with replacing(path) as file:
+        file.write(json.dumps(settings, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _describe_part(job: ScoreJob, part: int, network: FeatureNetwork) -> Arrays:
+    # A classifier takes the channels that it was trained on; Inception takes grey and RGB.
+    channels = job.real.form.channels if isinstance(network, Classifier) else None
+    blocks = ((_of_channels(batch.image_NHWC, channels, job.images),) for batch in job.images.read(part, AT_ONCE))
+    found = [describe(network, image_NHWC) for (image_NHWC,) in in_blocks(blocks, AT_ONCE)]
+    return {key: np.concatenate([described[key] for described in found]) for key in found[0]} if found else {}
+
+
+def _of_channels(image_NHWC: NDArray[np.uint8], channels: int | None, images: Images) -> NDArray[np.uint8]:
+    """Grey images as three equal channels, or the other way. UserError where colour would be lost."""
+    if channels in (None, image_NHWC.shape[3]):
+        return image_NHWC
+    if channels == 3:
+        return np.repeat(image_NHWC, 3, axis=3)
+    if (image_NHWC != image_NHWC[..., :1]).any():
+        raise UserError(f"{images.where}: has images in colour; expected grey ones, as the real images are")
+    return np.ascontiguousarray(image_NHWC[..., :1])

@@ -1,0 +1,172 @@
+"""Images that others drew are scored as an evaluation's own are, whatever they lie in."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ditmoe.data.making.pack import PackSettings, pack
+from ditmoe.data.making.sources.opening import open_source
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.evaluation import score_images as module
+from ditmoe.sampling.evaluation.make_reference import make_reference, prepare_reference
+from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
+from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.settings.config import SamplerConfig
+from tests.forked import DITMOE, run_forked
+from tests.sampling.small_run import images_of, write_digits, write_run
+
+ASIDE = ("request", "not_finite", "recogniser", "chains")
+"""What the results of an evaluation have beside those of scores."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`shards` of digits, and `digits.safetensors`, which stands for them."""
+    home = tmp_path_factory.mktemp("home")
+    write_digits(home / "shards")
+    job = prepare_reference(str(home / "shards"), home / "digits.safetensors", home / "cache", recogniser=False)
+    make_reference(replace(job, feature_classifier=replace(FEATURE_CLASSIFIER, passes=1)))
+    return home
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ASIDE}
+
+
+def test_samples_of_an_evaluation_have_its_figures(home: Path, tmp_path: Path) -> None:
+    file, run = home / "digits.safetensors", write_run(tmp_path / "run")
+    options = EvaluationOptions(
+        run,
+        SamplerConfig(steps=2),
+        count=90,
+        data=file,
+        cache=home / "none",
+        recogniser=False,
+    )
+    job = prepare_job(options)
+    expected = evaluate_run(job)["results"]["classifier"]
+    # Their samples.npz has three equal channels, and the network takes grey.
+    score = prepare_score(str(job.folder / "samples.npz"), str(file), home / "none", tmp_path / "scores")
+    assert stored_score(score) is None
+    metrics = score_images(score)
+    assert figures(metrics["results"]["classifier"]) == figures(expected)
+    assert metrics["images"]["images"] == 90 and metrics["images"]["fingerprint"] == score.images.fingerprint
+    assert stored_score(score) == metrics
+    assert not (score.folder / "features").exists()
+    assert {path.name[:5] for path in (home / "none").iterdir()} == {"file-"}
+    shown = score_table(metrics, "classifier")
+    assert shown[0] == f"90 images of {job.folder / 'samples.npz'}" and "against 300 real images of" in shown[1]
+    assert any(line.startswith("  FID") for line in shown)
+
+
+def test_npz_pictures_and_shards_are_the_same_images(home: Path, tmp_path: Path) -> None:
+    pack(open_source("digits", seed=0), tmp_path / "shards", PackSettings(count=80, seed=3))
+    image_NHWC = np.concatenate([batch.image_NHWC for batch in images_of(tmp_path / "shards").read_all(64)])
+    np.savez(tmp_path / "images.npz", arr_0=np.repeat(image_NHWC, 3, axis=3))
+    (tmp_path / "pictures").mkdir()
+    for number, image_HWC in enumerate(image_NHWC):
+        Image.fromarray(image_HWC[:, :, 0]).save(tmp_path / "pictures" / f"{number:06d}.png")
+    found = []
+    for name in ("shards", "images.npz", "pictures"):
+        for reference in ("digits.safetensors", "shards"):
+            job = prepare_score(
+                str(tmp_path / name), str(home / reference), home / "cache", tmp_path / f"{name}-{reference}"
+            )
+            job = replace(job, feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+            result = figures(score_images(job)["results"]["classifier"])
+            real = result.pop("real")
+            assert real.get("made_of", real)["fingerprint"] == images_of(home / "shards").fingerprint
+            found.append(result)
+    assert found[0]["fid"] > 0 and found[0]["precision"] is not None
+    assert all(result == found[0] for result in found)
+
+
+def test_a_killed_job_goes_on_and_other_images_are_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_NHWC = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=image_NHWC)
+    out = tmp_path / "scores"
+    job = prepare_score(str(tmp_path / "x.npz"), str(home / "digits.safetensors"), tmp_path, out)
+    assert job.images.parts == 3
+    described, original = [], module._describe_part
+
+    def die_at(last: int) -> None:
+        def describe_part(job: Any, part: int, network: Any) -> Any:
+            if part == last:
+                raise KeyboardInterrupt
+            described.append(part)
+            return original(job, part, network)
+
+        monkeypatch.setattr(module, "_describe_part", describe_part)
+
+    die_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        score_images(job)
+    assert described == [0] and stored_score(job) is None
+    die_at(3)
+    metrics = score_images(job)
+    assert described == [0, 1, 2] and stored_score(job) == metrics
+    # Other images in the same file, and so under the same name, are other images.
+    before = job.images.fingerprint
+    np.savez(tmp_path / "x.npz", arr_0=image_NHWC[::-1])
+    job = prepare_score(str(tmp_path / "x.npz"), str(home / "digits.safetensors"), tmp_path, out)
+    assert job.images.fingerprint != before and stored_score(job) is None
+    with pytest.raises(UserError, match="scores: holds scores of other images; choose another --out"):
+        score_images(job)
+    named = prepare_score(str(tmp_path / "x.npz"), str(home / "digits.safetensors"), tmp_path)
+    assert named.folder == Path("scores") / f"x-{job.images.fingerprint[:8]}"
+    (out / "metrics.json").write_text("{")
+    (out / "score.json").write_text(json.dumps({"images": job.images.fingerprint}))
+    with pytest.raises(UserError, match=r"metrics\.json.*delete the file"):
+        stored_score(job)
+
+
+def test_images_that_do_not_fit_are_refused(home: Path, tmp_path: Path) -> None:
+    file = str(home / "digits.safetensors")
+    colour = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", arr_0=colour)
+    np.savez(tmp_path / "large.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "empty").mkdir()
+    for images, message in (
+        ("large.npz", r"images of 16×16 pixels; expected 8×8 as .*digits\.safetensors"),
+        ("moments.npz", "has no arr_0, the images; it has mu, sigma"),
+        ("empty", "has no picture"),
+        ("none", "no such file or folder; expected an npz file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare_score(str(tmp_path / images), file, tmp_path)
+    with pytest.raises(UserError, match=r"colour\.npz: has images in colour; expected grey ones"):
+        score_images(prepare_score(str(tmp_path / "colour.npz"), file, tmp_path, tmp_path / "out"))
+    with pytest.raises(UserError, match="has no labels to train a classifier on"):
+        prepare_score(str(tmp_path / "colour.npz"), str(tmp_path / "colour.npz"), tmp_path)
+    with pytest.raises(UserError, match="--index: goes with shards"):
+        prepare_score(str(tmp_path / "colour.npz"), file, tmp_path, index=tmp_path)
+    shutil.copytree(home / "shards", tmp_path / "tars")
+    (tmp_path / "tars" / "index.json").unlink()
+    (tmp_path / "tars" / "preview.png").unlink()
+    with pytest.raises(UserError, match=r"tars: .*no picture .*and no index\.json of shards"):
+        prepare_score(str(tmp_path / "tars"), file, tmp_path)
+    apart = prepare_score(str(tmp_path / "tars"), file, tmp_path, images_index=home / "shards")
+    assert apart.images.fingerprint == images_of(home / "shards").fingerprint
+
+
+def test_two_processes_score_with_one_command(home: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", arr_0=images)
+    program = [*DITMOE, "score", str(tmp_path / "x.npz"), "--reference", str(home / "digits.safetensors")]
+    program += ["--out", str(tmp_path / "two")]
+    done = run_forked(program, tmp_path / "output", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "600 images of" in done.stdout and str(tmp_path / "two" / "metrics.json") in done.stdout
+    alone = prepare_score(str(tmp_path / "x.npz"), str(home / "digits.safetensors"), tmp_path, tmp_path / "alone")
+    two = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert score_images(alone) == two
