@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Final, NamedTuple, TypeVar
@@ -50,7 +50,7 @@ class _Worker(NamedTuple):
 
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, prefetch: int = 4
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map(function, items)`, computed by `workers` forked processes (0: this one), `prefetch` ahead in each.
 
     `items` may be endless. Closing the iterator ends the workers. Signals that ask for a stop reach every process

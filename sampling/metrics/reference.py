@@ -8,9 +8,10 @@ of it. Images without an index, and statistics that stand in a file, are in `ref
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -18,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.places.faults import ShardFault
-from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.index import DatasetIndex
+from ditmoe.data.storage.workers import in_order
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.data.stream.left_out import LeftOut
@@ -28,6 +29,14 @@ from ditmoe.data.stream.selection import Selection
 from ditmoe.data.stream.source import OpenSource, fingerprint_of, open_source, reading_digest, used_digest
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
+from ditmoe.sampling.metrics.decoding import (
+    LostSamples,
+    ReferenceBatch,
+    UndecodedSample,
+    decode_samples,
+    decoding_processes,
+    read_undecoded,
+)
 
 MAX_PARTS: Final = 16
 """Parts that the shards are cut into; what is computed of a part is kept, so a killed job repeats one part."""
@@ -46,16 +55,6 @@ class Form(NamedTuple):
     image_size: int | None = None
     channels: int | None = None
     class_names: tuple[str, ...] | None = None
-
-
-class ReferenceBatch(NamedTuple):
-    """Some of the images."""
-
-    image_NHWC: NDArray[np.uint8]
-    label_N: NDArray[np.int64]
-    """−1 where they have no labels."""
-    number_N: NDArray[np.int64]
-    """Their numbers in their order, 0 … count − 1."""
 
 
 class Reference(ABC):
@@ -193,31 +192,41 @@ class ReferenceImages(Images):
                 shard cannot be fetched, whatever the policy: what is kept of the images does not depend on that.
         """
         left_out = self.new_left_out() if left_out is None else left_out
-        starts = np.cumsum([0, *map(len, self.members)])
         shards = len(self.index.shards)
         numbers = range(shards * part // self.parts, shards * (part + 1) // self.parts)
-        for number, shard in self.source.shards([number for number in numbers if len(self.members[number])]):
+        used = [number for number in numbers if len(self.members[number])]
+        processes = decoding_processes(sum(len(self.members[number]) for number in used))
+        decode = partial(decode_samples, self.index, self.selection)
+        # What cannot be used is told of here, in the order of the samples, however far the processes are ahead.
+        with (
+            closing(self._undecoded(used, batch)) as undecoded,
+            closing(in_order(decode, undecoded, processes)) as decoded,
+        ):
+            for found, problems in decoded:
+                for where, problem, samples in problems:
+                    left_out.add(where, problem, samples)
+                if found is not None:
+                    yield found
+
+    def _undecoded(
+        self, shards: Sequence[int], batch: int
+    ) -> Generator[list[UndecodedSample] | LostSamples, None, None]:
+        """The samples of some shards as their bytes, up to `batch` at a time; of a damaged shard what is lost."""
+        starts = np.cumsum([0, *map(len, self.members)])
+        for number, shard in self.source.shards(shards):
             members = self.members[number]
             if isinstance(shard, ShardFault):
                 if self.source.place.remote:
                     raise shard
-                left_out.add(shard.shard, shard.reason, len(members))
+                yield LostSamples(shard.shard, shard.reason, len(members))
                 continue
             for first in range(0, len(members), batch):
-                images, labels, rows = [], [], []
-                for row, member in enumerate(members[first : first + batch].tolist(), start=first):
-                    sample = shard.sample(member)
-                    try:
-                        image_HWC = sample.image(self.index)
-                        label = self.selection.run_label(sample.label(self.index))
-                    except BadSample as error:
-                        left_out.add(shard.where(member), str(error))
-                        continue
-                    images.append(image_HWC)
-                    labels.append(label)
-                    rows.append(int(starts[number]) + row)
-                if images:
-                    yield ReferenceBatch(np.stack(images), np.array(labels, np.int64), np.array(rows, np.int64))
+                yield [
+                    read_undecoded(shard, member, self.index, row)
+                    for row, member in enumerate(
+                        members[first : first + batch].tolist(), start=int(starts[number]) + first
+                    )
+                ]
 
     def facts(self, left_out: LeftOut | None) -> dict[str, Any]:
         """As `Reference`."""

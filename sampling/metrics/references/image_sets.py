@@ -28,7 +28,8 @@ from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import printable
-from ditmoe.sampling.metrics.reference import MAX_PARTS, Form, Images, ReferenceBatch
+from ditmoe.sampling.metrics.decoding import ReferenceBatch
+from ditmoe.sampling.metrics.reference import MAX_PARTS, Form, Images
 
 IMAGES_KEY: Final = "arr_0"
 """The array of images in files of the ADM protocol."""

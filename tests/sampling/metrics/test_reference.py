@@ -1,6 +1,9 @@
 """Images that others are compared with are those that the run was trained on, wherever they lie."""
 
 import json
+import multiprocessing
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +25,13 @@ from ditmoe.data.stream.dataset import Dataset, open_dataset
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_path, read_info
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_path, file_facts, read_info
+from ditmoe.parallel.ranks import ThisProcess
+from ditmoe.sampling.metrics import decoding
+from ditmoe.sampling.metrics import reference as reference_module
+from ditmoe.sampling.metrics.decoding import decoding_processes
 from ditmoe.sampling.metrics.reference import ReferenceImages, open_reference, reference_of_run
+from ditmoe.sampling.metrics.scores import real_statistics
 from tests.data.making.foreign_tars import picture, write_tar
 from tests.sampling.small_run import images_of, write_run
 
@@ -238,3 +246,83 @@ def test_a_remote_shard_that_cannot_be_had_is_an_error_whatever_the_policy(
     store.rm(f"/lost/{load_index(shards).shards[2].file}")
     with pytest.raises(UserError, match=r"memory://lost/.*-00002\.tar: no such file"):
         list(reference_of_run(info).read_all(8))
+
+
+def damaged_copy(shards: Path, out: Path) -> Path:
+    """The shards with three pictures that cannot be decoded, and a shard with a damaged header."""
+    shutil.copytree(shards, out)
+    index = load_index(out)
+    names = [entry.file for entry in index.shards]
+    for name, places in ((names[0], (3, 9)), (names[2], (0,))):
+        data = bytearray((out / name).read_bytes())
+        starts = [match.start() for match in re.finditer(b"\x89PNG", data)]
+        for place in places:
+            data[starts[place] + 1] ^= 0xFF
+        (out / name).write_bytes(data)
+    data = bytearray((out / names[1]).read_bytes())
+    data[148:156] = b"garbage!"  # the checksum of the first header
+    (out / names[1]).write_bytes(data)
+    entries = [entry.model_copy(update=file_facts(out / entry.file)) for entry in index.shards]
+    write_index(out, index.model_copy(update={"shards": tuple(entries)}))
+    return out
+
+
+def test_any_number_of_decoding_processes_gives_the_same_images_and_the_same_losses(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SourceConfig(path=str(damaged_copy(shards, tmp_path / "damaged")), on_error="skip")
+    seen = []
+    for processes in (0, 1, 3):
+        monkeypatch.setattr(reference_module, "decoding_processes", lambda images, n=processes: n)
+        reference = open_reference(config)
+        left_out = reference.new_left_out()
+        batches = list(reference.read_all(4, left_out))
+        seen.append(
+            (
+                [
+                    (len(b.label_N), b.image_NHWC.tobytes(), b.label_N.tolist(), b.number_N.tolist())
+                    for b in batches
+                ],
+                left_out.count,
+                left_out.lines,
+            )
+        )
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][1] == 3 + 15
+    names = [entry.file for entry in reference.index.shards]
+    assert [[name in line for name in names].index(True) for line in seen[0][2]] == [0, 0, 1, 2]
+    stopping = open_reference(config.model_copy(update={"on_error": "stop"}))
+    with pytest.raises(UserError, match=f"{names[0]}, sample"):
+        list(stopping.read_all(4))
+    assert not multiprocessing.active_children()
+
+
+def test_statistics_of_decoding_processes_are_those_of_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for processes in (0, 2):
+        monkeypatch.setattr(reference_module, "decoding_processes", lambda images, n=processes: n)
+        real_statistics(images_of(shards), Pixels(), tmp_path / f"{processes}")
+        found.append({path.name: path.read_bytes() for path in (tmp_path / f"{processes}").rglob("*.npz")})
+    assert len(found[0]) == 4 and found[0] == found[1]
+
+
+class Pixels:
+    """Pixels as features."""
+
+    name, dimension, fingerprint, description = "pixels", 64, "pixels", {}
+
+    def features(self, image_NHWC: np.ndarray) -> dict[str, np.ndarray]:
+        return {"features": image_NHWC.reshape(len(image_NHWC), -1)[:, :64].astype(np.float32)}
+
+
+def test_processes_decode_where_there_are_enough_images_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    assert [decoding_processes(images) for images in (0, 1023, 1024)] == [0, 0, 11]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    assert decoding_processes(10**6) == 16
+    monkeypatch.setattr(decoding, "this_process", lambda: ThisProcess(rank=3, ranks=16))
+    assert decoding_processes(10**6) == 7
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert decoding_processes(10**6) == 0
