@@ -75,6 +75,12 @@ def command(
         int | None,
         typer.Option(min=1, help="Images of a chunk, which is drawn and kept as one. [default: up to 256]"),
     ] = None,
+    keep: Annotated[
+        Literal["chunks", "npz", "statistics"],
+        typer.Option(
+            help="What is left of the images when all is scored: chunks and samples.npz, that file, or moments."
+        ),
+    ] = "chunks",
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -111,6 +117,7 @@ def command(
     """
     from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
+    from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE, drop_images_of_finished, statistics_file
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.evaluation.results import table
     from ditmoe.sampling.evaluation.run_job import stored_result
@@ -124,6 +131,8 @@ def command(
     if watch and (grid is not None or step is not None):
         other = f"--grid {grid}" if grid is not None else f"--step {step}"
         raise UserError(f"--watch and {other}: expected one of them; a watch scores all checkpoints alike")
+    if watch and keep == "statistics":
+        raise UserError("--watch and --keep statistics: a watch shows images; expected --keep npz or chunks")
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
     options = EvaluationOptions(
@@ -142,12 +151,13 @@ def command(
         recogniser=recogniser,
         batch=batch,
         chunk=chunk,
+        keep=keep,
         cache=cache,
         vae=vae,
     )
     # What the processes of the job are told again, beside what is drawn.
     shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
-    shared += ["--recogniser" if recogniser else "--no-recogniser"]
+    shared += ["--recogniser" if recogniser else "--no-recogniser", "--keep", keep]
     for option, value in (
         ("--reference", data),
         ("--index", index),
@@ -168,6 +178,8 @@ def command(
         return
     job = prepare_job(options)
     metrics, process = stored_result(job), this_process()
+    if metrics is not None and process.first:
+        drop_images_of_finished(job.folder, keep)
     if metrics is None:
         if process.starts_ranks:
             import torch
@@ -193,7 +205,8 @@ def command(
         for line in table(metrics, job.features):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")
-        typer.echo(f"  samples  {job.folder / 'samples.npz'}")
+        samples, moments = job.folder / SAMPLES_FILE, job.folder / statistics_file(job.features)
+        typer.echo(f"  samples  {samples}" if samples.exists() else f"  moments  {moments}")
         typer.echo(f"  gallery  {job.folder / 'gallery' / 'index.html'}")
 
 

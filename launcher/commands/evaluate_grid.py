@@ -26,6 +26,7 @@ HOLDING: Final = (
     "vae",
     "batch",
     "chunk",
+    "keep",
     "cache",
 )
 """Options of `ditmoe evaluate` that a grid leaves to the command."""

@@ -29,7 +29,7 @@ from ditmoe.launcher.training.evaluations import (
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.parallel.checkpoint.folder import checkpoints
 from ditmoe.sampling.drawing.picture import image_grid
-from ditmoe.sampling.evaluation.run_job import SAMPLES_FILE
+from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
 
 WATCH_FILE: Final = "watch.jsonl"
 """In the run's `evaluations/`: one object per checkpoint that was scored, or passed over."""

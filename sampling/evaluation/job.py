@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
+from ditmoe.sampling.evaluation.keeping import Keep
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
 from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
@@ -132,6 +133,8 @@ class Job:
     """Images of a chunk; None: as the evaluation was started, or `default_chunk`."""
     batch: int = 64
     """Images through a network at once."""
+    keep: Keep = "chunks"
+    """What is left of the images when all is scored."""
     vae: Path | None = None
     """Where the VAE lies; None: they are drawn in pixels."""
     checkpoint: Path | None = None

@@ -21,6 +21,7 @@ from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
 from ditmoe.sampling.drawing.generate import Generated, generate
 from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
+from ditmoe.sampling.evaluation.keeping import Keep, drop_images_of_finished
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
 from ditmoe.sampling.integrators.few_steps import noise_warnings
@@ -69,6 +70,8 @@ class EvaluationOptions:
     recogniser: bool = True
     batch: int = 64
     chunk: int | None = None
+    keep: Keep = "chunks"
+    """What is left of the images when all is scored."""
     cache: Path | None = None
     vae: Path | None = None
     """Where the VAE of a network of latents lies now; None: where it lay when its data was encoded."""
@@ -140,6 +143,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             recogniser=options.recogniser,
             chunk=options.chunk,
             batch=options.batch,
+            keep=options.keep,
             vae=None if decoder is None else decoder.path,
             checkpoint=path,
             facts={
@@ -200,6 +204,7 @@ def evaluate_jobs(
                 )
                 seconds = time.monotonic() - started if fresh else None
             assert metrics is not None
+            workers.on_first(partial(drop_images_of_finished, job.folder, job.keep))
             workers.on_first(partial(on_finished, place, metrics, seconds))
             found.append(metrics)
         return found

@@ -16,6 +16,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
 from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
+from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
@@ -47,6 +48,8 @@ def write_results(
     samples_per_chain: int | None = None,
     device: torch.device = CPU,
     neighbour_images: int | None = None,
+    *,
+    samples: bool = True,
 ) -> None:
     """Score, and write everything; `metrics.json` last, for it marks the evaluation as finished.
 
@@ -55,9 +58,11 @@ def write_results(
         samples_per_chain: None: they are no chains.
         device: where figures are computed.
         neighbour_images: real images that precision and recall look at; None: all that are kept.
+        samples: whether `samples.npz` is written.
     """
     not_finite = store.not_finite()
-    write_samples(folder / "samples.npz", store, store.count - len(not_finite))
+    if samples:
+        write_samples(folder / SAMPLES_FILE, store, store.count - len(not_finite))
     result = scored_result(request, real, network, statistics, descriptions, device, neighbour_images)
     result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
     if not_finite:

@@ -8,6 +8,8 @@ An evaluation is (weights, sampler settings, N images, seed, label sampling) and
                      metrics.json      every figure with its settings
                      gallery/          index.html and a sheet of each class
 
+`keeping.py` says what of it goes when all is scored.
+
 `Job` (`job.py`) is one use of it; each process calls `run_job`. All randomness is by (seed, image number).
 """
 
@@ -22,6 +24,17 @@ from ditmoe.data.storage.files import read_object, replacing
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Job
+from ditmoe.sampling.evaluation.keeping import (
+    CHUNKS_FOLDER,
+    KEPT_KEY,
+    SAMPLES_FILE,
+    SETTINGS_FILE,
+    check_kept,
+    drop_images,
+    kept,
+    statistics_file,
+    write_drawn_statistics,
+)
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.results import METRICS_FILE, stored_results, write_results
 from ditmoe.sampling.integrators.samplers import planned_nfe
@@ -31,7 +44,6 @@ from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with
 
 LARGEST_DEFAULT_CHUNK: Final = 256
-SAMPLES_FILE: Final = "samples.npz"
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
@@ -41,7 +53,7 @@ def stored_result(job: Job) -> dict[str, Any] | None:
         UserError: `metrics.json` is damaged.
     """
     path = job.folder / METRICS_FILE
-    if not path.exists() or not (job.folder / SAMPLES_FILE).exists():
+    if not path.exists() or not ((job.folder / SAMPLES_FILE).exists() or kept(job.folder) == "statistics"):
         return None
     result = stored_results(job.folder).get(job.features)
     return read_object(path) if result is not None and result.get("request") == job.request else None
@@ -94,7 +106,7 @@ def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) 
 
 def _begin(job: Job, ranks: int) -> None:
     """Refuse a folder that was started in other chunks; write down the settings."""
-    path = job.folder / "evaluation.json"
+    path = job.folder / SETTINGS_FILE
     stored = read_object(path) if path.exists() else None
     if stored is None:
         wanted = {
@@ -105,13 +117,14 @@ def _begin(job: Job, ranks: int) -> None:
         with replacing(path) as file:
             file.write(json.dumps(wanted, indent=1).encode() + b"\n")
         return
-    if {key: value for key, value in stored.items() if key != "chunk"} != job.evaluation.plain():
+    if {key: value for key, value in stored.items() if key not in ("chunk", KEPT_KEY)} != job.evaluation.plain():
         raise UserError(f"{path}: was written with other settings; expected those of {job.evaluation.id}")
     if job.chunk not in (None, stored["chunk"]):
         raise UserError(
             f"--chunk {job.chunk}: this evaluation was started with chunks of {stored['chunk']} images; "
             f"leave --chunk out, or delete {job.folder}"
         )
+    check_kept(job.folder)
 
 
 def _run(
@@ -124,9 +137,9 @@ def _run(
     check: Callable[[], None],
 ) -> dict[str, Any]:
     evaluation = job.evaluation
-    size = int(read_object(job.folder / "evaluation.json")["chunk"])
+    size = int(read_object(job.folder / SETTINGS_FILE)["chunk"])
     store = ChunkStore(
-        job.folder / "chunks", evaluation.count, size, evaluation.fingerprint, draw, evaluation.labels_of
+        job.folder / CHUNKS_FOLDER, evaluation.count, size, evaluation.fingerprint, draw, evaluation.labels_of
     )
 
     # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
@@ -168,6 +181,9 @@ def _run(
         nfe = store.nfe()
         if nfe is None:  # whoever drew did not count
             nfe = planned_nfe(evaluation.sampler)
+        if job.keep == "statistics":
+            moments = job.folder / statistics_file(network.name)
+            write_drawn_statistics(moments, descriptions, statistics, workers.device)
         write_results(
             job.folder,
             {
@@ -196,7 +212,9 @@ def _run(
             evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
             workers.device,
             job.neighbour_images,
+            samples=job.keep != "statistics",
         )
+        drop_images(job.folder, job.keep)
 
     workers.on_first(write)
     return read_object(job.folder / METRICS_FILE)

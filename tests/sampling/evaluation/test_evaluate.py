@@ -19,12 +19,15 @@ from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.evaluation import keeping
 from ditmoe.sampling.evaluation.job import Evaluation, Job
+from ditmoe.sampling.evaluation.keeping import drop_images_of_finished
 from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.evaluation.run_job import default_chunk, run_job, stored_result
 from ditmoe.sampling.jobs.chunks import DrawnImages
-from ditmoe.sampling.jobs.workers import Workers
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
+from ditmoe.sampling.jobs.workers import CPU, Workers
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
+from ditmoe.sampling.metrics.features import describe
 from ditmoe.sampling.metrics.reference import open_reference
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import run_forked
@@ -356,3 +359,90 @@ def test_damaged_metrics_are_one_message(tmp_path: Path, shards: Path, cache: Pa
     (job.folder / "metrics.json").write_text(damage)
     with pytest.raises(UserError, match=r"metrics\.json.*delete the file"):
         stored_result(job)
+
+
+def folder_holds(folder: Path) -> set[str]:
+    names = {path.name for path in folder.iterdir()}
+    return names & {"chunks", "samples.npz", "statistics-classifier.npz"}
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [("npz", {"samples.npz"}), ("statistics", {"statistics-classifier.npz"})]
+)
+def test_images_are_removed_when_all_is_scored(
+    tmp_path: Path, shards: Path, cache: Path, keep: Any, left: set[str]
+) -> None:
+    whole = run_job(make_job(tmp_path / "whole", shards, cache, recogniser=False), Copyist(shards))
+    job = make_job(tmp_path / "less", shards, cache, recogniser=False, keep=keep)
+    with pytest.raises(KeyboardInterrupt):  # resumed as ever while it is not scored
+        run_job(job, Copyist(shards, dies_after=90))
+    assert folder_holds(job.folder) == {"chunks"}
+    metrics = run_job(job, Copyist(shards))
+    assert metrics == whole and stored_result(job) == metrics and folder_holds(job.folder) == left
+    assert (job.folder / "gallery" / "index.html").exists()
+    if keep == "statistics":
+        images = Copyist(shards)(list(range(200)), job.evaluation.labels_of(list(range(200)))).image_NHWC
+        network = load_classifier(job.feature_classifier, images_of(shards), cache, CPU)
+        features_NF = describe(network, images)["features"].astype(np.float64)
+        with np.load(job.folder / "statistics-classifier.npz", allow_pickle=False) as stored:
+            assert int(stored["count"]) == 200
+            np.testing.assert_allclose(stored["mu"], features_NF.mean(0), rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(stored["sigma"], np.cov(features_NF.T), rtol=1e-8, atol=1e-9)
+    # Other figures, the same ones with their file lost, and more of the same kept.
+    copyist = Copyist(shards)
+    with pytest.raises(UserError, match=rf"chunks were removed after it was scored \(--keep {keep}\)"):
+        run_job(replace(job, recogniser=True), copyist)
+    assert copyist.drawn == [] and folder_holds(job.folder) == left
+    drop_images_of_finished(job.folder, "chunks")
+    assert stored_result(replace(job, keep="chunks")) == metrics and folder_holds(job.folder) == left
+
+
+@pytest.mark.parametrize("dies_at", ["before the note", "after the note", "in the chunks", "before the samples"])
+def test_killed_while_images_are_removed(
+    tmp_path: Path, shards: Path, cache: Path, dies_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, shards, cache, recogniser=False)
+    metrics = run_job(job, Copyist(shards))
+    job = replace(job, keep="statistics")
+    (job.folder / "statistics-classifier.npz").touch()
+
+    def die(*arguments: object, **_: object) -> None:
+        if dies_at == "in the chunks":
+            for path in sorted((job.folder / "chunks").iterdir())[:3]:
+                path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        if dies_at == "before the note":
+            patched.setattr(keeping, "replacing", die)
+        elif dies_at == "before the samples":
+            patched.setattr(Path, "unlink", die)
+        else:
+            patched.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            drop_images_of_finished(job.folder, "statistics")
+    assert stored_result(job) == metrics and "samples.npz" in folder_holds(job.folder)
+    copyist, other = Copyist(shards), replace(job, recogniser=True, keep="chunks")
+    if dies_at == "before the note":  # nothing is gone
+        assert "recogniser" in run_job(other, copyist)["results"]["classifier"]
+        assert copyist.drawn == []
+    else:  # what is left of the chunks is no interrupted job
+        with pytest.raises(UserError, match="chunks were removed"):
+            run_job(other, copyist)
+        assert copyist.drawn == []
+        drop_images_of_finished(job.folder, "chunks")  # whatever is asked for now, what was begun is finished
+        assert folder_holds(job.folder) == {"statistics-classifier.npz"}
+        assert stored_result(job) == metrics
+
+
+def test_images_stay_while_another_process_scores_them(tmp_path: Path, shards: Path, cache: Path) -> None:
+    job = make_job(tmp_path, shards, cache, recogniser=False)
+    run_job(job, Copyist(shards))
+    with Claims(job.folder).taken("evaluation") as claim:
+        assert claim is not None
+        drop_images_of_finished(job.folder, "npz")
+        assert folder_holds(job.folder) == {"chunks", "samples.npz"}
+    drop_images_of_finished(job.folder, "npz")
+    assert folder_holds(job.folder) == {"samples.npz"}
+    drop_images_of_finished(job.folder, "statistics")  # of which there are none
+    assert folder_holds(job.folder) == {"samples.npz"}
