@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-slurm test-layouts test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-slurm test-crew test-layouts test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the pla
 
 test-slurm: venv ## jobs on a Slurm of two virtual nodes on this machine; needs root and Debian's Slurm
 	@$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
+
+test-crew: venv ## a hundred random kills and stops of the workers of a crew
+	@$(BIN)/python -m pytest -m slow tests/data/crew $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
