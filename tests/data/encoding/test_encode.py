@@ -205,7 +205,9 @@ def _encode(source: Path, out: Path, vae: Path, rank: int, dies_at: int) -> None
 
         return call
 
-    os.replace, os.fsync, os.open, os.unlink = map(mortal, (os.replace, os.fsync, os.open, os.unlink))
+    # What a killed process has written stays, synced or not; to sync may take seconds on a busy disk.
+    os.fsync = mortal(lambda descriptor: None)
+    os.replace, os.open, os.unlink = map(mortal, (os.replace, os.open, os.unlink))
     os.link, os.scandir = map(mortal, (os.link, os.scandir))
     Vae.encode_moments = mortal(Vae.encode_moments)  # type: ignore[method-assign, assignment]
     encoding = prepare_encoding(source, out, read_facts(vae), EncodeSettings())
