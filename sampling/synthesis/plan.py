@@ -38,6 +38,7 @@ from ditmoe.sampling.jobs.workers import CPU
 from ditmoe.sampling.metrics.inception import load_inception
 from ditmoe.sampling.metrics.quality import ScoreSettings, plain_settings
 from ditmoe.sampling.metrics.reference import OnError, ReferenceImages, reference_of_run
+from ditmoe.sampling.metrics.references.files import open_reference_file
 from ditmoe.sampling.network.denoiser import check_guidance
 from ditmoe.sampling.network.load import Weights, complete_config, find_checkpoint, find_decoder, home_of
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
@@ -228,6 +229,9 @@ def _reference(
         if options.reference is not None:
             raise UserError(f"--reference {options.reference}: with --score none there is nothing to score by it")
         return None
+    file = open_reference_file(options.reference)
+    if file is not None:
+        raise UserError(f"{file.where}: is a file; expected shards, whose images and classes the scores go by")
     try:
         real = reference_of_run(info, options.reference, options.index, options.on_error, "--reference")
     except UserError as error:

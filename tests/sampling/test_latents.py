@@ -25,6 +25,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling.drawing.generate import generate, generate_float
+from ditmoe.sampling.evaluation import of_run
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.network.load import load_model
@@ -146,7 +147,9 @@ def test_published_weights_take_a_vae_that_fits(tmp_path: Path, vae_folder: Path
         command(pixels, steps=1, device="cpu", vae=vae_folder)
 
 
-def test_an_evaluation_compares_pixels(run: Path, shards: Path, encoded: DatasetIndex, tmp_path: Path) -> None:
+def test_an_evaluation_compares_pixels(
+    run: Path, shards: Path, encoded: DatasetIndex, vae_folder: Path, tmp_path: Path
+) -> None:
     options = EvaluationOptions(
         source=run, sampler=SAMPLER, count=10, batch=5, data=shards, recogniser=False, cache=tmp_path / "cache"
     )
@@ -158,6 +161,17 @@ def test_an_evaluation_compares_pixels(run: Path, shards: Path, encoded: Dataset
     assert encoded.latents is not None and metrics["evaluation"]["vae"] == encoded.latents.vae_sha256
     with np.load(job.folder / "samples.npz") as samples:
         assert samples["arr_0"].shape == (10, 16, 16, 3)
+    # Published weights, and a file of others in place of the images: nothing says what they were trained on.
+    file = tmp_path / "VIRTUAL.npz"
+    images = np.zeros((9, 16, 16, 3), np.uint8)
+    np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images)
+    adm = replace(options, source=write_run(tmp_path / "adm"), data=file, features="inception", vae=vae_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(of_run, "load_inception", lambda path, device: None)
+        assert prepare_job(adm).class_names == tuple("01234")
+        np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images[:, :8, :8])
+        with pytest.raises(UserError, match=r"VIRTUAL\.npz: .* image_size is 8, expected 16"):
+            prepare_job(adm)
     small = tmp_path / "small"
     pack(Shapes(10, 5, 8, seed=1), small, PackSettings())
     with pytest.raises(UserError, match="image_size is 8, expected 16"):

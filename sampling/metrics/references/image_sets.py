@@ -39,6 +39,8 @@ _PART_IMAGES: Final = 256
 """Images of a part, until there are MAX_PARTS."""
 _MODES: Final = {"L": 1, "RGB": 3}
 """Mode of Pillow → channels."""
+LARGEST_SIDE: Final = 4096
+"""Pixels; a header that claims more is taken for one that would fill the memory."""
 _LOCAL_HEADER: Final = 30
 """Bytes of what stands before a member's name in a zip archive."""
 
@@ -50,6 +52,10 @@ class ImageSet(Images):
         height, width, channels = shape_HWC
         if channels not in _MODES.values():
             raise UserError(f"{path}: images have {channels} channels, expected 1 (grey) or 3 (RGB)")
+        if height > LARGEST_SIDE:
+            raise UserError(
+                f"{path}: images are of {width}×{height} pixels, expected {LARGEST_SIDE} a side at most"
+            )
         if height != width:
             raise UserError(f"{path}: images are of {width}×{height} pixels, expected squares")
         self.path = path

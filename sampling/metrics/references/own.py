@@ -9,7 +9,7 @@ Shapes: N images, F features.
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class _Meta(BaseModel):
     channels: Literal[1, 3]
     class_names: tuple[str, ...] | None = Field(max_length=MAX_CLASSES)
     network: _Network
-    counts: dict[str, int]
+    counts: dict[str, Annotated[int, Field(ge=0, le=1 << 40)]]
     """`kind/half` → images."""
     classifiers: dict[Literal["features", "recogniser"], _ClassifierFacts]
     real: dict[str, Any]
@@ -149,6 +149,11 @@ class OwnStatistics(ReferenceStatistics):
         prefix = f"{role}/"
         state = {key.removeprefix(prefix): value for key, value in self._tensors(prefix).items()}
         try:
+            # Before anything is built: a tensor is no larger than its file, and what JSON claims may be.
+            expected = (len(self._meta.class_names or ()), facts.settings.dimension)
+            found = tuple(state["head.weight"].shape)
+            if found != expected:
+                raise ValueError(f"its last layer is {list(found)}, expected {list(expected)}")
             return restored(state, facts.model_dump(), self.form, device)
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             raise UserError(f"{self.path}: its classifier is damaged: {str(error).splitlines()[0]}") from error

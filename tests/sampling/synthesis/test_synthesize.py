@@ -396,7 +396,8 @@ def test_a_class_without_real_images_has_no_mean(shared: Path, tmp_path: Path) -
 def test_what_does_not_fit_is_told_before_anything_is_drawn(shared: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pack(open_source("shapes", count=20, classes=3, image_size=16, seed=0), tmp_path / "shapes", PackSettings())
-    none = ScoreSettings("none")
+    none, statistics = ScoreSettings("none"), tmp_path / "adm.npz"
+    np.savez(statistics, mu=np.zeros(3), sigma=np.eye(3))
     for changes, message in (
         ({"source": tmp_path / "no"}, "no such folder"),
         ({"step": 3}, "no complete checkpoint of step 3"),
@@ -409,6 +410,7 @@ def test_what_does_not_fit_is_told_before_anything_is_drawn(shared: Path, tmp_pa
             "image_size is 16, expected 8; channels is 3, expected 1; num_classes",
         ),
         ({"reference": tmp_path / "no"}, "no such folder"),
+        ({"reference": statistics}, r"adm\.npz: is a file; expected shards, whose images and classes"),
         ({"score": none}, "with --score none there is nothing to score by it"),
         ({"score": ScoreSettings("features", "classifier", tmp_path)}, "expected only with --features inception"),
         ({"score": ScoreSettings("features", "inception")}, "--features inception: no file given"),

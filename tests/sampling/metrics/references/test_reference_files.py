@@ -261,6 +261,7 @@ def cut_short(path: Path) -> Path:
             lambda p: zipped(p, {"arr_0.npy": npy(np.zeros((2, 8, 9, 3), np.uint8))}),
             "9×8 pixels, expected sq",
         ),
+        (lambda p: zipped(p, {"arr_0.npy": npy(np.zeros((1, 4097, 1, 1), np.uint8))}), "expected 4096 a side"),
         (lambda p: cut_short(zipped(p, {"mu.npy": npy(np.zeros(3))})), "not a readable npz file"),
         (lambda p: p.write_bytes(b"GIF89a, or anything"), "no readable file of statistics"),
         (lambda p: save_file({"mu": torch.zeros(3)}, p), "safetensors of something else"),
@@ -321,6 +322,9 @@ def test_moments_that_are_none_are_refused(shards: Path, tmp_path: Path) -> None
         ),
         (lambda meta: meta["classifiers"]["features"]["settings"].update(odd=1), "its classifier is damaged"),
         (lambda meta: meta["counts"].pop("features/rest"), "not all that belong to it"),
+        (lambda meta: meta["counts"].update({"features/rest": -1}), r"counts\.features/rest: Input"),
+        (lambda meta: meta["class_names"].pop(), r"its last layer is \[10, 64\], expected \[9, 64\]"),
+        (lambda meta: meta["classifiers"]["features"].update(fingerprint="0" * 16), "the checksum of its weights"),
     ],
 )
 def test_ours_from_a_stranger_is_checked(
