@@ -147,11 +147,12 @@ class Claims:
         try:
             if not self._create(path, token, judged):
                 return None
-            # What was judged may be long over: then others have come and gone, or hold another number.
+            # What was judged may be long over: then others have come and gone, or hold another number. Where a
+            # process died while it took the claim over, more than one that is over is left.
             numbers = self.listing().claims.get(name, [])
             before = {each: _read(self.folder / f"{name}.{each}") for each in numbers if each < number}
             if max(numbers, default=-1) != number or any(
-                seen and seen.token != judged for seen in before.values()
+                seen and seen.token != judged and self._lives(seen) for seen in before.values()
             ):
                 _remove(path)
                 return None

@@ -1,6 +1,7 @@
 """A claim is held by one process that lives, whatever locks, clocks and killed processes do."""
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -166,6 +167,43 @@ def test_one_that_slept_between_looking_and_taking_does_not_get_between(
         assert claim is None
     assert held[0] is not None and held[0].held()
     held[0].release()
+
+
+def take_and_die(folder: Path, dies_at: int) -> None:
+    """Be killed while a claim is taken, at one of the moments at which a file is listed, linked or removed."""
+    moments = 0
+
+    def mortal(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            nonlocal moments
+            moments += 1
+            if moments == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.scandir, os.link, os.unlink = map(mortal, (os.scandir, os.link, os.unlink))
+    with Claims(folder).taken("work") as claim:
+        assert claim is not None
+        os._exit(moments)  # it is over with the process
+
+
+def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path) -> None:
+    last = 7  # moments of a takeover: two looks, the link, its draft, up to three claims before it
+    for case, (first, second) in enumerate(itertools.product(range(1, last + 2), repeat=2)):
+        folder = tmp_path / str(case)
+        for dies_at in (100, first, second, 100):
+            process = FORK.Process(target=take_and_die, args=(folder, dies_at))
+            process.start()
+            process.join(30)
+            assert process.exitcode == -signal.SIGKILL or 0 < (process.exitcode or 0) < dies_at
+        assert process.exitcode is not None and process.exitcode > 0
+        assert process.exitcode <= last
+        with Claims(folder).taken("work") as claim:
+            assert claim is not None and claim.held()
+            (file,) = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        assert not file.exists()
 
 
 def race(folder: Path, start: object, log: Path) -> None:
