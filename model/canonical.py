@@ -63,24 +63,27 @@ def load_canonical(network: nn.Module, state: Mapping[str, Tensor], origin: str)
         UserError: names are missing, unknown or of another shape; names `origin` and what is wrong.
     """
     own = canonical_state(network)
-    check_canonical(state, {name: tuple(tensor.shape) for name, tensor in own.items()}, origin)
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_canonical(found, {name: tuple(tensor.shape) for name, tensor in own.items()}, origin)
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor)
 
 
-def check_canonical(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], origin: str) -> None:
-    """Compare a state's names and shapes with the expected ones.
+def check_canonical(
+    found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], origin: str
+) -> None:
+    """Compare the names and shapes of a state with the expected ones.
 
     Raises:
         UserError: one message with every kind of mismatch.
     """
-    missing = [name for name in shapes if name not in state and name != "pos_embed"]
-    unknown = [name for name in state if name not in shapes]
+    missing = [name for name in shapes if name not in found and name != "pos_embed"]
+    unknown = [name for name in found if name not in shapes]
     wrong = [
-        f"{name} is {tuple(state[name].shape)}, expected {shape}"
+        f"{name} is {found[name]}, expected {shape}"
         for name, shape in shapes.items()
-        if name in state and tuple(state[name].shape) != shape
+        if name in found and found[name] != shape
     ]
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}"

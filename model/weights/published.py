@@ -123,7 +123,11 @@ def read_published(
     complete = identify(first, path, preset, config, described.config if described else None)
     shapes = canonical_shapes(complete)
     for which, state in states.items():
-        check_canonical(state, shapes, f"{path} ({which})" if len(states) > 1 else str(path))
+        check_canonical(
+            {name: tuple(tensor.shape) for name, tensor in state.items()},
+            shapes,
+            f"{path} ({which})" if len(states) > 1 else str(path),
+        )
     return PublishedWeights(
         complete,
         states.get("ema"),

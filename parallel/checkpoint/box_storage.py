@@ -56,7 +56,7 @@ class Piece:
     """Shape of the whole parameter."""
     box: Box
     tensor: Tensor
-    """fp32 `[box.rows, box.columns]`."""
+    """`[box.rows, box.columns]`: fp32 to be written; to be filled, of any type and on any device."""
 
     @property
     def chunk(self) -> ChunkStorageMetadata:

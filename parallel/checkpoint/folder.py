@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +164,33 @@ def read_weights(path: Path, which: Literal["ema", "weights"] = "ema") -> dict[s
     Raises:
         UserError: the part is missing, or a file of it is damaged.
     """
+    tensors: dict[str, Tensor] = {}
+
+    def allocate(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        tensors.update((name, torch.empty(shape)) for name, shape in shapes.items())
+        return tensors
+
+    load_weights(path, which, allocate)
+    return tensors
+
+
+def load_weights(
+    path: Path,
+    which: Literal["ema", "weights"],
+    allocate: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Tensor]],
+) -> None:
+    """Read canonical parameters into memory of any type, on any device, without a process group.
+
+    No second copy is made: what is read is a parameter at a time out of files that all processes of a machine have
+    in memory once.
+
+    Args:
+        allocate: called with the shape of each parameter when the files are known to hold just these; gives the
+            memory of each, contiguous.
+
+    Raises:
+        UserError: the part is missing, or a file of it is damaged.
+    """
     info = read_info(path)
     if which not in info.parts:
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
@@ -172,9 +199,8 @@ def read_weights(path: Path, which: Literal["ema", "weights"] = "ema") -> dict[s
         problems = problems or incomplete(info, [which])
         if problems:
             raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
-        tensors = {name: torch.empty(shape) for name, shape in info.shapes.items()}
-        load_pieces(path / which, [whole_piece(*named) for named in tensors.items()], collective=False)
-    return tensors
+        memory = allocate(info.shapes)
+        load_pieces(path / which, [whole_piece(name, memory[name]) for name in info.shapes], collective=False)
 
 
 def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list[str]:

@@ -1,27 +1,29 @@
 """A trained model, read from a run folder or one of its checkpoints."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ditmoe.data.encoding.vae import Vae, VaeFacts, find_vae, load_vae, read_facts
 from ditmoe.data.shards.index import LatentFacts
-from ditmoe.model.canonical import load_canonical
+from ditmoe.model.canonical import canonical_state, check_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
+from ditmoe.model.layers import position_embedding
 from ditmoe.parallel.checkpoint.folder import (
     CheckpointInfo,
     checkpoint_path,
     checkpoints,
+    load_weights,
     newest_checkpoint,
     read_info,
-    read_weights,
 )
 from ditmoe.parallel.checkpoint.marker import MARKER
 
@@ -115,7 +117,7 @@ def load_model(
         which: the moving average, or the trained weights themselves.
         step: the checkpoint of a run; None: the newest complete one.
         device: where the network goes, in evaluation mode.
-        precision: of its weights; bf16 saves the memory of the fp32 ones where only bf16 is sampled.
+        precision: of its weights, which are held in it alone and read into their place.
         vae: where the VAE of its latents lies now; None: where it lay when they were encoded.
 
     Raises:
@@ -129,16 +131,23 @@ def load_model(
         model_config, objective_config = complete_config(info.model, info), info.objective
     except (KeyError, ValueError) as error:
         raise UserError(f"{path / MARKER}: its configuration does not describe a model: {error}") from error
-    # Read first: the files bound how large a network their marker can ask for.
-    weights = read_weights(path, which)
-    network = DiT(model_config)
-    load_canonical(network, weights, origin=f"{path} ({which})")
+    found: list[DiT] = []
+
+    def allocate(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        """Only now: the files bound how large a network their marker can ask for."""
+        network = _empty_network(model_config, device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        memory = canonical_state(network)
+        own = {name: tuple(tensor.shape) for name, tensor in memory.items()}
+        check_canonical(shapes, own, origin=f"{path} ({which})")
+        found.append(network)
+        return memory
+
+    load_weights(path, which, allocate)
+    (network,) = found
     assert model_config.num_classes is not None
     names = info.dataset.get("class_names") or range(model_config.num_classes)
     return LoadedModel(
-        network=network.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
-        .eval()
-        .requires_grad_(False),
+        network=network.eval().requires_grad_(False),
         model_config=model_config,
         objective_config=objective_config,
         class_names=tuple(str(name) for name in names),
@@ -146,6 +155,18 @@ def load_model(
         fingerprint=f"{info.fingerprint}-{which}",
         vae=None if decoder is None else load_vae(decoder, device),
     )
+
+
+def _empty_network(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> DiT:
+    """A network whose weights have memory of this type there, with nothing in it but the position embedding."""
+    with torch.device("meta"):
+        network = DiT(config).to(dtype)
+    network.to_empty(device=device)
+    assert config.image_size is not None
+    embedding = position_embedding(config.hidden, config.image_size // config.patch)
+    assert [name for name, _ in network.named_buffers()] == ["pos_embed"]
+    network.pos_embed.copy_(embedding)
+    return network
 
 
 def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:

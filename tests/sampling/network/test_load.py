@@ -1,20 +1,25 @@
 """Reading a model from a run or a checkpoint, and the `sample` command on it."""
 
+import ctypes
+import multiprocessing
 import os
+import re
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from ditmoe.launcher.commands.sample import choose_classes, command, image_numbers, picture_name
-from ditmoe.model.canonical import canonical_state
+from ditmoe.model.canonical import canonical_state, load_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initialise
-from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, read_weights, write_weights_checkpoint
 from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
 from ditmoe.sampling.noise_level.classifier import NoiseNetwork, classifier_folder, save_noise_classifier, space_of
 from ditmoe.sampling.settings.config import SamplerConfig
@@ -171,7 +176,10 @@ def test_chains_are_drawn_into_a_picture(run, tmp_path, capsys):
     info = read_info(checkpoint_path(run, 10))
     space = space_of(info, 30)
     classifier_folder(info).mkdir()
-    save_noise_classifier(classifier_folder(info), NoiseNetwork(space.shape[0], space.shape[1], 30), space, {})
+    classifier, generator = NoiseNetwork(space.shape[0], space.shape[1], 30), torch.Generator().manual_seed(0)
+    for parameter in classifier.parameters():  # which have no values yet
+        torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    save_noise_classifier(classifier_folder(info), classifier, space, {})
     try:
         arguments = {"sampler": "dlg:kar1", "steps": 2, "count": 6, "classes": "0,1", "out": out}
         command(run, **arguments, dlg=["skip=2", "initial=euler", "initial_steps=3"])
@@ -202,3 +210,70 @@ def test_pictures_of_other_classes_and_counts_have_other_names():
     assert picture_name(7, "ema", [3, 1], 12, config).endswith("_seed0_classes-3-1_12images.png")
     names = {picture_name(7, "ema", list(range(n)), None, config) for n in range(30, 60)}
     assert len(names) == 30 and max(map(len, names)) < 120
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint of 38 MB of weights, mostly experts."""
+    config = CONFIG.model_copy(update={"depth": 3, "hidden": 256, "experts": 4})
+    network = DiT(config)
+    initialise(network, 0)
+    state = canonical_state(network)
+    path = tmp_path_factory.mktemp("large") / "step-00000001"
+    write_weights_checkpoint(path, config, ObjectiveConfig(), state, state, NAMES)
+    return path
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_those_that_were_written_in_the_type_that_is_asked_for(large, precision):
+    model = load_model(large, precision=precision)
+    plain = DiT(model.model_config)
+    load_canonical(plain, read_weights(large, "ema"), "test")
+    plain = plain.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    expected = plain.state_dict()
+    found = model.network.state_dict()
+    assert list(found) == list(expected) and "pos_embed" in found
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+    assert model.network_in(precision) is model.network
+
+
+def _load_and_watch(path: Path, precision: str, sender: Any) -> None:
+    """Sends the most memory of its own that loading took, what it kept, and the bytes of the weights in fp32."""
+    torch.set_num_threads(1)
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was free already would not be counted
+    own = Path("/proc/self/status")
+
+    def now() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+) kB", own.read_text())[1]) * 1024  # type: ignore[index]
+
+    before, most, done = now(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.0005):
+            most[0] = max(most[0], now())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load_model(path, precision=precision)  # type: ignore[arg-type]
+    held = now() - before
+    done.set()
+    watcher.join()
+    elements = sum(parameter.numel() for parameter in model.network.parameters())
+    sender.send((max(most[0] - before, held), held, elements * 4))
+
+
+@pytest.mark.parametrize(("precision", "share"), [("fp32", 1.0), ("bf16", 0.5)])
+def test_loading_takes_the_memory_of_the_weights_once(large, precision, share):
+    """Of a process's own memory: the pages of the files are the machine's, once for all processes."""
+    load_model(large, precision=precision)  # modules are imported, and caches filled, before
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_load_and_watch, args=(large, precision, sender))
+    process.start()
+    assert receiver.poll(60)
+    most, held, size = receiver.recv()
+    process.join(60)
+    assert size > 30e6
+    assert 0.9 * share < held / size, "the measure sees the weights"
+    assert most / size < share + 0.25, (most / size, held / size)
