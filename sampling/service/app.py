@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,8 +22,11 @@ from ditmoe.sampling.service.access import Guard, read_body
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.images import generate_images
+from ditmoe.sampling.service.job_routes import add_jobs
 from ditmoe.sampling.service.listing import Listing
 from ditmoe.sampling.service.requests import ImageRequest, parse
+from ditmoe.sampling.service.runner import Runner, StartChild
+from ditmoe.sampling.service.store import IN_PROGRESS, QUEUED, JobStore
 
 LOG: Final = logging.getLogger("ditmoe.service")
 
@@ -36,6 +40,10 @@ class ServiceSettings:
     device: torch.device
     memory: int
     """Bytes for the weights of all networks."""
+    state: Path
+    """Folder of the jobs."""
+    start_child: StartChild
+    """Starts what does an evaluation."""
     batch: int = 16
     """Rows of each pass, and images under way at once."""
     queue: int = 256
@@ -44,6 +52,8 @@ class ServiceSettings:
     """Of a request."""
     most_passes: int = 100_000
     """Rows of passes that a request may take."""
+    most_job_images: int = 1_000_000
+    most_job_passes: int = 10**9
     token: str | None = None
     loopback: bool = True
     """It listens on loopback alone."""
@@ -53,7 +63,7 @@ class Service:
     """What the routes share."""
 
     def __init__(self, settings: ServiceSettings) -> None:
-        """Start the engine's threads. UserError: there is no such folder."""
+        """Start all threads. UserError: there is no such folder, or another service has the jobs."""
         self.settings = settings
         self.counters = Counters()
         self.listing = Listing(settings.runs)
@@ -64,6 +74,7 @@ class Service:
             self.counters.rows.observe,
             self.counters.loads.inc,
         )
+        self.store = JobStore(settings.state)
         self.engine = Engine(self.models, settings.batch, settings.queue)
         self.counters.gauge("ditmoe_images_waiting", "Images that nobody has begun.", lambda: self.engine.waiting)
         self.counters.gauge("ditmoe_networks_loaded", "Networks in memory.", lambda: len(self.models.loaded()))
@@ -73,9 +84,20 @@ class Service:
             lambda: sum(loaded.bytes for loaded in self.models.loaded().values()),
         )
 
+        for state in (QUEUED, IN_PROGRESS):
+            self.counters.gauge(f"ditmoe_jobs_{state}", f"Jobs {state}.", partial(self.store.count, state))
+        self.runner = Runner(self.store, self.engine, self.listing, self.counters, settings.start_child)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all threads run."""
+        return self.engine.alive and self.runner.alive
+
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; jobs wait for the next service."""
+        self.runner.close()
         self.engine.close()
+        self.store.close()
 
 
 def make_app(service: Service) -> ASGIApp:
@@ -87,9 +109,19 @@ def make_app(service: Service) -> ASGIApp:
         await asyncio.to_thread(service.close)
 
     # No pages of documentation: they would load scripts from elsewhere.
-    app = FastAPI(title="ditmoe", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="ditmoe", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )
     _count_and_tell(app, service.counters)
     _add_facts(app, service)
+    add_jobs(
+        app,
+        service.listing,
+        service.store,
+        service.runner,
+        service.settings.most_job_images,
+        service.settings.most_job_passes,
+    )
 
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> JSONResponse:
@@ -114,13 +146,13 @@ def _add_facts(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        alive = service.engine.alive
+        alive = service.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:
         runs = len(await asyncio.to_thread(service.listing.runs))
-        well = service.engine.alive and runs > 0
+        well = service.alive and runs > 0
         return JSONResponse({"status": "ok" if well else "not ready", "runs": runs}, 200 if well else 503)
 
     @app.get("/metrics")

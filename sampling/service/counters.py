@@ -34,6 +34,7 @@ class Counters:
             registry=own,
         )
         self.loads = Counter("ditmoe_network_loads", "Networks that were loaded.", registry=own)
+        self.jobs = Counter("ditmoe_jobs_ended", "Jobs by their last state.", ["kind", "state"], registry=own)
         self._ends: deque[float] = deque(maxlen=WINDOW)
         self._lock = Lock()
 

@@ -43,7 +43,8 @@ def _addresses(host: str, port: int) -> list[tuple[int, int, int, str, tuple[str
 def listen(host: str, port: int) -> Iterator[Listening]:
     """Listen on an address. UserError: it is in use, or not this machine's."""
     family, _, _, _, address = _addresses(host, port)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as made:
+    # The protocol is named: where asyncio knows that it is TCP, small replies do not wait for a confirmation.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             made.bind(address)

@@ -14,24 +14,44 @@ LARGEST_NUMBER: Final = 2**31 - 1
 ADAPTIVE_NFE: Final = 1000
 """What an image of rk45, which finds its own steps, counts for."""
 
+_OTHERWISE: Final = {"n": ", or a job (POST /v1/jobs)", "count": ""}
+
 ClassGiven = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)] | Annotated[str, Field(max_length=LONGEST_CLASS)]
 RunName = Annotated[str, Field(min_length=1, max_length=255)]
 Request = TypeVar("Request", bound=BaseModel)
 
 
-class ImageRequest(SamplerConfig):
-    """Images that are answered at once: OpenAI's form, with classes in place of the prompt."""
+class Asked(SamplerConfig):
+    """What images and jobs have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
-    steps: int = Field(default=50, ge=1, le=10**6)
-    """Steps of the integrator."""
     model: RunName | None = None
     """Name of the run; null where there is only one."""
     step: int | None = Field(default=None, ge=0)
     """Training step of the checkpoint; null: the newest."""
     weights: Literal["ema", "weights"] = "ema"
     """The moving average, or the weights themselves."""
+    user: str = Field(default="", max_length=64)
+    """Users take turns; those of one address are told apart by this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_prompt(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "prompt" in given:
+            raise ValueError("prompt: the networks draw classes, not texts; expected class or labels")
+        return given
+
+    def sampler_config(self) -> SamplerConfig:
+        """What they are drawn by."""
+        return SamplerConfig.model_validate({name: getattr(self, name) for name in SamplerConfig.model_fields})
+
+
+class ImageRequest(Asked):
+    """Images that are answered at once: OpenAI's form, with classes in place of the prompt."""
+
+    steps: int = Field(default=50, ge=1, le=10**6)
+    """Steps of the integrator."""
     n: int = Field(default=1, ge=1, le=LARGEST_NUMBER)
     """Images; left out where `labels` says how many."""
     first: int = Field(default=0, ge=0, le=LARGEST_NUMBER)
@@ -42,15 +62,6 @@ class ImageRequest(SamplerConfig):
     """Number or name of the class of each image."""
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png"] = "png"
-    user: str = Field(default="", max_length=64)
-    """Users take turns; those of one address are told apart by this."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_prompt(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "prompt" in given:
-            raise ValueError("prompt: the networks draw classes, not texts; expected class or labels")
-        return given
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
@@ -65,9 +76,75 @@ class ImageRequest(SamplerConfig):
         """Images."""
         return self.n if self.labels is None else len(self.labels)
 
-    def sampler_config(self) -> SamplerConfig:
-        """What they are drawn by."""
-        return SamplerConfig.model_validate({name: getattr(self, name) for name in SamplerConfig.model_fields})
+
+class JobKind(BaseModel):
+    """What kind of a job is asked for."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    kind: Literal["draw", "evaluate"]
+
+
+class JobRequest(Asked):
+    """What jobs have in common."""
+
+    count: int = Field(ge=1, le=LARGEST_NUMBER)
+    """Images."""
+    key: str | None = Field(default=None, min_length=1, max_length=128)
+    """A name of the client's own: a request that comes again with it is the same job."""
+
+
+class DrawJob(JobRequest):
+    """Many images, with the bits that the images route gives them."""
+
+    kind: Literal["draw"]
+    one_class: ClassGiven | None = Field(default=None, alias="class")
+    """As of images."""
+
+
+class EvaluationJob(JobRequest):
+    """An evaluation, as `ditmoe evaluate` has it."""
+
+    kind: Literal["evaluate"]
+    labels: Literal["random", "balanced"] = "random"
+    """Classes drawn at random, or in turn."""
+    recogniser: bool = True
+    """Also report the share that an independent classifier recognises."""
+
+    @model_validator(mode="after")
+    def _check_timestep(self) -> Self:
+        if self.ddpm_timestep != "interpolate":
+            raise ValueError("ddpm_timestep: evaluations have interpolate alone; expected it left out")
+        return self
+
+
+def parse_job(body: bytes) -> DrawJob | EvaluationJob:
+    """A job from its JSON. ServiceError as `parse`."""
+    if parse(JobKind, body).kind == "draw":
+        return parse(DrawJob, body)
+    return parse(EvaluationJob, body)
+
+
+def options_of(config: SamplerConfig) -> list[str]:
+    """A sampler as options of the command line; what is left out has its default."""
+    options = []
+    for name, value in config.model_dump(mode="json").items():
+        option = f"--{name.replace('_', '-')}"
+        if name == "ddpm_timestep":
+            assert value == "interpolate"  # no option has it
+        elif name == "dlg":
+            options += [f"--dlg={key}={_word(each)}" for key, each in value.items()] if config.chains else []
+        elif value is True:
+            options.append(option)
+        elif value is not None and value is not False:
+            options.append(f"{option}={value}")
+    return options
+
+
+def _word(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:
@@ -84,17 +161,17 @@ def passes_of(config: SamplerConfig) -> float:
     return (ADAPTIVE_NFE if nfe is None else nfe) * (1 if config.cfg_scale == 1 else 2)
 
 
-def check_cost(count: int, config: SamplerConfig, most_images: int, most_passes: int) -> None:
+def check_cost(count: int, config: SamplerConfig, most_images: int, most_passes: int, field: str = "n") -> None:
     """Refuse what is too much; the configuration is resolved. ServiceError."""
     if count > most_images:
         raise ServiceError(
-            400, f"n: {count} images; expected {most_images} at most, or a job (POST /v1/jobs)", param="n"
+            400, f"{field}: {count:,} images; expected {most_images:,} at most{_OTHERWISE[field]}", param=field
         )
     passes = count * passes_of(config)
     if passes > most_passes:
         raise ServiceError(
             400,
             f"steps: {count} images take {passes:,.0f} passes through the network; expected {most_passes:,} at "
-            "most, or a job (POST /v1/jobs)",
+            f"most{_OTHERWISE[field]}",
             param="steps",
         )

@@ -21,6 +21,9 @@ def command(
             metavar="FILE", help="File (mode 600) with the token of clients. [default: $DITMOE_SERVICE_TOKEN]"
         ),
     ] = None,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where jobs are kept. [default: RUNS/.service]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
     memory: Annotated[float, typer.Option(min=0.001, help="GiB for the weights of all networks.")] = 8.0,
     batch: Annotated[int, typer.Option(min=1, max=512, help="Rows of a pass, and images under way at once.")] = 16,
@@ -37,6 +40,7 @@ def command(
     import torch
 
     from ditmoe.launcher.commands.sample import check_device
+    from ditmoe.launcher.commands.serving.child import start_child
     from ditmoe.sampling.service.access import read_token
     from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
     from ditmoe.sampling.service.listening import is_loopback, listen, serve
@@ -53,6 +57,8 @@ def command(
         runs=runs,
         device=torch.device(name),
         memory=int(memory * 2**30),
+        state=state or runs / ".service",
+        start_child=start_child,
         batch=batch,
         queue=queue,
         most_images=most_images,

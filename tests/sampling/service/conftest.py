@@ -2,6 +2,7 @@
 
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import uvicorn
 
+from ditmoe.launcher.commands.serving.child import start_child
 from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
 from ditmoe.sampling.service.listening import listen
 from tests.markers import change_marker
@@ -35,7 +37,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def serving(runs: Path, **settings: object) -> Iterator[httpx.Client]:
     """A client of a service of its own."""
-    chosen = {"device": torch.device("cpu"), "memory": 2**30, "batch": ROWS, **settings}
+    chosen: dict[str, object] = {"state": runs.parent / uuid.uuid4().hex, "start_child": start_child}
+    chosen |= {"device": torch.device("cpu"), "memory": 2**30, "batch": ROWS, **settings}
     service = Service(ServiceSettings(runs=runs, **chosen))  # type: ignore[arg-type]
     with listen("127.0.0.1", 0) as listening:
         server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="critical", server_header=False))

@@ -1,0 +1,378 @@
+"""Jobs: durable, resumed, cancelled between steps, watched, fetched; and nobody's name becomes a path."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from ditmoe.data.storage.files import make_folder
+from ditmoe.launcher.commands.drawing import Drawing, draws_images
+from ditmoe.model.errors import UserError
+from ditmoe.parallel.checkpoint.folder import checkpoint_path
+from ditmoe.sampling.service.client import Client, Refused
+from ditmoe.sampling.service.job_routes import files_of
+from ditmoe.sampling.service.requests import options_of
+from ditmoe.sampling.service.store import (
+    CANCELLED,
+    COMPLETED,
+    FAILED,
+    IN_PROGRESS,
+    QUEUED,
+    Job,
+    JobStore,
+    TooManyJobs,
+)
+from ditmoe.sampling.settings.config import SamplerConfig
+from tests.markers import change_marker
+from tests.sampling.service.conftest import serving
+from tests.sampling.small_run import write_digits, write_run
+
+DRAWN = {"model": "digits", "sampler": "heun", "steps": 3, "seed": 5}
+ENDLESS = {"model": "digits", "steps": 20_000, "sampler": "euler"}
+
+
+@pytest.fixture
+def ours(client: httpx.Client) -> Client:
+    return Client(str(client.base_url))
+
+
+def add(store: JobStore, user: str = "a", kind: str = "draw", key: str | None = None) -> Job:
+    return store.add(key=key, user=user, kind=kind, request="{}", weights="w", total=10)
+
+
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_draw_has_the_images_of_the_images_route(ours: Client, tmp_path: Path) -> None:
+    job_id = ours.give("draw", count=70, **DRAWN)
+    seen = list(ours.watch(job_id))
+    assert seen[-1]["status"] == "completed" and seen[-1]["progress"] == {"done": 70, "total": 70}
+    assert seen[-1]["created_at"] <= seen[-1]["started_at"] <= seen[-1]["completed_at"]
+    assert seen[-1]["request"]["step"] == 3, "the newest when it was given"
+    for number in (0, 63, 64, 69):
+        [alone] = ours.images(first=number, **DRAWN)
+        assert np.array_equal(np.array(ours.image(job_id, number)), np.array(alone))
+    assert set(ours.files(job_id)) == {"chunks/00000.npz", "chunks/00001.npz"}
+    ours.fetch(job_id, "chunks/00001.npz", tmp_path / "chunk.npz")
+    with np.load(tmp_path / "chunk.npz", allow_pickle=False) as chunk:
+        assert chunk["labels"].tolist() == [4, 5, 6, 7, 8, 9]
+    assert ours.jobs(1)[0]["id"] == job_id
+    with pytest.raises(Refused, match="no figures"):
+        ours.figures(job_id)
+
+
+def test_a_job_is_cancelled_between_steps(ours: Client) -> None:
+    job_id = ours.give("draw", count=1000, **ENDLESS)
+    until(lambda: ours.job(job_id)["status"] == "in_progress")
+    assert ours.cancel(job_id)["id"] == job_id
+    with pytest.raises(Refused, match="cancelled"):
+        ours.wait(job_id)
+    assert ours.cancel(job_id)["status"] == "cancelled", "as often as one likes"
+    assert len(ours.images(**DRAWN)) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "param"),
+    [
+        ({"kind": "nonsense"}, 400, "kind"),
+        ({"count": 0}, 400, "count"),
+        ({"count": "5"}, 400, "count"),
+        ({"count": 2_000_000}, 400, "count"),
+        ({"count": 10**6, "steps": 10**6}, 400, "steps"),
+        ({"class": "dog"}, 400, "class"),
+        ({"n": 3}, 400, "n"),
+        ({"sampler": "dlg:heun"}, 400, "sampler"),
+        ({"kind": "evaluate", "labels": "some"}, 400, "labels"),
+        ({"model": "../digits"}, 404, "model"),
+        ({"step": 17}, 404, "step"),
+        ({"key": ""}, 400, "key"),
+        ({"kind": "evaluate", "ddpm_timestep": "nearest"}, 400, None),
+    ],
+)
+def test_what_is_wrong_with_a_job_is_told_at_once(
+    client: httpx.Client, asked: dict[str, Any], status: int, param: str | None
+) -> None:
+    reply = client.post("/v1/jobs", json={"kind": "draw", "count": 5, **DRAWN, **asked})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (status, param), reply.text
+
+
+def test_a_request_that_comes_again_is_one_job(client: httpx.Client) -> None:
+    asked = {"kind": "draw", "count": 1, "key": "mine", **DRAWN}
+    first, second = (client.post("/v1/jobs", json=asked) for _ in range(2))
+    assert first.status_code == second.status_code == 201 and first.json()["id"] == second.json()["id"]
+
+
+def test_no_name_leads_out_of_a_job(client: httpx.Client, ours: Client, tmp_path: Path) -> None:
+    job_id = ours.give("draw", count=1, **DRAWN)
+    ours.wait(job_id)
+    jobs = f"/v1/jobs/{job_id}"
+    for name in ("../../jobs.sqlite", "..%2f..%2fjobs.sqlite", "/etc/passwd", "%2fetc%2fpasswd", "chunks", "%2e"):
+        for path in (
+            f"{jobs}/files/{name}",
+            f"/v1/jobs/{name}",
+            f"/v1/jobs/{name}/files",
+            f"{jobs}/images/{name}",
+        ):
+            assert client.get(path).status_code in (400, 404), path
+    for number in (-1, 1, 10**30):
+        assert client.get(f"{jobs}/images/{number}").status_code in (400, 404)
+    for query in ("limit=0", "limit=201", "limit=x", "after=job-none"):
+        assert client.get(f"/v1/jobs?{query}").status_code in (400, 404)
+    (tmp_path / "own").write_text("x")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    (tmp_path / ".hidden").write_text("x")
+    assert files_of(tmp_path) == {"own": 1}
+
+
+def test_a_file_is_never_a_page(client: httpx.Client, ours: Client) -> None:
+    job_id = ours.give("draw", count=1, **DRAWN)
+    ours.wait(job_id)
+    reply = client.get(f"/v1/jobs/{job_id}/files/chunks/00000.npz")
+    assert reply.headers["Content-Type"] == "application/octet-stream"
+    assert reply.headers["Content-Disposition"].startswith("attachment")
+
+
+def test_a_job_is_given_back_when_the_service_ends(runs: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with serving(runs, state=state) as client:
+        ours = Client(str(client.base_url))
+        first, second = (ours.give("draw", count=500, **ENDLESS) for _ in range(2))
+        until(lambda: ours.job(second)["status"] == "in_progress")
+        with pytest.raises(UserError, match="another service"):
+            JobStore(state)
+    store = JobStore(state)
+    assert [store.get(each).state for each in (first, second)] == [QUEUED, QUEUED]  # type: ignore[union-attr]
+    store.close()
+
+
+def test_a_checkpoint_that_is_another_now_fails_the_job(runs: Path, tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "state")
+    request = {"kind": "draw", "count": 2, **DRAWN, "step": 3}
+    job = store.add(key=None, user="a", kind="draw", request=json.dumps(request), weights="other-ema", total=2)
+    store.close()
+    with serving(runs, state=tmp_path / "state") as client, pytest.raises(Refused, match="another checkpoint"):
+        Client(str(client.base_url)).wait(job.id)
+
+
+def test_states_are_kept(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    done, waits, stopped = add(store), add(store), add(store)
+    for _ in range(3):
+        assert store.take("draw").state == IN_PROGRESS  # type: ignore[union-attr]
+    assert store.take("draw") is None and store.take("evaluate") is None
+    store.progress(done.id, 7)
+    store.progress(done.id, 3)
+    assert store.get(done.id).done == 7, "never back"  # type: ignore[union-attr]
+    store.end(done.id, COMPLETED)
+    store.end(done.id, FAILED, "too late")
+    store.cancel(stopped.id)
+    assert store.cancel(done.id).state == COMPLETED  # type: ignore[union-attr]
+    store.close()
+    again = JobStore(tmp_path)
+    states = {job.id: job.state for job in again.newest(10)}
+    assert states == {done.id: COMPLETED, waits.id: QUEUED, stopped.id: CANCELLED}
+    assert {job.id for job in again.left} == {waits.id, stopped.id}
+    assert [job.id for job in again.newest(10, before=stopped.number)] == [waits.id, done.id]
+    again.close()
+
+
+def test_users_take_turns_and_have_a_share(tmp_path: Path) -> None:
+    store = JobStore(tmp_path, most_of_user=3)
+    for user in ("a", "a", "a", "b", "c"):
+        add(store, user)
+    with pytest.raises(TooManyJobs, match="3 of your jobs"):
+        add(store, "a")
+    order = []
+    while (job := store.take("draw")) is not None:
+        order.append(job.user)
+        time.sleep(0.002)
+    assert order == ["a", "b", "c", "a", "a"]
+    store.close()
+
+
+def test_a_damaged_file_is_told(tmp_path: Path) -> None:
+    make_folder(tmp_path / "state")
+    (tmp_path / "state" / "jobs.sqlite").write_bytes(b"no database, for sure" * 100)
+    for _ in range(2):  # and the folder is given back
+        with pytest.raises(UserError, match=r"jobs\.sqlite: could not be read"):
+            JobStore(tmp_path / "state")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"sampler": "kar2", "steps": 7, "churn": 3.5, "tweedie": True, "seed": 2**62},
+        {"sampler": "ddim", "ddim_eta": 0.5, "cfg_scale": 1e-5, "cfg_channels": 2, "precision": "bf16"},
+        {"sampler": "dlg:kar1", "dlg": {"class_scales": [1.0, 2.5], "tweedie": False, "sigma_min": 0.1}},
+        {"sampler": "dlg:euler", "dlg": {"preset": "velocity", "restart_every": 3}},
+    ],
+)
+def test_a_process_is_told_the_very_sampler(settings: dict[str, Any]) -> None:
+    config = SamplerConfig.model_validate(settings)
+    assert _parsed(options_of(config)).plain() == config.plain()
+
+
+def _parsed(options: Sequence[str]) -> SamplerConfig:
+    """The sampler that a command gets from options."""
+    got: list[SamplerConfig] = []
+    app = typer.Typer()
+
+    @app.command()
+    @draws_images(steps=250)  # type: ignore[untyped-decorator]
+    def command(*, drawing: Drawing) -> None:
+        got.append(drawing.config())
+
+    done = CliRunner().invoke(app, list(options))
+    assert done.exit_code == 0, done.output
+    return got[0]
+
+
+class Served:
+    """`ditmoe serve` as a process, which is killed and started again at its port."""
+
+    def __init__(self, runs: Path, state: Path) -> None:
+        self._runs, self._state, self._port = runs, state, 0
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> str:
+        command = [sys.executable, "-m", "ditmoe.launcher", "serve", str(self._runs), "--state", str(self._state)]
+        command += ["--port", str(self._port), "--batch", "8"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("serving")
+        self._port = int(line.rpartition(":")[2])
+        return line.split()[-1]
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        if number == signal.SIGSTOP:
+            time.sleep(0.5)
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def _kill_at_random(runs: Path, folder: Path, jobs: list[tuple[str, dict[str, Any]]], kills: int) -> None:
+    """Give jobs, kill the service at random so many times while it is at them, and compare with nothing killed."""
+    random = Random(0)
+    with serving(runs, state=folder / "calm") as client:
+        calm = Client(str(client.base_url))
+        known = {}
+        for kind, fields in jobs:
+            job_id = calm.give(kind, **fields)
+            calm.wait(job_id)
+            known[len(known)] = _made(calm, job_id)
+    served = Served(runs, folder / "wild")
+    with Client(served.start()) as ours:
+        given = [ours.give(kind, **fields) for kind, fields in jobs]
+        for _ in range(kills):
+            time.sleep(random.uniform(0.0, 1.0))
+            served.kill(random.choice([signal.SIGKILL, signal.SIGSTOP]))
+            served.start()
+        for place, job_id in enumerate(given):
+            ours.wait(job_id)
+            assert _made(ours, job_id) == known[place]
+    served.kill()
+
+
+def _made(client: Client, job_id: str) -> list[bytes]:
+    total = client.job(job_id)["progress"]["total"]
+    return [client.image(job_id, number).tobytes() for number in range(total)]
+
+
+@pytest.mark.slow
+def test_a_service_that_is_killed_loses_nothing(runs: Path, tmp_path: Path) -> None:
+    _kill_at_random(runs, tmp_path, [("draw", {"count": 150, **DRAWN, "steps": 8})], 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_service_that_is_killed_often_loses_nothing(runs: Path, tmp_path: Path) -> None:
+    jobs = [("draw", {"count": 300, **DRAWN, "seed": seed, "steps": 30}) for seed in range(4)]
+    _kill_at_random(runs, tmp_path, jobs, 25)
+
+
+def test_threads_of_one_store(tmp_path: Path) -> None:
+    store = JobStore(tmp_path, most_of_user=1000)
+    taken: list[str] = []
+
+    def give_and_take() -> None:
+        for _ in range(10):
+            add(store)
+            job = store.take("draw")
+            assert job is not None
+            taken.append(job.id)
+
+    threads = [threading.Thread(target=give_and_take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(taken)) == 40
+    store.close()
+
+
+EVALUATED = {"model": "digits", "count": 12, "steps": 2, "sampler": "euler", "recogniser": False}
+
+
+@pytest.mark.slow
+def test_an_evaluation_is_done_by_a_process_that_may_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures are those of the command; a process that is killed is started again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run = write_run(tmp_path / "runs" / "digits")
+    shards = write_digits(tmp_path / "digits")
+    change_marker(
+        checkpoint_path(run, 0),
+        lambda facts: facts["config"].update(data={"sources": [{"path": str(shards)}]}),
+    )
+    store = tmp_path / "state"
+    with serving(tmp_path / "runs", state=store) as client:
+        ours = Client(str(client.base_url))
+        job_id = ours.give("evaluate", **EVALUATED)
+
+        def child() -> int | None:
+            with sqlite3.connect(f"file:{store / 'jobs.sqlite'}?mode=ro", uri=True) as jobs:
+                found: int | None = jobs.execute("select child from jobs where id = ?", [job_id]).fetchone()[0]
+            return found
+
+        until(lambda: child() is not None or ours.job(job_id)["status"] == "failed")
+        assert ours.job(job_id)["error"] is None
+        first = child()
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        assert ours.wait(job_id)["progress"] == {"done": 12, "total": 12}
+        figures = ours.figures(job_id)
+        assert figures["count"] == 12 and np.isfinite(figures["fid"])
+        assert "metrics.json" in ours.files(job_id) and ours.image(job_id, 11).size == (8, 8)
+        other = ours.give("evaluate", **{**EVALUATED, "count": 11, "steps": 100_000})
+        until(lambda: ours.job(other)["status"] == "in_progress")
+        ours.cancel(other)
+        with pytest.raises(Refused, match="cancelled"):
+            ours.wait(other)
+        gone = ours.give("evaluate", **{**EVALUATED, "sampler": "dlg:euler"})
+        with pytest.raises(Refused, match="noise-classifier"):
+            ours.wait(gone)
