@@ -18,6 +18,7 @@ from PIL import Image
 from ditmoe.data.storage.arrays import read_arrays
 from ditmoe.data.storage.files import read_object
 from ditmoe.model.errors import UserError
+from ditmoe.model.settings import message_of
 from ditmoe.sampling.evaluation.results import METRICS_FILE
 from ditmoe.sampling.service.access import read_body
 from ditmoe.sampling.service.errors import ServiceError
@@ -80,7 +81,7 @@ def add_jobs(
     async def wrong(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = str(first["loc"][-1])
-        told = ServiceError(400, f"{name}: {first['msg']}", param=name)
+        told = ServiceError(400, f"{name}: {message_of(first)}", param=name)
         return JSONResponse(told.body(), 400)
 
     @app.post("/v1/jobs")
