@@ -1,0 +1,78 @@
+"""200 clients at once: no request is lost, images keep their bits, passes are shared, and looking stays quick."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from ditmoe.sampling.service.client import Client
+from tests.sampling.service.test_images import ROUTE, figure
+from tests.sampling.service.test_jobs import Served
+
+CLIENTS = 200
+ROUNDS = 3
+ASKED = {"model": "digits", "sampler": "heun", "steps": 5}
+
+
+async def _under_load(address: str, job_id: str) -> tuple[list[list[Any]], list[float]]:
+    """What each client got in each round, and the seconds that each look took meanwhile."""
+    limits = httpx.Limits(max_connections=CLIENTS + 1)
+    async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits, trust_env=False) as http:
+        waits: list[float] = []
+        done = asyncio.Event()
+
+        async def draw(client: int) -> list[Any]:
+            got = []
+            for turn in range(ROUNDS):
+                asked = {**ASKED, "first": client % 20, "cfg_scale": 1.0 + turn, "user": f"user {client}"}
+                while (reply := await http.post(ROUTE, json=asked)).status_code == 429:
+                    await asyncio.sleep(int(reply.headers["Retry-After"]))
+                assert reply.status_code == 200, reply.text
+                got.append(reply.json()["data"])
+            return got
+
+        async def look() -> None:
+            while not done.is_set():
+                for path in ("/health", f"/v1/jobs/{job_id}", "/v1/jobs", "/v1/models"):
+                    began = time.monotonic()
+                    reply = await http.get(path)
+                    waits.append(time.monotonic() - began)
+                    assert reply.status_code == 200
+                    await asyncio.sleep(0.02)
+
+        looking = asyncio.create_task(look())
+        got = await asyncio.gather(*(draw(client) for client in range(CLIENTS)))
+        done.set()
+        await looking
+        return got, waits
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_hundred_clients_at_once(runs: Path, tmp_path: Path) -> None:
+    served = Served(runs, tmp_path / "state")
+    address = served.start()
+    with httpx.Client(base_url=address, timeout=60, trust_env=False) as http, Client(address) as ours:
+        alone = [
+            [
+                http.post(ROUTE, json={**ASKED, "first": number, "cfg_scale": 1.0 + turn}).json()["data"]
+                for turn in range(ROUNDS)
+            ]
+            for number in range(20)
+        ]
+        passes, rows = figure(http, "ditmoe_pass_rows_count"), figure(http, "ditmoe_pass_rows_sum")
+        job_id = ours.give("draw", model="digits", count=2000, steps=20)
+        got, waits = asyncio.run(_under_load(address, job_id))
+        for client, images in enumerate(got):
+            assert images == alone[client % 20]
+        batch = (figure(http, "ditmoe_pass_rows_sum") - rows) / (figure(http, "ditmoe_pass_rows_count") - passes)
+        slowest = float(np.quantile(waits, 0.95))
+        print(f"mean batch {batch:.1f}; p95 of {len(waits)} looks {1000 * slowest:.0f} ms")
+        ours.cancel(job_id)
+        assert batch > 4
+        assert slowest < 0.1
+    served.kill()
