@@ -54,17 +54,21 @@ def command(
     index: IndexOption = None,
     on_error: OnErrorOption = None,
     features: Annotated[
-        Literal["classifier", "inception"],
-        typer.Option(help="Feature network: one trained here on the real images, or Inception-v3 from a file."),
+        Literal["classifier", "inception", "dinov2"],
+        typer.Option(help="Feature network: one trained here on the real images, or one from a file."),
     ] = "classifier",
     features_path: Annotated[
-        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+        Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
     ] = None,
     neighbour_images: Annotated[
         int | None,
         typer.Option(
             min=8, help="Real images that precision and recall look at. [default: all, up to 50,000; ADM: 10,000]"
         ),
+    ] = None,
+    resize: Annotated[
+        Literal["pytorch-fid", "tensorflow"] | None,
+        typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
     ] = None,
     recogniser: Annotated[
         bool, typer.Option(help="Also report the share that an independent classifier recognises.")
@@ -147,6 +151,7 @@ def command(
         on_error=on_error,
         features=features,
         features_path=features_path,
+        resize=resize,
         neighbour_images=neighbour_images,
         recogniser=recogniser,
         batch=batch,
@@ -163,6 +168,7 @@ def command(
         ("--index", index),
         ("--on-error", on_error),
         ("--features-path", features_path),
+        ("--resize", resize),
         ("--neighbour-images", neighbour_images),
         ("--chunk", chunk),
         ("--cache", cache),

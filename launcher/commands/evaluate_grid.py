@@ -22,6 +22,8 @@ HOLDING: Final = (
     "on_error",
     "features",
     "features_path",
+    "resize",
+    "neighbour_images",
     "recogniser",
     "vae",
     "batch",

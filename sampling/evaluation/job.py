@@ -16,7 +16,7 @@ from ditmoe.sampling.evaluation.keeping import Keep
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
 from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
-from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
 LabelSampling = Literal["random", "balanced"]
 
@@ -102,6 +102,8 @@ class Scored(Protocol):
     @property
     def features_path(self) -> Path | None: ...
     @property
+    def resize(self) -> ResizeName | None: ...
+    @property
     def recogniser(self) -> bool: ...
     @property
     def feature_classifier(self) -> ClassifierSettings: ...
@@ -124,7 +126,9 @@ class Job:
     """Folder of trained classifiers and statistics of real images, shared by runs."""
     features: FeatureName = "classifier"
     features_path: Path | None = None
-    """The Inception file."""
+    """The file of the network, where it comes from one."""
+    resize: ResizeName | None = None
+    """How images come to the size of Inception; None: as its file has it."""
     neighbour_images: int | None = None
     """Real images that precision and recall look at; None: all, up to 50,000."""
     recogniser: bool = True
@@ -177,7 +181,7 @@ class Job:
 def request_of(job: Scored) -> dict[str, Any]:
     """What figures depend on, besides the images."""
     file = None
-    if job.features == "inception" and job.features_path is not None and job.features_path.is_file():
+    if job.features != "classifier" and job.features_path is not None and job.features_path.is_file():
         with job.features_path.open("rb") as stored:
             file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
     classifier = job.feature_classifier if job.features == "classifier" else None
@@ -185,6 +189,7 @@ def request_of(job: Scored) -> dict[str, Any]:
         "real": job.real.fingerprint,
         "features": job.features,
         "features_file": file,
+        "resize": job.resize,
         "classifier": vars(classifier) if classifier is not None else None,
         "neighbour_images": job.neighbour_images,
         "recogniser": vars(job.recogniser_classifier) if job.recogniser else None,

@@ -11,13 +11,13 @@ from ditmoe.data.stream.remembered import index_file
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import read_info
 from ditmoe.sampling.evaluation.measures import Measures
-from ditmoe.sampling.jobs.workers import CPU, Workers
+from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
-from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.networks.opening import check_network_options
 from ditmoe.sampling.metrics.reference import OnError, ReferenceImages, open_reference, reference_of_run
 from ditmoe.sampling.metrics.references.own import SUFFIX, write_reference
 from ditmoe.sampling.network.load import find_checkpoint
-from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ReferenceJob:
     cache: Path
     features: FeatureName = "classifier"
     features_path: Path | None = None
+    resize: ResizeName | None = None
     neighbour_images: int | None = None
     """As of `Job`; the file has the features of all that are kept."""
     recogniser: bool = True
@@ -47,6 +48,7 @@ def prepare_reference(
     on_error: OnError | None = None,
     features: FeatureName = "classifier",
     features_path: Path | None = None,
+    resize: ResizeName | None = None,
     recogniser: bool = True,
 ) -> ReferenceJob:
     """Find everything that the file is made of, so that what is missing shows before a process is started.
@@ -64,10 +66,7 @@ def prepare_reference(
         raise UserError(f"{out}: exists already; remove it or choose another name")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent}: no such folder; expected that of the new file")
-    if features_path is not None and features != "inception":
-        raise UserError(f"--features-path {features_path}: expected only with --features inception")
-    if features == "inception":
-        load_inception(features_path, CPU)
+    check_network_options(features, features_path, resize)
     if run is not None:
         real = reference_of_run(read_info(find_checkpoint(run)), shards, index, on_error, "SHARDS")
     else:
@@ -75,7 +74,15 @@ def prepare_reference(
         real = open_reference(config, option="SHARDS")
     if real.index.channels not in (1, 3):
         raise UserError(f"{real.where}: channels is {real.index.channels}, expected 1 (grey) or 3 (RGB)")
-    return ReferenceJob(real, out, cache, features=features, features_path=features_path, recogniser=recogniser)
+    return ReferenceJob(
+        real,
+        out,
+        cache,
+        features=features,
+        features_path=features_path,
+        resize=resize,
+        recogniser=recogniser,
+    )
 
 
 def make_reference(

@@ -9,7 +9,7 @@ from ditmoe.sampling.evaluation.job import Scored
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import Classifier, load_classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
-from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.networks.opening import FROM_FILES, open_network
 from ditmoe.sampling.metrics.reference import Reference, ReferenceImages
 from ditmoe.sampling.metrics.references.files import reference_statistics
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
@@ -29,8 +29,8 @@ class Measures:
         """The feature network and the recogniser, from the cache or trained now; None: nothing to train it on."""
         if self._networks is None:
             network: FeatureNetwork
-            if job.features == "inception":
-                network = load_inception(job.features_path, workers.device)
+            if job.features in FROM_FILES:
+                network = open_network(job.features, job.features_path, workers.device, job.resize)
             else:
                 found = _classifier("features", job, workers, log)
                 if found is None:

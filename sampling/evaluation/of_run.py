@@ -26,8 +26,8 @@ from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
 from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
-from ditmoe.sampling.jobs.workers import CPU, join_workers
-from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.jobs.workers import join_workers
+from ditmoe.sampling.metrics.networks.opening import check_network_options
 from ditmoe.sampling.metrics.reference import OnError, Reference, reference_of_run
 from ditmoe.sampling.metrics.references.files import open_reference_file
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
@@ -44,7 +44,7 @@ from ditmoe.sampling.network.load import (
 )
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class EvaluationOptions:
     """What to do about images that cannot be used; None: what the run did."""
     features: FeatureName = "classifier"
     features_path: Path | None = None
+    resize: ResizeName | None = None
     neighbour_images: int | None = None
     recogniser: bool = True
     batch: int = 64
@@ -105,13 +106,10 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     decoder = find_decoder(info, options.vae)
     real = _reference(info, options)
     num_classes = _check_fit(info, real, decoder)
-    if options.features_path is not None and options.features != "inception":
-        raise UserError(f"--features-path {options.features_path}: expected only with --features inception")
-    if options.features == "inception":
-        network = load_inception(options.features_path, CPU)
-        if isinstance(real, ReferenceStatistics):
-            real.check_features(options.features)
-            real.check_network(network)
+    network = check_network_options(options.features, options.features_path, options.resize)
+    if network is not None and isinstance(real, ReferenceStatistics):
+        real.check_features(options.features)
+        real.check_network(network)
     resolved = [sampler.resolved(info.objective) for sampler in samplers]
     for sampler in resolved:
         check_guidance(complete_config(info.model, info), sampler)
@@ -139,6 +137,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             cache=options.cache or default_cache(),
             features=options.features,
             features_path=options.features_path,
+            resize=options.resize,
             neighbour_images=options.neighbour_images,
             recogniser=options.recogniser,
             chunk=options.chunk,

@@ -36,16 +36,16 @@ from ditmoe.sampling.evaluation.results import (
     weak_features,
 )
 from ditmoe.sampling.jobs.alone import alone_at
-from ditmoe.sampling.jobs.workers import CPU, Workers
+from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, Classifier, ClassifierSettings
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
-from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.networks.opening import check_network_options
 from ditmoe.sampling.metrics.reference import Images, OnError, Reference, open_reference
 from ditmoe.sampling.metrics.references.files import open_reference_file
 from ditmoe.sampling.metrics.references.image_sets import FolderImages, NpzImages
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.metrics.scores import ChunkDescriptions
-from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
 SETTINGS_FILE: Final = "score.json"
 
@@ -61,6 +61,7 @@ class ScoreJob:
     cache: Path
     features: FeatureName = "classifier"
     features_path: Path | None = None
+    resize: ResizeName | None = None
     neighbour_images: int | None = None
     """As of `Job`."""
     feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
@@ -88,6 +89,7 @@ def prepare_score(
     on_error: OnError | None = None,
     features: FeatureName = "classifier",
     features_path: Path | None = None,
+    resize: ResizeName | None = None,
     neighbour_images: int | None = None,
 ) -> ScoreJob:
     """Find everything, so that what is missing shows before a process is started.
@@ -110,8 +112,6 @@ def prepare_score(
         real = open_reference(config)
     elif index is not None or on_error is not None:
         raise UserError(f"{'--index' if index else '--on-error'}: goes with shards, and {real.where} is a file")
-    if features_path is not None and features != "inception":
-        raise UserError(f"--features-path {features_path}: expected only with --features inception")
     sizes = scored.form.image_size, real.form.image_size
     if None not in sizes and sizes[0] != sizes[1]:
         raise UserError(
@@ -129,13 +129,13 @@ def prepare_score(
         cache,
         features=features,
         features_path=features_path,
+        resize=resize,
         neighbour_images=neighbour_images,
     )
     check_reference(job)
-    if features == "inception":
-        network = load_inception(features_path, CPU)
-        if isinstance(real, ReferenceStatistics):
-            real.check_network(network)
+    network = check_network_options(features, features_path, resize)
+    if network is not None and isinstance(real, ReferenceStatistics):
+        real.check_network(network)
     return job
 
 

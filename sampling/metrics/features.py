@@ -23,11 +23,11 @@ class FeatureNetwork(Protocol):
     """A frozen network whose activations describe an image."""
 
     name: str
-    """`classifier` or `inception`."""
+    """A `FeatureName`."""
     dimension: int
     """Number of features F."""
     fingerprint: str
-    """Of the weights: figures are comparable between equal fingerprints only."""
+    """Of the weights and of how images are prepared: figures are comparable between equal fingerprints only."""
     description: Mapping[str, Any]
     """What is recorded beside each figure: the file or the training settings, and how images are prepared."""
 

@@ -24,7 +24,7 @@ from ditmoe.sampling.metrics.classifier import (
     load_classifier,
 )
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
-from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.networks.opening import FROM_FILES, open_network
 from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.settings.names import FeatureName
 
@@ -52,9 +52,9 @@ class ScoreSettings:
     """`classifier`: the probability of the intended class; `features`: minus the distance to the mean of the
     class's real images in a feature network's space."""
     features: FeatureName = "classifier"
-    """For `features`: a network that was trained on the real images, or Inception-v3."""
+    """For `features`: a network that was trained on the real images, or one from a file."""
     features_path: Path | None = None
-    """The Inception file."""
+    """The file of the network, where it comes from one."""
     classifier: ClassifierSettings = RECOGNISER
     feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
 
@@ -121,8 +121,8 @@ def make_scorer(
     if settings.kind == "classifier":
         return ClassifierScore(load_classifier(settings.classifier, real, cache, workers.device, log), real)
     network: FeatureNetwork
-    if settings.features == "inception":
-        network = load_inception(settings.features_path, workers.device)
+    if settings.features in FROM_FILES:
+        network = open_network(settings.features, settings.features_path, workers.device)
     else:
         network = load_classifier(settings.feature_classifier, real, cache, workers.device, log)
     mean_KF = class_means(network, real, cache, workers, on_progress)

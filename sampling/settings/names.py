@@ -36,8 +36,10 @@ StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
 
 CHAIN_PREFIX: Final = "dlg:"
 
-FeatureName = Literal["classifier", "inception"]
+FeatureName = Literal["classifier", "inception", "dinov2"]
 """The network whose features images are compared by."""
+ResizeName = Literal["pytorch-fid", "tensorflow"]
+"""How images come to the size of Inception-v3."""
 
 NOT_FINITE: Final = (
     "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"

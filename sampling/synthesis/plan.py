@@ -34,8 +34,7 @@ from ditmoe.model.outside.text import printable
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.chains.images import classifier_fingerprint
 from ditmoe.sampling.jobs.chunks import ChunkStore
-from ditmoe.sampling.jobs.workers import CPU
-from ditmoe.sampling.metrics.inception import load_inception
+from ditmoe.sampling.metrics.networks.opening import check_network_options
 from ditmoe.sampling.metrics.quality import ScoreSettings, plain_settings
 from ditmoe.sampling.metrics.reference import OnError, ReferenceImages, reference_of_run
 from ditmoe.sampling.metrics.references.files import open_reference_file
@@ -223,8 +222,8 @@ def _reference(
     options: SynthesisOptions, info: CheckpointInfo, expected: tuple[int, int, int]
 ) -> ReferenceImages | None:
     """The real images that scores go by. UserError when they are not there, or of another kind."""
-    if options.score.features_path is not None and options.score.features != "inception":
-        raise UserError(f"--features-path {options.score.features_path}: expected only with --features inception")
+    score = options.score
+    check_network_options(score.features if score.kind == "features" else "classifier", score.features_path)
     if options.score.kind == "none":
         if options.reference is not None:
             raise UserError(f"--reference {options.reference}: with --score none there is nothing to score by it")
@@ -245,8 +244,6 @@ def _reference(
     ]
     if problems:
         raise UserError(f"{real.where}: not what the network of {info.path} draws: {'; '.join(problems)}")
-    if options.score.kind == "features" and options.score.features == "inception":
-        load_inception(options.score.features_path, CPU)
     return real
 
 

@@ -25,9 +25,9 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
 from ditmoe.sampling.drawing.generate import generate, generate_float
-from ditmoe.sampling.evaluation import of_run
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.metrics.networks import opening
 from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.noise_level import training as noise_training
 from ditmoe.sampling.noise_level.classifier import load_noise_classifier, space_of
@@ -167,7 +167,7 @@ def test_an_evaluation_compares_pixels(
     np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images)
     adm = replace(options, source=write_run(tmp_path / "adm"), data=file, features="inception", vae=vae_folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of_run, "load_inception", lambda path, device: None)
+        patch.setattr(opening, "load_inception", lambda path, device, resize: None)
         assert prepare_job(adm).class_names == tuple("01234")
         np.savez(file, mu=np.zeros(2048), sigma=np.eye(2048), arr_0=images[:, :8, :8])
         with pytest.raises(UserError, match=r"VIRTUAL\.npz: .* image_size is 8, expected 16"):

@@ -46,8 +46,8 @@ def command(
     index: IndexOption = None,
     on_error: OnErrorOption = None,
     features: Annotated[
-        Literal["classifier", "inception"],
-        typer.Option(help="With --score features: a network trained on the real images, or Inception-v3."),
+        Literal["classifier", "inception", "dinov2"],
+        typer.Option(help="With --score features: a network trained on the real images, Inception-v3 or DINOv2."),
     ] = "classifier",
     features_path: Annotated[
         Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")

@@ -26,11 +26,15 @@ def make(
     index: IndexOption = None,
     on_error: OnErrorOption = None,
     features: Annotated[
-        Literal["classifier", "inception"],
-        typer.Option(help="Feature network: one trained here on the real images, or Inception-v3 from a file."),
+        Literal["classifier", "inception", "dinov2"],
+        typer.Option(help="Feature network: one trained here on the real images, or one from a file."),
     ] = "classifier",
     features_path: Annotated[
-        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+        Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
+    ] = None,
+    resize: Annotated[
+        Literal["pytorch-fid", "tensorflow"] | None,
+        typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
     ] = None,
     recogniser: Annotated[
         bool, typer.Option(help="Put in an independent classifier, for the share recognised.")
@@ -74,6 +78,7 @@ def make(
         on_error=on_error,
         features=features,
         features_path=features_path,
+        resize=resize,
         recogniser=recogniser,
     )
     process = this_process()
@@ -86,6 +91,7 @@ def make(
             ("--index", index),
             ("--on-error", on_error),
             ("--features-path", features_path),
+            ("--resize", resize),
         ):
             arguments += [option, str(value)] if value is not None else []
         make_folder(cache / "ranks")

@@ -32,11 +32,15 @@ def command(
         typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: stop]"),
     ] = None,
     features: Annotated[
-        Literal["classifier", "inception"],
-        typer.Option(help="Feature network: one trained on the real images, or Inception-v3 from a file."),
+        Literal["classifier", "inception", "dinov2"],
+        typer.Option(help="Feature network: one trained on the real images, or one from a file."),
     ] = "classifier",
     features_path: Annotated[
-        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+        Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
+    ] = None,
+    resize: Annotated[
+        Literal["pytorch-fid", "tensorflow"] | None,
+        typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
     ] = None,
     neighbour_images: Annotated[
         int | None,
@@ -84,6 +88,7 @@ def command(
         on_error=on_error,
         features=features,
         features_path=features_path,
+        resize=resize,
         neighbour_images=neighbour_images,
     )
     metrics, process = stored_score(job), this_process()
@@ -96,6 +101,7 @@ def command(
                 ("--index", index),
                 ("--on-error", on_error),
                 ("--features-path", features_path),
+                ("--resize", resize),
                 ("--neighbour-images", neighbour_images),
                 ("--cache", cache),
             ):

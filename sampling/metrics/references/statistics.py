@@ -82,7 +82,7 @@ class ReferenceStatistics(Reference):
     def check_features(self, features: FeatureName) -> None:
         """UserError when it has statistics in the features of another network."""
         if features != self.features:
-            path = " --features-path FILE" if self.features == "inception" else ""
+            path = " --features-path FILE" if self.features != "classifier" else ""
             raise UserError(
                 f"{self.path}: has statistics in the features of {self.features}, and not of {features}; "
                 f"give --features {self.features}{path}"

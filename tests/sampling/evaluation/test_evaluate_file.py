@@ -11,12 +11,12 @@ import pytest
 from ditmoe.launcher.commands.evaluate import command
 from ditmoe.launcher.commands.scoring.reference import make
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.evaluation import measures, of_run
 from ditmoe.sampling.evaluation.make_reference import make_reference, prepare_reference
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.features import Features
+from ditmoe.sampling.metrics.networks import opening
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.sampling.small_run import images_of, write_digits, write_run
 
@@ -88,8 +88,7 @@ class Pixels:
 def test_an_evaluation_against_a_file_of_adm_has_the_figures_of_its_images(
     run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (of_run, measures):
-        monkeypatch.setattr(module, "load_inception", lambda path, device: Pixels())
+    monkeypatch.setattr(opening, "load_inception", lambda path, device, resize: Pixels())
     weights, file = tmp_path / "inception.pth", tmp_path / "VIRTUAL_digits.npz"
     weights.write_bytes(b"weights")
     images = np.concatenate([batch.image_NHWC for batch in images_of(shards).read_all(64)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.metrics.inception import (
+from ditmoe.sampling.metrics.networks.inception import (
     CLASSES,
     FEATURES,
     FidInception,
@@ -17,6 +17,7 @@ from ditmoe.sampling.metrics.inception import (
     TorchScriptInception,
     load_inception,
 )
+from ditmoe.sampling.metrics.networks.resize import half_pixel_bilinear, tensorflow_bilinear
 
 CPU = torch.device("cpu")
 
@@ -143,6 +144,27 @@ def test_another_torchscript_program_is_refused(tmp_path: Path) -> None:
     torch.jit.script(nn.Conv2d(3, 4, 3)).save(str(path))
     with pytest.raises(UserError, match=r"other\.pt: cannot be called"):
         load_inception(path, CPU).features(images(1, 3))
+
+
+def test_each_resize_is_a_network_of_its_own(state_path: Path, tmp_path: Path) -> None:
+    image_NHWC = images(2, 3)
+    plain, published = (load_inception(state_path, CPU, resize) for resize in ("pytorch-fid", "tensorflow"))  # type: ignore[arg-type]
+    assert load_inception(state_path, CPU).fingerprint == plain.fingerprint != published.fingerprint
+    assert (plain.description["resize"], published.description["resize"]) == ("pytorch-fid", "tensorflow")
+    pixels = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2)
+    for network, resize in ((plain, half_pixel_bilinear), (published, tensorflow_bilinear)):
+        assert isinstance(network, StateDictInception)
+        seen: list[Tensor] = []
+        network._network.Conv2d_1a_3x3.register_forward_pre_hook(
+            lambda module, given, seen=seen: seen.append(*given)
+        )
+        network.features(image_NHWC)
+        torch.testing.assert_close(seen[0], resize(pixels, 299), rtol=0, atol=0)
+    assert (tensorflow_bilinear(pixels, 299) - half_pixel_bilinear(pixels, 299)).abs().max() > 0.1
+    torch.jit.script(Scripted()).save(str(tmp_path / "scripted.pt"))
+    with pytest.raises(UserError, match=r"--resize pytorch-fid: .* resizes by itself"):
+        load_inception(tmp_path / "scripted.pt", CPU, "pytorch-fid")
+    assert load_inception(tmp_path / "scripted.pt", CPU, "tensorflow").description["resize"] == "by the file"
 
 
 @pytest.mark.parametrize("path", [None, Path("/nowhere/inception.pt")])

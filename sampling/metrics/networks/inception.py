@@ -7,6 +7,7 @@ of the state dict are the usual ones of Inception-v3 in PyTorch (`Conv2d_1a_3x3.
 Shapes: N images, C channels, H×W cells.
 """
 
+import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.nn import functional
 
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor
+from ditmoe.sampling.metrics.networks.resize import half_pixel_bilinear, tensorflow_bilinear
+from ditmoe.sampling.settings.names import ResizeName
 
 TORCHSCRIPT_FILE: Final = "inception-2015-12-05.pt"
 STATE_DICT_FILE: Final = "pt_inception-2015-12-05-6726825d.pth"
@@ -27,6 +30,7 @@ FEATURES: Final = 2048
 CLASSES: Final = 1008
 SPATIAL_CHANNELS: Final = 7
 INPUT_SIZE: Final = 299
+BY_THE_FILE: Final = "by the file"
 
 HOW_TO_GET: Final = (
     "the Inception weights are a file that you give with --features-path, one of:\n"
@@ -172,8 +176,9 @@ class Block8(nn.Module):
 class FidInception(nn.Module):
     """The FID variant of Inception-v3."""
 
-    def __init__(self) -> None:
+    def __init__(self, resize: ResizeName = "pytorch-fid") -> None:
         super().__init__()
+        self._resize = tensorflow_bilinear if resize == "tensorflow" else half_pixel_bilinear
         self.Conv2d_1a_3x3 = Convolution(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = Convolution(32, 32, 3)
         self.Conv2d_2b_3x3 = Convolution(32, 64, 3, padding=1)
@@ -199,9 +204,8 @@ class FidInception(nn.Module):
         1×1 branch of the 17×17 block that TensorFlow calls mixed_6. The probabilities leave out the bias of the
         last layer, as the Inception Score's original program does.
         """
-        size = (INPUT_SIZE, INPUT_SIZE)
-        x = functional.interpolate(image_NCHW.float() / 255, size=size, mode="bilinear", align_corners=False)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        x = self._resize(image_NCHW, INPUT_SIZE)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = functional.max_pool2d(x, 3, stride=2)
         x = functional.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
@@ -218,8 +222,14 @@ class StateDictInception:
     name = "inception"
     dimension = FEATURES
 
-    def __init__(self, state: Mapping[str, Tensor], path: Path, device: torch.device) -> None:
-        network = FidInception()
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        path: Path,
+        device: torch.device,
+        resize: ResizeName = "pytorch-fid",
+    ) -> None:
+        network = FidInception(resize)
         # Batch counters of training: no figure depends on them, and files have them or not.
         given = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
         wanted = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -227,12 +237,8 @@ class StateDictInception:
         network.load_state_dict(given, strict=False)
         self._network = network.eval().requires_grad_(False).to(device)
         self._device = device
-        self.fingerprint = fingerprint_of(given)
-        self.description: Mapping[str, Any] = {
-            "file": path.name,
-            "form": "state dict",
-            "resize": f"bilinear to {INPUT_SIZE}, half-pixel centres",
-        }
+        self.fingerprint = _with_resize(fingerprint_of(given), resize)
+        self.description: Mapping[str, Any] = {"file": path.name, "form": "state dict", "resize": resize}
 
     @torch.inference_mode()
     def features(self, image_NHWC: NDArray[np.uint8]) -> Features:
@@ -251,8 +257,8 @@ class TorchScriptInception:
     def __init__(self, module: Any, path: Path, device: torch.device) -> None:
         self._module = module.eval().to(device)
         self._device = device
-        self.fingerprint = fingerprint_of(dict(self._module.state_dict()))
-        self.description: Mapping[str, Any] = {"file": path.name, "form": "TorchScript", "resize": "by the file"}
+        self.fingerprint = _with_resize(fingerprint_of(dict(self._module.state_dict())), BY_THE_FILE)
+        self.description: Mapping[str, Any] = {"file": path.name, "form": "TorchScript", "resize": BY_THE_FILE}
 
     @torch.inference_mode()
     def features(self, image_NHWC: NDArray[np.uint8]) -> Features:
@@ -282,20 +288,29 @@ class TorchScriptInception:
         }
 
 
-def load_inception(path: Path | None, device: torch.device) -> StateDictInception | TorchScriptInception:
+def _with_resize(weights: str, resize: str) -> str:
+    """The fingerprint of weights, and of how images come to their size: figures depend on both."""
+    return hashlib.sha256(f"{weights} resize {resize}".encode()).hexdigest()[:16]
+
+
+def load_inception(
+    path: Path | None, device: torch.device, resize: ResizeName | None = None
+) -> StateDictInception | TorchScriptInception:
     """Load either file; which of the two it is, is told by its contents.
 
     A TorchScript file is a program: it is loaded from the path that the user names only. The state dict is read
     with `weights_only`.
 
     Raises:
-        UserError: no file is given, it is missing, or it is neither of the two.
+        UserError: no file is given, it is missing, or it is neither of the two; it resizes otherwise than asked.
     """
     if path is None:
         raise UserError(f"--features inception: no file given; {HOW_TO_GET}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; {HOW_TO_GET}")
     if _is_torchscript(path):
+        if resize == "pytorch-fid":
+            raise UserError(f"--resize pytorch-fid: {path} resizes by itself, as TensorFlow does; leave it out")
         try:
             module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
             return TorchScriptInception(module, path, device)
@@ -308,7 +323,7 @@ def load_inception(path: Path | None, device: torch.device) -> StateDictInceptio
         raise UserError(f"{path}: neither TorchScript nor a state dict ({reason}); {HOW_TO_GET}") from None
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict of tensors; {HOW_TO_GET}")
-    return StateDictInception(state, path, device)
+    return StateDictInception(state, path, device, resize or "pytorch-fid")
 
 
 def _is_torchscript(path: Path) -> bool:
