@@ -44,6 +44,7 @@ VERBS: Final[dict[str, Verb]] = {
     "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
     "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
     "score": Verb("ditmoe.launcher.commands.scoring.score", "Score images that others drew."),
+    "worker": Verb("ditmoe.launcher.commands.worker", "Make parts for the commands that lead a crew."),
     "reference": Verb("ditmoe.launcher.commands.scoring.reference", "Make a file that stands for real images."),
     "serve": Verb("ditmoe.launcher.commands.serving.serve", "Draw images for many users, over HTTP."),
     "noise-classifier": Verb(

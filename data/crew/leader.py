@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import dask
-from distributed import Client, Future, Nanny
+from distributed import Client, Future
 from distributed.deploy.spec import SpecCluster
 from distributed.scheduler import KilledWorker
 
 from ditmoe.data.crew.certificate import crew_security
-from ditmoe.data.crew.roles import ALLOWED_DEATHS, STALLED_SECONDS, CrewScheduler, nanny_options, quiet, settings
+from ditmoe.data.crew.keeper import Keeper
+from ditmoe.data.crew.roles import ALLOWED_DEATHS, STALLED_SECONDS, CrewScheduler, quiet, settings
 from ditmoe.data.crew.tasks import AnyParts, Outcome, Task, make_part
 from ditmoe.data.storage.claims import Claims, list_folder
 from ditmoe.data.storage.files import make_folder, replacing
@@ -186,10 +187,7 @@ def lead_crew(
                         "cls": CrewScheduler,
                         "options": {"host": host, "port": 0, "protocol": "tls", "security": security},
                     },
-                    workers={
-                        place: {"cls": Nanny, "options": nanny_options(host, security, environment)}
-                        for place, environment in enumerate(environments)
-                    },
+                    workers={},  # it would not replace a nanny that gives up
                     security=security,
                     silence_logs=logging.CRITICAL,
                 )
@@ -199,7 +197,10 @@ def lead_crew(
             with cluster, Client(cluster.scheduler_address, **options) as client:
                 with replacing(file, private=True) as written:
                     written.write(json.dumps({"address": cluster.scheduler_address}).encode() + b"\n")
+                keeper = Keeper(cluster.scheduler_address, host, security, environments)
+                cluster.sync(keeper.start, lambda: True)
                 try:
                     yield Crew(folder, client, part_seconds, log, len(environments))
                 finally:
                     file.unlink(missing_ok=True)
+                    cluster.sync(keeper.close)

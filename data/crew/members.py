@@ -3,16 +3,16 @@
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import dask
-from distributed import Nanny
-from distributed.security import Security
 
 from ditmoe.data.crew.certificate import crew_security
+from ditmoe.data.crew.keeper import Keeper
 from ditmoe.data.crew.leader import LOOPBACK, SCHEDULER_CLAIM, SCHEDULER_FILE
-from ditmoe.data.crew.roles import nanny_options, quiet, settings
+from ditmoe.data.crew.roles import quiet, settings
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object
 from ditmoe.model.errors import UserError
@@ -44,17 +44,18 @@ def join_crew(
     quiet()
     idle_since = time.monotonic()
     with dask.config.set(settings()):
-        while time.monotonic() - idle_since < idle_seconds:
+        while True:
             address = _leader(folder)
             if address is None:
-                time.sleep(_LOOK_SECONDS)
+                if time.monotonic() - idle_since >= idle_seconds:
+                    break
+                time.sleep(min(_LOOK_SECONDS, idle_seconds))
                 continue
             host = LOOPBACK if address.startswith(f"tls://{LOOPBACK}:") else own_host()
             log(f"{folder}: {len(environments)} workers at {host} join {address}")
-            if asyncio.run(_work(address, host, security, environments)):
-                idle_since = time.monotonic()
-            else:
-                time.sleep(_LOOK_SECONDS)
+            keeper = Keeper(address, host, security, environments)
+            asyncio.run(_work(keeper, partial(_leads, folder, address)))
+            idle_since = time.monotonic()
     log(f"{folder}: nobody has led this crew for {idle_seconds:g} s")
 
 
@@ -70,15 +71,11 @@ def _leader(folder: Path) -> str | None:
     return address if isinstance(address, str) and address.startswith("tls://") else None
 
 
-async def _work(address: str, host: str, security: Security, environments: Sequence[Mapping[str, str]]) -> bool:
-    """Work for a leader until it has gone; False where none of the workers could join it."""
+def _leads(folder: Path, address: str) -> bool:
+    return _leader(folder) == address
 
-    async def one(environment: Mapping[str, str]) -> bool:
-        try:
-            nanny = await Nanny(address, **nanny_options(host, security, environment))
-        except (OSError, TimeoutError, RuntimeError):  # it has gone meanwhile
-            return False
-        await nanny.finished()
-        return True
 
-    return any(await asyncio.gather(*map(one, environments)))
+async def _work(keeper: Keeper, wanted: Callable[[], bool]) -> None:
+    """Keep workers for a leader until it has gone."""
+    await keeper.start(wanted)
+    await keeper.finished()

@@ -26,8 +26,15 @@ def command(
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),
+        typer.Option(min=0, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),
     ] = None,
+    crew: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where workers of any machine join: `ditmoe worker FOLDER`."),
+    ] = None,
+    part_limit: Annotated[
+        float, typer.Option(min=0.01, metavar="MINUTES", help="A worker that is longer at one part is replaced.")
+    ] = 360,
     grid: Annotated[
         Path | None,
         typer.Option(
@@ -139,6 +146,10 @@ def command(
         raise UserError("--watch and --keep statistics: a watch shows images; expected --keep npz or chunks")
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
+    if crew is not None and (watch or grid is not None):
+        raise UserError(f"--crew {crew}: expected without --watch and --grid")
+    if crew is None and processes == 0:
+        raise UserError("--processes 0: expected 1 or more, or --crew FOLDER for workers that join")
     options = EvaluationOptions(
         source=run,
         sampler=SamplerConfig() if grid is not None else drawing.config(),
@@ -187,15 +198,28 @@ def command(
     if metrics is not None and process.first:
         drop_images_of_finished(job.folder, keep)
     if metrics is None:
-        if process.starts_ranks:
-            import torch
+        import torch
 
-            if process.first:
-                for warning in noise_warnings(job.evaluation.sampler):
-                    typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
+        if process.starts_ranks and process.first:
+            for warning in noise_warnings(job.evaluation.sampler):
+                typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
+        if crew is not None and process.ranks > 1:
+            raise UserError(f"--crew {crew}: one process leads it, and this is one of {process.ranks}")
+        if processes is None:
+            processes = torch.cuda.device_count() or 1
+        if crew is not None or (processes > 1 and not process.started):
+            from ditmoe.data.storage.files import make_folder
+            from ditmoe.launcher.local.crew_workers import leads_crew
+            from ditmoe.sampling.evaluation.of_crew import made_by
 
-            processes = processes or torch.cuda.device_count() or 1
-            if processes > 1:
+            make_folder(job.folder)
+            with (
+                signs_of_work(job.folder, job.cache),
+                leads_crew(crew, processes, part_limit, lambda line: typer.echo(line, err=True)) as workers,
+            ):
+                metrics = evaluate_run(job, made_by(workers, options, job), max(processes, 1))
+        else:
+            if processes > 1 and process.starts_ranks:  # on each of several nodes
                 from ditmoe.data.storage.files import make_folder
                 from ditmoe.launcher.local.launch import spawn
 
@@ -205,8 +229,8 @@ def command(
                 ranks = job.folder / "ranks"
                 make_folder(ranks)
                 raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
-        with signs_of_work(job.folder, job.cache):
-            metrics = evaluate_run(job)
+            with signs_of_work(job.folder, job.cache):
+                metrics = evaluate_run(job)
     if process.first:
         for line in table(metrics, job.features):
             typer.echo(line)

@@ -24,6 +24,7 @@ from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
 from ditmoe.sampling.evaluation.keeping import Keep, drop_images_of_finished
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
+from ditmoe.sampling.evaluation.stages import MakeStage
 from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import join_workers
@@ -161,13 +162,17 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     return [replace(job, warnings=(*told, *job.warnings)) for job in jobs]
 
 
-def evaluate_run(job: Job) -> dict[str, Any]:
-    """Do the job as one of the processes that were started for it, or alone.
+def evaluate_run(job: Job, make: MakeStage | None = None, processes: int | None = None) -> dict[str, Any]:
+    """Do the job as one of the processes that were started for it, alone, or as the leader of a crew.
+
+    Args:
+        make: has parts made by a crew; None: these processes make them.
+        processes: of the crew, as far as they are known.
 
     Returns:
         The metrics, as in `metrics.json`.
     """
-    return evaluate_jobs([job])[0]
+    return evaluate_jobs([job], make_of=None if make is None else lambda job: make, processes=processes)[0]
 
 
 OnFinished = Callable[[int, dict[str, Any], float | None], None]
@@ -175,7 +180,11 @@ OnFinished = Callable[[int, dict[str, Any], float | None], None]
 
 
 def evaluate_jobs(
-    jobs: Sequence[Job], on_finished: OnFinished = lambda place, metrics, seconds: None
+    jobs: Sequence[Job],
+    on_finished: OnFinished = lambda place, metrics, seconds: None,
+    *,
+    make_of: Callable[[Job], MakeStage] | None = None,
+    processes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Do jobs of one checkpoint that are scored alike, one after another, by the same processes.
 
@@ -183,13 +192,15 @@ def evaluate_jobs(
 
     Args:
         on_finished: called by the first process after each job, while the others wait; UserError ends them all.
+        make_of: has a job's parts made by a crew; None: these processes make them.
+        processes: of the crew, as far as they are known.
 
     Returns:
         The metrics of each.
     """
     workers = join_workers(str(jobs[0].folder))
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
-    model, measures, found = _Model(workers.device), Measures(), []
+    model, measures, found = ModelOfJob(workers.device), Measures(), []
     try:
         if len(jobs) > 1 and workers.first and any(stored_result(job) is None for job in jobs):
             measures.networks(jobs[0], workers, _say)  # so that the first job's time is its own
@@ -199,7 +210,14 @@ def evaluate_jobs(
             if not workers.everywhere(metrics is not None):
                 fresh, started = not (job.folder / "chunks").exists(), time.monotonic()
                 metrics = run_job(
-                    job, _drawer(job, model), workers, log=_say, progress=show_progress, measures=measures
+                    job,
+                    drawer(job, model),
+                    workers,
+                    log=_say,
+                    progress=show_progress,
+                    measures=measures,
+                    make=None if make_of is None else make_of(job),
+                    processes=processes,
                 )
                 seconds = time.monotonic() - started if fresh else None
             assert metrics is not None
@@ -215,7 +233,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class _Model:
+class ModelOfJob:
     """The network and the noise-level classifier of a checkpoint, each loaded when it is first asked for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -248,7 +266,7 @@ class _Model:
         return self._posterior
 
 
-def _drawer(job: Job, model: _Model) -> DrawChunk:
+def drawer(job: Job, model: ModelOfJob) -> DrawChunk:
     """Draws chunks with the run's network, which is loaded with the first."""
     evaluation = job.evaluation
 

@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object, replacing
-from ditmoe.data.storage.parts import Progress
+from ditmoe.data.storage.parts import Progress, make_parts
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.keeping import (
-    CHUNKS_FOLDER,
     KEPT_KEY,
     SAMPLES_FILE,
     SETTINGS_FILE,
@@ -37,11 +37,18 @@ from ditmoe.sampling.evaluation.keeping import (
 )
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.results import METRICS_FILE, stored_results, write_results
+from ditmoe.sampling.evaluation.stages import (
+    MakeStage,
+    Stage,
+    chunk_store,
+    descriptions_of,
+    real_parts,
+    recognised_of,
+)
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.alone import alone_at
-from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk
+from ditmoe.sampling.jobs.chunks import DrawChunk
 from ditmoe.sampling.jobs.workers import Workers
-from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with
 
 LARGEST_DEFAULT_CHUNK: Final = 256
 
@@ -67,6 +74,8 @@ def run_job(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
     measures: Measures | None = None,
+    make: MakeStage | None = None,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """Do what is missing of a job; every process of the job calls this with the same arguments.
 
@@ -76,6 +85,8 @@ def run_job(
         log: takes lines to show (first process).
         progress: (title, total) → a function that is told the number done (first process).
         measures: kept from one job to the next that is scored alike; anew when left out.
+        make: has parts made by a crew; None: these processes make them.
+        processes: of the crew, as far as they are known; None: `workers` are all.
 
     Returns:
         The metrics, as in `metrics.json`.
@@ -88,8 +99,8 @@ def run_job(
     show = progress if workers.first else lambda title, total: lambda done: None
     busy = f"{job.folder}: another process is at this evaluation"
     claims = Claims(job.folder)
-    with alone_at(claims, "evaluation", workers, busy, lambda: _begin(job, workers.ranks)) as check:
-        return _run(job, draw, workers, say, show, measures or Measures(), check)
+    with alone_at(claims, "evaluation", workers, busy, lambda: _begin(job, processes or workers.ranks)) as check:
+        return _run(job, draw, workers, say, show, measures or Measures(), check, make, processes or workers.ranks)
 
 
 def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) -> int:
@@ -135,23 +146,24 @@ def _run(
     progress: Callable[[str, int], Progress],
     measures: Measures,
     check: Callable[[], None],
+    make: MakeStage | None,
+    processes: int,
 ) -> dict[str, Any]:
     evaluation = job.evaluation
-    size = int(read_object(job.folder / SETTINGS_FILE)["chunk"])
-    store = ChunkStore(
-        job.folder / CHUNKS_FOLDER, evaluation.count, size, evaluation.fingerprint, draw, evaluation.labels_of
-    )
+    store = chunk_store(job, draw)
+    size = store.size
+
+    def among_workers(stage: Stage, parts: AnyParts, on_progress: Progress) -> None:
+        make_parts(parts, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
+
+    made = make or among_workers
 
     # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
     # draw meanwhile.
     if workers.first:
         measures.networks(job, workers, log)
     started, before = time.monotonic(), len(store.pending())
-    store.draw_pending(
-        rank=workers.rank,
-        ranks=workers.ranks,
-        on_progress=progress("chunks drawn", store.chunks),
-    )
+    made("drawn", store.parts, progress("chunks drawn", store.chunks))
     seconds = time.monotonic() - started
     # `chains` has the states of chains in chunks that are not there yet.
     workers.on_first(lambda: shutil.rmtree(job.folder / "chains", ignore_errors=True))
@@ -159,19 +171,16 @@ def _run(
         log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
 
     network, recogniser = measures.networks(job, workers, log)
-    descriptions = ChunkDescriptions.of_store(store, network.fingerprint, describe_with(network))
-    descriptions.make(
-        rank=workers.rank,
-        ranks=workers.ranks,
-        on_progress=progress("chunks described", store.chunks),
-    )
+    descriptions = descriptions_of(store, network)
+    made("described", descriptions.parts, progress("chunks described", store.chunks))
     judged = None
     if recogniser is not None:
-        judge = recogniser
-        judged = ChunkDescriptions.of_store(
-            store, recogniser.fingerprint, lambda image_NHWC: {"predicted": judge.predict(image_NHWC)}
-        )
-        judged.make(rank=workers.rank, ranks=workers.ranks)
+        judged = recognised_of(store, recogniser)
+        made("recognised", judged.parts, lambda done: None)
+    if make is not None:
+        real = real_parts(job, network, workers.device)
+        if real is not None:
+            make("real", real, progress("parts of the real images", job.real.parts))
     statistics = measures.real_statistics(job, network, workers, progress)
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()
@@ -195,7 +204,7 @@ def _run(
                 "vae": evaluation.vae,
                 "batch": job.batch,
                 "chunk": size,
-                "processes": workers.ranks,
+                "processes": processes,
                 "checkpoint": str(job.checkpoint) if job.checkpoint is not None else None,
                 **job.facts,
             },

@@ -101,7 +101,7 @@ class ChunkStore:
         Raises:
             UserError: the file is damaged and cannot be drawn, or belongs to a job with other settings.
         """
-        return self._read(chunk) if self.draw is None else self._parts.load(chunk)
+        return self._read(chunk) if self.draw is None else self.parts.load(chunk)
 
     def not_finite(self) -> list[int]:
         """The numbers of all images that are not finite. UserError as `read`, or when there are too many."""
@@ -169,10 +169,12 @@ class ChunkStore:
             UserError: a chunk cannot be drawn, or written.
         """
         assert self.draw is not None
-        return make_parts(self._parts, rank=rank, ranks=ranks, only=only, on_progress=on_progress)
+        return make_parts(self.parts, rank=rank, ranks=ranks, only=only, on_progress=on_progress)
 
     @cached_property
-    def _parts(self) -> Parts[Arrays, Chunk, None]:
+    def parts(self) -> Parts[Arrays, Chunk, None]:
+        """The chunks, as what is to be made."""
+
         def finish(found: Iterable[Chunk]) -> None:
             """Whoever needs the chunks reads them one by one."""
 

@@ -102,13 +102,14 @@ def real_statistics(
     Raises:
         UserError: a shard or a sample is damaged.
     """
-    parts = _parts_of_real(real, network, cache, device)
+    parts = parts_of_real(real, network, cache, device)
     return run_parts(parts, rank=rank, ranks=ranks, on_progress=on_progress)
 
 
-def _parts_of_real(
+def parts_of_real(
     real: Images, network: FeatureNetwork, cache: Path, device: torch.device
 ) -> Parts[Arrays, Arrays, RealStatistics]:
+    """What `real_statistics` has made: a file for each part of the images."""
     folder = cache / f"real-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
     names = [f"part-{part:02d}.npz" for part in range(real.parts)]
     place = np.empty(real.count, dtype=np.int64)
@@ -217,7 +218,7 @@ class ChunkDescriptions:
             names: of the file of each chunk.
             describe_chunk: number of a chunk → arrays with a row for each of its images; none where it has none.
         """
-        self._parts: Parts[Arrays, Arrays, None] = Parts(
+        self.parts: Final[Parts[Arrays, Arrays, None]] = Parts(
             folder,
             names,
             describe_chunk,
@@ -239,21 +240,21 @@ class ChunkDescriptions:
 
     def make(self, *, rank: int = 0, ranks: int = 1, on_progress: Progress = lambda done: None) -> None:
         """Describe every chunk, side by side with the other processes."""
-        make_parts(self._parts, rank=rank, ranks=ranks, on_progress=on_progress)
+        make_parts(self.parts, rank=rank, ranks=ranks, on_progress=on_progress)
 
     def read(self, chunk: int) -> Arrays:
         """What was said of one chunk."""
-        return self._parts.load(chunk)
+        return self.parts.load(chunk)
 
     def read_all(self) -> Iterator[Arrays]:
         """What was said of each chunk that has images, in their order."""
-        return filter(None, map(self.read, range(len(self._parts.names))))
+        return filter(None, map(self.read, range(len(self.parts.names))))
 
     def remove(self) -> None:
         """Delete the files: they are large, and made again from the chunks."""
-        shutil.rmtree(self._parts.folder)
-        if not any(self._parts.folder.parent.iterdir()):
-            self._parts.folder.parent.rmdir()
+        shutil.rmtree(self.parts.folder)
+        if not any(self.parts.folder.parent.iterdir()):
+            self.parts.folder.parent.rmdir()
 
 
 def _described(image_NHWC: NDArray[np.uint8], describe_images: Callable[[NDArray[np.uint8]], Arrays]) -> Arrays:

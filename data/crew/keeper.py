@@ -1,0 +1,72 @@
+"""The workers that a process has on its machine: each watched by a nanny, which is replaced where it gives up."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from distributed import Nanny
+from distributed.security import Security
+
+from ditmoe.data.crew.roles import nanny_options
+
+_AGAIN_SECONDS: Final = 1.0
+_CLOSE_SECONDS: Final = 5.0
+
+
+class Keeper:
+    """Keeps some workers at the service of a leader, in one event loop.
+
+    A nanny starts a worker anew that dies at work. It gives up where the worker dies while it starts, which is
+    seldom, and where the leader has gone.
+    """
+
+    def __init__(
+        self, address: str, host: str, security: Security, environments: Sequence[Mapping[str, str]]
+    ) -> None:
+        self._address = address
+        self._options = [nanny_options(host, security, environment) for environment in environments]
+        self._nannies: dict[int, Nanny] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self, wanted: Callable[[], bool]) -> None:
+        """Start the workers, and start them again, as long as they are wanted."""
+        self._tasks = [
+            asyncio.create_task(self._keep(place, options, wanted)) for place, options in enumerate(self._options)
+        ]
+
+    async def finished(self) -> None:
+        """Return when none is wanted any more and all have ended."""
+        await asyncio.gather(*self._tasks)
+
+    async def close(self) -> None:
+        """End the workers."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*map(_close, self._nannies.values()))
+
+    async def _keep(self, place: int, options: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
+        while wanted():
+            nanny = self._nannies[place] = Nanny(self._address, **options)
+            try:
+                await nanny
+                await nanny.finished()
+            except Exception:  # killed while it started, or the leader has gone: what it raises has many types
+                await _close(nanny)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _close(nanny: Nanny) -> None:
+    """End a nanny and its worker, also where the worker is stopped and hears of nothing."""
+    closing = asyncio.create_task(nanny.close(timeout=_CLOSE_SECONDS))
+    done, _ = await asyncio.wait([closing], timeout=_CLOSE_SECONDS)
+    if not done:
+        with suppress(ProcessLookupError):
+            if nanny.pid:
+                os.kill(nanny.pid, signal.SIGKILL)
+        await asyncio.wait([closing], timeout=_CLOSE_SECONDS)
+    if closing.done():
+        closing.exception()  # of a nanny that never started: nothing is left to end
