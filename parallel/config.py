@@ -63,7 +63,7 @@ class CheckpointConfig(Settings):
     """Every checkpoint whose step is a multiple of this is kept too."""
     keep_best: int = Field(default=0, ge=0, le=MOST_STEPS)
     """So many of the best by `best_metric` are kept too; 0: none for being good."""
-    best_metric: Literal["loss", "fid", "sfid", "precision", "recall", "inception_score"] = "loss"
+    best_metric: Literal["loss", "fid", "sfid", "kid", "precision", "recall", "inception_score"] = "loss"
     """`loss`: the mean over the records of the last `train.checkpoint_every` steps, lower is better. The others:
-    figures of `ditmoe evaluate RUN`, and a checkpoint without one is not among the best; of FID and sFID lower is
-    better, of the rest higher. Only evaluations with the settings of the latest one are compared."""
+    figures of `ditmoe evaluate RUN`, and a checkpoint without one is not among the best; of FID, sFID and KID
+    lower is better, of the rest higher. Only evaluations with the settings of the latest one are compared."""

@@ -20,7 +20,7 @@ MARKDOWN_FILE: Final = "table.md"
 CSV_FILE: Final = "table.csv"
 FIGURES: Final = ("fid", "sfid", "kid", "precision", "recall", "inception_score")
 """Of the evaluation of a cell's newest evaluated step."""
-_TITLES: Final = {"loss": "loss", "fid": "FID", "sfid": "sFID", "inception_score": "Inception Score"}
+_TITLES: Final = {"loss": "loss", "fid": "FID", "sfid": "sFID", "kid": "KID", "inception_score": "Inception Score"}
 
 Row = dict[str, Any]
 

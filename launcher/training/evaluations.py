@@ -12,7 +12,7 @@ from ditmoe.data.storage.files import open_regular, replacing
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import read_info
 
-LOWER_IS_BETTER: Final = ("loss", "fid", "sfid")
+LOWER_IS_BETTER: Final = ("loss", "fid", "sfid", "kid")
 """Of the rest of `checkpoint.best_metric` higher is better."""
 
 

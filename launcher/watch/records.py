@@ -36,6 +36,7 @@ WATCH_FILE: Final = "watch.jsonl"
 FIGURES: Final = {
     "fid": "FID",
     "sfid": "sFID",
+    "kid": "KID",
     "precision": "precision",
     "recall": "recall",
     "inception_score": "Inception Score",

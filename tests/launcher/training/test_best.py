@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from ditmoe.launcher.sweep import table as sweep_table
 from ditmoe.launcher.training.best import BestCheckpoints, evaluated, losses
+from ditmoe.launcher.training.evaluations import LOWER_IS_BETTER
 from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.launcher.watch import records as watch_records
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.config import CheckpointConfig
@@ -90,3 +93,10 @@ def test_lower_or_higher(tmp_path: Path, metric: str, best: list[int]) -> None:
     retention = CheckpointConfig.model_validate({"keep_best": 2, "best_metric": metric})
     assert BestCheckpoints(RunFolder(tmp_path), retention, 10)(paths) == best
     assert BestCheckpoints(RunFolder(tmp_path), CheckpointConfig(), 10)(paths) == []
+
+
+def test_every_figure_that_checkpoints_are_kept_by_has_its_direction_and_is_shown() -> None:
+    metrics = get_args(CheckpointConfig.model_fields["best_metric"].annotation)
+    assert set(metrics) - set(LOWER_IS_BETTER) == {"precision", "recall", "inception_score"}
+    figures = set(metrics) - {"loss"}
+    assert figures == set(sweep_table.FIGURES) and figures <= set(watch_records.FIGURES)
