@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.progress import show_progress
+from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import normal
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
@@ -130,6 +131,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
         for sampler in resolved
     ]
     learned = tuple(info.dataset.get("class_names") or ())
+    size = count(complete_config(info.model, info))
     jobs = [
         Job(
             evaluation=evaluation,
@@ -148,6 +150,8 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             checkpoint=path,
             facts={
                 "images_seen": info.images,
+                "train_batch": info.config["train"]["batch"] if "train" in info.config else None,
+                "parameters": {"total": size.total, "activated": size.activated},
                 "model": info.config["model"],
                 "objective": info.config["objective"],
                 "trained_on": info.dataset.get("name"),

@@ -1,4 +1,4 @@
-"""What a finished evaluation leaves: `samples.npz`, `metrics.json`, the gallery, and the table on the terminal."""
+"""What an evaluation leaves: `samples.npz`, `metrics.json`, its row, the gallery, and the table of a terminal."""
 
 import json
 import zipfile
@@ -17,6 +17,7 @@ from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
 from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
 from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
+from ditmoe.sampling.evaluation.row import LATEX_FILE, MARKDOWN_FILE, latex, markdown, rows_of
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
@@ -114,6 +115,10 @@ def write_results(
         "results": results,
     }
     write_gallery(folder / "gallery", sheets, metrics, network.name)
+    rows = rows_of(metrics)
+    for name, text in ((MARKDOWN_FILE, markdown(rows)), (LATEX_FILE, latex(rows))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
     with replacing(path) as file:
         file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
     descriptions.remove()

@@ -1,0 +1,109 @@
+"""The row that an evaluation is in a table: figures with all that they depend on, in Markdown and LaTeX."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+MARKDOWN_FILE: Final = "row.md"
+LATEX_FILE: Final = "row.tex"
+NOTHING: Final = "–"
+"""What stands where something is not known, or does not apply."""
+FIGURES: Final = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "IS",
+}
+"""Key of a figure → the title of its column."""
+_ESCAPED: Final = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "–": "--",
+    "×": r"$\times$",
+    **{each: f"\\{each}" for each in "&%$#_{}"},
+}
+
+
+def rows_of(metrics: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A row for each feature network of `metrics.json`: title of the column → text.
+
+    What an older evaluation did not write down is `NOTHING`.
+    """
+    return [_row(metrics["evaluation"], result) for result in metrics["results"].values()]
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows under their titles."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([*row.values()] for row in rows)]
+    return "".join(f"| {' | '.join(each.replace('|', chr(92) + '|') for each in line)} |\n" for line in lines)
+
+
+def latex(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows under their titles, as a `tabular` with the rules of booktabs."""
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (rows[0], *(row.values() for row in rows))]
+    begin, end = rf"\begin{{tabular}}{{{'l' * len(rows[0])}}}", r"\end{tabular}"
+    return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", end]) + "\n"
+
+
+def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
+    sampler: Mapping[str, Any] = evaluation.get("sampler", {})
+    network: Mapping[str, Any] = result.get("network", {})
+    real: Mapping[str, Any] = result.get("real", {})
+    counts: Mapping[str, Any] = evaluation.get("parameters") or {}
+    guidance = _number(sampler.get("cfg_scale"))
+    if sampler.get("cfg_channels") is not None:
+        guidance += f" on {sampler['cfg_channels']} channels"
+    resize = f", resize {network['resize']}" if network.get("resize") else ""
+    return {
+        "network": _network(evaluation.get("model") or {}),
+        "parameters": _number(counts.get("total")),
+        "activated": _number(counts.get("activated")),
+        "trained on": _text(evaluation.get("trained_on")),
+        "steps": _number(evaluation.get("step")),
+        "images seen": _number(evaluation.get("images_seen")),
+        "batch": _number(evaluation.get("train_batch")),
+        "weights": _text(evaluation.get("which")),
+        "sampler": _text(sampler.get("sampler")),
+        "schedule": _text(sampler.get("schedule")),
+        "NFE": _number(evaluation.get("nfe")),
+        "passes": _number(evaluation.get("network_passes")),
+        "guidance": guidance,
+        "arithmetic": _text(sampler.get("precision")),
+        "seed": _number(sampler.get("seed")),
+        "N": _number(result.get("drawn_images")),
+        "labels": _text(evaluation.get("labels")),
+        "reference": f"{_text(real.get('name'))} {_text(real.get('fingerprint'))}",
+        "real images": _number(result.get("real_images")),
+        "evaluator": f"{_text(network.get('name'))} {_text(network.get('fingerprint'))}{resize}",
+        **{title: _figure(result.get(key)) for key, title in FIGURES.items()},
+    }
+
+
+def _network(model: Mapping[str, Any]) -> str:
+    """The preset, or the corners of a network that is none."""
+    if model.get("preset"):
+        return str(model["preset"])
+    corners = [f"{name} {model[name]}" for name in ("depth", "hidden", "patch", "experts") if model.get(name)]
+    return ", ".join(corners) or NOTHING
+
+
+def _text(value: object) -> str:
+    return NOTHING if value is None else str(value)
+
+
+def _number(value: object) -> str:
+    """Counts in full, others to six digits: what a run is must be told exactly."""
+    if isinstance(value, float) and not value.is_integer():
+        return f"{value:.6g}"
+    return f"{int(value):,}" if isinstance(value, int | float) else NOTHING
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else NOTHING
+
+
+def _escaped(text: str) -> str:
+    return re.sub("|".join(map(re.escape, _ESCAPED)), lambda match: _ESCAPED[match[0]], text)
