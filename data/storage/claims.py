@@ -14,6 +14,7 @@ dead can tell that it has lost its claim.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,10 @@ BEAT_SECONDS: Final = 15.0
 MISSED_BEATS: Final = 8
 """So many beats without a sign, and the holder is taken for dead; file systems may show a time a minute late."""
 _CLAIM: Final = re.compile(r"(?P<name>.+)\.(?P<number>[0-9]{1,9})")
+_DRAFT: Final = re.compile(
+    r"\.(?P<machine>[0-9a-f]{8})\.(?P<pid>[0-9]{1,9})\.(?P<started>[0-9]{1,19}|None)\.[0-9a-f]{32}"
+)
+"""A file on its way to be a claim, or to tell the server's time: it says whose it is before it has a content."""
 _LONGEST_BEAT: Final = 3600.0
 
 
@@ -149,7 +154,8 @@ class Claims:
                 return None
             # What was judged may be long over: then others have come and gone, or hold another number. Where a
             # process died while it took the claim over, more than one that is over is left.
-            numbers = self.listing().claims.get(name, [])
+            listing = self.listing()
+            numbers = listing.claims.get(name, [])
             before = {each: _read(self.folder / f"{name}.{each}") for each in numbers if each < number}
             if max(numbers, default=-1) != number or any(
                 seen and seen.token != judged and self._lives(seen) for seen in before.values()
@@ -158,6 +164,7 @@ class Claims:
                 return None
             for each in before:
                 _remove(self.folder / f"{name}.{each}")
+            self.remove_drafts(listing)
             return Claim(self.folder, name, number, token)
         except BaseException:  # a signal may come at any time
             own = _read(path)
@@ -183,7 +190,7 @@ class Claims:
 
     def _create(self, path: Path, token: str, after: str) -> bool:
         """Create a claim, whole and at once; False where another process has created it before."""
-        here = _here()
+        here, draft = _here(), self._draft(token)
         content = json.dumps(
             {
                 "token": token,
@@ -195,7 +202,6 @@ class Claims:
                 "beat": BEAT_SECONDS,
             }
         ).encode()
-        draft = self.folder / f".{token}"
         try:
             try:
                 try:
@@ -223,6 +229,25 @@ class Claims:
             raise UserError(f"{path}: could not be written: {error.strerror or error}") from error
         return True
 
+    def remove_drafts(self, listing: Listing) -> None:
+        """Remove what killed processes left on its way. Removes nothing of a process that may live."""
+        own = _machine_digest()
+        for file in listing.others:
+            match = _DRAFT.fullmatch(file)
+            if match is None:
+                continue
+            if match["machine"] == own:
+                started = None if match["started"] == "None" else int(match["started"])
+                over = not _runs(int(match["pid"]), started)
+            else:
+                seen = _read(self.folder / file)
+                over = seen is not None and self._now() - seen.touched > MISSED_BEATS * BEAT_SECONDS
+            if over:
+                _remove(self.folder / file)
+
+    def _draft(self, token: str) -> Path:
+        return self.folder / f".{_machine_digest()}.{os.getpid()}.{_started(os.getpid())}.{token}"
+
     def _lives(self, seen: _Seen) -> bool:
         if seen.machine == _here().machine and seen.pid > 0:
             return _runs(seen.pid, seen.started)
@@ -230,7 +255,7 @@ class Claims:
 
     def _now(self) -> float:
         """The time by the clock of the file server, which need not be this machine's."""
-        draft = self.folder / f".{uuid.uuid4().hex}"
+        draft = self._draft(uuid.uuid4().hex)
         try:
             draft.touch()
             return draft.stat().st_mtime
@@ -276,6 +301,11 @@ def _here() -> _Machine:
         ]
     # Without them a process is not looked for: the beats of its claims decide.
     return _Machine(" ".join(facts) if len(facts) == 3 else f"{host} {uuid.uuid4().hex}", host)
+
+
+def _machine_digest() -> str:
+    """Of this machine's name, as drafts have it: eight hexadecimal digits."""
+    return hashlib.sha256(_here().machine.encode()).hexdigest()[:8]
 
 
 def _started(pid: int) -> int | None:

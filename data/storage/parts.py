@@ -351,6 +351,7 @@ def _clean(parts: Parts[Made, Found, Result], of: Sequence[int], listing: Listin
     """Remove what killed processes left behind of finished parts."""
     _remove_of(parts, of, listing, DRAFT_SUFFIX)
     _remove_of(parts, of, listing, FAILURE_SUFFIX)
+    parts.claims.remove_drafts(listing)
     for part in of:
         if parts.names[part] in listing.claims:
             with parts.claims.taken(parts.names[part], listing):

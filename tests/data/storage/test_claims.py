@@ -190,7 +190,7 @@ def take_and_die(folder: Path, dies_at: int) -> None:
 
 
 def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path) -> None:
-    last = 7  # moments of a takeover: two looks, the link, its draft, up to three claims before it
+    last = 9  # moments of a takeover: two looks, the link, its draft, up to three claims before it, two drafts
     for case, (first, second) in enumerate(itertools.product(range(1, last + 2), repeat=2)):
         folder = tmp_path / str(case)
         for dies_at in (100, first, second, 100):
@@ -202,8 +202,30 @@ def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path) -
         assert process.exitcode <= last
         with Claims(folder).taken("work") as claim:
             assert claim is not None and claim.held()
-            (file,) = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        assert not file.exists()
+            assert len([*folder.iterdir()]) == 1
+        assert not [*folder.iterdir()]  # the drafts of the killed are gone too
+
+
+def test_drafts_are_removed_when_nobody_can_be_at_them(
+    tmp_path: Path, another_machine: Callable[[], None]
+) -> None:
+    claims = Claims(tmp_path)
+    there = claims._draft("a" * 32)
+    another_machine()
+    here = claims._draft("b" * 32)
+    for path in (there, here, tmp_path / "000.npz.x.draft", tmp_path / ".hidden"):
+        path.touch()
+    expiry = claims_module.BEAT_SECONDS * claims_module.MISSED_BEATS
+    kept = {*tmp_path.iterdir()}
+    now = time.time()
+    for path in kept:
+        os.utime(path, (now - expiry + 30, now - expiry + 30))
+    claims.remove_drafts(claims.listing())
+    assert {*tmp_path.iterdir()} == kept
+    for path in kept:
+        os.utime(path, (now - expiry - 30, now - expiry - 30))
+    claims.remove_drafts(claims.listing())
+    assert {*tmp_path.iterdir()} == kept - {there}  # the process of the other one is seen to live
 
 
 def race(folder: Path, start: object, log: Path) -> None:
