@@ -143,9 +143,8 @@ def test_each_checkpoint_is_scored_once_and_written_once(run: Run) -> None:
     # Step 30 was never there to be scored.
     assert sorted(run.records) == [(10, "scored"), (20, "scored"), (30, "removed"), (40, "scored")]
     points = written_points(run.board)
-    scored = {
-        (f"evaluation/{name}", step) for name in ("FID", "precision", "recall", "images") for step in (10, 20, 40)
-    }
+    names = ("FID", "KID", "precision", "recall", "images")
+    scored = {(f"evaluation/{name}", step) for name in names for step in (10, 20, 40)}
     assert points == scored
     board = EventAccumulator(str(run.board))
     board.Reload()
