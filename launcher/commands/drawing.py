@@ -1,4 +1,4 @@
-"""The options of every command that draws images, declared once.
+"""The options of every command that draws or scores images, declared once.
 
 A command that is marked `@draws_images(steps=…)` gets those of the sampler, in place of its argument `drawing`,
 which holds what they were. They are named as the fields of `SamplerConfig`.
@@ -35,6 +35,21 @@ IndexOption = Annotated[
 OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
     typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: as the run did]"),
+]
+FeaturesOption = Annotated[
+    Literal["classifier", "inception", "dinov2"],
+    typer.Option(help="Feature network: one trained here on the real images, or one from a file."),
+]
+FeaturesPathOption = Annotated[
+    Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
+]
+ResizeOption = Annotated[
+    Literal["pytorch-fid", "tensorflow"] | None,
+    typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"),
 ]
 
 _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {

@@ -6,9 +6,13 @@ from typing import Annotated, Literal
 import typer
 
 from ditmoe.launcher.commands.drawing import (
+    CacheOption,
     Drawing,
+    FeaturesOption,
+    FeaturesPathOption,
     IndexOption,
     OnErrorOption,
+    ResizeOption,
     StepOption,
     VaeOption,
     WeightsOption,
@@ -60,23 +64,15 @@ def command(
     ] = None,
     index: IndexOption = None,
     on_error: OnErrorOption = None,
-    features: Annotated[
-        Literal["classifier", "inception", "dinov2"],
-        typer.Option(help="Feature network: one trained here on the real images, or one from a file."),
-    ] = "classifier",
-    features_path: Annotated[
-        Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
-    ] = None,
+    features: FeaturesOption = "classifier",
+    features_path: FeaturesPathOption = None,
     neighbour_images: Annotated[
         int | None,
         typer.Option(
             min=8, help="Real images that precision and recall look at. [default: all, up to 50,000; ADM: 10,000]"
         ),
     ] = None,
-    resize: Annotated[
-        Literal["pytorch-fid", "tensorflow"] | None,
-        typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
-    ] = None,
+    resize: ResizeOption = None,
     recogniser: Annotated[
         bool, typer.Option(help="Also report the share that an independent classifier recognises.")
     ] = True,
@@ -92,12 +88,7 @@ def command(
             help="What is left of the images when all is scored: chunks and samples.npz, that file, or moments."
         ),
     ] = "chunks",
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
-        ),
-    ] = None,
+    cache: CacheOption = None,
     watch: Annotated[
         bool,
         typer.Option(

@@ -1,11 +1,18 @@
 """`ditmoe reference`: what drawn images are compared with, as a file that can be passed on."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from ditmoe.launcher.commands.drawing import IndexOption, OnErrorOption
+from ditmoe.launcher.commands.drawing import (
+    CacheOption,
+    FeaturesOption,
+    FeaturesPathOption,
+    IndexOption,
+    OnErrorOption,
+    ResizeOption,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Make a file of statistics that stands for real images.")
 
@@ -25,26 +32,13 @@ def make(
     ] = None,
     index: IndexOption = None,
     on_error: OnErrorOption = None,
-    features: Annotated[
-        Literal["classifier", "inception", "dinov2"],
-        typer.Option(help="Feature network: one trained here on the real images, or one from a file."),
-    ] = "classifier",
-    features_path: Annotated[
-        Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
-    ] = None,
-    resize: Annotated[
-        Literal["pytorch-fid", "tensorflow"] | None,
-        typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
-    ] = None,
+    features: FeaturesOption = "classifier",
+    features_path: FeaturesPathOption = None,
+    resize: ResizeOption = None,
     recogniser: Annotated[
         bool, typer.Option(help="Put in an independent classifier, for the share recognised.")
     ] = True,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
-        ),
-    ] = None,
+    cache: CacheOption = None,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),

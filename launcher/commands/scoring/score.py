@@ -5,7 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from ditmoe.launcher.commands.drawing import IndexOption
+from ditmoe.launcher.commands.drawing import (
+    CacheOption,
+    FeaturesOption,
+    FeaturesPathOption,
+    IndexOption,
+    ResizeOption,
+)
 
 
 def command(
@@ -31,29 +37,16 @@ def command(
         Literal["stop", "skip"] | None,
         typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: stop]"),
     ] = None,
-    features: Annotated[
-        Literal["classifier", "inception", "dinov2"],
-        typer.Option(help="Feature network: one trained on the real images, or one from a file."),
-    ] = "classifier",
-    features_path: Annotated[
-        Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
-    ] = None,
-    resize: Annotated[
-        Literal["pytorch-fid", "tensorflow"] | None,
-        typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
-    ] = None,
+    features: FeaturesOption = "classifier",
+    features_path: FeaturesPathOption = None,
+    resize: ResizeOption = None,
     neighbour_images: Annotated[
         int | None,
         typer.Option(
             min=4, help="Real images that precision and recall look at; ADM: 10000. [default: all, up to 50000]"
         ),
     ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"
-        ),
-    ] = None,
+    cache: CacheOption = None,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),

@@ -33,6 +33,7 @@ from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_tab
 from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.errors import UserError
+from tests.mortal import Mortal
 
 CPU = torch.device("cpu")
 runner = CliRunner()
@@ -193,18 +194,7 @@ def test_images_that_are_cropped_when_read_can_be_encoded(shapes: Path, vae_fold
 
 def _encode(source: Path, out: Path, vae: Path, rank: int, dies_at: int) -> None:
     """Encode, and be killed at one of the moments at which something is computed, locked, synced or renamed."""
-    moments = 0
-
-    def mortal(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal moments
-            moments += 1
-            if moments == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
+    mortal = Mortal(dies_at)
     # What a killed process has written stays, synced or not; to sync may take seconds on a busy disk.
     os.fsync = mortal(lambda descriptor: None)
     os.replace, os.open, os.unlink = map(mortal, (os.replace, os.open, os.unlink))

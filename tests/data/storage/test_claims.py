@@ -15,6 +15,7 @@ import pytest
 from ditmoe.data.storage import claims as claims_module
 from ditmoe.data.storage.claims import Claims
 from ditmoe.model.errors import UserError
+from tests.mortal import Mortal
 
 FORK = multiprocessing.get_context("fork")
 
@@ -171,22 +172,11 @@ def test_one_that_slept_between_looking_and_taking_does_not_get_between(
 
 def take_and_die(folder: Path, dies_at: int) -> None:
     """Be killed while a claim is taken, at one of the moments at which a file is listed, linked or removed."""
-    moments = 0
-
-    def mortal(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*args: object, **kwargs: object) -> object:
-            nonlocal moments
-            moments += 1
-            if moments == dies_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return call
-
+    mortal = Mortal(dies_at)
     os.scandir, os.link, os.unlink = map(mortal, (os.scandir, os.link, os.unlink))
     with Claims(folder).taken("work") as claim:
         assert claim is not None
-        os._exit(moments)  # it is over with the process
+        os._exit(mortal.moments)  # it is over with the process
 
 
 def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path) -> None:
