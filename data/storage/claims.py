@@ -231,19 +231,16 @@ class Claims:
 
     def remove_drafts(self, listing: Listing) -> None:
         """Remove what killed processes left on its way. Removes nothing of a process that may live."""
-        own = _machine_digest()
-        for file in listing.others:
-            match = _DRAFT.fullmatch(file)
-            if match is None:
-                continue
-            if match["machine"] == own:
-                started = None if match["started"] == "None" else int(match["started"])
-                over = not _runs(int(match["pid"]), started)
+        for draft in filter(None, map(_DRAFT.fullmatch, listing.others)):
+            path = self.folder / draft[0]
+            if draft["machine"] == _machine_digest():
+                started = None if draft["started"] == "None" else int(draft["started"])
+                over = not _runs(int(draft["pid"]), started)
             else:
-                seen = _read(self.folder / file)
+                seen = _read(path)
                 over = seen is not None and self._now() - seen.touched > MISSED_BEATS * BEAT_SECONDS
             if over:
-                _remove(self.folder / file)
+                _remove(path)
 
     def _draft(self, token: str) -> Path:
         return self.folder / f".{_machine_digest()}.{os.getpid()}.{_started(os.getpid())}.{token}"
