@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -115,21 +116,31 @@ def test_it_is_the_transformer_of_torch_on_equal_weights() -> None:
 
 
 @torch.no_grad()
-def test_it_is_the_network_of_transformers_on_equal_weights() -> None:
-    transformers = pytest.importorskip("transformers")
+@pytest.mark.parametrize("side", [16, 37])
+def test_it_is_the_network_of_transformers_on_equal_weights(tmp_path: Path, side: int) -> None:
+    network = random_network(side)
+    size = side * 14
     config = transformers.Dinov2Config(
         hidden_size=FEATURES,
         num_hidden_layers=DEPTH,
         num_attention_heads=FEATURES // 64,
-        image_size=224,
+        image_size=size,
         patch_size=14,
     )
-    theirs = transformers.Dinov2Model(config).eval()
-    network = random_network(16)
-    theirs.load_state_dict(hugging_face(network.state_dict()))
-    x_NCHW = torch.randn(2, 3, 224, 224)
-    expected = theirs(x_NCHW).last_hidden_state[:, 0]
+    config.save_pretrained(tmp_path)
+    state = {**hugging_face(network.state_dict()), "embeddings.mask_token": torch.zeros(1, FEATURES)}
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "model.safetensors")
+    theirs, loading = transformers.Dinov2Model.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    x_NCHW = torch.randn(2, 3, size, size)
+    expected = theirs.eval()(x_NCHW).last_hidden_state[:, 0]
     torch.testing.assert_close(network(x_NCHW), expected, rtol=1e-5, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "saved")  # what the package writes is read here as well
+    read = load_dinov2(tmp_path / "saved" / "model.safetensors", CPU)
+    save_file(
+        {key: value.contiguous() for key, value in network.state_dict().items()}, tmp_path / "own.safetensors"
+    )
+    assert read.fingerprint == load_dinov2(tmp_path / "own.safetensors", CPU).fingerprint
 
 
 @torch.no_grad()
