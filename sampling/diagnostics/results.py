@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ditmoe.sampling.diagnostics.figures import ChainSeries, chain_figures
 from ditmoe.sampling.diagnostics.picture import write_chain_picture
 from ditmoe.sampling.jobs.chunks import ChunkStore
-from ditmoe.sampling.metrics.scores import ChunkDescriptions
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 
 CHAINS_FILE: Final = "chains.png"
 IMAGES: Final = 10_000

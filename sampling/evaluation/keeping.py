@@ -15,8 +15,9 @@ import torch
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object, replacing
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.moments import Moments
-from ditmoe.sampling.metrics.scores import CPU, ChunkDescriptions, RealStatistics
+from ditmoe.sampling.metrics.real_statistics import CPU, RealStatistics
 
 Keep = Literal["chunks", "npz", "statistics"]
 KEEPS: Final[tuple[Keep, ...]] = get_args(Keep)

@@ -10,10 +10,10 @@ from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import Classifier, load_classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.networks.opening import FROM_FILES, open_network
+from ditmoe.sampling.metrics.real_statistics import RealStatistics
 from ditmoe.sampling.metrics.reference import Reference, ReferenceImages
 from ditmoe.sampling.metrics.references.files import reference_statistics
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
-from ditmoe.sampling.metrics.scores import RealStatistics
 
 
 class Measures:

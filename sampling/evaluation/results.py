@@ -20,9 +20,11 @@ from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
 from ditmoe.sampling.evaluation.row import LATEX_FILE, MARKDOWN_FILE, latex, markdown, rows_of
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.features import FeatureNetwork
+from ditmoe.sampling.metrics.real_statistics import CPU, RealStatistics
 from ditmoe.sampling.metrics.reference import Reference
-from ditmoe.sampling.metrics.scores import CPU, ChunkDescriptions, RealStatistics, score
+from ditmoe.sampling.metrics.scores import score
 from ditmoe.sampling.settings.names import NOT_FINITE
 
 METRICS_FILE: Final = "metrics.json"

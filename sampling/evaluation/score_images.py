@@ -38,13 +38,13 @@ from ditmoe.sampling.evaluation.results import (
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, Classifier, ClassifierSettings
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.networks.opening import check_network_options
 from ditmoe.sampling.metrics.reference import Images, OnError, Reference, open_reference
 from ditmoe.sampling.metrics.references.files import open_reference_file
 from ditmoe.sampling.metrics.references.image_sets import FolderImages, NpzImages
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
-from ditmoe.sampling.metrics.scores import ChunkDescriptions
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
 SETTINGS_FILE: Final = "score.json"

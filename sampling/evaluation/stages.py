@@ -12,10 +12,11 @@ from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.keeping import CHUNKS_FOLDER, SETTINGS_FILE
 from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk
 from ditmoe.sampling.metrics.classifier import Classifier
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions, describe_with
 from ditmoe.sampling.metrics.features import FeatureNetwork
+from ditmoe.sampling.metrics.real_statistics import parts_of_real
 from ditmoe.sampling.metrics.reference import Images
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
-from ditmoe.sampling.metrics.scores import ChunkDescriptions, describe_with, parts_of_real
 
 Stage = Literal["drawn", "described", "recognised", "real"]
 STAGES: Final[tuple[Stage, ...]] = ("drawn", "described", "recognised", "real")

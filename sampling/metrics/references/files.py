@@ -11,11 +11,11 @@ from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import is_address
 from ditmoe.sampling.metrics.features import FeatureNetwork
+from ditmoe.sampling.metrics.real_statistics import CPU, RealStatistics, real_statistics
 from ditmoe.sampling.metrics.reference import Images, Reference
 from ditmoe.sampling.metrics.references.image_sets import IMAGES_KEY, NpzFile, NpzImages
 from ditmoe.sampling.metrics.references.own import SUFFIX, OwnStatistics
 from ditmoe.sampling.metrics.references.statistics import NPZ_KINDS, NpzStatistics, ReferenceStatistics
-from ditmoe.sampling.metrics.scores import CPU, RealStatistics, real_statistics
 
 PICKLE_SUFFIXES: Final = (".pkl", ".pickle")
 FILE_SUFFIXES: Final = (SUFFIX, ".npz", *PICKLE_SUFFIXES)

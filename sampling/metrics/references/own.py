@@ -28,9 +28,9 @@ from ditmoe.sampling.metrics.classifier import Classifier, restored
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.inception_score import SplitSums
 from ditmoe.sampling.metrics.moments import Moments
+from ditmoe.sampling.metrics.real_statistics import HALVES, KINDS, RealStatistics
 from ditmoe.sampling.metrics.reference import Form, Images
 from ditmoe.sampling.metrics.references.statistics import MOST_FEATURES, ReferenceStatistics
-from ditmoe.sampling.metrics.scores import HALVES, KINDS, RealStatistics
 from ditmoe.sampling.settings.names import FeatureName
 
 SUFFIX: Final = ".safetensors"

@@ -20,9 +20,9 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.moments import Gaussian
+from ditmoe.sampling.metrics.real_statistics import RealStatistics
 from ditmoe.sampling.metrics.reference import Form, Images, Reference
 from ditmoe.sampling.metrics.references.image_sets import IMAGES_KEY, NpzFile, NpzImages
-from ditmoe.sampling.metrics.scores import RealStatistics
 from ditmoe.sampling.settings.names import FeatureName
 
 NPZ_KINDS: Final = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

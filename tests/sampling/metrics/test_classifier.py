@@ -26,8 +26,8 @@ from ditmoe.sampling.metrics.classifier import (
 )
 from ditmoe.sampling.metrics.features import describe
 from ditmoe.sampling.metrics.quality import class_means
+from ditmoe.sampling.metrics.real_statistics import real_statistics
 from ditmoe.sampling.metrics.reference import ReferenceImages
-from ditmoe.sampling.metrics.scores import real_statistics
 from tests.sampling.small_run import images_of
 
 CPU = torch.device("cpu")

@@ -30,8 +30,8 @@ from ditmoe.parallel.ranks import ThisProcess
 from ditmoe.sampling.metrics import decoding
 from ditmoe.sampling.metrics import reference as reference_module
 from ditmoe.sampling.metrics.decoding import decoding_processes
+from ditmoe.sampling.metrics.real_statistics import real_statistics
 from ditmoe.sampling.metrics.reference import ReferenceImages, open_reference, reference_of_run
-from ditmoe.sampling.metrics.scores import real_statistics
 from tests.data.making.foreign_tars import picture, write_tar
 from tests.sampling.small_run import images_of, write_run
 

@@ -26,13 +26,15 @@ from ditmoe.data.storage.arrays import Arrays
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.make_reference import ReferenceJob, make_reference, prepare_reference
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.features import Features, describe
+from ditmoe.sampling.metrics.real_statistics import RealStatistics, real_statistics
 from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.metrics.references.files import open_reference_file, reference_statistics
 from ditmoe.sampling.metrics.references.image_sets import FolderImages, NpzImages
 from ditmoe.sampling.metrics.references.own import OwnStatistics, write_reference
 from ditmoe.sampling.metrics.references.statistics import NpzStatistics
-from ditmoe.sampling.metrics.scores import ChunkDescriptions, RealStatistics, real_statistics, score
+from ditmoe.sampling.metrics.scores import score
 from tests.sampling.small_run import images_of, write_digits
 
 CPU = torch.device("cpu")
