@@ -47,6 +47,18 @@ ResizeOption = Annotated[
     Literal["pytorch-fid", "tensorflow"] | None,
     typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
 ]
+ReferenceNetworkOption = Annotated[
+    Literal["inception-tensorflow", "inception-pytorch-fid", "dinov2"] | None,
+    typer.Option(
+        help="What an npz reference of mu and sigma is of: it does not tell. [default: inception, not stated]"
+    ),
+]
+NeighbourImagesOption = Annotated[
+    int | None,
+    typer.Option(
+        min=8, help="Real images that precision and recall look at; ADM: 10000. [default: all, up to 50000]"
+    ),
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"),

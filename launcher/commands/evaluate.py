@@ -11,7 +11,9 @@ from ditmoe.launcher.commands.drawing import (
     FeaturesOption,
     FeaturesPathOption,
     IndexOption,
+    NeighbourImagesOption,
     OnErrorOption,
+    ReferenceNetworkOption,
     ResizeOption,
     StepOption,
     VaeOption,
@@ -66,13 +68,9 @@ def command(
     on_error: OnErrorOption = None,
     features: FeaturesOption = "classifier",
     features_path: FeaturesPathOption = None,
-    neighbour_images: Annotated[
-        int | None,
-        typer.Option(
-            min=8, help="Real images that precision and recall look at. [default: all, up to 50,000; ADM: 10,000]"
-        ),
-    ] = None,
     resize: ResizeOption = None,
+    reference_network: ReferenceNetworkOption = None,
+    neighbour_images: NeighbourImagesOption = None,
     recogniser: Annotated[
         bool, typer.Option(help="Also report the share that an independent classifier recognises.")
     ] = True,
@@ -123,6 +121,7 @@ def command(
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.evaluation.results import table
     from ditmoe.sampling.evaluation.run_job import stored_result
+    from ditmoe.sampling.evaluation.stored import key_of
     from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.settings.config import SamplerConfig
 
@@ -154,6 +153,7 @@ def command(
         features=features,
         features_path=features_path,
         resize=resize,
+        reference_network=reference_network,
         neighbour_images=neighbour_images,
         recogniser=recogniser,
         batch=batch,
@@ -171,6 +171,7 @@ def command(
         ("--on-error", on_error),
         ("--features-path", features_path),
         ("--resize", resize),
+        ("--reference-network", reference_network),
         ("--neighbour-images", neighbour_images),
         ("--chunk", chunk),
         ("--cache", cache),
@@ -223,10 +224,12 @@ def command(
             with signs_of_work(job.folder, job.cache):
                 metrics = evaluate_run(job)
     if process.first:
-        for line in table(metrics, job.features):
+        key = key_of(metrics["results"], job.request)
+        assert key is not None
+        for line in table(metrics, key):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")
-        samples, moments = job.folder / SAMPLES_FILE, job.folder / statistics_file(job.features)
+        samples, moments = job.folder / SAMPLES_FILE, job.folder / statistics_file(key)
         typer.echo(f"  samples  {samples}" if samples.exists() else f"  moments  {moments}")
         typer.echo(f"  gallery  {job.folder / 'gallery' / 'index.html'}")
 

@@ -23,6 +23,7 @@ HOLDING: Final = (
     "features",
     "features_path",
     "resize",
+    "reference_network",
     "neighbour_images",
     "recogniser",
     "vae",

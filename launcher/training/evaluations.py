@@ -54,7 +54,8 @@ def stored_evaluations(evaluations: Path) -> Iterator[StoredEvaluation]:
             with open_regular(file) as stored:
                 content = json.loads(stored.read())
             evaluation, written = content["evaluation"], file.stat().st_mtime
-            for features, result in sorted(content["results"].items()):
+            for _, result in sorted(content["results"].items()):
+                features = str(result["network"]["name"])
                 yield StoredEvaluation(
                     id=file.parent.name,
                     written=written,
@@ -72,6 +73,8 @@ def stored_evaluations(evaluations: Path) -> Iterator[StoredEvaluation]:
 def _settings(evaluation: dict[str, Any], features: str, result: dict[str, Any]) -> str:
     shared = {key: evaluation[key] for key in ("which", "sampler", "count", "labels")}
     measured = [features, result["network"]["fingerprint"], result["real"]["fingerprint"]]
+    among = (result.get("request") or {}).get("neighbour_images")
+    measured += [] if among is None else [among]
     return json.dumps([shared, measured], sort_keys=True)
 
 

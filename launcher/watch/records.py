@@ -52,6 +52,7 @@ _COLUMNS: Final = {
     "images": 13,
     "FID": 12,
     "floor": 12,
+    "KID": 12,
     "precision": 12,
     "recall": 12,
     "recognised": 12,
@@ -169,7 +170,7 @@ def line_of(one: StoredEvaluation, best: bool) -> str:
     figures = figures_of(one)
     judged = figures["recognised"]
     shown = [f"{one.step:,}", "–" if one.images is None else f"{one.images:,}"]
-    values = (figures["fid"], one.figure("fid_floor"), figures["precision"], figures["recall"])
+    values = (figures["fid"], one.figure("fid_floor"), *(figures[key] for key in ("kid", "precision", "recall")))
     shown += ["–" if value is None else f"{value:.4g}" for value in values]
     shown.append("–" if judged is None else f"{judged:.2%}")
     cells = (f"{text:>{width}}" for text, width in zip(shown, _COLUMNS.values(), strict=True))

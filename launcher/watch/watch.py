@@ -23,6 +23,7 @@ from ditmoe.parallel.checkpoint.holds import CheckpointGoneError, reading
 from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.run_job import stored_result
+from ditmoe.sampling.evaluation.stored import answers
 
 POLL_SECONDS: Final = 5.0
 """Between two looks at the run's folder."""
@@ -193,7 +194,7 @@ class _Watch:
         self._settings = next(
             one.settings
             for one in stored_evaluations(self._folder.evaluations)
-            if one.id == job.folder.name and one.features == job.features
+            if one.id == job.folder.name and answers(one.figures, job.request)
         )
         self._tell(records)
         return 0

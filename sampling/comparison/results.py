@@ -36,17 +36,15 @@ HOW_JUDGED: Final = (
 )
 
 
-def row_of(
-    cell: Cell, evaluation_id: str, metrics: Mapping[str, Any], features: str, seconds: float | None
-) -> Row:
+def row_of(cell: Cell, evaluation_id: str, metrics: Mapping[str, Any], key: str, seconds: float | None) -> Row:
     """A cell's row, as plain data.
 
     Args:
         metrics: of its evaluation, as in `metrics.json`.
-        features: the feature network that the figures are of.
+        key: of the result there.
         seconds: what drawing and scoring it took; None where that is not known.
     """
-    evaluation, result = metrics["evaluation"], metrics["results"][features]
+    evaluation, result = metrics["evaluation"], metrics["results"][key]
     adaptive = cell.config.integrator == "rk45"
     return {
         "sampler": cell.sampler,

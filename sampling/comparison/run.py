@@ -20,6 +20,7 @@ from ditmoe.sampling.comparison.verdicts import verdicts
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
 from ditmoe.sampling.evaluation.run_job import stored_result
+from ditmoe.sampling.evaluation.stored import key_of
 from ditmoe.sampling.network.load import find_checkpoint
 
 ROWS_FILE: Final = "grid.json"
@@ -91,7 +92,9 @@ def run_comparison(comparison: Comparison) -> str:
         if seconds is not None:
             seconds_of[job.evaluation.id] = seconds
         known = seconds_of.get(job.evaluation.id)
-        of_seeds.append(row_of(cell, job.evaluation.id, metrics, job.features, known))
+        key = key_of(metrics["results"], job.request)
+        assert key is not None
+        of_seeds.append(row_of(cell, job.evaluation.id, metrics, key, known))
         fid, nfe = of_seeds[-1]["fid"], of_seeds[-1]["nfe"]
         if len(of_seeds) == comparison.config.repeats:
             rows.append(mean_row(of_seeds))
@@ -106,7 +109,7 @@ def run_comparison(comparison: Comparison) -> str:
     warnings = dict.fromkeys(
         warning
         for metrics, job in zip(found, jobs, strict=True)
-        for warning in metrics["results"][job.features]["warnings"]
+        for warning in metrics["results"][key_of(metrics["results"], job.request)]["warnings"]
     )
     if not rows:  # another process is the first
         return ""

@@ -67,13 +67,13 @@ class Sheets:
         return Image.fromarray(canvas[:, :, 0] if channels == 1 else canvas)
 
 
-def write_gallery(folder: Path, sheets: Sheets, metrics: Mapping[str, Any], features: str) -> None:
+def write_gallery(folder: Path, sheets: Sheets, metrics: Mapping[str, Any], key: str) -> None:
     """Write `index.html` and `class-00003.png` for each class with images.
 
     Names of classes and of data come from archives: they are escaped in the page and are no part of a file's name.
     """
     make_folder(folder)
-    result = metrics["results"][features]
+    result = metrics["results"][key]
     by_class = result.get("recogniser", {}).get("by_class", [None] * len(sheets.class_names))
     figures = []
     for label, name in enumerate(sheets.class_names):
@@ -89,11 +89,11 @@ def write_gallery(folder: Path, sheets: Sheets, metrics: Mapping[str, Any], feat
             f'alt="{html.escape(name)}"><figcaption>{label}: {html.escape(name)}{share}</figcaption></figure>'
         )
     with replacing(folder / "index.html") as file:
-        file.write(_page(metrics, features, figures).encode())
+        file.write(_page(metrics, key, figures).encode())
 
 
-def _page(metrics: Mapping[str, Any], features: str, figures: list[str]) -> str:
-    evaluation, result = metrics["evaluation"], metrics["results"][features]
+def _page(metrics: Mapping[str, Any], key: str, figures: list[str]) -> str:
+    evaluation, result = metrics["evaluation"], metrics["results"][key]
     shown = {
         key: value
         for key, value in result.items()

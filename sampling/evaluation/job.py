@@ -15,6 +15,7 @@ from ditmoe.model.randomness import generator
 from ditmoe.sampling.evaluation.keeping import Keep
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
 from ditmoe.sampling.metrics.reference import Reference
+from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
@@ -185,6 +186,7 @@ def request_of(job: Scored) -> dict[str, Any]:
         with job.features_path.open("rb") as stored:
             file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
     classifier = job.feature_classifier if job.features == "classifier" else None
+    stated = job.real.stated if isinstance(job.real, ReferenceStatistics) else None
     return {
         "real": job.real.fingerprint,
         "features": job.features,
@@ -193,4 +195,5 @@ def request_of(job: Scored) -> dict[str, Any]:
         "classifier": vars(classifier) if classifier is not None else None,
         "neighbour_images": job.neighbour_images,
         "recogniser": vars(job.recogniser_classifier) if job.recogniser else None,
+        **({} if stated is None else {"reference_network": stated}),
     }

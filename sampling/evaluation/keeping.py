@@ -29,9 +29,9 @@ SAMPLES_FILE: Final = "samples.npz"
 CHUNKS_FOLDER: Final = "chunks"
 
 
-def statistics_file(network: str) -> str:
-    """Name of the file with the moments of the drawn images in a feature network."""
-    return f"statistics-{network}.npz"
+def statistics_file(key: str) -> str:
+    """Name of the file with the moments of the drawn images that belongs to the result of a key."""
+    return f"statistics-{key}.npz"
 
 
 def kept(folder: Path) -> Keep:

@@ -46,7 +46,7 @@ from ditmoe.sampling.network.load import (
 )
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import FeatureName, ResizeName
+from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class EvaluationOptions:
     features: FeatureName = "classifier"
     features_path: Path | None = None
     resize: ResizeName | None = None
+    reference_network: StatedNetwork | None = None
+    """What statistics in an npz file are said to be of."""
     neighbour_images: int | None = None
     recogniser: bool = True
     batch: int = 64
@@ -301,7 +303,7 @@ def drawn_images(images: Generated) -> DrawnImages:
 
 def _reference(info: CheckpointInfo, options: EvaluationOptions) -> Reference:
     """What drawn images are compared with. UserError as `prepare_job`."""
-    file = open_reference_file(options.data)
+    file = open_reference_file(options.data, stated=options.reference_network)
     if file is None:
         return reference_of_run(info, options.data, options.index, options.on_error)
     for name, value in (("--index", options.index), ("--on-error", options.on_error)):

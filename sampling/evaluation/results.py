@@ -11,13 +11,13 @@ import torch
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from ditmoe.data.storage.files import read_object, replacing
-from ditmoe.model.errors import UserError
+from ditmoe.data.storage.files import replacing
 from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
 from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
 from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
 from ditmoe.sampling.evaluation.row import LATEX_FILE, MARKDOWN_FILE, latex, markdown, rows_of
+from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, stored_results
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
@@ -27,8 +27,6 @@ from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.scores import score
 from ditmoe.sampling.settings.names import NOT_FINITE
 
-METRICS_FILE: Final = "metrics.json"
-METRICS_FORMAT: Final = 1
 NUMBERS_SHOWN: Final = 20
 """Images that are not finite and are named."""
 WEAK_ACCURACY: Final = 0.5
@@ -106,22 +104,20 @@ def write_results(
             **recogniser.description,
         }
 
-    path = folder / METRICS_FILE
-    results = {network.name: result}
-    if path.exists():
-        # Scores of the same images in another network stay.
-        results = {**stored_results(folder), **results}
+    # Other figures of the same images stay.
+    results = stored_results(folder)
+    key = key_for(results, request)
     metrics = {
         "format": METRICS_FORMAT,
         "evaluation": evaluation,
-        "results": results,
+        "results": {**results, key: result},
     }
-    write_gallery(folder / "gallery", sheets, metrics, network.name)
+    write_gallery(folder / "gallery", sheets, metrics, key)
     rows = rows_of(metrics)
     for name, text in ((MARKDOWN_FILE, markdown(rows)), (LATEX_FILE, latex(rows))):
         with replacing(folder / name) as file:
             file.write(text.encode())
-    with replacing(path) as file:
+    with replacing(folder / METRICS_FILE) as file:
         file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
     descriptions.remove()
     if judged is not None:
@@ -177,15 +173,6 @@ def weak_features(network: Classifier, classes: int) -> list[str]:
     return []
 
 
-def stored_results(folder: Path) -> dict[str, Any]:
-    """The results in `metrics.json`, by feature network. UserError when the file is damaged."""
-    path = folder / METRICS_FILE
-    results = read_object(path).get("results")
-    if not isinstance(results, dict) or not all(isinstance(result, dict) for result in results.values()):
-        raise UserError(f"{path}: its key `results` is damaged; delete the file, it is made anew")
-    return results
-
-
 def write_samples(path: Path, store: ChunkStore, count: int) -> None:
     """`arr_0` uint8 [N, H, W, 3] (one channel is repeated to three) and `arr_1` labels int64 [N].
 
@@ -224,9 +211,9 @@ def to_colour(image_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(image_NHWC, 3, axis=3) if image_NHWC.shape[3] == 1 else image_NHWC
 
 
-def table(metrics: Mapping[str, Any], features: str) -> list[str]:
-    """The figures of one feature network as lines for a terminal."""
-    evaluation, result = metrics["evaluation"], metrics["results"][features]
+def table(metrics: Mapping[str, Any], key: str) -> list[str]:
+    """The figures of one result as lines for a terminal."""
+    evaluation, result = metrics["evaluation"], metrics["results"][key]
     sampler = evaluation["sampler"]
     drawn = (
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "

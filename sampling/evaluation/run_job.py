@@ -36,7 +36,7 @@ from ditmoe.sampling.evaluation.keeping import (
     write_drawn_statistics,
 )
 from ditmoe.sampling.evaluation.measures import Measures
-from ditmoe.sampling.evaluation.results import METRICS_FILE, stored_results, write_results
+from ditmoe.sampling.evaluation.results import write_results
 from ditmoe.sampling.evaluation.stages import (
     MakeStage,
     Stage,
@@ -45,6 +45,7 @@ from ditmoe.sampling.evaluation.stages import (
     real_parts,
     recognised_of,
 )
+from ditmoe.sampling.evaluation.stored import METRICS_FILE, key_for, key_of, stored_results
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import DrawChunk
@@ -62,8 +63,7 @@ def stored_result(job: Job) -> dict[str, Any] | None:
     path = job.folder / METRICS_FILE
     if not path.exists() or not ((job.folder / SAMPLES_FILE).exists() or kept(job.folder) == "statistics"):
         return None
-    result = stored_results(job.folder).get(job.features)
-    return read_object(path) if result is not None and result.get("request") == job.request else None
+    return None if key_of(stored_results(job.folder), job.request) is None else read_object(path)
 
 
 def run_job(
@@ -191,7 +191,7 @@ def _run(
         if nfe is None:  # whoever drew did not count
             nfe = planned_nfe(evaluation.sampler)
         if job.keep == "statistics":
-            moments = job.folder / statistics_file(network.name)
+            moments = job.folder / statistics_file(key_for(stored_results(job.folder), job.request))
             write_drawn_statistics(moments, descriptions, statistics, workers.device)
         write_results(
             job.folder,

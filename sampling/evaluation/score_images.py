@@ -26,15 +26,8 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import is_address
 from ditmoe.sampling.evaluation.job import request_of
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
-from ditmoe.sampling.evaluation.results import (
-    METRICS_FILE,
-    METRICS_FORMAT,
-    figure_lines,
-    images_left_out,
-    scored_result,
-    stored_results,
-    weak_features,
-)
+from ditmoe.sampling.evaluation.results import figure_lines, images_left_out, scored_result, weak_features
+from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, key_of, stored_results
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, Classifier, ClassifierSettings
@@ -45,7 +38,7 @@ from ditmoe.sampling.metrics.reference import Images, OnError, Reference, open_r
 from ditmoe.sampling.metrics.references.files import open_reference_file
 from ditmoe.sampling.metrics.references.image_sets import FolderImages, NpzImages
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
-from ditmoe.sampling.settings.names import FeatureName, ResizeName
+from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
 
 SETTINGS_FILE: Final = "score.json"
 
@@ -90,6 +83,7 @@ def prepare_score(
     features: FeatureName = "classifier",
     features_path: Path | None = None,
     resize: ResizeName | None = None,
+    reference_network: StatedNetwork | None = None,
     neighbour_images: int | None = None,
 ) -> ScoreJob:
     """Find everything, so that what is missing shows before a process is started.
@@ -100,13 +94,14 @@ def prepare_score(
         out: folder of the figures; None: `scores/NAME-FINGERPRINT`.
         images_index: folder of the index of the images, where these are shards with an index elsewhere.
         index: the same of the reference.
+        reference_network: what statistics in an npz file are said to be of.
         on_error: what to do about real images that cannot be used; None: stop.
 
     Raises:
         UserError: no such images or reference, or they do not fit together.
     """
     scored = _open_images(images, images_index)
-    real = open_reference_file(reference)
+    real = open_reference_file(reference, stated=reference_network)
     if real is None:
         config = SourceConfig(path=reference, index=index_file(index), on_error=on_error or "stop")
         real = open_reference(config)
@@ -156,8 +151,7 @@ def stored_score(job: ScoreJob) -> dict[str, Any] | None:
     path = job.folder / METRICS_FILE
     if not path.exists() or not _is_of(job):
         return None
-    result = stored_results(job.folder).get(job.features)
-    return read_object(path) if result is not None and result.get("request") == job.request else None
+    return None if key_of(stored_results(job.folder), job.request) is None else read_object(path)
 
 
 def score_images(
@@ -203,10 +197,10 @@ def score_images(
             result["warnings"] += images_left_out(result)
             if isinstance(network, Classifier):
                 result["warnings"] += weak_features(network, len(job.real.form.class_names or ()))
-            path = job.folder / METRICS_FILE
-            results = {**(stored_results(job.folder) if path.exists() else {}), job.features: result}
+            results = stored_results(job.folder)
+            results[key_for(results, job.request)] = result
             metrics = {"format": METRICS_FORMAT, "images": _facts(job.images), "results": results}
-            with replacing(path) as file:
+            with replacing(job.folder / METRICS_FILE) as file:
                 file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
             descriptions.remove()
 
@@ -214,9 +208,9 @@ def score_images(
     return read_object(job.folder / METRICS_FILE)
 
 
-def score_table(metrics: dict[str, Any], features: FeatureName) -> list[str]:
-    """The figures as lines for a terminal."""
-    images, result = metrics["images"], metrics["results"][features]
+def score_table(metrics: dict[str, Any], key: str) -> list[str]:
+    """The figures of one result as lines for a terminal."""
+    images, result = metrics["images"], metrics["results"][key]
     return [f"{result['drawn_images']:,} images of {images['place']}", *figure_lines(result)]
 
 

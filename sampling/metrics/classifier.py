@@ -167,6 +167,7 @@ class Classifier:
     """A trained classifier: a `FeatureNetwork`, and a judge of labels."""
 
     name = "classifier"
+    spatial_dimension: int | None = None
 
     def __init__(self, network: nn.Module, facts: Mapping[str, Any], device: torch.device) -> None:
         self._network = network.eval().requires_grad_(False).to(device)

@@ -26,6 +26,8 @@ class FeatureNetwork(Protocol):
     """A `FeatureName`."""
     dimension: int
     """Number of features F."""
+    spatial_dimension: int | None
+    """Number of spatial features S; None: it has none."""
     fingerprint: str
     """Of the weights and of how images are prepared: figures are comparable between equal fingerprints only."""
     description: Mapping[str, Any]

@@ -19,7 +19,7 @@ from ditmoe.data.storage.arrays import read_arrays
 from ditmoe.data.storage.files import read_object
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import message_of
-from ditmoe.sampling.evaluation.results import METRICS_FILE
+from ditmoe.sampling.evaluation.stored import METRICS_FILE
 from ditmoe.sampling.service.access import read_body
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listing

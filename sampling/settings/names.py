@@ -40,6 +40,8 @@ FeatureName = Literal["classifier", "inception", "dinov2"]
 """The network whose features images are compared by."""
 ResizeName = Literal["pytorch-fid", "tensorflow"]
 """How images come to the size of Inception-v3."""
+StatedNetwork = Literal["inception-tensorflow", "inception-pytorch-fid", "dinov2"]
+"""What the user says that statistics in an npz file are of: the network, and how it got its images."""
 
 NOT_FINITE: Final = (
     "guidance, or the weights, are beyond what the precision holds; try a smaller cfg_scale, or fp32"

@@ -10,6 +10,8 @@ from ditmoe.launcher.commands.drawing import (
     FeaturesOption,
     FeaturesPathOption,
     IndexOption,
+    NeighbourImagesOption,
+    ReferenceNetworkOption,
     ResizeOption,
 )
 
@@ -40,12 +42,8 @@ def command(
     features: FeaturesOption = "classifier",
     features_path: FeaturesPathOption = None,
     resize: ResizeOption = None,
-    neighbour_images: Annotated[
-        int | None,
-        typer.Option(
-            min=4, help="Real images that precision and recall look at; ADM: 10000. [default: all, up to 50000]"
-        ),
-    ] = None,
+    reference_network: ReferenceNetworkOption = None,
+    neighbour_images: NeighbourImagesOption = None,
     cache: CacheOption = None,
     processes: Annotated[
         int | None,
@@ -68,6 +66,7 @@ def command(
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import default_cache
     from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
+    from ditmoe.sampling.evaluation.stored import key_of
     from ditmoe.sampling.jobs.workers import join_workers
 
     cache = cache or default_cache()
@@ -82,6 +81,7 @@ def command(
         features=features,
         features_path=features_path,
         resize=resize,
+        reference_network=reference_network,
         neighbour_images=neighbour_images,
     )
     metrics, process = stored_score(job), this_process()
@@ -95,6 +95,7 @@ def command(
                 ("--on-error", on_error),
                 ("--features-path", features_path),
                 ("--resize", resize),
+                ("--reference-network", reference_network),
                 ("--neighbour-images", neighbour_images),
                 ("--cache", cache),
             ):
@@ -111,6 +112,8 @@ def command(
         finally:
             workers.leave()
     if process.first:
-        for line in score_table(metrics, features):
+        key = key_of(metrics["results"], job.request)
+        assert key is not None
+        for line in score_table(metrics, key):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")

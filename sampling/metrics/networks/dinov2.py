@@ -164,6 +164,7 @@ class DinoV2:
     """Class tokens as features."""
 
     name = "dinov2"
+    spatial_dimension: int | None = None
 
     def __init__(self, state: Mapping[str, Tensor], path: Path, device: torch.device) -> None:
         """Of a file's tensors. UserError when they are of another network."""

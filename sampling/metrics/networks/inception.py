@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor
-from ditmoe.sampling.metrics.networks.resize import half_pixel_bilinear, tensorflow_bilinear
+from ditmoe.sampling.metrics.networks.resize import BY_THE_FILE, half_pixel_bilinear, tensorflow_bilinear
 from ditmoe.sampling.settings.names import ResizeName
 
 TORCHSCRIPT_FILE: Final = "inception-2015-12-05.pt"
@@ -29,8 +29,8 @@ STATE_DICT_FILE: Final = "pt_inception-2015-12-05-6726825d.pth"
 FEATURES: Final = 2048
 CLASSES: Final = 1008
 SPATIAL_CHANNELS: Final = 7
+SPATIAL_FEATURES: Final = SPATIAL_CHANNELS * 17 * 17
 INPUT_SIZE: Final = 299
-BY_THE_FILE: Final = "by the file"
 
 HOW_TO_GET: Final = (
     "the Inception weights are a file that you give with --features-path, one of:\n"
@@ -221,6 +221,7 @@ class StateDictInception:
 
     name = "inception"
     dimension = FEATURES
+    spatial_dimension: int | None = SPATIAL_FEATURES
 
     def __init__(
         self,
@@ -253,6 +254,7 @@ class TorchScriptInception:
 
     name = "inception"
     dimension = FEATURES
+    spatial_dimension: int | None = None
 
     def __init__(self, module: Any, path: Path, device: torch.device) -> None:
         self._module = module.eval().to(device)

@@ -3,12 +3,17 @@
 Shapes: N images, C channels, H×W pixels.
 """
 
+from typing import Final
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
+
+BY_THE_FILE: Final = "by the file"
+"""Of a TorchScript file, which resizes as TensorFlow did."""
 
 
 def half_pixel_bilinear(image_NCHW: Tensor, size: int) -> Tensor:

@@ -16,17 +16,30 @@ from ditmoe.sampling.metrics.reference import Images, Reference
 from ditmoe.sampling.metrics.references.image_sets import IMAGES_KEY, NpzFile, NpzImages
 from ditmoe.sampling.metrics.references.own import SUFFIX, OwnStatistics
 from ditmoe.sampling.metrics.references.statistics import NPZ_KINDS, NpzStatistics, ReferenceStatistics
+from ditmoe.sampling.settings.names import StatedNetwork
 
 PICKLE_SUFFIXES: Final = (".pkl", ".pickle")
 FILE_SUFFIXES: Final = (SUFFIX, ".npz", *PICKLE_SUFFIXES)
 
 
-def open_reference_file(named: str | Path | None, option: str = "--reference") -> Reference | None:
+def open_reference_file(
+    named: str | Path | None, option: str = "--reference", *, stated: StatedNetwork | None = None
+) -> Reference | None:
     """Statistics or images in the file that is named; None: no file is named, but shards, or nothing.
 
+    Args:
+        stated: what statistics in an npz file are of, as the user says.
+
     Raises:
-        UserError: the file is missing, damaged, a pickle, or of no known form.
+        UserError: the file is missing, damaged, a pickle, or of no known form; something is said of another file.
     """
+    found = _opened(named, option, stated)
+    if stated is not None and not isinstance(found, NpzStatistics):
+        raise UserError(f"--reference-network {stated}: goes with an npz file of mu and sigma, given by {option}")
+    return found
+
+
+def _opened(named: str | Path | None, option: str, stated: StatedNetwork | None) -> Reference | None:
     if named is None:
         return None
     suffix = Path(str(named)).suffix.lower()
@@ -52,7 +65,7 @@ def open_reference_file(named: str | Path | None, option: str = "--reference") -
         return OwnStatistics(path)
     npz = NpzFile(path)
     if any(name in npz.members for names in NPZ_KINDS.values() for name in names):
-        return NpzStatistics(path, npz)
+        return NpzStatistics(path, npz, stated)
     if IMAGES_KEY in npz.members:
         return NpzImages(path)
     raise UserError(f"{path}: has {npz.names}; expected mu and sigma, or images under {IMAGES_KEY}")

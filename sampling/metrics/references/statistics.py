@@ -20,10 +20,11 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.classifier import Classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.moments import Gaussian
+from ditmoe.sampling.metrics.networks.resize import BY_THE_FILE
 from ditmoe.sampling.metrics.real_statistics import RealStatistics
 from ditmoe.sampling.metrics.reference import Form, Images, Reference
 from ditmoe.sampling.metrics.references.image_sets import IMAGES_KEY, NpzFile, NpzImages
-from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.names import FeatureName, StatedNetwork
 
 NPZ_KINDS: Final = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 """Kind of feature → its mean and covariance in an npz file."""
@@ -32,6 +33,9 @@ MOST_FEATURES: Final = 1 << 14
 
 class ReferenceStatistics(Reference):
     """Statistics in a file."""
+
+    stated: StatedNetwork | None = None
+    """What the user says that it is of, where it does not tell itself."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,9 +96,9 @@ class ReferenceStatistics(Reference):
 class NpzStatistics(ReferenceStatistics):
     """`mu` and `sigma` of an npz file, as the tools of ADM, EDM and pytorch-fid write them."""
 
-    def __init__(self, path: Path, file: NpzFile) -> None:
+    def __init__(self, path: Path, file: NpzFile, stated: StatedNetwork | None = None) -> None:
         super().__init__(path)
-        self._file = file
+        self._file, self.stated = file, stated
         self._dimensions: dict[str, int] = {}
         for kind, (mean, covariance) in NPZ_KINDS.items():
             if mean not in file.members and covariance not in file.members:
@@ -112,7 +116,7 @@ class NpzStatistics(ReferenceStatistics):
 
     @property
     def features(self) -> FeatureName:
-        return "inception"
+        return "dinov2" if self.stated == "dinov2" else "inception"
 
     @property
     def images(self) -> Images | None:
@@ -133,16 +137,33 @@ class NpzStatistics(ReferenceStatistics):
             "fingerprint": self.fingerprint,
             "left_out": {"samples": 0, "shards": [], "first": []},
             "statistics": "npz",
+            # The file does not tell; None: nor did the user.
+            "stated_network": self.stated,
         }
 
+    def check_network(self, network: FeatureNetwork) -> None:
+        resize = network.description.get("resize")
+        resize = "tensorflow" if resize == BY_THE_FILE else resize
+        own = network.name if network.name != "inception" else f"inception-{resize}"
+        if self.stated not in (None, own):
+            raise UserError(
+                f"--reference-network {self.stated}: {network.name} {network.fingerprint} is {own}; give "
+                "the file of the network that the statistics are of by --features-path, and its --resize"
+            )
+        expected = {"features": network.dimension, "spatial": network.spatial_dimension}
+        for kind, dimension in self._dimensions.items():
+            if expected[kind] not in (None, dimension):
+                raise UserError(
+                    f"{self.path}: {NPZ_KINDS[kind][0]} is of {dimension} features, and {network.name} "
+                    f"{network.fingerprint} has {expected[kind]} ({kind}): they are of another network"
+                )
+
     def statistics(self, network: FeatureNetwork) -> RealStatistics:
+        self.check_network(network)
         stated = {}
         for kind, dimension in self._dimensions.items():
-            if kind == "features" and dimension != network.dimension:
-                raise UserError(
-                    f"{self.path}: has {dimension} features, and {network.name} {network.fingerprint} has "
-                    f"{network.dimension}"
-                )
+            if kind == "spatial" and network.spatial_dimension is None:
+                continue
             mean, covariance = NPZ_KINDS[kind]
             covariance_FF = self._file.array(covariance, (dimension, dimension))
             scale = max(float(np.abs(covariance_FF).max()), 1e-300)
@@ -150,16 +171,18 @@ class NpzStatistics(ReferenceStatistics):
                 raise UserError(f"{self.path}: {covariance} is not symmetric, and no covariance")
             stated[kind] = Gaussian(None, self._file.array(mean, (dimension,)), covariance_FF)
         lost = ["floors of Fréchet distances"] + ["precision, recall and KID"] * (self.images is None)
-        lost += ["sFID"] * ("spatial" not in stated)
         holds = "moments of all real images" + (" and some images" if self.images else " alone")
-        return RealStatistics(
-            {},
-            None,
-            None,
-            stated,
-            (
-                f"{self.path}: holds {holds}; left out: {', '.join(lost)}",
+        missing = []
+        if "spatial" not in self._dimensions:
+            lost.append("sFID")
+        elif "spatial" not in stated:
+            missing.append(f"{network.name} {network.fingerprint}: has no spatial features; left out: sFID")
+        missing.insert(0, f"{self.path}: holds {holds}; left out: {', '.join(lost)}")
+        if self.stated is None:
+            missing.append(
                 f"{self.path}: does not name the network that it is of: the figures hold only if that is "
-                f"{network.name} {network.fingerprint}, with the same resizing",
-            ),
-        )
+                f"{network.name} {network.fingerprint}, with the same resizing (--reference-network says so)"
+            )
+        else:
+            missing.append(f"{self.path}: does not name its network: that it is of {self.stated} is what you say")
+        return RealStatistics({}, None, None, stated, tuple(missing))

@@ -1,6 +1,7 @@
 """Evaluations against a file in place of the real images."""
 
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.make_reference import make_reference, prepare_reference
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.evaluation.results import table
+from ditmoe.sampling.evaluation.run_job import stored_result
+from ditmoe.sampling.evaluation.stored import key_of
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.features import Features
 from ditmoe.sampling.metrics.networks import opening
@@ -76,6 +79,7 @@ class Pixels:
 
     name = "inception"
     dimension = 16
+    spatial_dimension: int | None = 5
     fingerprint = "0123456789abcdef"
     description: dict[str, Any] = {}  # as the protocol has it
 
@@ -127,6 +131,34 @@ def test_an_evaluation_against_a_file_of_adm_has_the_figures_of_its_images(
         assert told.count(line) >= 1, line
     page = (job.folder / "gallery" / "index.html").read_text()
     assert 'class-00000.png"' in page and "VIRTUAL_digits" in page
+
+
+def test_figures_in_another_resize_stand_beside_the_first(
+    run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: Path, device: Any, resize: str | None) -> Pixels:
+        network = Pixels()
+        network.fingerprint = f"{zlib.crc32(f'{path.read_bytes()!r} {resize}'.encode()):016x}"
+        network.description = {"resize": resize}
+        return network
+
+    monkeypatch.setattr(opening, "load_inception", load)
+    a, b = tmp_path / "a.pth", tmp_path / "b.pth"
+    a.write_bytes(b"weights"), b.write_bytes(b"others")
+    plain = replace(options_for(run, shards, tmp_path / "cache"), features="inception", recogniser=False)
+    found: dict[str, Any] = {}
+    for path, resize in ((a, None), (a, "tensorflow"), (b, None)):
+        job = prepare_job(replace(plain, features_path=path, resize=resize))
+        assert stored_result(job) is None
+        metrics = evaluate_run(job)
+        key = key_of(metrics["results"], job.request)
+        assert key is not None and key not in found
+        found[key] = metrics["results"][key]
+        assert metrics["results"] == found and stored_result(job) == metrics
+        assert table(metrics, key)[1].endswith(found[key]["network"]["fingerprint"])
+    assert next(iter(found)) == "inception" and len({one["network"]["fingerprint"] for one in found.values()}) == 3
+    rows = (job.folder / "row.md").read_text().splitlines()
+    assert len(rows) == 2 + 3 and sum("resize tensorflow" in row for row in rows) == 1
 
 
 def test_files_that_do_not_fit_are_refused_before_anything_is_drawn(

@@ -15,6 +15,7 @@ from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.launcher.commands.evaluate import command
 from ditmoe.launcher.training.best import evaluated
+from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
@@ -29,9 +30,10 @@ from ditmoe.sampling.evaluation.of_run import (
 )
 from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.evaluation.run_job import stored_result
+from ditmoe.sampling.evaluation.stored import key_of
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.chunks import ChunkStore
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.classifier import (
     classifier_folder,
@@ -214,9 +216,27 @@ def test_results_name_the_real_images_that_they_are_of(run: Path, shards: Path, 
     metrics["results"]["inception"] = {"real": {"name": "others"}}
     (job.folder / "metrics.json").write_text(json.dumps(metrics))
     pack(open_source("digits", seed=0), tmp_path / "more", PackSettings(count=400, seed=1))
-    results = evaluate_run(replace(job, real=images_of(tmp_path / "more")))["results"]
+    more = replace(job, real=images_of(tmp_path / "more"))
+    results = evaluate_run(more)["results"]
     assert results["inception"]["real"]["name"] == "others"
-    assert results["classifier"]["real"]["images"] == 400
+    # Figures against other images stand beside those that are there, and each is found by what it is of.
+    assert results["classifier"] == metrics["results"]["classifier"]
+    key = key_of(results, more.request)
+    assert key is not None and key.startswith("classifier-") and results[key]["real"]["images"] == 400
+    assert stored_result(job) == stored_result(more)
+    # With fewer real images to look among it is a third result, and with the share recognised the same one.
+    fewer = replace(job, neighbour_images=100)
+    results = evaluate_run(fewer)["results"]
+    assert len(results) == 4 and results[key_of(results, fewer.request) or ""]["neighbour_images_real"] == 100
+    judged = replace(job, recogniser=True, recogniser_classifier=replace(RECOGNISER, passes=1))
+    assert stored_result(judged) is None
+    results = evaluate_run(judged)["results"]
+    assert len(results) == 4 and "recogniser" in results["classifier"] and stored_result(job) is not None
+    results.pop("inception")
+    (job.folder / "metrics.json").write_text(json.dumps({**metrics, "results": results}))
+    stored = list(stored_evaluations(run / "evaluations"))
+    assert len({one.settings for one in stored}) == len(stored) == 3
+    assert {one.features for one in stored} == {"classifier"}
 
 
 def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_statistics_of_decoding_processes_are_those_of_one(
 class Pixels:
     """Pixels as features."""
 
-    name, dimension, fingerprint, description = "pixels", 64, "pixels", {}
+    name, dimension, spatial_dimension, fingerprint, description = "pixels", 64, None, "pixels", {}
 
     def features(self, image_NHWC: np.ndarray) -> dict[str, np.ndarray]:
         return {"features": image_NHWC.reshape(len(image_NHWC), -1)[:, :64].astype(np.float32)}

@@ -28,6 +28,7 @@ from ditmoe.sampling.evaluation.make_reference import ReferenceJob, make_referen
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.features import Features, describe
+from ditmoe.sampling.metrics.networks.resize import BY_THE_FILE
 from ditmoe.sampling.metrics.real_statistics import RealStatistics, real_statistics
 from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.metrics.references.files import open_reference_file, reference_statistics
@@ -45,6 +46,7 @@ class Projection:
 
     name = "inception"
     dimension = 12
+    spatial_dimension: int | None = 5
     fingerprint = "0123456789abcdef"
     description: dict[str, Any] = {}  # as the protocol has it
 
@@ -299,7 +301,8 @@ def test_moments_that_are_none_are_refused(shards: Path, tmp_path: Path) -> None
         ({"sigma": skewed}, "sigma is not symmetric"),
         ({"sigma": np.full((12, 12), np.nan)}, "sigma has values that are not finite"),
         ({"sigma": np.eye(11)}, r"sigma is float64 \[11, 11\], expected float64 \[12, 12\]"),
-        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "has 9 features, and inception 0123456789abcdef has 12"),
+        ({"mu_s": np.zeros(7), "sigma_s": np.eye(7)}, r"mu_s is of 7 features, .* has 5 \(spatial\)"),
+        ({"mu": np.zeros(9), "sigma": np.eye(9)}, "mu is of 9 features, and inception 0123456789abcdef has 12"),
     ):
         reference = open_reference_file(adm_file(tmp_path / "x.npz", statistics, **more))
         assert reference is not None
@@ -413,3 +416,57 @@ def test_another_index_or_choice_never_meets_an_old_cache(tmp_path: Path) -> Non
         write_reference(tmp_path / f"{name}.safetensors", real, network, statistics)
     a, b = (OwnStatistics(tmp_path / f"{name}.safetensors") for name in "ab")
     assert a.fingerprint != b.fingerprint and a.statistics(network).whole("features").count == 60
+
+
+class ByTheFile(Projection):
+    """As Inception from a TorchScript file: without spatial features, and with a resize of its own."""
+
+    spatial_dimension = None
+    description: dict[str, Any] = {"resize": BY_THE_FILE}
+
+    def features(self, image_NHWC: np.ndarray) -> Features:
+        found = super().features(image_NHWC)
+        return {key: value for key, value in found.items() if key != "spatial"}
+
+
+def test_a_network_without_spatial_features_leaves_sfid_out(
+    shards: Path, image_NHWC: np.ndarray, tmp_path: Path
+) -> None:
+    statistics = real_statistics(images_of(shards), Projection(), tmp_path / "cache")
+    reference = open_reference_file(adm_file(tmp_path / "adm.npz", statistics, image_NHWC))
+    assert reference is not None
+    network = ByTheFile()
+    drawn = ChunkDescriptions(
+        tmp_path / "described", ["0.npz"], lambda chunk: dict(describe(network, image_NHWC[:90]))
+    )
+    drawn.make()
+    found = score(drawn, reference_statistics(reference, network, tmp_path / "cache"))
+    assert found["fid"] is not None and "sfid" not in found
+    assert "inception 0123456789abcdef: has no spatial features; left out: sFID" in found["warnings"]
+
+
+def test_what_an_npz_file_is_of_may_be_stated(shards: Path, tmp_path: Path) -> None:
+    statistics = real_statistics(images_of(shards), Projection(), tmp_path / "cache")
+    path = adm_file(tmp_path / "adm.npz", statistics)
+    silent = open_reference_file(path)
+    assert isinstance(silent, NpzStatistics) and silent.facts(None)["stated_network"] is None
+    told = open_reference_file(path, stated="inception-tensorflow")
+    assert isinstance(told, NpzStatistics) and told.facts(None)["stated_network"] == "inception-tensorflow"
+    lines = told.statistics(ByTheFile()).missing
+    assert lines[-1].endswith("does not name its network: that it is of inception-tensorflow is what you say")
+    assert not any("the figures hold only if" in line for line in lines)
+    other = Projection()
+    other.description = {"resize": "pytorch-fid"}
+    silent.check_network(other)
+    with pytest.raises(UserError, match=r"--reference-network inception-tensorflow: .* is inception-pytorch-fid"):
+        told.check_network(other)
+    # Others' statistics in DINOv2's features are used as soon as somebody says what they are.
+    dino = open_reference_file(path, stated="dinov2")
+    assert isinstance(dino, NpzStatistics)
+    dino.check_features("dinov2")
+    with pytest.raises(UserError, match="in the features of inception, and not of dinov2"):
+        silent.check_features("dinov2")
+    for named in (shards, tmp_path / "images.npz"):
+        np.savez(tmp_path / "images.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+        with pytest.raises(UserError, match="--reference-network dinov2: goes with an npz file of mu and sigma"):
+            open_reference_file(named, stated="dinov2")
