@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from ditmoe.sampling.batching.engine import Engine
 from ditmoe.sampling.batching.models import Models
-from ditmoe.sampling.service.access import Guard, read_body
+from ditmoe.sampling.service.access import Guard, Tokens, read_body
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.images import generate_images
@@ -54,7 +54,7 @@ class ServiceSettings:
     """Rows of passes that a request may take."""
     most_job_images: int = 1_000_000
     most_job_passes: int = 10**9
-    token: str | None = None
+    tokens: Tokens | None = None
     loopback: bool = True
     """It listens on loopback alone."""
 
@@ -138,7 +138,7 @@ def make_app(service: Service) -> ASGIApp:
         )
         return JSONResponse(reply)
 
-    return Guard(_Counted(app, service.counters), service.settings.token, service.settings.loopback)
+    return Guard(_Counted(app, service.counters), service.settings.tokens, service.settings.loopback)
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:

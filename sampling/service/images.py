@@ -17,6 +17,7 @@ from torch import Tensor
 from ditmoe.sampling.batching.engine import Cancelled, Engine, NotFinite, Ticket, users_mistake
 from ditmoe.sampling.batching.models import ModelKey, ModelUnavailable
 from ditmoe.sampling.batching.queue import QueueFull
+from ditmoe.sampling.service.access import user_of
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listed, Listing
@@ -61,8 +62,7 @@ async def generate_images(
     start = time.monotonic()
     listed = await asyncio.to_thread(listing.find, request.model, request.step)
     check_cost(request.count, request.sampler_config().resolved(listed.info.objective), most_images, most_passes)
-    address = "" if http.client is None else http.client.host
-    tickets = tickets_of(request, listed, f"{address} {request.user}")
+    tickets = tickets_of(request, listed, user_of(http, request.user).name)
     try:
         engine.submit(tickets)
     except QueueFull as error:

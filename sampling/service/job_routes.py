@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from PIL import Image
@@ -20,7 +20,7 @@ from ditmoe.data.storage.files import read_object
 from ditmoe.model.errors import UserError
 from ditmoe.model.settings import message_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE
-from ditmoe.sampling.service.access import read_body
+from ditmoe.sampling.service.access import User, read_body, user_of
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listing
 from ditmoe.sampling.service.requests import DrawJob, check_cost, parse_job
@@ -33,12 +33,20 @@ ALIVE_SECONDS: Final = 15.0
 MOST_LISTED: Final = 200
 
 
+def _asks(request: Request) -> User:
+    return user_of(request)
+
+
+Asks = Annotated[User, Depends(_asks)]
+"""Who asks."""
+
+
 def add_jobs(
     app: FastAPI, listing: Listing, store: JobStore, runner: Runner, most_images: int, most_passes: int
 ) -> None:
     """Add the routes to an application."""
 
-    def check(body: bytes, address: str) -> Job:
+    def check(body: bytes, http: Request) -> Job:
         """The job of a request, on disk."""
         request = parse_job(body)
         listed = listing.find(request.model, request.step)
@@ -55,7 +63,7 @@ def add_jobs(
         try:
             return store.add(
                 key=request.key,
-                user=f"{address} {request.user}",
+                user=user_of(http, request.user).name,
                 kind=request.kind,
                 request=fixed.model_dump_json(by_alias=True, exclude_unset=False, exclude=_not_asked(fixed)),
                 weights=f"{listed.info.fingerprint}-{request.weights}",
@@ -64,14 +72,15 @@ def add_jobs(
         except TooManyJobs as error:
             raise ServiceError(429, str(error), reason="queue_full", retry_after=60) from None
 
-    async def find(job_id: str) -> Job:
+    async def find(job_id: str, user: User) -> Job:
+        """A job of whoever asks: another's is as if it were not there."""
         job = await asyncio.to_thread(store.get, job_id)
-        if job is None:
+        if job is None or not user.sees(job.user):
             raise ServiceError(404, "there is no such job", param="id", reason="not_found")
         return job
 
-    async def folder(job_id: str) -> tuple[Job, Path]:
-        job = await find(job_id)
+    async def folder(job_id: str, user: User) -> tuple[Job, Path]:
+        job = await find(job_id, user)
         path = runner.folder_of(job)
         if path is None:
             raise ServiceError(404, "the job has made nothing yet", reason="not_found")
@@ -87,62 +96,61 @@ def add_jobs(
     @app.post("/v1/jobs")
     async def give(request: Request) -> JSONResponse:
         body = await read_body(request)
-        address = "" if request.client is None else request.client.host
-        job = await asyncio.to_thread(check, body, address)
+        job = await asyncio.to_thread(check, body, request)
         runner.wake()
         return JSONResponse(described(job), 201)
 
     @app.get("/v1/jobs")
     async def listed(
-        limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 50, after: str | None = None
+        user: Asks, limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = 50, after: str | None = None
     ) -> JSONResponse:
-        before = None if after is None else (await find(after)).number
-        jobs = await asyncio.to_thread(store.newest, limit + 1, before)
+        before = None if after is None else (await find(after, user)).number
+        jobs = await asyncio.to_thread(store.newest, limit + 1, before, None if user.sees_all else user.name)
         return JSONResponse(
             {"object": "list", "data": [described(job) for job in jobs[:limit]], "has_more": len(jobs) > limit}
         )
 
     @app.get("/v1/jobs/{job_id}")
-    async def one(job_id: str) -> JSONResponse:
-        return JSONResponse(described(await find(job_id)))
+    async def one(job_id: str, user: Asks) -> JSONResponse:
+        return JSONResponse(described(await find(job_id, user)))
 
     @app.post("/v1/jobs/{job_id}/cancel")
-    async def cancel(job_id: str) -> JSONResponse:
-        await find(job_id)
+    async def cancel(job_id: str, user: Asks) -> JSONResponse:
+        await find(job_id, user)
         await asyncio.to_thread(runner.cancel, job_id)
-        return JSONResponse(described(await find(job_id)))
+        return JSONResponse(described(await find(job_id, user)))
 
     @app.get("/v1/jobs/{job_id}/events")
-    async def watch(job_id: str) -> StreamingResponse:
-        await find(job_id)
+    async def watch(job_id: str, user: Asks) -> StreamingResponse:
+        await find(job_id, user)
         return StreamingResponse(_events(store, job_id), media_type="text/event-stream")
 
     @app.get("/v1/jobs/{job_id}/figures")
-    async def figures(job_id: str) -> JSONResponse:
-        _, path = await folder(job_id)
+    async def figures(job_id: str, user: Asks) -> JSONResponse:
+        _, path = await folder(job_id, user)
         try:
             return JSONResponse(await asyncio.to_thread(read_object, path / METRICS_FILE))
         except UserError:
             raise ServiceError(404, "the job has no figures, or not yet", reason="not_found") from None
 
     @app.get("/v1/jobs/{job_id}/files")
-    async def files(job_id: str) -> JSONResponse:
-        _, path = await folder(job_id)
+    async def files(job_id: str, user: Asks) -> JSONResponse:
+        _, path = await folder(job_id, user)
         found = await asyncio.to_thread(files_of, path)
         data = [{"name": name, "bytes": size} for name, size in found.items()]
         return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/jobs/{job_id}/files/{name:path}")
-    async def file(job_id: str, name: str) -> FileResponse:
-        _, path = await folder(job_id)
+    async def file(job_id: str, name: str, user: Asks) -> FileResponse:
+        _, path = await folder(job_id, user)
         if name not in await asyncio.to_thread(files_of, path):
             raise ServiceError(404, "the job has no such file", param="name", reason="not_found")
         # Never shown as a page of this service's own.
         return FileResponse(path / name, media_type="application/octet-stream", filename=name.rpartition("/")[2])
 
     @app.get("/v1/jobs/{job_id}/images/{number}")
-    async def image(job_id: str, number: int) -> Response:
-        job, path = await folder(job_id)
+    async def image(job_id: str, number: int, user: Asks) -> Response:
+        job, path = await folder(job_id, user)
         if not 0 <= number < job.total:
             raise ServiceError(404, f"the job has {job.total} images", param="number", reason="not_found")
         return Response(await asyncio.to_thread(_image, job, path, number), media_type="image/png")

@@ -33,7 +33,7 @@ class Asked(SamplerConfig):
     weights: Literal["ema", "weights"] = "ema"
     """The moving average, or the weights themselves."""
     user: str = Field(default="", max_length=64)
-    """Users take turns; those of one address are told apart by this."""
+    """Users take turns; without tokens, those of one address are told apart by this."""
 
     @model_validator(mode="before")
     @classmethod

@@ -45,7 +45,7 @@ class Job(_Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(unique=True)
     key: Mapped[str | None] = mapped_column(unique=True)
-    """Given by the client, so that a request that is repeated is one job."""
+    """The user, and a key of the client's own: a request that is repeated is one job."""
     user: Mapped[str]
     kind: Mapped[str] = mapped_column(index=True)
     request: Mapped[str]
@@ -126,7 +126,7 @@ class JobStore:
         self._held.close()
 
     def add(self, **values: Any) -> Job:
-        """A new job, on disk; or the one that has its key.
+        """A new job, on disk; or that of its user which has its key.
 
         Raises:
             TooManyJobs: of its user.
@@ -134,6 +134,7 @@ class JobStore:
         with self._changing() as session:
             key = values["key"]
             if key is not None:
+                key = values["key"] = f"{values['user']}\n{key}"
                 known = session.scalar(select(Job).where(Job.key == key))
                 if known is not None:
                     return known
@@ -149,11 +150,12 @@ class JobStore:
         with self._reading() as session:
             return session.scalar(select(Job).where(Job.id == job_id))
 
-    def newest(self, limit: int, before: int | None = None) -> Sequence[Job]:
-        """Jobs, newest first; `before`: older than this number."""
+    def newest(self, limit: int, before: int | None = None, user: str | None = None) -> Sequence[Job]:
+        """Jobs, newest first; `before`: older than this number; `user`: of this user alone."""
         query = select(Job).order_by(Job.number.desc()).limit(limit)
+        query = query if before is None else query.where(Job.number < before)
         with self._reading() as session:
-            return session.scalars(query if before is None else query.where(Job.number < before)).all()
+            return session.scalars(query if user is None else query.where(Job.user == user)).all()
 
     def count(self, state: str) -> int:
         """Jobs in a state."""

@@ -18,7 +18,9 @@ def command(
     token_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="File (mode 600) with the token of clients. [default: $DITMOE_SERVICE_TOKEN]"
+            metavar="FILE",
+            help="File (mode 600) with the token of all clients, or lines of a user and a token. "
+            "[default: $DITMOE_SERVICE_TOKEN]",
         ),
     ] = None,
     state: Annotated[
@@ -41,13 +43,13 @@ def command(
 
     from ditmoe.launcher.commands.sample import check_device
     from ditmoe.launcher.commands.serving.child import start_child
-    from ditmoe.sampling.service.access import read_token
+    from ditmoe.sampling.service.access import read_tokens
     from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
     from ditmoe.sampling.service.listening import is_loopback, listen, serve
 
     loopback = is_loopback(host)
-    token = read_token(token_file)
-    if token is None and not loopback:
+    tokens = read_tokens(token_file)
+    if tokens is None and not loopback:
         raise UserError(
             f"--host {host}: is not loopback, so whoever reaches it may use it; expected a token in "
             "--token-file or DITMOE_SERVICE_TOKEN"
@@ -63,7 +65,7 @@ def command(
         queue=queue,
         most_images=most_images,
         most_passes=most_passes,
-        token=token,
+        tokens=tokens,
         loopback=loopback,
     )
     with listen(host, port) as sockets:

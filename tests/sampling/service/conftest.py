@@ -1,5 +1,7 @@
 """A service of two small runs, in a thread of its own."""
 
+import json
+import socket
 import threading
 import time
 import uuid
@@ -53,6 +55,30 @@ def serving(runs: Path, **settings: object) -> Iterator[httpx.Client]:
             server.should_exit = True
             thread.join(timeout=60)
             assert not thread.is_alive()
+
+
+def send(client: httpx.Client, path: str, asked: object, token: str | None = None) -> socket.socket:
+    """Send a request and wait for no reply: closing the socket leaves it."""
+    body = json.dumps(asked).encode()
+    made = socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=60)
+    bearer = "" if token is None else f"Authorization: Bearer {token}\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{bearer}"
+    made.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return made
+
+
+def figure(client: httpx.Client, name: str) -> float:
+    """The sum of a figure of the service's metrics."""
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+
+def until(condition: Callable[[], bool], seconds: float = 200) -> None:
+    """Wait for what is sure to come."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never was"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Tokens, names of the host, pages of other sites, bodies that are too large."""
+"""Tokens and whose they are, names of the host, pages of other sites, bodies that are too large."""
 
 import os
 import socket
@@ -8,16 +8,16 @@ import httpx
 import pytest
 
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.service.access import LARGEST_BODY, TOKEN_VARIABLE, read_token
+from ditmoe.sampling.service.access import LARGEST_BODY, TOKEN_VARIABLE, Tokens, read_tokens
 from ditmoe.sampling.service.listening import is_loopback, listen
-from tests.sampling.service.conftest import serving
+from tests.sampling.service.conftest import figure, send, serving, until
 
 TOKEN = "0123456789abcdef0123"
 ROUTE = "/v1/images/generations"
 
 
 def test_without_the_token_nothing_is_answered(runs: Path) -> None:
-    with serving(runs, token=TOKEN, loopback=False) as client:
+    with serving(runs, tokens=Tokens({TOKEN: ""}), loopback=False) as client:
         for path in ("/", "/v1/models", "/metrics", "/ready", "/nothing", "/health/../v1/models"):
             for given in ({}, {"Authorization": f"Bearer {TOKEN}0"}, {"Authorization": f"Basic {TOKEN}"}):
                 reply = client.get(path, headers=given)
@@ -79,15 +79,40 @@ def test_a_token_is_kept_where_nobody_else_reads(tmp_path: Path) -> None:
     file.write_text(f"{TOKEN}\n")
     os.chmod(file, 0o644)
     with pytest.raises(UserError, match="mode 600"):
-        read_token(file)
+        read_tokens(file)
     os.chmod(file, 0o600)
-    assert read_token(file) == TOKEN
-    assert read_token(None, {TOKEN_VARIABLE: TOKEN}) == TOKEN and read_token(None, {}) is None
+    assert read_tokens(file) == Tokens({TOKEN: ""})
+    assert read_tokens(None, {TOKEN_VARIABLE: TOKEN}) == Tokens({TOKEN: ""}) and read_tokens(None, {}) is None
     for bad in ("short", "ü" * 20):
         with pytest.raises(UserError, match="expected at least 16"):
-            read_token(None, {TOKEN_VARIABLE: bad})
+            read_tokens(None, {TOKEN_VARIABLE: bad})
     with pytest.raises(UserError, match="could not be read"):
-        read_token(tmp_path / "none")
+        read_tokens(tmp_path / "none")
+
+
+def test_each_user_has_a_token(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+
+    def read(text: str) -> Tokens | None:
+        file.write_text(text)
+        os.chmod(file, 0o600)
+        return read_tokens(file)
+
+    tokens = read(f"# of the group\nann {TOKEN}\n\nbob@x {TOKEN}1\n")
+    assert tokens == Tokens({TOKEN: "ann", f"{TOKEN}1": "bob@x"})
+    assert tokens.bearer(TOKEN.encode()) == "ann" and tokens.bearer(f"{TOKEN}1".encode()) == "bob@x"
+    assert tokens.bearer(f"{TOKEN}2".encode()) is None and tokens.bearer(b"") is None
+    for text, problem in (
+        (f"ann {TOKEN}\n{TOKEN}1\n", "line 2: expected a user's name"),
+        (f"ann {TOKEN} x\n", "line 1: expected a user's name"),
+        (f"a/b {TOKEN}\n", "line 1: expected a user's name"),
+        (f"ann {TOKEN}\nann {TOKEN}1\n", "line 2: ann has a token already"),
+        (f"ann {TOKEN}\nbob {TOKEN}\n", "line 2: its token is ann's"),
+        ("ann short\n", "line 1: the token has 5 characters"),
+        ("", "the token has 0 characters"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            read(text)
 
 
 def test_loopback_is_told_from_other_addresses() -> None:
@@ -99,3 +124,61 @@ def test_loopback_is_told_from_other_addresses() -> None:
             pass
     with listen("127.0.0.1", port):
         pass
+
+
+ANN, BOB = f"{TOKEN}a", f"{TOKEN}b"
+
+
+def bearing(client: httpx.Client, token: str) -> httpx.Client:
+    """Another client of the same service, with a token."""
+    return httpx.Client(
+        base_url=client.base_url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False
+    )
+
+
+def test_jobs_are_their_users_alone(runs: Path) -> None:
+    """Neither a list, nor an id, a key, an event or a file of another's, whatever name one gives oneself."""
+    asked = {"kind": "draw", "count": 2, "model": "digits", "steps": 2, "key": "mine"}
+    with (
+        serving(runs, tokens=Tokens({ANN: "ann", BOB: "bob"}), loopback=False) as client,
+        bearing(client, ANN) as ann,
+        bearing(client, BOB) as bob,
+    ):
+        job_id = ann.post("/v1/jobs", json=asked).json()["id"]
+        lines = ann.get(f"/v1/jobs/{job_id}/events").text.splitlines()
+        assert '"status": "completed"' in lines[-2] and job_id in lines[-2]
+        job = f"/v1/jobs/{job_id}"
+        routes = (job, f"{job}/events", f"{job}/files", f"{job}/files/chunks/00000.npz", f"{job}/images/0")
+        for route in routes:
+            assert ann.get(route).status_code == 200, route
+            for other in (bob, client):
+                assert other.get(route).status_code == (404 if other is bob else 401), route
+        for path in (f"{job}/figures", f"/v1/jobs?after={job_id}"):
+            assert bob.get(path).json()["error"]["message"] == "there is no such job", path
+        assert bob.post(f"{job}/cancel", json={}).status_code == 404
+        assert [each["id"] for each in ann.get("/v1/jobs").json()["data"]] == [job_id]
+        assert bob.get("/v1/jobs").json()["data"] == []
+        own = bob.post("/v1/jobs", json={**asked, "user": "ann"}).json()["id"]
+        assert own != job_id, "a key is a user's own"
+        assert ann.post("/v1/jobs", json=asked).json()["id"] == job_id
+        assert [each["id"] for each in bob.get("/v1/jobs").json()["data"]] == [own]
+
+
+def test_turns_and_limits_go_by_the_token(runs: Path) -> None:
+    """Whoever bears one token is one user by any name, and holds up nobody who bears another."""
+    asked = {"model": "digits", "sampler": "euler", "steps": 20_000, "schedule": "own", "n": 20}
+    with (
+        serving(
+            runs, tokens=Tokens({ANN: "ann", BOB: "bob"}), loopback=False, queue=20, most_passes=10**9
+        ) as client,
+        bearing(client, ANN) as ann,
+    ):
+        leaving = [send(client, ROUTE, {**asked, "user": "first"}, ANN)]
+        until(lambda: figure(ann, "ditmoe_images_waiting") == 12)  # and eight are under way
+        refused = ann.post(ROUTE, json={**asked, "user": "second"})
+        assert refused.status_code == 429 and "12 of your images wait" in refused.json()["error"]["message"]
+        leaving.append(send(client, ROUTE, {**asked, "user": "first"}, BOB))
+        until(lambda: figure(ann, "ditmoe_images_waiting") == 32)  # his are not refused
+        for each in leaving:
+            each.close()
+        until(lambda: figure(ann, "ditmoe_images_waiting") == 0)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.settings.config import SamplerConfig
-from tests.sampling.service.conftest import MARKUP, serving
+from tests.sampling.service.conftest import MARKUP, figure, send, serving, until
 
 ROUTE = "/v1/images/generations"
 ASKED = {"model": "digits", "sampler": "heun", "steps": 3, "cfg_scale": 1.5}
@@ -27,11 +26,6 @@ ENDLESS = {**ASKED, "steps": 5000, "schedule": "own"}
 def images(reply: httpx.Response) -> list[np.ndarray[Any, Any]]:
     assert reply.status_code == 200, reply.text
     return [np.array(Image.open(io.BytesIO(base64.b64decode(each["b64_json"])))) for each in reply.json()["data"]]
-
-
-def figure(client: httpx.Client, name: str) -> float:
-    lines = client.get("/metrics").text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
 
 
 def test_images_are_those_of_the_run(client: httpx.Client, runs: Path) -> None:
@@ -155,31 +149,17 @@ def write_pickle(folder: Path) -> tuple[Path, Path]:
 
 
 def test_a_full_queue_says_when_to_come_again_and_who_leaves_is_cancelled(runs: Path) -> None:
-    with serving(runs, queue=10, most_passes=10**9) as client:
+    with serving(runs, queue=16, most_passes=10**9) as client:
         assert client.post(ROUTE, json=ASKED).status_code == 200  # the network is loaded
 
-        def ask_and_leave() -> None:
-            with (
-                httpx.Client(base_url=client.base_url, timeout=4, trust_env=False) as impatient,
-                pytest.raises(httpx.TimeoutException),
-            ):
-                impatient.post(ROUTE, json={**ENDLESS, "n": 8})
-
-        def wait_for(waiting: int) -> None:
-            deadline = time.monotonic() + 60
-            while figure(client, "ditmoe_images_waiting") != waiting:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-
-        with ThreadPoolExecutor(2) as pool:
-            leaving = [pool.submit(ask_and_leave), pool.submit(ask_and_leave)]
-            wait_for(8)  # and eight are under way
-            refused = client.post(ROUTE, json={**ASKED, "n": 3})
-            assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
-            assert int(refused.headers["Retry-After"]) >= 1
-            for each in leaving:
-                each.result()
-        wait_for(0)
+        leaving = [send(client, ROUTE, {**ENDLESS, "n": 8}) for _ in range(2)]
+        until(lambda: figure(client, "ditmoe_images_waiting") == 8)  # and eight are under way
+        refused = client.post(ROUTE, json={**ASKED, "n": 9})
+        assert refused.status_code == 429 and refused.json()["error"]["code"] == "queue_full"
+        assert int(refused.headers["Retry-After"]) >= 1
+        for each in leaving:
+            each.close()
+        until(lambda: figure(client, "ditmoe_images_waiting") == 0)
         assert client.post(ROUTE, json={**ASKED, "n": 10}).status_code == 200
         assert 'ditmoe_failures_total{reason="cancelled"} 2.0' in client.get("/metrics").text
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -40,7 +40,7 @@ from ditmoe.sampling.service.store import (
 )
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.markers import change_marker
-from tests.sampling.service.conftest import serving
+from tests.sampling.service.conftest import serving, until
 from tests.sampling.small_run import write_digits, write_run
 
 DRAWN = {"model": "digits", "sampler": "heun", "steps": 3, "seed": 5}
@@ -54,13 +54,6 @@ def ours(client: httpx.Client) -> Client:
 
 def add(store: JobStore, user: str = "a", kind: str = "draw", key: str | None = None) -> Job:
     return store.add(key=key, user=user, kind=kind, request="{}", weights="w", total=10)
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_draw_has_the_images_of_the_images_route(ours: Client, tmp_path: Path) -> None:

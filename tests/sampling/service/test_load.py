@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from ditmoe.sampling.service.client import Client
-from tests.sampling.service.test_images import ROUTE, figure
+from tests.sampling.service.conftest import figure
+from tests.sampling.service.test_images import ROUTE
 from tests.sampling.service.test_jobs import Served
 
 CLIENTS = 200
