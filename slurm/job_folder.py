@@ -2,6 +2,7 @@
 
 A training run's job folder is `RUN/slurm/train/`, that of an evaluation `RUN/slurm/evaluate-<8 hex digits of its
 arguments>/`; encoding and synthesis, whose folder holds a dataset and nothing else, have `OUT.slurm/` beside it.
+Each job of workers that join a crew has its own: `CREW/slurm/workers-N/`.
 
     submit.sbatch    the batch script; of a training run it is RUN/submit.sbatch
     job.json         what the job runs: `Job`
@@ -10,6 +11,7 @@ arguments>/`; encoding and synthesis, whose folder holds a dataset and nothing e
     attempts.jsonl   what was submitted, and each attempt with its end: `ditmoe.slurm.attempts`
     heartbeats/      one file per rank of the attempt that runs
     output-J.txt     what job J printed
+    parts-R          of workers: a byte for each part that those of rank R have made
 """
 
 import hashlib
@@ -29,6 +31,7 @@ SCRIPT: Final = "submit.sbatch"
 PHASES: Final = {"start": 1800, "step": 600, "save": 1800, "evaluation": 7200}
 """What a rank may be in → seconds after which it counts as hung, unless the submission says otherwise."""
 _LONGEST_LABEL: Final = 40
+_WORKERS: Final = re.compile(r"workers-([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Job:
     name: str
     """In Slurm's queue."""
     verb: str
-    """`train`, `evaluate`, `encode` or `synthesize`."""
+    """`train`, `evaluate`, `encode`, `synthesize` or `workers`."""
     arguments: tuple[str, ...]
     """Of each task, after `ditmoe`."""
     run: str | None
@@ -120,6 +123,30 @@ def dataset_folder(out: Path) -> JobFolder:
     """The job folder of a dataset that is encoded or synthesized."""
     path = out.with_name(f"{out.name}.slurm")
     return JobFolder(path, path / SCRIPT)
+
+
+def workers_folder(crew: Path, number: int) -> JobFolder:
+    """The job folder of workers that join a crew; each submission has a number of its own, from 1."""
+    path = crew / "slurm" / f"workers-{number}"
+    return JobFolder(path, path / SCRIPT)
+
+
+def tally_of(job_folder: Path, rank: int) -> Path:
+    """The file that has a byte for each part that the workers of a rank have made."""
+    return job_folder / f"parts-{rank}"
+
+
+def parts_made(job_folder: Path) -> int:
+    """How many parts the workers of a job have made. OSError where the folder cannot be read."""
+    return sum(path.stat().st_size for path in job_folder.glob("parts-*"))
+
+
+def workers_folders(crew: Path) -> list[JobFolder]:
+    """The job folders of workers of a crew, by their numbers."""
+    found = {
+        int(match[1]): path for path in (crew / "slurm").glob("*") if (match := _WORKERS.fullmatch(path.name))
+    }
+    return [opened(found[number]) for number in sorted(found)]
 
 
 def opened(path: Path) -> JobFolder:

@@ -199,7 +199,7 @@ class Supervisor:
                 self.say(f"srun cannot be started: {error.strerror}")
                 reports = NodeReports(problem=f"srun cannot be started: {error.strerror}")
             else:
-                silence = self._watch(step, Watchdog(terms, time.monotonic()), terms)
+                silence = self._watch(step, Watchdog(terms, time.monotonic(), job.verb != "workers"), terms)
                 code = None if silence is not None else step.code
         details = self.queue.details(self.job_id)
         state = self._state(job)

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -13,14 +14,19 @@ from distributed.security import Security
 from ditmoe.data.crew.roles import nanny_options
 
 _AGAIN_SECONDS: Final = 1.0
+_LOOK_SECONDS: Final = 2.0
+_ALONE_SECONDS: Final = 60.0
+"""Without a worker, after which a nanny is replaced."""
+_UNWANTED_LOOKS: Final = 3
+"""In a row that show no leader before workers leave: a shared folder may fail for a moment."""
 _CLOSE_SECONDS: Final = 5.0
 
 
 class Keeper:
     """Keeps some workers at the service of a leader, in one event loop.
 
-    A nanny starts a worker anew that dies at work. It gives up where the worker dies while it starts, which is
-    seldom, and where the leader has gone.
+    A nanny starts a worker anew that dies at work. It gives up where the leader has gone, and where the worker
+    dies while it starts: then it may end, or stay without a worker. Either way another takes its place.
     """
 
     def __init__(
@@ -49,14 +55,32 @@ class Keeper:
         await asyncio.gather(*map(_close, self._nannies.values()))
 
     async def _keep(self, place: int, options: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
-        while wanted():
+        while await asyncio.to_thread(wanted):
             nanny = self._nannies[place] = Nanny(self._address, **options)
-            try:
+            # Killed while it started, or the leader has gone: what it raises has many types.
+            with suppress(Exception):
                 await nanny
-                await nanny.finished()
-            except Exception:  # killed while it started, or the leader has gone: what it raises has many types
-                await _close(nanny)
+                await _until_of_no_use(nanny, wanted)
+            await _close(nanny)
             await asyncio.sleep(_AGAIN_SECONDS)
+
+
+async def _until_of_no_use(nanny: Nanny, wanted: Callable[[], bool]) -> None:
+    """Return when a nanny has ended, has had no worker for long, or works for somebody who no longer leads."""
+    ended = asyncio.ensure_future(nanny.finished())
+    alone_since, unwanted = None, 0
+    try:
+        while not ended.done() and unwanted < _UNWANTED_LOOKS:
+            await asyncio.wait([ended], timeout=_LOOK_SECONDS)
+            unwanted = 0 if await asyncio.to_thread(wanted) else unwanted + 1
+            if nanny.is_alive():
+                alone_since = None
+            elif alone_since is None:
+                alone_since = time.monotonic()
+            elif time.monotonic() - alone_since > _ALONE_SECONDS:
+                return
+    finally:
+        ended.cancel()
 
 
 async def _close(nanny: Nanny) -> None:

@@ -4,7 +4,7 @@ More workers join while it is at work (`members.py`), from this machine or other
 leads holds the claim `scheduler` in the crew's folder, and says in a file where it listens:
 
     CREW/crew.pem         certificate and key (`certificate.py`)
-         scheduler.json   the address of whoever leads
+         scheduler.json   the address of whoever leads, its host, and which program it is
          scheduler.0      its claim
 
 Losing a worker loses nothing: what it was making is made by another. The scheduler lives and dies with the job,
@@ -14,6 +14,7 @@ which goes on from the parts that are there when it is repeated.
 import json
 import logging
 import queue
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +29,10 @@ from distributed.scheduler import KilledWorker
 
 from ditmoe.data.crew.certificate import crew_security
 from ditmoe.data.crew.keeper import Keeper
+from ditmoe.data.crew.program import program_digest
 from ditmoe.data.crew.roles import ALLOWED_DEATHS, STALLED_SECONDS, CrewScheduler, quiet, settings
 from ditmoe.data.crew.tasks import AnyParts, Outcome, Task, make_part
-from ditmoe.data.storage.claims import Claims, list_folder
+from ditmoe.data.storage.claims import BEAT_SECONDS, MISSED_BEATS, Claim, Claims, list_folder
 from ditmoe.data.storage.files import make_folder, replacing
 from ditmoe.data.storage.parts import Progress, make_parts
 from ditmoe.model.errors import UserError
@@ -170,13 +172,7 @@ def lead_crew(
         UserError: another process leads it, others may read the folder, or the address is not this machine's.
     """
     security = crew_security(folder)
-    claims = Claims(folder)
-    with claims.taken(SCHEDULER_CLAIM) as claim:
-        if claim is None:
-            raise UserError(
-                f"{folder}: another process leads this crew{claims.who(SCHEDULER_CLAIM)}; wait for it, or choose "
-                "another folder"
-            )
+    with _led(folder, log) as claim:
         file = folder / SCHEDULER_FILE
         file.unlink(missing_ok=True)
         quiet()
@@ -196,11 +192,45 @@ def lead_crew(
             options: dict[str, Any] = {"security": security, "set_as_default": False, "loop": cluster.loop}
             with cluster, Client(cluster.scheduler_address, **options) as client:
                 with replacing(file, private=True) as written:
-                    written.write(json.dumps({"address": cluster.scheduler_address}).encode() + b"\n")
+                    facts = {
+                        "address": cluster.scheduler_address,
+                        "host": socket.gethostname(),
+                        "program": program_digest(),
+                    }
+                    written.write(json.dumps(facts).encode() + b"\n")
                 keeper = Keeper(cluster.scheduler_address, host, security, environments)
                 cluster.sync(keeper.start, lambda: True)
                 try:
                     yield Crew(folder, client, part_seconds, log, len(environments))
                 finally:
-                    file.unlink(missing_ok=True)
+                    if claim.held():  # it is another's where this process was stopped for long
+                        file.unlink(missing_ok=True)
                     cluster.sync(keeper.close)
+
+
+@contextmanager
+def _led(folder: Path, log: Callable[[str], None]) -> Iterator[Claim]:
+    """Hold the claim of whoever leads, for the body.
+
+    One of another machine is waited for as long as it takes to tell that it is dead: a job of Slurm that was put
+    back into the queue by its node's end starts elsewhere within seconds.
+
+    Raises:
+        UserError: another process leads.
+    """
+    claims, told = Claims(folder), False
+    deadline = time.monotonic() + (MISSED_BEATS + 2) * BEAT_SECONDS
+    while True:
+        with claims.taken(SCHEDULER_CLAIM) as claim:
+            if claim is not None:
+                yield claim
+                return
+        who = claims.who(SCHEDULER_CLAIM)
+        if who and (claims.is_held_here(SCHEDULER_CLAIM) or time.monotonic() > deadline):
+            raise UserError(
+                f"{folder}: another process leads this crew{who}; wait for it, or choose another folder"
+            )
+        if who and not told:
+            log(f"{folder}: another process leads this crew{who}; waiting for a sign that it is dead, or alive")
+            told = True
+        time.sleep(_LOOK_SECONDS)

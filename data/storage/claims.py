@@ -183,6 +183,12 @@ class Claims:
         seen = _read(self.folder / f"{name}.{max(numbers)}") if numbers else None
         return f"process {seen.pid} on {seen.host}" if seen is not None and self._lives(seen) else None
 
+    def is_held_here(self, name: str) -> bool:
+        """Whether a process of this machine holds the claim on `name`: it is known to live, whatever its beats."""
+        numbers = self.listing().claims.get(name)
+        seen = _read(self.folder / f"{name}.{max(numbers)}") if numbers else None
+        return seen is not None and seen.machine == _here().machine and self._lives(seen)
+
     def who(self, name: str) -> str:
         """The holder in brackets, to append to a message; empty where it has just gone."""
         holder = self.holder(name)

@@ -22,7 +22,14 @@ from ditmoe.launcher.commands.drawing import (
 )
 from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 from ditmoe.launcher.commands.evaluate_watch import evaluate_watch
+from ditmoe.launcher.commands.worker import ListenOption
 from ditmoe.model.errors import UserError
+
+PART_MINUTES = 360.0
+_LIMIT_OF_NOBODY = (
+    "--part-limit {:g}: is of workers that one process leads, and there would be none; expected --processes above"
+    " 1 or --crew FOLDER beside it, without --watch, --grid, srun and torchrun"
+)
 
 
 @draws_images(steps=250)
@@ -38,9 +45,13 @@ def command(
         Path | None,
         typer.Option(metavar="FOLDER", help="Where workers of any machine join: `ditmoe worker FOLDER`."),
     ] = None,
+    listen: ListenOption = None,
     part_limit: Annotated[
-        float, typer.Option(min=0.01, metavar="MINUTES", help="A worker that is longer at one part is replaced.")
-    ] = 360,
+        float | None,
+        typer.Option(
+            min=0.01, metavar="MINUTES", help="A worker that is longer at one part is replaced. [default: 360]"
+        ),
+    ] = None,
     grid: Annotated[
         Path | None,
         typer.Option(
@@ -140,6 +151,10 @@ def command(
         raise UserError(f"--crew {crew}: expected without --watch and --grid")
     if crew is None and processes == 0:
         raise UserError("--processes 0: expected 1 or more, or --crew FOLDER for workers that join")
+    if listen is not None and crew is None:
+        raise UserError(f"--listen {listen}: workers of other machines join by --crew FOLDER; expected both")
+    if part_limit is not None and (watch or grid is not None):
+        raise UserError(_LIMIT_OF_NOBODY.format(part_limit))
     options = EvaluationOptions(
         source=run,
         sampler=SamplerConfig() if grid is not None else drawing.config(),
@@ -199,7 +214,10 @@ def command(
             raise UserError(f"--crew {crew}: one process leads it, and this is one of {process.ranks}")
         if processes is None:
             processes = torch.cuda.device_count() or 1
-        if crew is not None or (processes > 1 and not process.started):
+        led = crew is not None or (processes > 1 and not process.started)
+        if part_limit is not None and not led:
+            raise UserError(_LIMIT_OF_NOBODY.format(part_limit))
+        if led:
             from ditmoe.data.storage.files import make_folder
             from ditmoe.launcher.local.crew_workers import leads_crew
             from ditmoe.sampling.evaluation.of_crew import made_by
@@ -207,7 +225,9 @@ def command(
             make_folder(job.folder)
             with (
                 signs_of_work(job.folder, job.cache),
-                leads_crew(crew, processes, part_limit, lambda line: typer.echo(line, err=True)) as workers,
+                leads_crew(
+                    crew, processes, part_limit or PART_MINUTES, lambda line: typer.echo(line, err=True), listen
+                ) as workers,
             ):
                 metrics = evaluate_run(job, made_by(workers, options, job), max(processes, 1))
         else:

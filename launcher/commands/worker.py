@@ -6,6 +6,13 @@ from typing import Annotated
 import typer
 
 MINUTES = 10.0
+ListenOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|INTERFACE",
+        help="Where the other machines of the crew find this one, such as ib0. [default: where the way leads]",
+    ),
+]
 
 
 def command(
@@ -17,20 +24,39 @@ def command(
     idle: Annotated[
         float, typer.Option(min=0, metavar="MINUTES", help="End when nobody has led the crew for so long.")
     ] = MINUTES,
+    listen: ListenOption = None,
 ) -> None:
     """Work for the commands that lead a crew, one after another: it may start before them, and end at any time.
 
     Whoever can read the folder's key belongs to the crew: it is made for its owner alone, and must stay so.
+    `ditmoe submit workers` starts it as a job of Slurm.
 
     Example: ditmoe worker runs/crew --processes 8
     """
-    from ditmoe.data.crew.members import join_crew
-    from ditmoe.launcher.local.crew_workers import own_address, worker_environments
+    import os
 
-    join_crew(
-        folder,
-        worker_environments(processes),
-        own_host=own_address,
-        idle_seconds=60 * idle,
-        log=lambda line: typer.echo(line, err=True),
-    )
+    from ditmoe.data.crew.members import join_crew
+    from ditmoe.data.crew.tasks import TALLY_VARIABLE
+    from ditmoe.launcher.local.crew_workers import own_address, worker_environments
+    from ditmoe.parallel.ranks import this_process
+    from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Heart
+    from ditmoe.slurm.job_folder import tally_of
+    from ditmoe.slurm.submission.script import STRANGERS
+
+    process, beats = this_process(), os.environ.get(FOLDER_VARIABLE)
+    environments = worker_environments(processes)
+    if beats:
+        tally = str(tally_of(Path(beats).parent, process.rank))
+        environments = [{**each, TALLY_VARIABLE: tally} for each in environments]
+    heart = Heart.of_this_process(process.rank, process.ranks)
+    for name in STRANGERS:  # a worker is no rank, whatever the task of srun is that started it
+        os.environ.pop(name, None)
+    with heart:
+        join_crew(
+            folder,
+            environments,
+            own_host=lambda leader: own_address(listen, leader),
+            idle_seconds=60 * idle,
+            log=lambda line: typer.echo(line, err=True),
+            beat=lambda doing: heart.beat("step", doing=doing),
+        )

@@ -2,7 +2,7 @@
 
 Clocks of hosts differ, so nothing is made of the times in the files: what counts is when the watcher saw them
 change. And ranks wait for one another, so only those that are furthest behind are held to the limit of what they
-are in: the others cannot get on before them.
+are in: the others cannot get on before them. Workers of a crew do not, and are held to their limit each by itself.
 """
 
 from collections.abc import Iterable, Mapping
@@ -35,9 +35,11 @@ class Watchdog:
     Args:
         terms: limits, and how often ranks write.
         start: when the ranks were started, s on the clock of all later times.
+        in_step: whether ranks wait for one another.
     """
 
-    def __init__(self, terms: Terms, start: float) -> None:
+    def __init__(self, terms: Terms, start: float, in_step: bool = True) -> None:
+        self._in_step = in_step
         self._terms = terms
         self._start = start
         self._ranks: dict[int, _Seen] = {}
@@ -83,11 +85,10 @@ class Watchdog:
         fewest = min(_beats(seen) for seen in working.values())
         if fewest != self._fewest:
             self._fewest, self._caught_up = fewest, now
-        behind = {rank: seen for rank, seen in working.items() if _beats(seen) == fewest}
+        behind = {rank: seen for rank, seen in working.items() if _beats(seen) == fewest or not self._in_step}
+        caught_up = self._caught_up if self._in_step else self._start
         late = {
-            rank: seen
-            for rank, seen in behind.items()
-            if now - max(seen.further, self._caught_up) > self._limit(seen)
+            rank: seen for rank, seen in behind.items() if now - max(seen.further, caught_up) > self._limit(seen)
         }
         if not late:
             return None

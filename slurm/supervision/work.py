@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditmoe.data.storage.files import open_regular
-from ditmoe.slurm.job_folder import Job, JobFolder
+from ditmoe.slurm.job_folder import Job, JobFolder, parts_made
 
 STATE: Final = "state.json"
 """In the run folder: what a training run says of itself."""
@@ -56,7 +56,11 @@ def _seconds(text: str) -> float | None:
 
 
 def progress(job: Job, folder: JobFolder) -> int | None:
-    """How far a job is: the step of the newest complete checkpoint, or how many files there are of its work."""
+    """How far a job is: the step of the newest complete checkpoint, or how many files there are of its work, or of
+    workers, which work for others, how many parts they have made.
+    """
+    if job.verb == "workers":
+        return parts_made(folder.path)
     if job.verb == "train" and job.run is not None:
         with suppress(FileNotFoundError):
             names = os.listdir(Path(job.run) / "checkpoints")

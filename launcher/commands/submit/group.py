@@ -1,4 +1,4 @@
-"""`ditmoe submit`: hand a training run, an evaluation, an encoding or a synthesis to Slurm."""
+"""`ditmoe submit`: hand a training run, an evaluation, an encoding, a synthesis or workers to Slurm."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 from ditmoe.launcher.commands.submit.options import Asked, asks_slurm
 from ditmoe.launcher.commands.sweep import FolderOption
 from ditmoe.launcher.commands.words import counted
+from ditmoe.launcher.commands.worker import MINUTES
 
 if TYPE_CHECKING:
     from ditmoe.slurm.client import Queue
@@ -198,6 +199,49 @@ def synthesize(context: typer.Context, *, asked: Asked) -> None:
     from ditmoe.launcher.commands.submit.other_jobs import synthesis_job
 
     _submit(synthesis_job, context, asked)
+
+
+@app.command("workers", short_help="Start workers for evaluations that are led elsewhere.")
+@asks_slurm
+def workers(
+    folder: Annotated[
+        Path, typer.Argument(help="The crew's folder, as in `ditmoe evaluate --crew FOLDER`.", metavar="CREW")
+    ],
+    *,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Workers on each node. [default: one per GPU, or 1]")
+    ] = None,
+    idle: Annotated[
+        float, typer.Option(min=0, metavar="MINUTES", help="They end when nobody has led the crew for so long.")
+    ] = MINUTES,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            metavar="INTERFACE",
+            help="Network interface by which nodes reach each other, such as ib0. [default: where the way leads]",
+        ),
+    ] = None,
+    asked: Asked,
+) -> None:
+    """Start workers as a job: they join whoever leads the crew, now or later; see docs/evaluate.md.
+
+    Repeated, it adds workers: each call is a job of its own.
+
+    Example: ditmoe submit workers runs/crew --nodes 4 --gpus-per-node 8 --time 12:00:00
+    """
+    from ditmoe.launcher.submission.workers import workers_job
+    from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.submission.submit import script_of, submit
+
+    request = workers_job(folder, processes, idle, listen, asked.settings())
+    if asked.dry_run:
+        typer.echo(script_of(request), nl=False)
+        return
+    from ditmoe.data.crew.certificate import crew_security
+
+    crew_security(folder)  # before anything waits for a folder that nobody but its owner may enter
+    queue = Queue()
+    _report(request, submit(request, queue), queue)
 
 
 def _submit(make: "Callable[[list[str], JobSettings], Request]", context: typer.Context, asked: Asked) -> None:

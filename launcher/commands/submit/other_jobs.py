@@ -23,6 +23,8 @@ def evaluation_job(arguments: list[str], settings: JobSettings) -> Request:
     given = _parsed("evaluate", command, arguments)
     if given["watch"]:
         return _watch_job(given["run"].absolute(), arguments, settings)
+    if given["crew"] is not None:
+        settings = _alone(f"--crew {given['crew']}: one task leads it", settings)
     checkpoint = find_checkpoint(given["run"], given["step"])
     arguments = _of_checkpoint(arguments, given["run"], given["step"], checkpoint)
     run = home_of(checkpoint).absolute()
@@ -69,13 +71,18 @@ def _watch_job(run: Path, arguments: list[str], settings: JobSettings) -> Reques
     """The job that scores every checkpoint of a run, which may have none yet: a task that starts its processes."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; expected a run folder")
+    settings = _alone("--watch: starts the processes of each evaluation itself", settings)
+    return job_request("evaluate", ("evaluate", *arguments), evaluation_folder(run, arguments), settings, run)
+
+
+def _alone(why: str, settings: JobSettings) -> JobSettings:
+    """The settings of a job of one task, which starts its own processes; UserError where they ask for more."""
     if settings.nodes > 1 or (settings.tasks_per_node or 1) > 1:
         raise UserError(
-            f"--watch: starts the processes of each evaluation itself, on one node; expected --nodes 1 and no"
-            f" --tasks-per-node, and found {settings.nodes} × {settings.tasks}"
+            f"{why}, on one node; expected --nodes 1 and no --tasks-per-node, and found"
+            f" {settings.nodes} × {settings.tasks}"
         )
-    settings = settings.model_copy(update={"tasks_per_node": 1})
-    return job_request("evaluate", ("evaluate", *arguments), evaluation_folder(run, arguments), settings, run)
+    return settings.model_copy(update={"tasks_per_node": 1})
 
 
 def encoding_job(arguments: list[str], settings: JobSettings) -> Request:
@@ -121,7 +128,8 @@ def _parsed(verb: str, command: Callable[..., None], arguments: list[str]) -> Ma
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(verb)(command)
     context = typer.main.get_command(app).make_context(f"ditmoe {verb}", list(arguments))
-    if context.params["processes"] is not None and not context.params.get("watch"):
+    starts_its_own = context.params.get("watch") or context.params.get("crew") is not None
+    if context.params["processes"] is not None and not starts_its_own:
         raise UserError(
             "--processes: the tasks of the job are its processes; expected --nodes and --tasks-per-node"
         )
