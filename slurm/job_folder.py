@@ -149,6 +149,13 @@ def workers_folders(crew: Path) -> list[JobFolder]:
     return [opened(found[number]) for number in sorted(found)]
 
 
+def workers_at(place: Path) -> JobFolder | None:
+    """The job folder of workers that lies at a place; None: none does."""
+    folder = opened(place)
+    is_one = place.parent.name == "slurm" and _WORKERS.fullmatch(place.name) is not None
+    return folder if is_one and place.is_dir() else None
+
+
 def opened(path: Path) -> JobFolder:
     """The job folder that lies at a path: one of those above."""
     is_training = path.name == "train" and path.parent.name == "slurm"

@@ -66,7 +66,8 @@ def join_crew(
             address, told = str(leader["address"]), ""
             leading_host = urlsplit(address).hostname or ""
             host = LOOPBACK if leading_host == LOOPBACK else own_host(leading_host)
-            log(f"{folder}: {len(environments)} workers at {host} join {address}")
+            count = len(environments)
+            log(f"{folder}: {count} {'worker' if count == 1 else 'workers'} at {host} join {address}")
             keeper = Keeper(address, host, security, environments)
             asyncio.run(_work(keeper, partial(_leads, folder, address), partial(beat, f"works for {address}")))
             idle_since = time.monotonic()

@@ -10,7 +10,7 @@ QUEUE_SECONDS = 30.0
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="The run's folder, or that of a crew.", metavar="RUN")],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
     rank: Annotated[
         int | None, typer.Option(min=0, help="Of a run on one machine: the output of this rank alone.")
@@ -23,13 +23,21 @@ def command(
 
     from ditmoe.model.errors import UserError
     from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.status.crews import crew_output, is_crew, read_crew
     from ditmoe.slurm.status.outputs import followed, last_lines, output_of
     from ditmoe.slurm.status.read import is_run, read_snapshots
     from ditmoe.slurm.status.standing import standing
 
-    if not is_run(run):
+    of_crew = is_crew(run)
+    if not of_crew and not is_run(run):
         raise UserError(f"{run}: no run found; expected the folder of one")
-    path = output_of(run, rank)
+    if of_crew and rank is not None:
+        raise UserError(f"--rank {rank}: is of a run on one machine; expected none for the workers of a crew")
+
+    def newest() -> Path:
+        return crew_output(run) if of_crew else output_of(run, rank)
+
+    path = newest()
     text, size = last_lines(path, lines)
     typer.echo(f"==> {path} <==", err=True)
     typer.echo(text, nl=False)
@@ -40,10 +48,13 @@ def command(
     def has_ended() -> bool:
         nonlocal asked, ended
         if time.monotonic() - asked > QUEUE_SECONDS or not asked:
-            ended = standing(read_snapshots([run], queue)[0]).is_final
+            if of_crew:
+                ended = read_crew(run, queue).is_final
+            else:
+                ended = standing(read_snapshots([run], queue)[0]).is_final
             asked = time.monotonic()
         return ended
 
-    for piece in followed(lambda: output_of(run, rank), (path, size), has_ended):
+    for piece in followed(newest, (path, size), has_ended):
         typer.echo(piece, nl=False)
         sys.stdout.flush()

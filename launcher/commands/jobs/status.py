@@ -8,7 +8,8 @@ import typer
 
 def command(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders, or folders of them. [default: runs/]", metavar="RUN")
+        list[Path] | None,
+        typer.Argument(help="Run folders, folders of them, or crews. [default: runs/]", metavar="RUN"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object for each run.")] = False,
     watch: Annotated[
@@ -27,27 +28,32 @@ def command(
 
     from ditmoe.model.errors import UserError
     from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.status.crews import crew_data, crew_text, crews_below, is_crew, read_crew
     from ditmoe.slurm.status.read import read_snapshots, runs_below
     from ditmoe.slurm.status.standing import standing
     from ditmoe.slurm.status.text import as_data, as_text
 
     default = Path("runs")
-    chosen = [run for place in runs for run in _runs_of(place)] if runs else runs_below(default)
-    if not chosen:
+    crews = [place for place in runs if is_crew(place)] if runs else crews_below(default)
+    named = [place for place in runs or () if place not in crews]
+    chosen = [run for place in named for run in _runs_of(place)] if runs else runs_below(default)
+    if not chosen and not crews:
         raise UserError(f"{default}/ has no run; expected run folders: ditmoe status RUN …")
     queue = Queue()
     while True:
-        snapshots = read_snapshots(chosen, queue)
+        snapshots, of_crews = read_snapshots(chosen, queue), [read_crew(crew, queue) for crew in crews]
         if as_json:
-            text = json.dumps([as_data(snapshot) for snapshot in snapshots], indent=None if watch else 1)
+            data = [*map(as_data, snapshots), *map(crew_data, of_crews)]
+            text = json.dumps(data, indent=None if watch else 1)
         else:
-            text = as_text(snapshots)
+            text = "\n".join([*([as_text(snapshots)] if snapshots else []), *map(crew_text, of_crews)])
         if watch and not as_json:
             if sys.stdout.isatty():
                 typer.echo("\x1b[H\x1b[2J", nl=False)
             text = f"{time.strftime('%Y-%m-%d %H:%M:%S')}\n{text}"
         typer.echo(text)
-        if not watch or all(standing(snapshot).is_final for snapshot in snapshots):
+        final = [standing(snapshot).is_final for snapshot in snapshots] + [crew.is_final for crew in of_crews]
+        if not watch or all(final):
             return
         time.sleep(every)
 

@@ -57,7 +57,7 @@ def following_evaluation(run: Path, options: str, settings: JobSettings) -> Requ
     except ValueError as error:
         raise UserError(f"--evaluate {options!a}: {error}; expected options of `ditmoe evaluate`") from None
     given = _parsed("evaluate", command, arguments)
-    for name in ("watch", "step"):
+    for name in ("watch", "step", "crew"):
         if given[name] not in (None, False):
             raise UserError(
                 f"--evaluate {options!a}: the job follows the training, and scores its last step; expected no"

@@ -26,7 +26,9 @@ from ditmoe.launcher.commands.submit.other_jobs import (
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.submission.asked import SITE_VARIABLE, job_settings
 from ditmoe.launcher.submission.training import training_job
+from ditmoe.launcher.submission.workers import workers_job
 from ditmoe.model.errors import UserError
+from ditmoe.slurm.attempts import record_submission
 from ditmoe.slurm.submission.script import Request
 from ditmoe.slurm.submission.settings import JobSettings
 
@@ -425,6 +427,7 @@ def test_an_evaluation_that_follows_its_training(tmp_path: Path) -> None:
     for options, message in (
         ("--watch", "the job follows the training, and scores its last step; expected no --watch"),
         ("--step 3", "expected no --step"),
+        ("--crew crew", "expected no --crew"),
         ("'", "No closing quotation"),
         ("--processes 2", "the tasks of the job are its processes"),
     ):
@@ -432,6 +435,57 @@ def test_an_evaluation_that_follows_its_training(tmp_path: Path) -> None:
             following_evaluation(run, options, settings)
     with pytest.raises(typer.TyperException, match="No such option: --cuont"):
         following_evaluation(run, "--cuont 3", settings)
+
+
+def test_a_crew_is_led_by_one_task_of_one_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ditmoe.sampling.network import load
+
+    newest = tmp_path / "run" / "checkpoints" / "step-00000040"
+    newest.mkdir(parents=True)
+    monkeypatch.setattr(load, "find_checkpoint", lambda source, step: newest)
+    asked = ["run", "--crew", "crew", "--processes", "0"]
+    made = evaluation_job(asked, JobSettings(gpus_per_node=8))
+    assert made.job.arguments == ("evaluate", *asked, "--step=40")
+    assert (made.job.nodes, made.job.tasks_per_node, made.job.gpus_per_node) == (1, 1, 8)
+    with pytest.raises(UserError, match="--crew crew: one task leads it, on one node; expected --nodes 1"):
+        evaluation_job(asked, JobSettings(nodes=2))
+
+
+def test_workers_are_one_task_of_each_node_and_each_submission_has_its_own_folder(tmp_path: Path) -> None:
+    crew = tmp_path / "crew"
+    made = workers_job(crew, 3, 2.5, "ib0", JobSettings(nodes=4))
+    job = made.job
+    assert job.arguments == ("worker", "--idle=2.5", "--processes=3", "--listen=ib0", "--", str(crew))
+    assert (job.verb, job.run, job.nodes, job.tasks_per_node) == ("workers", None, 4, 1)
+    assert made.settings.cpus_per_task == 3 and "--cpus-per-task=3" in job.srun
+    assert made.folder.path == crew / "slurm" / "workers-1" and not crew.exists()
+    on_gpus = workers_job(crew, None, 10, None, JobSettings(nodes=2, gpus_per_node=8))
+    assert on_gpus.job.arguments == ("worker", "--idle=10", "--", str(crew))
+    assert (on_gpus.job.tasks_per_node, on_gpus.settings.cpus_per_task) == (1, None)
+    # One with which nothing was submitted, as when Slurm refused, is taken again.
+    made.folder.path.mkdir(parents=True)
+    assert workers_job(crew, 3, 1, None, JobSettings()).folder == made.folder
+    record_submission(made.folder.path, "7", 1.0)
+    assert workers_job(crew, 3, 1, None, JobSettings()).folder.path.name == "workers-2"
+    with pytest.raises(UserError, match="--tasks-per-node 2: one task on each node starts its workers"):
+        workers_job(crew, None, 1, None, JobSettings(tasks_per_node=2))
+    with pytest.raises(UserError, match="--processes 9 with --gpus-per-node 8: each worker has a GPU to itself"):
+        workers_job(crew, 9, 1, None, JobSettings(gpus_per_node=8))
+
+
+def test_a_dry_run_of_workers_makes_no_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    app(["workers", "crew", "--nodes=2", "--processes=2", "--dry-run"], standalone_mode=False)
+    script = capsys.readouterr().out
+    assert "\n#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --cpus-per-task=2\n" in script
+    assert not (tmp_path / "crew").exists()
+
+
+def test_a_crew_that_others_may_enter_is_refused_before_anything_is_submitted(tmp_path: Path) -> None:
+    (tmp_path / "crew").mkdir()
+    (tmp_path / "crew").chmod(0o755)
+    with pytest.raises(UserError, match="crew: has mode 755"):
+        app(["workers", "crew"], standalone_mode=False)
+    assert not list((tmp_path / "crew").iterdir())
 
 
 def test_a_watch_is_one_task_of_one_node(tmp_path: Path) -> None:

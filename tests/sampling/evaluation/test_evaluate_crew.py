@@ -193,6 +193,13 @@ def test_what_goes_not_together_is_refused(options: EvaluationOptions, tmp_path:
         command(options.source, processes=0)
     with pytest.raises(UserError, match=r"--crew .*: expected without --watch"):
         command(options.source, crew=tmp_path / "crew", watch=True)
+    with pytest.raises(UserError, match="--listen lo: workers of other machines join by --crew FOLDER"):
+        command(options.source, processes=2, listen="lo")
+    for alone in ({"processes": 1}, {"watch": True, "processes": 2}):
+        with pytest.raises(
+            UserError, match="--part-limit 5: is of workers that one process leads, and there would"
+        ):
+            command(options.source, part_limit=5, data=str(options.data), cache=options.cache, **alone)
 
 
 def test_workers_share_the_cores_and_end_when_nobody_leads(

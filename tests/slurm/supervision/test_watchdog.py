@@ -50,6 +50,19 @@ def test_a_stopped_process_is_told_from_those_that_wait_for_it() -> None:
     assert silence.hosts == (), "rank 2 on the same host is alive"
 
 
+def test_workers_do_not_wait_for_one_another() -> None:
+    """The one that is furthest ahead hangs: the others, which came later, are no excuse."""
+    together, alone = Watchdog(TERMS_OF_TEST, 0.0), Watchdog(TERMS_OF_TEST, 0.0, in_step=False)
+    for second in range(22):
+        found = {rank: heartbeat(rank, beats=1 + second, clock=float(second)) for rank in range(3)}
+        found[3] = heartbeat(3, beats=1000)
+        silences = [watch.look(found, float(second)) for watch in (together, alone)]
+        if second < 21:
+            assert silences == [None, None]
+    assert silences[0] is None
+    assert silences[1] is not None and silences[1].reason.startswith("no progress for 21 s of rank 3 (n2)")
+
+
 def test_a_host_that_fell_silent_is_named() -> None:
     watch = Watchdog(TERMS_OF_TEST, 0.0)
     watch.look(of_all(), 0.0)
