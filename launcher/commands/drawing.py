@@ -59,6 +59,14 @@ NeighbourImagesOption = Annotated[
         min=8, help="Real images that precision and recall look at; ADM: 10000. [default: all, up to 50000]"
     ),
 ]
+SharedWeightsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where processes that draw on CPUs keep the one copy of the weights that those of a machine share. "
+        "[default: RUN/shared-weights, if there are several]",
+    ),
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"),

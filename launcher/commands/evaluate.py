@@ -15,6 +15,7 @@ from ditmoe.launcher.commands.drawing import (
     OnErrorOption,
     ReferenceNetworkOption,
     ResizeOption,
+    SharedWeightsOption,
     StepOption,
     VaeOption,
     WeightsOption,
@@ -98,6 +99,7 @@ def command(
         ),
     ] = "chunks",
     cache: CacheOption = None,
+    shared_weights: SharedWeightsOption = None,
     watch: Annotated[
         bool,
         typer.Option(
@@ -176,6 +178,7 @@ def command(
         keep=keep,
         cache=cache,
         vae=vae,
+        shared_weights=shared_weights,
     )
     # What the processes of the job are told again, beside what is drawn.
     shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
@@ -191,6 +194,7 @@ def command(
         ("--chunk", chunk),
         ("--cache", cache),
         ("--vae", vae),
+        ("--shared-weights", shared_weights),
     ):
         shared += [option, str(value)] if value is not None else []
     if grid is not None:

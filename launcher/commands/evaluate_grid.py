@@ -31,6 +31,7 @@ HOLDING: Final = (
     "chunk",
     "keep",
     "cache",
+    "shared_weights",
 )
 """Options of `ditmoe evaluate` that a grid leaves to the command."""
 

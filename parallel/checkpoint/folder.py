@@ -12,8 +12,8 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -191,6 +191,18 @@ def load_weights(
     Raises:
         UserError: the part is missing, or a file of it is damaged.
     """
+    with checked_weights(path, which) as info:
+        memory = allocate(info.shapes)
+        fill_weights(info, which, {name: memory[name] for name in info.shapes})
+
+
+@contextmanager
+def checked_weights(path: Path, which: Literal["ema", "weights"]) -> Iterator[CheckpointInfo]:
+    """A checkpoint whose weights are known to be whole, and stay where they are for the body.
+
+    Raises:
+        UserError: the part is missing, or a file of it is damaged.
+    """
     info = read_info(path)
     if which not in info.parts:
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
@@ -199,8 +211,12 @@ def load_weights(
         problems = problems or incomplete(info, [which])
         if problems:
             raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
-        memory = allocate(info.shapes)
-        load_pieces(path / which, [whole_piece(name, memory[name]) for name in info.shapes], collective=False)
+        yield info
+
+
+def fill_weights(info: CheckpointInfo, which: Literal["ema", "weights"], memory: Mapping[str, Tensor]) -> None:
+    """Read parameters of a checked checkpoint into their memory: contiguous, of any type, on any device."""
+    load_pieces(info.path / which, [whole_piece(name, memory[name]) for name in memory], collective=False)
 
 
 def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.sampling.batching.passes import Passes
-from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, find_decoder, load_model
+from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, find_decoder, load_model, shared_folder
 
 BYTES: Final = {"fp32": 4, "bf16": 2}
 
@@ -142,7 +142,13 @@ class Models:
 
     def _load(self, key: ModelKey) -> Loaded:
         try:
-            model = load_model(key.checkpoint, key.weights, device=self.device, precision=key.precision)
+            model = load_model(
+                key.checkpoint,
+                key.weights,
+                device=self.device,
+                precision=key.precision,
+                shared=shared_folder(key.checkpoint),
+            )
         except UserError as error:
             raise ModelUnavailable(str(error)) from error
         config = model.model_config

@@ -59,6 +59,7 @@ def request_for(options: EvaluationOptions, job: Job) -> dict[str, Any]:
         features_path=_absolute(options.features_path),
         cache=job.cache.absolute(),
         vae=_absolute(options.vae),
+        shared_weights=_absolute(options.shared_weights),
     )
     return {
         "options": _OPTIONS.dump_python(told, mode="json"),
@@ -110,7 +111,7 @@ def _job_of(request: str) -> tuple[Job, DrawChunk, Measures, Workers]:
                 "workers must see the files of whoever leads them under the same names"
             )
     device = own_device("auto", "--processes")
-    return job, drawer(job, ModelOfJob(device)), Measures(), Workers(device=device)
+    return job, drawer(job, ModelOfJob(device, several=True)), Measures(), Workers(device=device)
 
 
 def _identity(job: Job) -> dict[str, str]:

@@ -43,6 +43,7 @@ from ditmoe.sampling.network.load import (
     find_decoder,
     home_of,
     load_model,
+    shared_folder,
 )
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.settings.config import SamplerConfig
@@ -80,6 +81,8 @@ class EvaluationOptions:
     cache: Path | None = None
     vae: Path | None = None
     """Where the VAE of a network of latents lies now; None: where it lay when its data was encoded."""
+    shared_weights: Path | None = None
+    """Folder of the weights that the processes of a machine share; None: the run's, where there are several."""
 
 
 def default_cache() -> Path:
@@ -150,6 +153,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             keep=options.keep,
             vae=None if decoder is None else decoder.path,
             checkpoint=path,
+            shared_weights=options.shared_weights,
             facts={
                 "images_seen": info.images,
                 "train_batch": info.config["train"]["batch"] if "train" in info.config else None,
@@ -206,7 +210,7 @@ def evaluate_jobs(
     """
     workers = join_workers(str(jobs[0].folder))
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
-    model, measures, found = ModelOfJob(workers.device), Measures(), []
+    model, measures, found = ModelOfJob(workers.device, several=workers.ranks > 1), Measures(), []
     try:
         if len(jobs) > 1 and workers.first and any(stored_result(job) is None for job in jobs):
             measures.networks(jobs[0], workers, _say)  # so that the first job's time is its own
@@ -242,8 +246,14 @@ def _say(line: str) -> None:
 class ModelOfJob:
     """The network and the noise-level classifier of a checkpoint, each loaded when it is first asked for."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, several: bool = False) -> None:
+        """Load nothing yet.
+
+        Args:
+            several: other processes of the machine may draw with the same network, and share its weights.
+        """
         self._device = device
+        self._several = several
         self._model: LoadedModel | None = None
         self._precision: Precision = "fp32"
         self._posterior: NoiseClassifier | None = None
@@ -254,8 +264,16 @@ class ModelOfJob:
         if self._model is None or self._precision != precision:
             assert job.checkpoint is not None
             self._model = None  # the weights of one precision are held at a time
+            shared = job.shared_weights
+            if shared is None and self._several:
+                shared = shared_folder(job.checkpoint)
             self._model = load_model(
-                job.checkpoint, which=evaluation.which, device=self._device, precision=precision, vae=job.vae
+                job.checkpoint,
+                which=evaluation.which,
+                device=self._device,
+                precision=precision,
+                vae=job.vae,
+                shared=shared,
             )
             self._precision = precision
         assert self._model.fingerprint == evaluation.weights, (self._model.fingerprint, evaluation.weights)

@@ -1,7 +1,9 @@
 """A trained model, read from a run folder or one of its checkpoints."""
 
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +14,23 @@ from torch import Tensor, nn
 
 from ditmoe.data.encoding.vae import Vae, VaeFacts, find_vae, load_vae, read_facts
 from ditmoe.data.shards.index import LatentFacts
-from ditmoe.model.canonical import canonical_state, check_canonical
+from ditmoe.model.canonical import canonical_items, canonical_shapes, canonical_state, check_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.errors import UserError
+from ditmoe.model.errors import UnwritableError, UserError
 from ditmoe.model.layers import position_embedding
 from ditmoe.parallel.checkpoint.folder import (
     CheckpointInfo,
+    checked_weights,
     checkpoint_path,
     checkpoints,
+    fill_weights,
     load_weights,
     newest_checkpoint,
     read_info,
 )
 from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.sampling.network.shared_weights import SHARED_WEIGHTS, share_weights
 
 Weights = Literal["ema", "weights"]
 Precision = Literal["fp32", "bf16"]
@@ -102,6 +107,15 @@ def home_of(checkpoint: Path) -> Path:
     return home.relative_to(here) if home.is_relative_to(here) else home
 
 
+def shared_folder(checkpoint: Path) -> Path:
+    """Where processes share a checkpoint's weights, unless they are told another folder."""
+    return home_of(checkpoint) / SHARED_WEIGHTS
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def load_model(
     source: Path,
     which: Weights = "ema",
@@ -109,6 +123,8 @@ def load_model(
     device: str | torch.device = "cpu",
     precision: Precision = "fp32",
     vae: Path | None = None,
+    shared: Path | None = None,
+    log: Callable[[str], None] = _to_stderr,
 ) -> LoadedModel:
     """Read a model for sampling.
 
@@ -119,6 +135,9 @@ def load_model(
         device: where the network goes, in evaluation mode.
         precision: of its weights, which are held in it alone and read into their place.
         vae: where the VAE of its latents lies now; None: where it lay when they were encoded.
+        shared: folder of weights that the processes of a machine share, as long as any of them has the network;
+            None: this process holds its own. On a GPU it says nothing: the weights go there from the checkpoint.
+        log: told where that folder cannot be written, and the process holds its own in spite of it.
 
     Raises:
         UserError: no checkpoint is there, it is damaged, or its weights do not fit its configuration; its VAE is
@@ -131,19 +150,14 @@ def load_model(
         model_config, objective_config = complete_config(info.model, info), info.objective
     except (KeyError, ValueError) as error:
         raise UserError(f"{path / MARKER}: its configuration does not describe a model: {error}") from error
-    found: list[DiT] = []
-
-    def allocate(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
-        """Only now: the files bound how large a network their marker can ask for."""
-        network = _empty_network(model_config, device, torch.bfloat16 if precision == "bf16" else torch.float32)
-        memory = canonical_state(network)
-        own = {name: tuple(tensor.shape) for name, tensor in memory.items()}
-        check_canonical(shapes, own, origin=f"{path} ({which})")
-        found.append(network)
-        return memory
-
-    load_weights(path, which, allocate)
-    (network,) = found
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    network = None
+    if shared is not None and torch.device(device).type == "cpu":
+        try:
+            network = _sharing_network(path, which, model_config, dtype, shared)
+        except UnwritableError as error:
+            log(f"{error}; this process holds weights of its own")
+    network = network or _own_network(path, which, model_config, dtype, device)
     assert model_config.num_classes is not None
     names = info.dataset.get("class_names") or range(model_config.num_classes)
     return LoadedModel(
@@ -157,15 +171,57 @@ def load_model(
     )
 
 
+def _own_network(
+    path: Path, which: Weights, config: ModelConfig, dtype: torch.dtype, device: str | torch.device
+) -> DiT:
+    """A network with weights that this process alone holds."""
+    found: list[DiT] = []
+
+    def allocate(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        """Only now: the files bound how large a network their marker can ask for."""
+        network = _empty_network(config, device, dtype)
+        memory = canonical_state(network)
+        own = {name: tuple(tensor.shape) for name, tensor in memory.items()}
+        check_canonical(shapes, own, origin=f"{path} ({which})")
+        found.append(network)
+        return memory
+
+    load_weights(path, which, allocate)
+    return found[0]
+
+
+def _sharing_network(path: Path, which: Weights, config: ModelConfig, dtype: torch.dtype, folder: Path) -> DiT:
+    """A network with weights that the processes of this machine share; UnwritableError where that cannot be."""
+    with torch.device("meta"):
+        network = DiT(config).to(dtype)
+    info = read_info(path)
+    with ExitStack() as stack:
+        checked: list[CheckpointInfo] = []
+
+        def fill(memory: Mapping[str, Tensor]) -> None:
+            """Read weights; the first time, look whether all of them are whole."""
+            if not checked:
+                checked.append(stack.enter_context(checked_weights(path, which)))
+                check_canonical(info.shapes, canonical_shapes(config), origin=f"{path} ({which})")
+            fill_weights(checked[0], which, dict(canonical_items(iter(memory.items()))))
+
+        share_weights(network, f"{info.fingerprint}-{which}", folder, fill)
+    network.pos_embed = _position_embedding(config).to(dtype)
+    return network
+
+
+def _position_embedding(config: ModelConfig) -> Tensor:
+    assert config.image_size is not None
+    return position_embedding(config.hidden, config.image_size // config.patch)
+
+
 def _empty_network(config: ModelConfig, device: str | torch.device, dtype: torch.dtype) -> DiT:
     """A network whose weights have memory of this type there, with nothing in it but the position embedding."""
     with torch.device("meta"):
         network = DiT(config).to(dtype)
     network.to_empty(device=device)
-    assert config.image_size is not None
-    embedding = position_embedding(config.hidden, config.image_size // config.patch)
     assert [name for name, _ in network.named_buffers()] == ["pos_embed"]
-    network.pos_embed.copy_(embedding)
+    network.pos_embed.copy_(_position_embedding(config))
     return network
 
 

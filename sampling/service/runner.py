@@ -26,6 +26,7 @@ from ditmoe.sampling.batching.engine import Cancelled, Engine, Ticket, users_mis
 from ditmoe.sampling.batching.models import ModelKey, ModelUnavailable
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, prepare_job
 from ditmoe.sampling.jobs.chunks import ChunkStore, DrawnImages
+from ditmoe.sampling.network.load import shared_folder
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listed, Listing
@@ -241,7 +242,8 @@ class Runner:
         make_folder(logs)
         arguments = ["evaluate", *options_of(request.sampler_config()), f"--count={request.count}"]
         arguments += [f"--labels={request.labels}", f"--weights={request.weights}", "--processes=1"]
-        arguments += ["--recogniser" if request.recogniser else "--no-recogniser", "--", str(listed.checkpoint)]
+        arguments += ["--recogniser" if request.recogniser else "--no-recogniser"]
+        arguments += [f"--shared-weights={shared_folder(listed.checkpoint)}", "--", str(listed.checkpoint)]
         if under_way.stop.is_set():
             return self._stopped()
         log = logs / "output.txt"

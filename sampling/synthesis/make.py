@@ -48,7 +48,7 @@ from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.quality import Scorer, make_scorer
-from ditmoe.sampling.network.load import LoadedModel, load_model
+from ditmoe.sampling.network.load import LoadedModel, load_model, shared_folder
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.settings.names import NOT_FINITE
 from ditmoe.sampling.synthesis.plan import Synthesis, check_out, read_plan
@@ -70,8 +70,12 @@ def finished(synthesis: Synthesis) -> DatasetIndex | None:
     return index
 
 
-def drawer(synthesis: Synthesis, device: torch.device) -> DrawChunk:
-    """Draws chunks with the network, and of chains the noise-level classifier, which are loaded with the first."""
+def drawer(synthesis: Synthesis, device: torch.device, *, several: bool = False) -> DrawChunk:
+    """Draws chunks with the network, and of chains the noise-level classifier, which are loaded with the first.
+
+    Args:
+        several: other processes of the machine may draw too, and share the network's weights.
+    """
     loaded: list[tuple[LoadedModel, NoiseClassifier | None]] = []
     options = synthesis.options
 
@@ -83,6 +87,7 @@ def drawer(synthesis: Synthesis, device: torch.device) -> DrawChunk:
             device=device,
             precision=sampler.precision,
             vae=synthesis.vae,
+            shared=shared_folder(synthesis.checkpoint) if several else None,
         )
         assert model.info is not None
         return model, find_posterior(model.info, device) if sampler.chains else None

@@ -161,7 +161,7 @@ def command(
             with signs_of_work(out, cache or default_cache()):
                 made = synthesize(
                     synthesis,
-                    drawer(synthesis, workers.device),
+                    drawer(synthesis, workers.device, several=workers.ranks > 1),
                     workers,
                     log=lambda line: print(line, file=sys.stderr, flush=True),
                     progress=show_progress,
