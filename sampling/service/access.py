@@ -5,7 +5,7 @@ import hmac
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,8 +33,8 @@ SAFE_HEADERS: Final = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:"
-    " data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
 
@@ -132,16 +132,20 @@ def user_of(request: Request, word: str = "") -> User:
 class Guard:
     """Refuses what must not come through, before anything else looks at a request."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens | None, loopback: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, tokens: Tokens | None, loopback: bool, open_to_all: Collection[str] = ()
+    ) -> None:
         """Stand before an application.
 
         Args:
             tokens: of which requests must bear one; None: none.
             loopback: the service listens on loopback alone, and so by its names alone: a page of another site
                 whose name was bound to 127.0.0.1 names itself.
+            open_to_all: further paths that are answered without a token.
         """
         assert loopback or tokens is not None
         self._app, self._tokens, self._loopback = app, tokens, loopback
+        self._open = frozenset({*OPEN_TO_ALL, *open_to_all})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -178,7 +182,7 @@ class Guard:
             kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "application/json":
                 raise ServiceError(415, "Content-Type: expected application/json", reason="content_type")
-        if self._tokens is not None and request.url.path not in OPEN_TO_ALL:
+        if self._tokens is not None and request.url.path not in self._open:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             bearer = self._tokens.bearer(given.strip().encode())
             if scheme.lower() != "bearer" or bearer is None:

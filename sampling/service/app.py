@@ -24,6 +24,8 @@ from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.images import generate_images
 from ditmoe.sampling.service.job_routes import add_jobs
 from ditmoe.sampling.service.listing import Listing
+from ditmoe.sampling.service.page.routes import add_page
+from ditmoe.sampling.service.page.static_files import static_files
 from ditmoe.sampling.service.requests import ImageRequest, parse
 from ditmoe.sampling.service.runner import Runner, StartChild
 from ditmoe.sampling.service.store import IN_PROGRESS, QUEUED, JobStore
@@ -122,6 +124,7 @@ def make_app(service: Service) -> ASGIApp:
         service.settings.most_job_images,
         service.settings.most_job_passes,
     )
+    add_page(app, service.listing)
 
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> JSONResponse:
@@ -138,7 +141,8 @@ def make_app(service: Service) -> ASGIApp:
         )
         return JSONResponse(reply)
 
-    return Guard(_Counted(app, service.counters), service.settings.tokens, service.settings.loopback)
+    settings = service.settings
+    return Guard(_Counted(app, service.counters), settings.tokens, settings.loopback, tuple(static_files()))
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:

@@ -163,7 +163,8 @@ def _not_asked(request: Any) -> set[str]:
 
 def described(job: Job) -> dict[str, Any]:
     """A job as clients have it, with what was asked for."""
-    return {**job.plain(), "request": json.loads(job.request)}
+    evaluation = None if job.folder is None else Path(job.folder).name
+    return {**job.plain(), "request": json.loads(job.request), "evaluation": evaluation}
 
 
 async def _events(store: JobStore, job_id: str) -> AsyncIterator[str]:

@@ -18,7 +18,7 @@ ROUTE = "/v1/images/generations"
 
 def test_without_the_token_nothing_is_answered(runs: Path) -> None:
     with serving(runs, tokens=Tokens({TOKEN: ""}), loopback=False) as client:
-        for path in ("/", "/v1/models", "/metrics", "/ready", "/nothing", "/health/../v1/models"):
+        for path in ("/v1/models", "/v1/runs", "/metrics", "/ready", "/nothing", "/health/../v1/models"):
             for given in ({}, {"Authorization": f"Bearer {TOKEN}0"}, {"Authorization": f"Basic {TOKEN}"}):
                 reply = client.get(path, headers=given)
                 assert reply.status_code == 401 and reply.json()["error"]["code"] == "token"

@@ -1,0 +1,133 @@
+// Images at once; with the same seeds by a second sampler beside it. The address has all that is set.
+
+import { ask, give } from "./api.js";
+import { clearProblems, field, h, number, replace, say, samplerText, select, showProblem } from "./dom.js";
+import { classOptions, guidanceField, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
+import { pictureOf } from "./pictures.js";
+
+const NUMBERS = ["step", "class", "seed", "first", "n", "steps", "cfg_scale", "ddim_eta"];
+const TEXTS = ["model", "weights", "sampler", "schedule", "precision"];
+const SECOND = ["with", "with_steps"];
+const START = { seed: "0", n: "8", steps: "25", cfg_scale: "1.5", with_steps: "25", first: "0", ddim_eta: "0" };
+
+export async function playground(scope, _, params) {
+  const [{ data: models }, names] = await Promise.all([ask("v1/models", scope), ask("v1/samplers", scope)]);
+  const usable = models.filter((model) => !model.problem);
+  if (!usable.length) {
+    replace(scope.root, h("h1", {}, "Playground"), h("p", { class: "empty" }, "No run has a checkpoint yet. As soon as one has, its images can be drawn here."));
+    return;
+  }
+  const value = (name) => params.get(name) ?? START[name] ?? "";
+  const modelOf = (id) => usable.find((model) => model.id === id) || usable[0];
+  const chosen = modelOf(params.get("model"));
+  const results = h("div", { class: "results", "aria-busy": "false" }, h("p", { class: "empty" }, "Images appear here. An image depends on its seed, its number and its class alone."));
+  const problem = h("p", { class: "problem", role: "alert" });
+  const classes = h("div");
+  const checkpoints = h("div");
+  const second = h("input", { type: "checkbox", name: "second", id: "second", checked: params.has("with") });
+  const other = h("fieldset", { class: "row" }, h("legend", { class: "unseen" }, "The second sampler"),
+    samplerField(names.samplers, value("with"), { name: "with", label: "Second sampler" }), stepsField(value("with_steps"), "with_steps", "Its steps"));
+  const showOther = () => { other.hidden = other.disabled = !second.checked; };
+  const showModel = (model, label, step) => {
+    replace(classes, field("Class", select("class", classOptions(model), label)));
+    replace(checkpoints, field("Checkpoint", select("step", [["", `newest (${number(model.step)})`], ...model.steps.map((each) => [each, `step ${number(each)}`])], step)));
+  };
+  const run = select("model", runOptions(models), chosen.id);
+  const draw = h("button", { class: "main" }, "Draw");
+  const form = h("form", { class: "card controls", "aria-label": "What is drawn", novalidate: false },
+    field("Run", run), classes,
+    h("div", { class: "row" }, seedField(value("seed")), field("Images", numberField("n", value("n"), { min: 1, max: 64, step: 1 }))),
+    samplerField(names.samplers, value("sampler")),
+    h("div", { class: "row" }, stepsField(value("steps")), guidanceField(value("cfg_scale"))),
+    h("label", { class: "check", for: "second" }, second, "Compare with a second sampler"), other,
+    h("details", { open: ["step", "weights", "schedule", "first", "ddim_eta", "precision"].some((name) => params.has(name)) }, h("summary", {}, "More settings"),
+      checkpoints,
+      field("Weights", select("weights", [["", "moving average"], ["weights", "as trained"]], value("weights") === "weights" ? "weights" : "")),
+      field("Schedule", select("schedule", [["", "of the sampler"], ...names.schedules.map((each) => [each, each])], value("schedule"))),
+      field("Number of the first image", numberField("first", value("first"), { min: 0, step: 1 })),
+      field("Noise of ddim (η)", numberField("ddim_eta", value("ddim_eta"), { min: 0, max: 1, step: "any" })),
+      field("Arithmetic", select("precision", [["", "fp32"], ["bf16", "bf16"]], value("precision") === "bf16" ? "bf16" : ""))),
+    h("div", { class: "row buttons" }, draw, h("button", { type: "button", on: { click: otherSeed } }, "Another seed")), problem);
+  showModel(chosen, params.get("class") ?? "", params.get("step") ?? "");
+  showOther();
+
+  /** What the form says, as the address has it; what is as it was at the start is left out. */
+  function address() {
+    const values = {};
+    for (const name of [...NUMBERS, ...TEXTS]) {
+      const given = form.elements.namedItem(name)?.value ?? "";
+      const usual = ["first", "ddim_eta"].includes(name) ? START[name] : "";
+      if (given !== usual) values[name] = given;
+    }
+    if (second.checked) {
+      for (const name of SECOND) values[name] = form.elements.namedItem(name).value;
+    }
+    return `#/playground?${new URLSearchParams(values)}`;
+  }
+  const keep = () => history.replaceState(null, "", address());
+
+  function otherSeed() {
+    form.elements.namedItem("seed").value = String(Math.floor(Math.random() * 1e6));
+    keep();
+    form.requestSubmit();
+  }
+
+  form.addEventListener("input", keep);
+  second.addEventListener("change", showOther);
+  run.addEventListener("change", () => { showModel(modelOf(run.value), "", ""); keep(); });
+
+  let drawing = null;
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    keep();
+    drawing?.abort();
+    const mine = (drawing = new AbortController());
+    scope.signal.addEventListener("abort", () => mine.abort(), { once: true });
+    clearProblems(form, problem);
+    const first = valuesOf(form, NUMBERS, TEXTS);
+    const asked = [first];
+    if (second.checked) {
+      const { sampler, ...rest } = first;
+      const name = form.elements.namedItem("with").value;
+      asked.push({ ...rest, steps: Number(form.elements.namedItem("with_steps").value), ...(name ? { sampler: name } : {}) });
+    }
+    results.setAttribute("aria-busy", "true");
+    say("Drawing");
+    try {
+      const begun = performance.now();
+      const replies = await Promise.all(asked.map(async (body) => {
+        const reply = await give("v1/images/generations", body, mine.signal);
+        return { reply, seconds: (performance.now() - begun) / 1000 };
+      }));
+      replace(results, shown(replies));
+      say(`${replies[0].reply.data.length} images drawn`);
+    } catch (error) {
+      if (mine.signal.aborted) return;
+      showProblem(form, problem, error, (param) => (param === "labels" ? "class" : param));
+    } finally {
+      if (drawing === mine) results.setAttribute("aria-busy", "false");
+    }
+  });
+
+  function shown(replies) {
+    const marks = replies.length > 1 ? ["A", "B"] : [""];
+    const told = replies.map(({ reply, seconds }, place) => h("li", {},
+      marks[place] ? h("span", { class: `mark mark-${marks[place]}` }, marks[place]) : null,
+      h("span", {}, `${samplerText(reply.sampler)}: ${number(reply.data[0].nfe)} evaluations an image, all in ${seconds.toFixed(1)} s`)));
+    return [
+      h("h2", { class: "unseen" }, "Images"),
+      h("ul", { class: "told" }, told),
+      h("div", { class: replies.length > 1 ? "tiles pairs" : "tiles" }, replies[0].reply.data.map((each, row) =>
+        h("figure", { class: replies.length > 1 ? "tile pair" : "tile" },
+          h("div", { class: "both" }, replies.map(({ reply }, place) => h("div", { class: "one" },
+            pictureOf(scope, reply.data[row].b64_json, `${marks[place]} class ${reply.data[row].class}, seed ${each.seed}, image ${each.number}`.trim()),
+            marks[place] ? h("span", { class: `mark mark-${marks[place]}`, "aria-hidden": "true" }, marks[place]) : null))),
+          h("figcaption", {}, h("span", {}, each.class), h("span", {}, `seed ${each.seed} · image ${each.number}`))))),
+      h("p", { class: "hint" }, `Step ${number(replies[0].reply.step)} of ${replies[0].reply.model}. `,
+        h("a", { href: address() }, "This address"), " draws them again."),
+    ];
+  }
+
+  replace(scope.root, h("h1", {}, "Playground"), h("div", { class: "split" }, form, results));
+  if (params.has("sampler") && params.has("seed")) form.requestSubmit();
+}

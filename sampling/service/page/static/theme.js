@@ -1,0 +1,3 @@
+// Before anything is painted: the colours that were chosen here, or else the system's.
+const chosen = localStorage.getItem("ditmoe-theme");
+if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
