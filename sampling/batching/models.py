@@ -2,12 +2,13 @@
 
 import math
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import torch
 
@@ -17,6 +18,8 @@ from ditmoe.sampling.batching.passes import Passes
 from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, find_decoder, load_model, shared_folder
 
 BYTES: Final = {"fp32": 4, "bf16": 2}
+LoadReason = Literal["request", "warm_up"]
+"""Somebody waited for a network, or nobody yet."""
 
 
 class ModelUnavailable(Exception):
@@ -49,7 +52,7 @@ class Models:
         budget: int,
         rows: int,
         on_pass: Callable[[int], None] = lambda rows: None,
-        on_load: Callable[[], None] = lambda: None,
+        on_load: Callable[[float, LoadReason], None] = lambda seconds, reason: None,
     ) -> None:
         """Load nothing yet.
 
@@ -57,7 +60,7 @@ class Models:
             budget: bytes for the weights of all networks, VAEs included.
             rows: of each pass.
             on_pass: as of `Passes`.
-            on_load: called after each load.
+            on_load: called after each load with the seconds that it took, and why it was.
         """
         self.device = device
         self._budget, self._rows, self._on_pass, self._on_load = budget, rows, on_pass, on_load
@@ -72,7 +75,7 @@ class Models:
             return dict(self._loaded)
 
     @contextmanager
-    def use(self, key: ModelKey) -> Iterator[Loaded]:
+    def use(self, key: ModelKey, reason: LoadReason = "request") -> Iterator[Loaded]:
         """A network, which stays loaded for the body; waits where the memory is in use by others.
 
         Raises:
@@ -94,6 +97,7 @@ class Models:
                 self._loaded.move_to_end(key)
                 self._uses[key] += 1
         if loaded is None:
+            began = time.monotonic()
             try:
                 loaded = self._load(key)
             finally:
@@ -103,7 +107,7 @@ class Models:
                         self._loaded[key] = loaded
                         self._uses[key] += 1
                     self._changed.notify_all()
-            self._on_load()
+            self._on_load(time.monotonic() - began, reason)
         try:
             yield loaded
         finally:

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +21,7 @@ from ditmoe.sampling.batching.models import Models
 from ditmoe.sampling.service.access import Guard, Tokens, read_body
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
+from ditmoe.sampling.service.expiry import Sweeper
 from ditmoe.sampling.service.images import generate_images
 from ditmoe.sampling.service.job_routes import add_jobs
 from ditmoe.sampling.service.listing import Listing
@@ -29,6 +30,7 @@ from ditmoe.sampling.service.page.static_files import static_files
 from ditmoe.sampling.service.requests import ImageRequest, parse
 from ditmoe.sampling.service.runner import Runner, StartChild
 from ditmoe.sampling.service.store import IN_PROGRESS, QUEUED, JobStore
+from ditmoe.sampling.service.warmup import WarmUp
 
 LOG: Final = logging.getLogger("ditmoe.service")
 
@@ -59,6 +61,10 @@ class ServiceSettings:
     tokens: Tokens | None = None
     loopback: bool = True
     """It listens on loopback alone."""
+    load: Sequence[str] = ()
+    """Runs whose networks are loaded before anybody asks."""
+    keep_seconds: float | None = None
+    """After which what a job made is removed; None: never."""
 
 
 class Service:
@@ -74,9 +80,11 @@ class Service:
             settings.memory,
             settings.batch,
             self.counters.rows.observe,
-            self.counters.loads.inc,
+            self.counters.loaded,
         )
-        self.store = JobStore(settings.state)
+        self.warm_up = WarmUp(settings.load, self.listing, self.models)
+        self.store = JobStore(settings.state, keep_seconds=settings.keep_seconds)
+        self.sweeper = Sweeper(self.store)
         self.engine = Engine(self.models, settings.batch, settings.queue)
         self.counters.gauge("ditmoe_images_waiting", "Images that nobody has begun.", lambda: self.engine.waiting)
         self.counters.gauge("ditmoe_networks_loaded", "Networks in memory.", lambda: len(self.models.loaded()))
@@ -93,12 +101,14 @@ class Service:
     @property
     def alive(self) -> bool:
         """Whether all threads run."""
-        return self.engine.alive and self.runner.alive
+        return all(each.alive for each in (self.engine, self.runner, self.sweeper, self.warm_up))
 
     def close(self) -> None:
         """End the threads; jobs wait for the next service."""
+        self.warm_up.close()
         self.runner.close()
         self.engine.close()
+        self.sweeper.close()
         self.store.close()
 
 
@@ -156,8 +166,10 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/ready")
     async def ready() -> JSONResponse:
         runs = len(await asyncio.to_thread(service.listing.runs))
-        well = service.alive and runs > 0
-        return JSONResponse({"status": "ok" if well else "not ready", "runs": runs}, 200 if well else 503)
+        loading = service.warm_up.loading()
+        well = service.alive and runs > 0 and not loading
+        status = {"status": "ok" if well else "not ready", "runs": runs, "loading": loading}
+        return JSONResponse(status, 200 if well else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -18,7 +18,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.service.access import TOKEN_VARIABLE
 
 TRIES: Final = 5
-ENDED: Final = ("completed", "failed", "cancelled")
+ENDED: Final = ("completed", "failed", "cancelled", "expired")
 
 
 class Refused(UserError):
@@ -119,7 +119,8 @@ class Client:
         for job in self.watch(job_id):  # noqa: B007  # the last one
             pass
         if job["status"] != "completed":
-            message = (job["error"] or {}).get("message") or f"the job was {job['status']}"
+            said = "the job has expired" if job["status"] == "expired" else f"the job was {job['status']}"
+            message = (job["error"] or {}).get("message") or said
             raise Refused(200, {"message": message, "code": job["status"]})
         return job
 

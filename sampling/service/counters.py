@@ -33,7 +33,13 @@ class Counters:
             buckets=(1, 2, 4, 8, 16, 32, 64, 128),
             registry=own,
         )
-        self.loads = Counter("ditmoe_network_loads", "Networks that were loaded.", registry=own)
+        self._loads = Histogram(
+            "ditmoe_network_load_seconds",
+            "Loading of networks, with the passes that try them out: for a request, which waits, or as warm_up.",
+            ["reason"],
+            buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+            registry=own,
+        )
         self.jobs = Counter("ditmoe_jobs_ended", "Jobs by their last state.", ["kind", "state"], registry=own)
         self._ends: deque[float] = deque(maxlen=WINDOW)
         self._lock = Lock()
@@ -41,6 +47,10 @@ class Counters:
     def gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         """A figure that is asked for when Prometheus asks."""
         Gauge(name, help_text, registry=self.registry).set_function(value)
+
+    def loaded(self, seconds: float, reason: str) -> None:
+        """Count a network that was loaded."""
+        self._loads.labels(reason).observe(seconds)
 
     def drawn(self, nfe: int) -> None:
         """Count an image."""

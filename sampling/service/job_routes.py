@@ -25,7 +25,7 @@ from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listing
 from ditmoe.sampling.service.requests import DrawJob, check_cost, parse_job
 from ditmoe.sampling.service.runner import CHUNK, Runner
-from ditmoe.sampling.service.store import ENDED, Job, JobStore, TooManyJobs
+from ditmoe.sampling.service.store import ENDED, EXPIRED, Job, JobStore, TooManyJobs
 
 LOOK_SECONDS: Final = 0.25
 ALIVE_SECONDS: Final = 15.0
@@ -81,6 +81,8 @@ def add_jobs(
 
     async def folder(job_id: str, user: User) -> tuple[Job, Path]:
         job = await find(job_id, user)
+        if job.state == EXPIRED:
+            raise ServiceError(410, "the job has expired: what it made is removed", reason="expired")
         path = runner.folder_of(job)
         if path is None:
             raise ServiceError(404, "the job has made nothing yet", reason="not_found")

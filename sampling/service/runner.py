@@ -114,7 +114,7 @@ class Runner:
     def folder_of(self, job: Job) -> Path | None:
         """Where what a job has made lies; None: nothing yet."""
         if job.kind == "draw":
-            folder = self._store.folder / "jobs" / job.id
+            folder = self._store.folder_of(job.id)
             return folder if folder.is_dir() else None
         return None if job.folder is None else Path(job.folder)
 
@@ -215,7 +215,7 @@ class Runner:
             )
 
         store = ChunkStore(
-            self._store.folder / "jobs" / job.id / "chunks",
+            self._store.folder_of(job.id) / "chunks",
             request.count,
             CHUNK,
             hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16],
@@ -238,7 +238,7 @@ class Runner:
             recogniser=request.recogniser,
         )
         results = prepare_job(options).folder.resolve()
-        logs = self._store.folder / "jobs" / job.id
+        logs = self._store.folder_of(job.id)
         make_folder(logs)
         arguments = ["evaluate", *options_of(request.sampler_config()), f"--count={request.count}"]
         arguments += [f"--labels={request.labels}", f"--weights={request.weights}", "--processes=1"]

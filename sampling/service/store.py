@@ -1,7 +1,7 @@
 """Jobs in a SQLite file: what was promised is on disk before anybody is told, and outlives whoever is killed.
 
-A job is queued, in_progress, and then completed, failed or cancelled; it never leaves the last three. One service
-at a time has the folder.
+A job is queued, in_progress, and then completed, failed or cancelled, which it stays until it expires: then what
+it made is removed, and that it was stays known. One service at a time has the folder.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
-from sqlalchemy import URL, create_engine, event, func, select, update
+from sqlalchemy import URL, create_engine, event, func, inspect, select, text, update
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -24,9 +24,8 @@ from ditmoe.model.outside.files import sync_folder
 
 FILE: Final = "jobs.sqlite"
 QUEUED, IN_PROGRESS = "queued", "in_progress"
-COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
-STATES: Final = (QUEUED, IN_PROGRESS, COMPLETED, FAILED, CANCELLED)
-ENDED: Final = (COMPLETED, FAILED, CANCELLED)
+COMPLETED, FAILED, CANCELLED, EXPIRED = "completed", "failed", "cancelled", "expired"
+ENDED: Final = (COMPLETED, FAILED, CANCELLED, EXPIRED)
 
 
 class TooManyJobs(Exception):
@@ -57,6 +56,9 @@ class Job(_Base):
     """Seconds since 1970, as the others."""
     started: Mapped[float | None]
     completed: Mapped[float | None]
+    """When it ended, however it did."""
+    expires: Mapped[float | None]
+    """When what it made is removed; None: it has not ended, or never."""
     done: Mapped[int] = mapped_column(default=0)
     """Images that are there."""
     total: Mapped[int]
@@ -81,6 +83,7 @@ class Job(_Base):
             "created_at": self.created,
             "started_at": self.started,
             "completed_at": self.completed,
+            "expires_at": self.expires,
             "progress": {"done": self.done, "total": self.total},
             "error": None if self.error is None else {"message": self.error},
         }
@@ -89,18 +92,19 @@ class Job(_Base):
 class JobStore:
     """The jobs of one folder. For any number of threads of one process."""
 
-    def __init__(self, folder: Path, most_of_user: int = 100) -> None:
+    def __init__(self, folder: Path, most_of_user: int = 100, keep_seconds: float | None = None) -> None:
         """Take the folder, which is made where it is not there; what was in progress is queued again.
 
         Args:
             most_of_user: unfinished jobs of a user.
+            keep_seconds: after which a job that has ended expires; None: never. What a job was told stays.
 
         Raises:
             UserError: another service has the folder, or its file is damaged.
         """
         make_folder(folder)
         self.folder = folder
-        self._most = most_of_user
+        self._most, self._keep = most_of_user, keep_seconds
         os.chmod(folder, 0o700)
         self._held = open(folder / "lock", "ab")  # noqa: SIM115  # held until `close`
         try:
@@ -113,12 +117,17 @@ class JobStore:
         event.listen(self._engine, "connect", _prepare)
         try:
             _Base.metadata.create_all(self._engine)
+            self._add_columns()
             self.left = self._take_back()
             """Jobs that were in progress when the service before this one ended."""
         except DatabaseError as error:
             self.close()
             raise UserError(f"{folder / FILE}: could not be read: {error.orig}") from error
         sync_folder(folder)
+
+    def folder_of(self, job_id: str) -> Path:
+        """Where the files of a job lie."""
+        return self.folder / "jobs" / job_id
 
     def close(self) -> None:
         """Give the folder back."""
@@ -192,7 +201,7 @@ class JobStore:
         with self._changing() as session:
             job = session.scalar(select(Job).where(Job.id == job_id))
             if job is not None and job.state == QUEUED:
-                job.state, job.completed = CANCELLED, time.time()
+                self._end(job, CANCELLED)
             elif job is not None and job.state == IN_PROGRESS:
                 job.cancelling = True
             return job
@@ -203,20 +212,47 @@ class JobStore:
             job = session.scalar(select(Job).where(Job.id == job_id, Job.state == IN_PROGRESS))
             if job is None:
                 return
-            job.state = CANCELLED if state == QUEUED and job.cancelling else state
             job.error, job.child, job.child_started = error, None, None
-            job.completed = time.time() if job.state in ENDED else None
+            self._end(job, CANCELLED if state == QUEUED and job.cancelling else state)
             if state == COMPLETED:
                 job.done = job.total
 
+    def expire(self) -> list[str]:
+        """Mark what is to be removed now; the ids of all jobs that were not marked before."""
+        due = (Job.state.in_((COMPLETED, FAILED, CANCELLED)), Job.expires <= time.time())
+        with self._changing() as session:
+            jobs = session.scalars(select(Job).where(*due)).all()
+            for job in jobs:
+                job.state = EXPIRED
+            return [job.id for job in jobs]
+
+    def _end(self, job: Job, state: str) -> None:
+        """Give a job its last state, or have it wait."""
+        job.state = state
+        if state in ENDED:
+            job.completed = time.time()
+            job.expires = None if self._keep is None else job.completed + self._keep
+
     def _take_back(self) -> list[Job]:
-        """Queue again what was in progress, cancelled where that was asked for."""
+        """Queue again what was in progress, or cancel it where that was asked for; say when the ended expire."""
         with self._changing() as session:
             left = list(session.scalars(select(Job).where(Job.state == IN_PROGRESS)))
             for job in left:
-                job.state = CANCELLED if job.cancelling else QUEUED
-                job.completed = time.time() if job.cancelling else None
+                self._end(job, CANCELLED if job.cancelling else QUEUED)
+            if self._keep is not None:
+                untold = (Job.state.in_(ENDED), Job.expires.is_(None))
+                session.execute(update(Job).where(*untold).values(expires=time.time() + self._keep))
             return left
+
+    def _add_columns(self) -> None:
+        """Give a file of an earlier version the columns that came later, all of which may be empty."""
+        table = _Base.metadata.tables[Job.__tablename__]
+        known = {column["name"] for column in inspect(self._engine).get_columns(table.name)}
+        with self._engine.begin() as connection:
+            for column in table.columns:
+                if column.name not in known:
+                    kind = column.type.compile(self._engine.dialect)
+                    connection.execute(text(f"ALTER TABLE {table.name} ADD COLUMN {column.name} {kind}"))
 
     @contextmanager
     def _changing(self) -> Iterator[Session]:

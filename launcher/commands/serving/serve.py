@@ -34,6 +34,18 @@ def command(
     most_passes: Annotated[
         int, typer.Option(min=1, help="Passes through the network that all images of a request may take.")
     ] = 100_000,
+    load: Annotated[
+        list[str],
+        typer.Option(
+            metavar="RUN", help="Load its network, and each newer one, before anybody asks; may be repeated."
+        ),
+    ] = [],  # noqa: B006  # typer's way
+    keep_jobs: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, metavar="DAYS", help="Remove what a job made so long after its end. [default: keep it]"
+        ),
+    ] = None,
 ) -> None:
     """Draw images for many users at once, by HTTP: an image's bits are the same alone and in any company.
 
@@ -67,6 +79,8 @@ def command(
         most_passes=most_passes,
         tokens=tokens,
         loopback=loopback,
+        load=tuple(dict.fromkeys(load)),
+        keep_seconds=None if keep_jobs is None else keep_jobs * 86_400,
     )
     with listen(host, port) as sockets:
         service = Service(settings)

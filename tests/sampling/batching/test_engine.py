@@ -159,17 +159,17 @@ def test_the_queue_is_bounded() -> None:
 
 def test_networks_are_kept_within_the_memory(run: Path) -> None:
     size = parameters_of(read_info(checkpoint_path(run, 0))) * 4
-    loads: list[None] = []
+    loads: list[str] = []
     first, second = (ModelKey(checkpoint_path(run, step), "ema", "fp32") for step in (0, 1))
-    models = Models(CPU, 2 * size - 1, ROWS, on_load=lambda: loads.append(None))
-    with models.use(first), models.use(first):
+    models = Models(CPU, 2 * size - 1, ROWS, on_load=lambda seconds, reason: loads.append(reason))
+    with models.use(first, "warm_up"), models.use(first):
         assert len(loads) == 1
         other = threading.Thread(target=lambda: models.use(second).__enter__())
         other.start()
         other.join(timeout=0.3)
         assert other.is_alive() and list(models.loaded()) == [first], "it is in use, and there is room for one"
     other.join(timeout=60)
-    assert not other.is_alive() and list(models.loaded()) == [second] and len(loads) == 2
+    assert not other.is_alive() and list(models.loaded()) == [second] and loads == ["warm_up", "request"]
     with pytest.raises(ModelUnavailable, match="at most"), Models(CPU, size - 1, ROWS).use(first):
         pass
 

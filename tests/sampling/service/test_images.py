@@ -178,7 +178,7 @@ def test_figures_count_requests_and_images_apart(runs: Path) -> None:
         assert 'ditmoe_requests_total{route="/v1/images/generations",status="400"} 1.0' in text
         assert "/made/up" not in text
         assert 'ditmoe_failures_total{reason="rejected"} 1.0' in text
-        assert client.get("/ready").json() == {"status": "ok", "runs": 2}
+        assert client.get("/ready").json() == {"status": "ok", "runs": 2, "loading": {}}
 
 
 def test_when_to_come_again_follows_the_rate() -> None:

@@ -189,6 +189,74 @@ def test_states_are_kept(tmp_path: Path) -> None:
     again.close()
 
 
+def test_a_job_that_has_expired_says_so(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither done nor unknown, and without its files; one that runs never does."""
+    monkeypatch.setattr("ditmoe.sampling.service.expiry.LOOK_SECONDS", 0.05)
+    state = tmp_path / "state"
+    with serving(runs, state=state) as client:
+        ours = Client(str(client.base_url))
+        kept = ours.give("draw", count=1, key="mine", **DRAWN)
+        assert ours.wait(kept)["expires_at"] is None and ours.image(kept, 0)
+    with serving(runs, state=state, keep_seconds=3600) as client:
+        ours = Client(str(client.base_url))
+        begun = time.time()
+        assert begun + 3500 < ours.job(kept)["expires_at"] < time.time() + 3601, "told when it is to expire"
+        again = ours.wait(ours.give("draw", count=1, **DRAWN))
+        assert again["expires_at"] == pytest.approx(again["completed_at"] + 3600, abs=1e-3)
+        assert ours.image(kept, 0)
+    with sqlite3.connect(state / "jobs.sqlite") as jobs:  # as if the hour had gone by for one of them
+        jobs.execute("update jobs set expires = ? where id = ?", [time.time() - 1, kept])
+    jobs.close()
+    with serving(runs, state=state, keep_seconds=0.0) as client:
+        ours = Client(str(client.base_url))
+        running = ours.give("draw", count=1000, **ENDLESS)
+        until(lambda: ours.job(kept)["status"] == "expired" and not (state / "jobs" / kept).exists())
+        assert ours.job(kept)["progress"] == {"done": 1, "total": 1} and kept in str(ours.jobs())
+        job = f"/v1/jobs/{kept}"
+        for path in (f"{job}/images/0", f"{job}/files", f"{job}/files/chunks/00000.npz", f"{job}/figures"):
+            reply = client.get(path)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (410, "expired"), path
+        with pytest.raises(Refused, match="has expired"):
+            ours.wait(kept)
+        assert (
+            client.post("/v1/jobs", json={"kind": "draw", "count": 1, "key": "mine", **DRAWN}).json()["id"] == kept
+        )
+        assert ours.image(again["id"], 0), "what was told stays"
+        until(lambda: ours.job(running)["status"] == "in_progress")
+        assert ours.job(running)["expires_at"] is None
+        ours.cancel(running)
+        until(lambda: ours.job(running)["status"] == "expired")
+
+
+def test_what_a_killed_service_had_marked_is_removed(runs: Path, tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "state", keep_seconds=0.0)
+    job = add(store)
+    assert store.take("draw") is not None
+    assert store.expire() == [], "it is in progress"
+    store.end(job.id, COMPLETED)
+    make_folder(store.folder_of(job.id) / "chunks")
+    other = store.folder_of("another")
+    make_folder(other)
+    assert store.expire() == [job.id] and store.expire() == []
+    store.close()
+    with serving(runs, state=tmp_path / "state"):
+        until(lambda: not store.folder_of(job.id).exists())
+    assert other.exists()
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    job = add(store)
+    store.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as jobs:
+        jobs.execute("alter table jobs drop column expires")
+    jobs.close()
+    again = JobStore(tmp_path, keep_seconds=5.0)
+    cancelled = again.cancel(job.id)
+    assert cancelled is not None and cancelled.expires == pytest.approx((cancelled.completed or 0) + 5)
+    again.close()
+
+
 def test_users_take_turns_and_have_a_share(tmp_path: Path) -> None:
     store = JobStore(tmp_path, most_of_user=3)
     for user in ("a", "a", "a", "b", "c"):
