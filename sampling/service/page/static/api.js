@@ -1,7 +1,7 @@
 // What is asked of the service: JSON, pictures, and jobs as they change.
 
 const TOKEN = "ditmoe-token";
-export const ENDED = new Set(["completed", "failed", "cancelled"]);
+export const ENDED = new Set(["completed", "failed", "cancelled", "expired"]);
 
 export const token = {
   get: () => sessionStorage.getItem(TOKEN),

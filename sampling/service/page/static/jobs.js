@@ -6,7 +6,7 @@ import { classOptions, guidanceField, numberField, runOptions, samplerField, see
 
 const PAGE = 30;
 const EVERY = 1500;
-export const STATES = { queued: "queued", in_progress: "in progress", completed: "completed", failed: "failed", cancelled: "cancelled" };
+export const STATES = { queued: "queued", in_progress: "in progress", completed: "completed", failed: "failed", cancelled: "cancelled", expired: "expired" };
 
 export function badge(job) {
   return h("span", { class: `badge ${job.status}` }, job.cancelling ? "cancelling" : STATES[job.status] || job.status);
