@@ -236,18 +236,25 @@ def figure_lines(result: Mapping[str, Any]) -> list[str]:
             floor = _figure(result[f"{name}_floor"])
             half = result[f"{name}_floor_images_per_half"]
             note = "no floor" if half is None else f"floor {floor} (two halves of {half:,} real images)"
-            rows.append((shown, _figure(result[name]), note + _ratio(result, name)))
+            rows.append((shown, _figure(result[name]), _reach(result, name) + note + _ratio(result, name)))
     if result["kid"] is not None:
         subsets = f"{result['kid_subsets']} subsets of {result['kid_subset_images']}"
-        rows.append(("KID", _figure(result["kid"]), f"floor {_figure(result['kid_floor'])}; {subsets}"))
+        rows.append(
+            (
+                "KID",
+                _figure(result["kid"]),
+                f"{_reach(result, 'kid')}floor {_figure(result['kid_floor'])}; {subsets}",
+            )
+        )
     compared = f"{result['neighbour_images_drawn']:,} drawn, {result['neighbour_images_real']:,} real"
     for name, note in (("precision", f"k = {result['neighbours']}"), ("recall", compared)):
         floor = f"floor {_figure(result[f'{name}_floor'])}{_ratio(result, name)}"
-        rows.append((name, _figure(result[name]), f"{floor}; {note}"))
+        rows.append((name, _figure(result[name]), f"{_reach(result, name)}{floor}; {note}"))
     if "inception_score" in result:
         real = f"real images {_figure(result['inception_score_real'])}{_ratio(result, 'inception_score')}"
         splits = f"{result['inception_score_splits']} split(s)"
-        rows.append(("Inception Score", _figure(result["inception_score"]), f"{real}; {splits}"))
+        note = f"{_reach(result, 'inception_score')}{real}; {splits}"
+        rows.append(("Inception Score", _figure(result["inception_score"]), note))
     if "recogniser" in result:
         judge = result["recogniser"]
         held = f"{judge['held_out_accuracy']:.2%} of {judge['held_out_images']:,} held-out real images"
@@ -261,6 +268,12 @@ def figure_lines(result: Mapping[str, Any]) -> list[str]:
 
 def _images(count: int | None) -> str:
     return "statistics" if count is None else f"{count:,} real images"
+
+
+def _reach(result: Mapping[str, Any], name: str) -> str:
+    """How far the interval around a figure reaches, at the start of a note."""
+    ends = result.get(f"{name}_interval")
+    return "" if ends is None else f"95%: {_figure(ends[0])} to {_figure(ends[1])}; "
 
 
 def _ratio(result: Mapping[str, Any], name: str) -> str:

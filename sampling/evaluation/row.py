@@ -79,6 +79,7 @@ def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, 
         "real images": _number(result.get("real_images")),
         "evaluator": f"{_text(network.get('name'))} {_text(network.get('fingerprint'))}{resize}",
         **{title: _figure(result.get(key)) for key, title in FIGURES.items()},
+        "95% intervals": _intervals(result),
     }
 
 
@@ -103,6 +104,13 @@ def _number(value: object) -> str:
 
 def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else NOTHING
+
+
+def _intervals(result: Mapping[str, Any]) -> str:
+    """Of each figure that has one, for other images of the same network."""
+    ends = {title: result.get(f"{key}_interval") for key, title in FIGURES.items()}
+    told = [f"{title} {_figure(each[0])} to {_figure(each[1])}" for title, each in ends.items() if each]
+    return ", ".join(told) or NOTHING
 
 
 def _escaped(text: str) -> str:

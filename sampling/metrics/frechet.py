@@ -70,6 +70,11 @@ def frechet_distance(a: Moments | Gaussian, b: Moments | Gaussian) -> FrechetDis
     return FrechetDistance(value, mean_term, 2 * (off + backward) + sums, (root_a.rank, root_b.rank))
 
 
+def root_of(moments: Moments | Gaussian) -> Tensor:
+    """R [rows, F] with RᵀR = Σ, on the CPU."""
+    return _Root.of(moments).factor
+
+
 @dataclass(frozen=True)
 class _Root:
     """R [rows, F] with RᵀR = Σ."""

@@ -71,6 +71,15 @@ class Moments:
         between_FF = np.outer(shift_F, shift_F) * (self.count * other.count / count)
         return type(self)(count, mean_F, self.scatter_FF + other.scatter_FF + between_FF)
 
+    def without(self, other: "Moments") -> Self:
+        """The moments of the rest of the set, where the other is a part of it."""
+        count = self.count - other.count
+        assert count > 0
+        mean_F = self.mean_F + (self.mean_F - other.mean_F) * (other.count / count)
+        shift_F = other.mean_F - mean_F
+        between_FF = np.outer(shift_F, shift_F) * (count * other.count / self.count)
+        return type(self)(count, mean_F, self.scatter_FF - other.scatter_FF - between_FF)
+
     @property
     def dimension(self) -> int:
         """Number of features F."""

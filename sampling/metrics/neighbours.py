@@ -5,7 +5,7 @@ which neighbour is the k-th, and whether a point lies in a ball. So the counts a
 the same whatever the blocks, the threads and the device. Beside the features themselves only blocks are in memory
 (`peak_bytes`).
 
-Shapes: N, M points; F features; R, C rows and columns of a block; P pairs.
+Shapes: N, M points; F features; R, C rows and columns of a block; P pairs; G groups.
 """
 
 from collections.abc import Iterator
@@ -116,6 +116,57 @@ def precision_recall(real: Manifold, drawn: Manifold, device: torch.device = CPU
     return Inside(torch.cat([part for part, _ in found]).numpy(), real_N.numpy())
 
 
+def recall_without(
+    real: Manifold,
+    drawn: Manifold,
+    group_M: NDArray[np.int64],
+    device: torch.device = CPU,
+    *,
+    block: int = BLOCK,
+) -> NDArray[np.float64]:
+    """Recall with each group of the drawn points left out, float64 `[G]`: balls go, and others grow.
+
+    For intervals: distances are float32 here, and a ball grows to the `_MORE`-th neighbour beyond the k-th at
+    most.
+    """
+    groups = int(group_M.max()) + 1
+    space = _Space(drawn.points_NF, drawn.points_NF, device)
+    group = torch.from_numpy(group_M).to(device)
+    rows = list(_cuts(len(drawn.points_NF), block))
+    radius_MG = torch.cat(
+        map_in_threads(lambda cut: _radii_without(space, cut, drawn.k, block, group, groups), rows, device)
+    )
+    across = _Space(drawn.points_NF, real.points_NF, device)
+
+    def covered(columns: slice) -> Tensor:
+        found_GC = torch.zeros(groups, columns.stop - columns.start, dtype=torch.bool, device=device)
+        for cut in rows:
+            squared_RC, _ = across.squared(cut, columns)
+            for number in range(groups):
+                found_GC[number] |= (squared_RC <= radius_MG[cut, number, None]).any(0)
+        return found_GC.cpu()
+
+    found = map_in_threads(covered, list(_cuts(len(real.points_NF), block)), device)
+    shares: NDArray[np.float64] = torch.cat(found, 1).double().mean(1).numpy()
+    return shares
+
+
+def _radii_without(space: "_Space", rows: slice, k: int, block: int, group_M: Tensor, groups: int) -> Tensor:
+    """Squared radii of some points' balls with each group left out, float32 `[R, G]`; −∞ where they go, too."""
+    nearest_RK, column_RK, _ = _nearest(space, rows, min(k + _MORE, len(space.y_MF) - 1), block)
+    nearest_RK, order_RK = nearest_RK.sort(1)
+    group_RK = group_M[column_RK.gather(1, order_RK)]
+    radii = []
+    for number in range(groups):
+        stays_RK = group_RK != number
+        rank_RK = stays_RK.cumsum(1)
+        # The k-th of those that stay; the last one that is known where fewer do.
+        place_R1 = torch.where(rank_RK[:, -1:] >= k, (rank_RK < k).sum(1, keepdim=True), len(rank_RK[0]) - 1)
+        radius_R = nearest_RK.gather(1, place_R1)[:, 0]
+        radii.append(radius_R.masked_fill(group_M[rows] == number, -torch.inf))
+    return torch.stack(radii, 1)
+
+
 class _Space:
     """Squared distances between two sets of points."""
 
@@ -180,6 +231,24 @@ def _radii(space: _Space, rows: slice, k: int, block: int) -> Tensor:
     count, device = len(space.y_MF), space.device
     kept = min(k + _MORE, count - 1)
     number_R = torch.arange(rows.start, rows.stop, device=device)
+    nearest_RK, column_RK, largest_error_R = _nearest(space, rows, kept, block)
+    exact_RK = _exact_rows(space, number_R, column_RK)
+    radii_R = exact_RK.kthvalue(k, dim=1).values
+    if kept < count - 1:
+        # Those that were passed over are no nearer than the farthest that was kept, but for its error and theirs.
+        sure_R = (radii_R <= nearest_RK[:, -1].double() - largest_error_R.double()) | (radii_R == 0)
+        for place in (~sure_R).nonzero()[:, 0].tolist():
+            others_K = torch.cat((torch.arange(place + rows.start), torch.arange(place + rows.start + 1, count)))
+            whole_1K = _exact_rows(space, number_R[place : place + 1], others_K.to(device)[None])
+            radii_R[place] = whole_1K.kthvalue(k, dim=1).values[0]
+    return radii_R.cpu()
+
+
+def _nearest(space: _Space, rows: slice, kept: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest other points of some points: float32 squared distances and numbers `[R, kept]`, by distance;
+    and the largest error of any distance of each, `[R]`."""
+    count, device = len(space.y_MF), space.device
+    number_R = torch.arange(rows.start, rows.stop, device=device)
     nearest_RK = torch.empty(len(number_R), 0, device=device)
     column_RK = nearest_RK.long()
     largest_error_R = torch.zeros(len(number_R), device=device)
@@ -194,16 +263,7 @@ def _radii(space: _Space, rows: slice, k: int, block: int) -> Tensor:
         column_RK = torch.cat((column_RK, best.indices + columns.start), 1)
         best = nearest_RK.topk(min(kept, nearest_RK.shape[1]), dim=1, largest=False)
         nearest_RK, column_RK = best.values, column_RK.gather(1, best.indices)
-    exact_RK = _exact_rows(space, number_R, column_RK)
-    radii_R = exact_RK.kthvalue(k, dim=1).values
-    if kept < count - 1:
-        # Those that were passed over are no nearer than the farthest that was kept, but for its error and theirs.
-        sure_R = (radii_R <= nearest_RK[:, -1].double() - largest_error_R.double()) | (radii_R == 0)
-        for place in (~sure_R).nonzero()[:, 0].tolist():
-            others_K = torch.cat((torch.arange(place + rows.start), torch.arange(place + rows.start + 1, count)))
-            whole_1K = _exact_rows(space, number_R[place : place + 1], others_K.to(device)[None])
-            radii_R[place] = whole_1K.kthvalue(k, dim=1).values[0]
-    return radii_R.cpu()
+    return nearest_RK, column_RK, largest_error_R
 
 
 def _exact_rows(space: _Space, number_R: Tensor, column_RK: Tensor) -> Tensor:

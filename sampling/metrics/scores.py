@@ -15,9 +15,20 @@ from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.floors import NEIGHBOURS
 from ditmoe.sampling.metrics.frechet import frechet_distance
 from ditmoe.sampling.metrics.inception_score import inception_score
+from ditmoe.sampling.metrics.intervals import (
+    GROUPS,
+    LEAST_IMAGES,
+    LEVEL,
+    METHOD,
+    frechet_without,
+    groups_of,
+    inception_score_without,
+    interval,
+    share_without,
+)
 from ditmoe.sampling.metrics.kernel import kernel_distance
 from ditmoe.sampling.metrics.moments import Gaussian, Moments
-from ditmoe.sampling.metrics.neighbours import Manifold, precision_recall
+from ditmoe.sampling.metrics.neighbours import Manifold, precision_recall, recall_without
 from ditmoe.sampling.metrics.real_statistics import CPU, KEPT_IMAGES, RealStatistics
 
 
@@ -36,7 +47,8 @@ def score(
     Returns:
         Plain data: `fid`, `fid_error` (a bound on rounding), `fid_floor` (between two halves of the real images),
         `precision`, `recall` and `kid` with theirs; with an Inception network also `inception_score`, and `sfid`
-        where it has the spatial features; null where a figure cannot be computed, and `warnings` that say why.
+        where it has the spatial features; of each `…_interval` (`intervals.py`); null where a figure cannot be
+        computed, and `warnings` that say why.
     """
     probabilities = [each["probabilities"] for each in descriptions.read_all() if "probabilities" in each]
     moments = {
@@ -48,19 +60,37 @@ def score(
     drawn, whole = moments["features"], real.whole("features")
     warnings = list(real.missing)
     result: dict[str, Any] = {"drawn_images": drawn.count, "real_images": whole.count}
-    result |= _distances("fid", drawn, real.halves("features"), whole, warnings)
-    if "spatial" in moments:
-        result |= _distances("sfid", moments["spatial"], real.halves("spatial"), real.whole("spatial"), [])
+    for name, kind, told in (("fid", "features", warnings), ("sfid", "spatial", [])):
+        if kind not in moments:
+            continue
+        result |= _distances(name, moments[kind], real.halves(kind), real.whole(kind), told)
+        enough = drawn.count - -(-drawn.count // GROUPS) > moments[kind].dimension
+        without_G = None
+        if result[name] is not None and drawn.count >= LEAST_IMAGES and enough:
+            rows = (each[kind] for each in descriptions.read_all())
+            without_G = frechet_without(moments[kind], rows, real.whole(kind), device)
+        result[f"{name}_interval"] = _interval(result[name], without_G, least=0)
     result |= _compared(_kept(descriptions, drawn), real, device, neighbour_images, warnings)
     if probabilities:
-        mean, deviation, splits = inception_score(np.concatenate(probabilities))
+        probability_NP = np.concatenate(probabilities)
+        mean, deviation, splits = inception_score(probability_NP)
         result["inception_score"] = mean
         result |= {
             "inception_score_deviation": deviation if splits > 1 else None,
             "inception_score_splits": splits,
+            "inception_score_interval": _interval(
+                mean, inception_score_without(probability_NP) if drawn.count >= LEAST_IMAGES else None, least=1
+            ),
             "inception_score_real": None if real.splits is None else float(real.splits.scores_S.mean()),
         }
-    return result | _ratios(result) | {"warnings": warnings}
+    return result | _ratios(result) | {"intervals": {**METHOD, "level": LEVEL}, "warnings": warnings}
+
+
+def _interval(
+    value: float | None, without_G: NDArray[np.float64] | None, least: float = -np.inf, most: float = np.inf
+) -> list[float] | None:
+    """None where there is no figure, or too few images."""
+    return None if value is None or without_G is None else [*interval(value, without_G, least, most)]
 
 
 def _kept(descriptions: ChunkDescriptions, drawn: Moments) -> NDArray[np.floating]:
@@ -87,21 +117,29 @@ def _compared(
     names = ("kid", "kid_deviation", "kid_subsets", "kid_subset_images", "kid_floor", "kid_floor_deviation")
     result: dict[str, Any] = dict.fromkeys(names)
     result |= dict.fromkeys(("precision", "recall", "precision_floor", "recall_floor"))
+    result |= dict.fromkeys(("kid_interval", "precision_interval", "recall_interval"))
     known = 0 if real.features_NF is None else len(real.features_NF[:neighbour_images])
     result |= {"neighbours": NEIGHBOURS, "neighbour_images_drawn": len(drawn_NF), "neighbour_images_real": known}
     result["neighbour_floor_images_per_half"] = None
     if real.features_NF is None:
         return result
+    group_N, many = groups_of(len(drawn_NF)), len(drawn_NF) >= LEAST_IMAGES
     if min(len(drawn_NF), len(real.features_NF)) >= 2:
-        kid = kernel_distance(drawn_NF, real.features_NF, device)
+        kid = kernel_distance(drawn_NF, real.features_NF, device, group_N=group_N if many else None)
         result |= {"kid": kid.value, "kid_deviation": kid.deviation}
+        result["kid_interval"] = _interval(kid.value, kid.without_G)
         result |= {"kid_subsets": kid.subsets, "kid_subset_images": kid.images}
     else:
         warnings.append("kid needs at least 2 real and 2 drawn images")
     floor = real.floors(neighbour_images, device)
     if floor.manifold is not None and len(drawn_NF) > NEIGHBOURS:
-        inside = precision_recall(floor.manifold, Manifold.of(drawn_NF, NEIGHBOURS, device), device)
+        manifold = Manifold.of(drawn_NF, NEIGHBOURS, device)
+        inside = precision_recall(floor.manifold, manifold, device)
         result |= {"precision": inside.precision, "recall": inside.recall}
+        if many:
+            without = {"precision": share_without(inside.drawn_M)}
+            without["recall"] = recall_without(floor.manifold, manifold, group_N, device)
+            result |= {f"{name}_interval": _interval(result[name], without[name], 0, 1) for name in without}
     else:
         warnings.append(f"precision and recall need more than {NEIGHBOURS} real and drawn images")
     result |= {"kid_floor": floor.kid, "kid_floor_deviation": floor.kid_deviation}

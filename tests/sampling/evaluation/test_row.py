@@ -33,6 +33,7 @@ METRICS: dict[str, Any] = {
             "drawn_images": 50_000,
             "real_images": 1_281_167,
             "fid": 2.345678,
+            "fid_interval": [2.3001, 2.4],
             "precision": 0.8,
             "recall": None,
         },
@@ -63,6 +64,7 @@ def test_all_that_a_table_needs_is_there() -> None:
             "reference": "imagenet 4567",
             "evaluator": "inception 0123, resize pytorch-fid",
             "FID": "2.346",
+            "95% intervals": "FID 2.3 to 2.4",
             "recall": NOTHING,
         }.items()
     )
