@@ -43,7 +43,7 @@ test-slurm: venv ## jobs on a Slurm of two virtual nodes on this machine; needs 
 	@$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
 
 test-crew: venv ## a hundred random kills and stops of the workers of a crew
-	@$(BIN)/python -m pytest -m slow tests/data/crew tests/sampling/evaluation/test_evaluate_crew.py $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m slow tests/data/crew tests/sampling/evaluation/test_evaluate_crew.py tests/launcher/watch $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)

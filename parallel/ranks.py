@@ -21,6 +21,8 @@ MEETING_VARIABLE: Final = "DITMOE_MEETING"
 """Names one start of the processes of a run; with it, MASTER_PORT is the first of several ports."""
 NODE_TASK_VARIABLE: Final = "DITMOE_NODE_TASK"
 """Set for the only task of a node, one of as many as the step has nodes."""
+WORKERS_VARIABLE: Final = "DITMOE_WORKERS_HERE"
+"""Set for a worker of a crew: how many workers were started beside it on its machine, itself included."""
 
 _EXPECTED: Final = (
     "expected all of RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them"
@@ -45,6 +47,8 @@ class ThisProcess:
     """Whether a launcher, ours or torchrun or srun, started it as a rank."""
     node_task: bool = False
     """Whether srun started it as the only task of its node. Its rank is then the number of the node."""
+    processes_here: int = 1
+    """Processes of the run, or workers of a crew, that share its machine; itself included."""
 
     @property
     def first(self) -> bool:
@@ -67,6 +71,8 @@ def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
         UserError: they contradict one another or are not numbers; names all such problems, a line each.
     """
     variables = os.environ if environment is None else environment
+    problems: list[str] = []
+    workers = _number(variables, WORKERS_VARIABLE, 1, 2**20, problems) if WORKERS_VARIABLE in variables else None
     if "RANK" not in variables:
         left = {name: variables[name] for name in ("WORLD_SIZE", "LOCAL_RANK") if name in variables}
         if left not in ({}, {"WORLD_SIZE": "1"}):
@@ -74,8 +80,9 @@ def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
             raise UserError(
                 f"{found} in the environment without RANK; {_EXPECTED}, or none of them (`unset {' '.join(left)}`)"
             )
-        return ThisProcess()
-    problems: list[str] = []
+        if problems:
+            raise UserError(problems[0])
+        return ThisProcess(processes_here=workers or 1)
     ranks = _number(variables, "WORLD_SIZE", 1, 2**20, problems)
     rank = _number(variables, "RANK", 0, (ranks or 2**20) - 1, problems)
     here = _number(variables, "LOCAL_WORLD_SIZE", 1, 2**20, problems) if "LOCAL_WORLD_SIZE" in variables else None
@@ -97,6 +104,7 @@ def this_process(environment: Mapping[str, str] | None = None) -> ThisProcess:
         variables.get(MEETING_VARIABLE) or None,
         started=True,
         node_task=NODE_TASK_VARIABLE in variables,
+        processes_here=workers or here or ranks,
     )
 
 

@@ -2,10 +2,15 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from tests.obedient import Obedient
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +63,18 @@ def make_vae() -> Callable[..., Path]:
 def vae_folder(make_vae: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small AutoencoderKL, not to be changed."""
     return make_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture
+def obedient(monkeypatch: pytest.MonkeyPatch) -> "Obedient":
+    """The crew of every command that leads one."""
+    from tests.obedient import Obedient
+
+    crew = Obedient()
+
+    @contextmanager
+    def leads(*arguments: Any, **options: Any) -> "Iterator[Obedient]":
+        yield crew
+
+    monkeypatch.setattr("ditmoe.launcher.local.crew_workers.leads_crew", leads)
+    return crew

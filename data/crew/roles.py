@@ -34,6 +34,7 @@ def settings(stalled: float = STALLED_SECONDS) -> dict[str, Any]:
         "distributed.worker.http.routes": [],
         "distributed.worker.profile.enabled": False,
         "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.worker.daemon": False,  # a daemon may start no processes, such as those that decode images
         "distributed.nanny.pre-spawn-environ": {},  # it would set them in this process
         "distributed.nanny.environ": {},
         "distributed.diagnostics.nvml": False,

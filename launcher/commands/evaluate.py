@@ -23,36 +23,17 @@ from ditmoe.launcher.commands.drawing import (
 )
 from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 from ditmoe.launcher.commands.evaluate_watch import evaluate_watch
-from ditmoe.launcher.commands.worker import ListenOption
+from ditmoe.launcher.commands.shared_options import Sharing, shares_work
 from ditmoe.model.errors import UserError
 
-PART_MINUTES = 360.0
-_LIMIT_OF_NOBODY = (
-    "--part-limit {:g}: is of workers that one process leads, and there would be none; expected --processes above"
-    " 1 or --crew FOLDER beside it, without --watch, --grid, srun and torchrun"
-)
 
-
+@shares_work()
 @draws_images(steps=250)
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.", metavar="RUN")],
     *,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
-    processes: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),
-    ] = None,
-    crew: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Where workers of any machine join: `ditmoe worker FOLDER`."),
-    ] = None,
-    listen: ListenOption = None,
-    part_limit: Annotated[
-        float | None,
-        typer.Option(
-            min=0.01, metavar="MINUTES", help="A worker that is longer at one part is replaced. [default: 360]"
-        ),
-    ] = None,
+    sharing: Sharing,
     grid: Annotated[
         Path | None,
         typer.Option(
@@ -149,14 +130,6 @@ def command(
         raise UserError("--watch and --keep statistics: a watch shows images; expected --keep npz or chunks")
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
-    if crew is not None and (watch or grid is not None):
-        raise UserError(f"--crew {crew}: expected without --watch and --grid")
-    if crew is None and processes == 0:
-        raise UserError("--processes 0: expected 1 or more, or --crew FOLDER for workers that join")
-    if listen is not None and crew is None:
-        raise UserError(f"--listen {listen}: workers of other machines join by --crew FOLDER; expected both")
-    if part_limit is not None and (watch or grid is not None):
-        raise UserError(_LIMIT_OF_NOBODY.format(part_limit))
     options = EvaluationOptions(
         source=run,
         sampler=SamplerConfig() if grid is not None else drawing.config(),
@@ -180,7 +153,7 @@ def command(
         vae=vae,
         shared_weights=shared_weights,
     )
-    # What the processes of the job are told again, beside what is drawn.
+    # What processes that this one starts are told again, beside what is drawn.
     shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
     shared += ["--recogniser" if recogniser else "--no-recogniser", "--keep", keep]
     for option, value in (
@@ -198,55 +171,31 @@ def command(
     ):
         shared += [option, str(value)] if value is not None else []
     if grid is not None:
-        evaluate_grid(options, grid, processes, shared)
+        evaluate_grid(options, grid, sharing)
         return
     drawn = [*drawing.arguments(), "--count", str(count), "--labels", labels]
     if watch:
-        evaluate_watch(options, processes, [*drawn, *shared], every, patience)
+        evaluate_watch(options, sharing, [*drawn, *shared], every, patience)
         return
     job = prepare_job(options)
     metrics, process = stored_result(job), this_process()
     if metrics is not None and process.first:
         drop_images_of_finished(job.folder, keep)
     if metrics is None:
-        import torch
+        from ditmoe.data.storage.files import make_folder
+        from ditmoe.sampling.evaluation.of_crew import made_by
 
         if process.starts_ranks and process.first:
             for warning in noise_warnings(job.evaluation.sampler):
                 typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
-        if crew is not None and process.ranks > 1:
-            raise UserError(f"--crew {crew}: one process leads it, and this is one of {process.ranks}")
-        if processes is None:
-            processes = torch.cuda.device_count() or 1
-        led = crew is not None or (processes > 1 and not process.started)
-        if part_limit is not None and not led:
-            raise UserError(_LIMIT_OF_NOBODY.format(part_limit))
-        if led:
-            from ditmoe.data.storage.files import make_folder
-            from ditmoe.launcher.local.crew_workers import leads_crew
-            from ditmoe.sampling.evaluation.of_crew import made_by
-
-            make_folder(job.folder)
-            with (
-                signs_of_work(job.folder, job.cache),
-                leads_crew(
-                    crew, processes, part_limit or PART_MINUTES, lambda line: typer.echo(line, err=True), listen
-                ) as workers,
-            ):
-                metrics = evaluate_run(job, made_by(workers, options, job), max(processes, 1))
-        else:
-            if processes > 1 and process.starts_ranks:  # on each of several nodes
-                from ditmoe.data.storage.files import make_folder
-                from ditmoe.launcher.local.launch import spawn
-
-                # The checkpoint is named: training may write a newer one before the processes look. The first of
-                # them shows the result.
-                arguments = ["evaluate", *drawn, *shared, "--", str(job.checkpoint)]
-                ranks = job.folder / "ranks"
-                make_folder(ranks)
-                raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
-            with signs_of_work(job.folder, job.cache):
+        make_folder(job.folder)
+        # Ranks are told the checkpoint: training may write a newer one before they look.
+        again = ["evaluate", *drawn, *shared, "--", str(job.checkpoint)]
+        with sharing.led(job.folder / "ranks", again=again) as crew, signs_of_work(job.folder, job.cache):
+            if crew is None:
                 metrics = evaluate_run(job)
+            else:
+                metrics = evaluate_run(job, made_by(crew, options, job), max(crew.size, 1))
     if process.first:
         key = key_of(metrics["results"], job.request)
         assert key is not None

@@ -1,11 +1,13 @@
 """`ditmoe evaluate RUN --grid FILE`: compare samplers, each alone and finishing chains, at several costs."""
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import typer
 
+from ditmoe.launcher.commands.shared_options import Sharing
 from ditmoe.model.errors import UserError
 
 if TYPE_CHECKING:
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 HOLDING: Final = (
     "run",
     "processes",
+    "crew",
+    "listen",
+    "part_limit",
     "grid",
     "weights",
     "step",
@@ -45,16 +50,14 @@ def refuse_options(path: Path, given: Iterable[str]) -> None:
         )
 
 
-def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | None, again: Sequence[str]) -> None:
+def evaluate_grid(options: "EvaluationOptions", path: Path, sharing: Sharing) -> None:
     """Evaluate every cell of a grid that is not stored, and show the table.
 
     Args:
         options: what holds for every cell.
         path: the file of the grid.
-        processes: of this machine, that share the work; None: one per GPU, or 1.
-        again: the options as arguments, for the processes.
+        sharing: who makes the parts.
     """
-    from ditmoe.data.storage.files import make_folder
     from ditmoe.launcher.configuration.grid_file import load_comparison
     from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
@@ -65,31 +68,29 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, processes: int | Non
         prepare_comparison,
         run_comparison,
     )
+    from ditmoe.sampling.evaluation.of_crew import made_by
     from ditmoe.sampling.integrators.few_steps import noise_warnings
 
     if not path.is_file():
         raise UserError(f"--grid {path}: no such file; expected the YAML file of a comparison")
     comparison = prepare_comparison(options, load_comparison(path), path.stem)
     process = this_process()
-    if process.starts_ranks:
-        import torch
-
-        processes = processes or torch.cuda.device_count() or 1
-        if process.first:
-            _announce(len(comparison.cells), comparison.config.repeats, comparison.left_out)
-            for warning in dict.fromkeys(
-                line for cell in comparison.cells for line in noise_warnings(cell.config)
-            ):
-                typer.echo(f"warning: {warning}", err=True)
-        if processes > 1 and not comparison.finished:
-            from ditmoe.launcher.local.launch import spawn
-
-            ranks = comparison.folder / "ranks"
-            make_folder(ranks)
-            arguments = ["evaluate", "--grid", str(path), *again, "--", str(comparison.jobs[0].checkpoint)]
-            raise typer.Exit(spawn(arguments, processes, log_dir=ranks))
-    with signs_of_work(comparison.folder.parent, comparison.jobs[0].cache):
+    if process.starts_ranks and process.first:
+        _announce(len(comparison.cells), comparison.config.repeats, comparison.left_out)
+        for warning in dict.fromkeys(line for cell in comparison.cells for line in noise_warnings(cell.config)):
+            typer.echo(f"warning: {warning}", err=True)
+    if comparison.finished:
         page = run_comparison(comparison)
+    else:
+        with (
+            sharing.led(comparison.folder / "ranks") as crew,
+            signs_of_work(comparison.folder.parent, comparison.jobs[0].cache),
+        ):
+            if crew is None:
+                page = run_comparison(comparison)
+            else:
+                make_of = partial(made_by, crew, comparison.options)
+                page = run_comparison(comparison, make_of, max(crew.size, 1))
     if process.first:
         typer.echo(page)
         for name, file in (("rows", ROWS_FILE), ("table", TABLE_FILE), ("picture", PICTURE_FILE)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ditmoe.launcher.commands.shared_options import Sharing, start_leader
 from ditmoe.model.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def evaluate_watch(
-    options: "EvaluationOptions", processes: int | None, again: Sequence[str], every: int, patience: float | None
+    options: "EvaluationOptions", sharing: Sharing, again: Sequence[str], every: int, patience: float | None
 ) -> None:
     """Score the checkpoints of a run until it is complete.
 
     Args:
         options: of every evaluation; the source is the run.
-        processes: that share the work of one; None: one per GPU, or 1.
-        again: the options as arguments, for the processes.
+        sharing: who makes the parts of each; they hold no memory while the watch waits.
+        again: the other options as arguments.
         every: score every so-manieth checkpoint, and the last.
         patience: minutes without a sign of the run after which to give up; None: never.
     """
@@ -33,30 +34,20 @@ def evaluate_watch(
             f"--watch: starts the processes of each evaluation itself, and is one of {this_process().ranks}"
             " (WORLD_SIZE); expected it to be started once, with --processes"
         )
-    import torch
-
-    from ditmoe.data.storage.files import make_folder
-    from ditmoe.launcher.local.launch import spawn
     from ditmoe.launcher.local.signs import Signs
     from ditmoe.launcher.watch.watch import watch_run
     from ditmoe.sampling.evaluation.of_run import prepare_job
     from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Heart
 
-    ranks = processes or torch.cuda.device_count() or 1
+    sharing.leads(sharing.count())  # what does not go together shows before the first checkpoint is there
 
     def prepare(checkpoint: Path) -> "Job":
         return prepare_job(replace(options, source=checkpoint))
 
     def evaluate(job: "Job") -> int:
-        logs = job.folder / "ranks"
-        make_folder(logs)
         # The signs of life are the watch's own: its processes come and go.
-        return spawn(
-            ["evaluate", *again, "--", str(job.checkpoint)],
-            ranks,
-            log_dir=logs,
-            environment={FOLDER_VARIABLE: ""},
-            quiet=True,
+        return start_leader(
+            ["evaluate", *again], ["--", str(job.checkpoint)], sharing, environment={FOLDER_VARIABLE: ""}
         )
 
     with Heart.of_this_process(0, 1) as heart:

@@ -2,8 +2,31 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from ditmoe.model.errors import UserError
+
+if TYPE_CHECKING:
+    from ditmoe.data.crew.leader import Crew
+
+PER_GPU: Final = "one per GPU, or 1"
+PER_CORE: Final = "one per GPU, or per core"
+PART_MINUTES: Final = 360.0
+ListenOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|INTERFACE",
+        help="Where the other machines of the crew find this one, such as ib0. [default: where the way leads]",
+    ),
+]
 
 
 def with_options(
@@ -37,3 +60,171 @@ def with_options(
         return with_all
 
     return mark
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Who makes the parts of a command's work, as its options say."""
+
+    processes: int | None = None
+    crew: Path | None = None
+    listen: str | None = None
+    part_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.listen is not None and self.crew is None:
+            raise UserError(
+                f"--listen {self.listen}: workers of other machines join by --crew FOLDER; expected both"
+            )
+        if self.crew is None and self.processes == 0:
+            raise UserError("--processes 0: expected 1 or more, or --crew FOLDER for workers that join")
+
+    def count(self, *, per_core: bool = False, gpus: bool = True, most: int | None = None) -> int:
+        """Processes of this machine.
+
+        Args:
+            per_core: without GPUs one for each core, where the option is left out.
+            gpus: whether they compute on GPUs where there are any.
+            most: as many as there is work for; None: not known.
+        """
+        import torch
+
+        from ditmoe.launcher.local.launch import threads_per_process
+
+        usual = (torch.cuda.device_count() if gpus else 0) or (threads_per_process(1) if per_core else 1)
+        count = usual if self.processes is None else self.processes
+        return count if most is None else min(count, max(1, most))
+
+    def arguments(self) -> list[str]:
+        """The options again, for a command line."""
+        arguments = [] if self.processes is None else [f"--processes={self.processes}"]
+        for name, value in (("crew", self.crew), ("listen", self.listen), ("part-limit", self.part_limit)):
+            arguments += [] if value is None else [f"--{name}={value}"]
+        return arguments
+
+    def leads(self, count: int, ranks: int = 1) -> bool:
+        """Whether a process, one of so many ranks, leads workers, where it is to have `count` of its own.
+
+        UserError where an option says something of workers, and there would be none.
+        """
+        if self.crew is not None and ranks > 1:
+            raise UserError(f"--crew {self.crew}: one process leads it, and this is one of {ranks}")
+        if self.crew is not None or (count > 1 and ranks == 1):
+            return True
+        if self.part_limit is not None:
+            raise UserError(
+                f"--part-limit {self.part_limit:g}: is of workers that one process leads, and there would be "
+                "none; expected --processes above 1 or --crew FOLDER beside it, without srun and torchrun"
+            )
+        return False
+
+    @contextmanager
+    def led(
+        self,
+        logs: Path,
+        *,
+        per_core: bool = False,
+        gpus: bool = True,
+        most: int | None = None,
+        again: Sequence[str] | None = None,
+    ) -> "Iterator[Crew | None]":
+        """Lead a crew for the body, where several processes or workers that join make the parts.
+
+        None: this process makes them, alone or as one of the ranks that torchrun or srun started. A task of srun
+        that has a node to itself, among others, ends here: it starts ranks in its place, and waits for them.
+
+        Args:
+            logs: folder of the output of such ranks.
+            per_core: as of `count`, and so are `gpus` and `most`.
+            again: the command line of such ranks; None: that of this process.
+
+        Raises:
+            UserError: the options do not go together, or as `lead_crew`.
+            typer.Exit: when ranks have ended.
+        """
+        from ditmoe.data.storage.files import make_folder
+        from ditmoe.launcher.local.crew_workers import leads_crew
+        from ditmoe.launcher.local.launch import spawn
+        from ditmoe.parallel.ranks import this_process
+
+        process = this_process()
+        asked = self.processes is not None or self.crew is not None
+        count = 1
+        if process.starts_ranks or (process.ranks == 1 and asked):
+            count = self.count(per_core=per_core, gpus=gpus, most=most)
+        if self.leads(count, process.ranks):
+            minutes = self.part_limit or PART_MINUTES
+            with leads_crew(self.crew, count, minutes, _say, self.listen, gpus=gpus) as crew:
+                yield crew
+        elif count > 1:
+            make_folder(logs)
+            raise typer.Exit(spawn(sys.argv[1:] if again is None else again, count, log_dir=logs))
+        else:
+            yield None
+
+
+def start_leader(
+    options: Sequence[str],
+    arguments: Sequence[str],
+    sharing: Sharing,
+    environment: Mapping[str, str] | None = None,
+) -> int:
+    """Do a command in a process of its own, which leads those that make its parts; its exit code.
+
+    Args:
+        options: verb and options, without those of the sharing.
+        arguments: what follows them.
+        environment: further variables.
+    """
+    from ditmoe.launcher.local.launch import spawn, threads_per_process
+
+    count = sharing.count()
+    told = replace(sharing, processes=count).arguments()
+    return spawn(
+        [*options, *told, *arguments],
+        1,
+        threads=None if "OMP_NUM_THREADS" in os.environ else threads_per_process(max(count, 1)),
+        environment=environment,
+        quiet=True,
+    )
+
+
+def shares_work(usual: str = PER_GPU) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options that say who makes the parts of its work, where it has its argument `sharing`.
+
+    Args:
+        usual: how many processes there are where the option is left out: PER_GPU or PER_CORE.
+    """
+    options: dict[str, tuple[Any, Any]] = {
+        "processes": (
+            Annotated[
+                int | None,
+                typer.Option(min=0, help=f"Processes of a machine that share the work. [default: {usual}]"),
+            ],
+            None,
+        ),
+        "crew": (
+            Annotated[
+                Path | None,
+                typer.Option(metavar="FOLDER", help="Where workers of any machine join: `ditmoe worker FOLDER`."),
+            ],
+            None,
+        ),
+        "listen": (ListenOption, None),
+        "part_limit": (
+            Annotated[
+                float | None,
+                typer.Option(
+                    min=0.01,
+                    metavar="MINUTES",
+                    help=f"A worker that is longer at one part is replaced. [default: {PART_MINUTES:g}]",
+                ),
+            ],
+            None,
+        ),
+    }
+    return with_options(options, "sharing", lambda values: Sharing(**values))
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)

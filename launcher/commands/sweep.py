@@ -80,7 +80,7 @@ def scorer(options: str) -> Callable[[Path], int]:
     import shlex
 
     from ditmoe.launcher.commands.evaluate import command as evaluate
-    from ditmoe.launcher.local.launch import spawn
+    from ditmoe.launcher.commands.shared_options import Sharing, start_leader
     from ditmoe.model.errors import UserError
 
     app = typer.Typer(add_completion=False)
@@ -100,10 +100,9 @@ def scorer(options: str) -> Callable[[Path], int]:
                 f"--evaluate {options!r}: --{name} is not for a sweep, which scores each cell's last step"
             )
 
-    def score(run: Path) -> int:
-        import torch
+    sharing = Sharing(given["processes"], given["crew"], given["listen"], given["part_limit"])
 
-        processes = given["processes"] or torch.cuda.device_count() or 1
-        return spawn(["evaluate", *arguments, "--", str(run)], processes, log_dir=run / "ranks", quiet=True)
+    def score(run: Path) -> int:
+        return start_leader(["evaluate", *arguments], ["--", str(run)], sharing)
 
     return score

@@ -5,14 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ditmoe.launcher.commands.shared_options import ListenOption
+
 MINUTES = 10.0
-ListenOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="ADDRESS|INTERFACE",
-        help="Where the other machines of the crew find this one, such as ib0. [default: where the way leads]",
-    ),
-]
 
 
 def command(

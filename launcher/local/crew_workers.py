@@ -14,6 +14,7 @@ import psutil
 from ditmoe.launcher.local.launch import threads_per_process
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.interfaces import source_address
+from ditmoe.parallel.ranks import WORKERS_VARIABLE
 
 if TYPE_CHECKING:
     from ditmoe.data.crew.leader import Crew
@@ -23,28 +24,27 @@ _FAR_AWAY: Final = "8.8.8.8"
 """Any address of the Internet: nothing is sent to it, the way there is asked for."""
 
 
-def worker_environments(processes: int | None) -> list[dict[str, str]]:
+def worker_environments(processes: int | None, *, gpus: bool = True) -> list[dict[str, str]]:
     """The variables of each worker.
 
     Args:
         processes: how many; None: one per GPU, or 1.
+        gpus: whether they compute on GPUs where there are any.
 
     Raises:
         UserError: there are fewer GPUs.
     """
     import torch
 
-    gpus = torch.cuda.device_count()
-    count = (gpus or 1) if processes is None else processes
-    if gpus and count > gpus:
-        raise UserError(f"--processes {count}: each has a GPU to itself, and {gpus} are found; expected {gpus}")
+    found = torch.cuda.device_count() if gpus else 0
+    count = (found or 1) if processes is None else processes
+    if found and count > found:
+        raise UserError(f"--processes {count}: each has a GPU to itself, and {found} are found; expected {found}")
     threads = os.environ.get("OMP_NUM_THREADS") or str(threads_per_process(max(count, 1)))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    visible = named.split(",") if named else [str(number) for number in range(gpus)]
-    return [
-        {"OMP_NUM_THREADS": threads, **({"CUDA_VISIBLE_DEVICES": visible[number]} if gpus else {})}
-        for number in range(count)
-    ]
+    visible = named.split(",") if named else [str(number) for number in range(found)]
+    shared = {"OMP_NUM_THREADS": threads, WORKERS_VARIABLE: str(count)}
+    return [{**shared, **({"CUDA_VISIBLE_DEVICES": visible[number]} if found else {})} for number in range(count)]
 
 
 def own_address(listen: str | None = None, towards: str | None = None) -> str:
@@ -113,6 +113,8 @@ def leads_crew(
     part_minutes: float,
     log: Callable[[str], None],
     listen: str | None = None,
+    *,
+    gpus: bool = True,
 ) -> "Iterator[Crew]":
     """Lead a crew for the body.
 
@@ -122,13 +124,14 @@ def leads_crew(
         part_minutes: how long a worker may take to make a part.
         log: takes lines to show.
         listen: the address or interface at which workers of other machines find the crew of the folder.
+        gpus: whether those of this machine compute on GPUs where there are any.
 
     Raises:
         UserError: as `lead_crew`; `listen` is nothing of this machine.
     """
     from ditmoe.data.crew.leader import lead_crew
 
-    environments = worker_environments(processes)
+    environments = worker_environments(processes, gpus=gpus)
     with tempfile.TemporaryDirectory(prefix="ditmoe-crew-") as scratch:
         where = Path(scratch) / "crew" if folder is None else folder
         host = LOOPBACK if folder is None else own_address(listen)

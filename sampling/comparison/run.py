@@ -6,10 +6,12 @@ RUN/evaluations/grid-<name>-<fingerprint>/     grid.json, table.md, fid-nfe.png
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from ditmoe.data.crew.making import Make
 from ditmoe.data.storage.files import make_folder, read_settings, replacing
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import read_info
@@ -40,6 +42,8 @@ class Comparison:
     """A line for each cell that cannot be."""
     jobs: tuple[Job, ...]
     """For each cell one of each seed."""
+    options: EvaluationOptions
+    """Of all jobs, but for the sampler."""
 
     @property
     def folder(self) -> Path:
@@ -73,11 +77,17 @@ def prepare_comparison(options: EvaluationOptions, config: ComparisonConfig, nam
     options = replace(options, source=checkpoint, step=None, count=config.count, labels=config.labels)
     samplers = [cell.config.model_copy(update={"seed": seed}) for cell in cells for seed in config.seeds]
     jobs = prepare_jobs(options, samplers)
-    return Comparison(name, config, tuple(cells), tuple(left_out), tuple(jobs))
+    return Comparison(name, config, tuple(cells), tuple(left_out), tuple(jobs), options)
 
 
-def run_comparison(comparison: Comparison) -> str:
-    """Do what is missing, as one of the processes that were started for it, or alone; the first one writes.
+def run_comparison(
+    comparison: Comparison, make_of: Callable[[Job], Make] | None = None, processes: int | None = None
+) -> str:
+    """Do what is missing, as one of the processes that were started for it, alone, or as the leader of a crew.
+
+    Args:
+        make_of: has a job's parts made by a crew; None: these processes make them.
+        processes: of the crew, as far as they are known.
 
     Returns:
         The tables, in Markdown.
@@ -105,7 +115,7 @@ def run_comparison(comparison: Comparison) -> str:
         left = len(jobs) - place - 1
         print(f"{cell.name}{seed}: {found} at {nfe:.4g} NFE; {left} of {len(jobs)} left", flush=True)
 
-    found = evaluate_jobs(jobs, on_finished)
+    found = evaluate_jobs(jobs, on_finished, make_of=make_of, processes=processes)
     warnings = dict.fromkeys(
         warning
         for metrics, job in zip(found, jobs, strict=True)

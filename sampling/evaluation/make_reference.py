@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ditmoe.data.crew.making import by_ranks
 from ditmoe.data.storage.parts import Progress
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.remembered import index_file
@@ -104,5 +105,6 @@ def make_reference(
     say: Callable[[str], None] = log if workers.first else lambda line: None
     measures = Measures()
     network, recogniser = measures.networks(job, workers, say)
-    statistics = measures.real_statistics(job, network, workers, show)
+    make = by_ranks(workers.rank, workers.ranks)
+    statistics = measures.real_statistics(job, network, make, workers.device, show)
     workers.on_first(lambda: write_reference(job.out, job.real, network, statistics, recogniser))

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Literal
 
+import torch
+
+from ditmoe.data.crew.making import Make
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Scored
@@ -44,18 +47,18 @@ class Measures:
         self,
         job: Scored,
         network: FeatureNetwork,
-        workers: Workers,
+        make: Make,
+        device: torch.device,
         progress: Callable[[str, int], Progress],
     ) -> RealStatistics:
-        """Statistics of the real images, by all processes together."""
+        """Statistics of the real images, whose parts are made as the stage `real`; moments are on the device."""
         if self._statistics is None:
             self._statistics = reference_statistics(
                 job.real,
                 network,
                 job.cache,
-                rank=workers.rank,
-                ranks=workers.ranks,
-                device=workers.device,
+                make=make,
+                device=device,
                 on_progress=progress("parts of the real images", job.real.parts),
             )
         return self._statistics

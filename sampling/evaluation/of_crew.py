@@ -4,62 +4,49 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import TypeAdapter
 
-from ditmoe.data.crew.leader import Crew
-from ditmoe.data.crew.tasks import AnyParts, Task
-from ditmoe.data.storage.parts import Progress
-from ditmoe.model.errors import UserError
+from ditmoe.data.crew.making import Make, absolute, absolute_place, by_crew, check_same, stage_of
+from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.parallel.ranks import own_device
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, ModelOfJob, drawer, prepare_job
-from ditmoe.sampling.evaluation.stages import (
-    MakeStage,
-    Stage,
-    chunk_store,
-    descriptions_of,
-    real_parts,
-    recognised_of,
-)
+from ditmoe.sampling.evaluation.stages import chunk_store, descriptions_of, real_parts, recognised_of
 from ditmoe.sampling.jobs.chunks import DrawChunk
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import ClassifierSettings
 
+if TYPE_CHECKING:
+    from ditmoe.data.crew.leader import Crew
+
 _OPTIONS = TypeAdapter(EvaluationOptions)
 _CLASSIFIER = TypeAdapter(ClassifierSettings)
+_OF_ONE_JOB: Final = ("sampler", "count", "labels", "batch", "chunk", "keep")
+"""Options that decide neither on the network nor on what images are scored with."""
 
 
-def made_by(crew: Crew, options: EvaluationOptions, job: Job) -> MakeStage:
+def made_by(crew: "Crew", options: EvaluationOptions, job: Job) -> Make:
     """Has the parts of a job of these options made by a crew."""
-    request = request_for(options, job)
-
-    def make(stage: Stage, parts: AnyParts, on_progress: Progress) -> None:
-        crew.make(Task.of(parts_of_stage, {**request, "stage": stage}), parts, on_progress=on_progress)
-
-    return make
+    return by_crew(crew, parts_of_stage, request_for(options, job))
 
 
 def request_for(options: EvaluationOptions, job: Job) -> dict[str, Any]:
     """What a worker builds the same job from, wherever it was started."""
     assert job.checkpoint is not None
-    data = options.data
-    if data is not None and Path(data).exists():
-        data = Path(data).absolute()
     told = replace(
         options,
         source=job.checkpoint.absolute(),
         step=None,
         sampler=job.evaluation.sampler,
-        data=data,
-        index=_absolute(options.index),
-        features_path=_absolute(options.features_path),
+        data=None if options.data is None else absolute_place(str(options.data)),
+        index=absolute(options.index),
+        features_path=absolute(options.features_path),
         cache=job.cache.absolute(),
-        vae=_absolute(options.vae),
-        shared_weights=_absolute(options.shared_weights),
+        vae=absolute(options.vae),
+        shared_weights=absolute(options.shared_weights),
     )
     return {
         "options": _OPTIONS.dump_python(told, mode="json"),
@@ -78,45 +65,52 @@ def parts_of_stage(request: Mapping[str, Any]) -> AnyParts:
     Raises:
         UserError: this machine sees another checkpoint, or other real images.
     """
-    stage, rest = request["stage"], {key: value for key, value in request.items() if key != "stage"}
-    job, draw, measures, workers = _job_of(json.dumps(rest, sort_keys=True))
+    stage, told = stage_of(request)
+    job, draw, tools = _job_of(told)
     store = chunk_store(job, draw)
     if stage == "drawn":
         return store.parts
-    network, recogniser = measures.networks(job, workers, lambda line: None)
+    network, recogniser = tools.measures.networks(job, tools.workers, lambda line: None)
     if stage == "described":
         return descriptions_of(store, network).parts
     if stage == "recognised":
         assert recogniser is not None
         return recognised_of(store, recogniser).parts
     assert stage == "real", stage
-    parts = real_parts(job, network, workers.device)
+    parts = real_parts(job, network, tools.workers.device)
     assert parts is not None
     return parts
 
 
+class _Tools(NamedTuple):
+    """What a worker draws and scores with."""
+
+    workers: Workers
+    model: ModelOfJob
+    measures: Measures
+
+
 @lru_cache(maxsize=1)
-def _job_of(request: str) -> tuple[Job, DrawChunk, Measures, Workers]:
-    """The job that this worker is at, whose networks it keeps from one stage to the next."""
-    told = json.loads(request)
+def _job_of(told: str) -> tuple[Job, DrawChunk, _Tools]:
+    """The job that this worker is at."""
+    request = json.loads(told)
     job = replace(
-        prepare_job(_OPTIONS.validate_python(told["options"])),
-        feature_classifier=_CLASSIFIER.validate_python(told["feature_classifier"]),
-        recogniser_classifier=_CLASSIFIER.validate_python(told["recogniser_classifier"]),
+        prepare_job(_OPTIONS.validate_python(request["options"])),
+        feature_classifier=_CLASSIFIER.validate_python(request["feature_classifier"]),
+        recogniser_classifier=_CLASSIFIER.validate_python(request["recogniser_classifier"]),
     )
-    for name, value in _identity(job).items():
-        if value != told["job"][name]:
-            raise UserError(
-                f"{job.checkpoint}: {name} is {value} where this worker looks, expected {told['job'][name]}: "
-                "workers must see the files of whoever leads them under the same names"
-            )
+    check_same(job.checkpoint, _identity(job), request["job"])
+    alike = {key: value for key, value in request["options"].items() if key not in _OF_ONE_JOB}
+    tools = _tools_for(json.dumps([alike, job.request], sort_keys=True))
+    return job, drawer(job, tools.model), tools
+
+
+@lru_cache(maxsize=1)
+def _tools_for(alike: str) -> _Tools:
+    """Kept from one job to the next that is drawn by the same network and scored alike."""
     device = own_device("auto", "--processes")
-    return job, drawer(job, ModelOfJob(device, several=True)), Measures(), Workers(device=device)
+    return _Tools(Workers(device=device), ModelOfJob(device, several=True), Measures())
 
 
 def _identity(job: Job) -> dict[str, str]:
     return {"folder": str(job.folder.absolute()), "id": job.evaluation.fingerprint, "real": job.real.fingerprint}
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.absolute()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.data.crew.making import Make
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.progress import show_progress
 from ditmoe.model.count import count
@@ -25,7 +26,6 @@ from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
 from ditmoe.sampling.evaluation.keeping import Keep, drop_images_of_finished
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
-from ditmoe.sampling.evaluation.stages import MakeStage
 from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.sampling.jobs.chunks import DrawChunk, DrawnImages
 from ditmoe.sampling.jobs.workers import join_workers
@@ -172,7 +172,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     return [replace(job, warnings=(*told, *job.warnings)) for job in jobs]
 
 
-def evaluate_run(job: Job, make: MakeStage | None = None, processes: int | None = None) -> dict[str, Any]:
+def evaluate_run(job: Job, make: Make | None = None, processes: int | None = None) -> dict[str, Any]:
     """Do the job as one of the processes that were started for it, alone, or as the leader of a crew.
 
     Args:
@@ -193,7 +193,7 @@ def evaluate_jobs(
     jobs: Sequence[Job],
     on_finished: OnFinished = lambda place, metrics, seconds: None,
     *,
-    make_of: Callable[[Job], MakeStage] | None = None,
+    make_of: Callable[[Job], Make] | None = None,
     processes: int | None = None,
 ) -> list[dict[str, Any]]:
     """Do jobs of one checkpoint that are scored alike, one after another, by the same processes.

@@ -19,10 +19,10 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from ditmoe.data.crew.tasks import AnyParts
+from ditmoe.data.crew.making import Make, by_ranks
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object, replacing
-from ditmoe.data.storage.parts import Progress, make_parts
+from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.keeping import (
@@ -37,14 +37,7 @@ from ditmoe.sampling.evaluation.keeping import (
 )
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.results import write_results
-from ditmoe.sampling.evaluation.stages import (
-    MakeStage,
-    Stage,
-    chunk_store,
-    descriptions_of,
-    real_parts,
-    recognised_of,
-)
+from ditmoe.sampling.evaluation.stages import chunk_store, descriptions_of, recognised_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE, key_for, key_of, stored_results
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.alone import alone_at
@@ -74,7 +67,7 @@ def run_job(
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
     measures: Measures | None = None,
-    make: MakeStage | None = None,
+    make: Make | None = None,
     processes: int | None = None,
 ) -> dict[str, Any]:
     """Do what is missing of a job; every process of the job calls this with the same arguments.
@@ -85,7 +78,7 @@ def run_job(
         log: takes lines to show (first process).
         progress: (title, total) → a function that is told the number done (first process).
         measures: kept from one job to the next that is scored alike; anew when left out.
-        make: has parts made by a crew; None: these processes make them.
+        make: has parts made; None: these processes make them.
         processes: of the crew, as far as they are known; None: `workers` are all.
 
     Returns:
@@ -100,7 +93,8 @@ def run_job(
     busy = f"{job.folder}: another process is at this evaluation"
     claims = Claims(job.folder)
     with alone_at(claims, "evaluation", workers, busy, lambda: _begin(job, processes or workers.ranks)) as check:
-        return _run(job, draw, workers, say, show, measures or Measures(), check, make, processes or workers.ranks)
+        made = make or by_ranks(workers.rank, workers.ranks)
+        return _run(job, draw, workers, say, show, measures or Measures(), check, made, processes or workers.ranks)
 
 
 def default_chunk(count: int, batch: int, ranks: int, images_per_unit: int = 1) -> int:
@@ -146,24 +140,19 @@ def _run(
     progress: Callable[[str, int], Progress],
     measures: Measures,
     check: Callable[[], None],
-    make: MakeStage | None,
+    make: Make,
     processes: int,
 ) -> dict[str, Any]:
     evaluation = job.evaluation
     store = chunk_store(job, draw)
     size = store.size
 
-    def among_workers(stage: Stage, parts: AnyParts, on_progress: Progress) -> None:
-        make_parts(parts, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
-
-    made = make or among_workers
-
     # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
     # draw meanwhile.
     if workers.first:
         measures.networks(job, workers, log)
     started, before = time.monotonic(), len(store.pending())
-    made("drawn", store.parts, progress("chunks drawn", store.chunks))
+    make("drawn", store.parts, on_progress=progress("chunks drawn", store.chunks))
     seconds = time.monotonic() - started
     # `chains` has the states of chains in chunks that are not there yet.
     workers.on_first(lambda: shutil.rmtree(job.folder / "chains", ignore_errors=True))
@@ -172,16 +161,12 @@ def _run(
 
     network, recogniser = measures.networks(job, workers, log)
     descriptions = descriptions_of(store, network)
-    made("described", descriptions.parts, progress("chunks described", store.chunks))
+    make("described", descriptions.parts, on_progress=progress("chunks described", store.chunks))
     judged = None
     if recogniser is not None:
         judged = recognised_of(store, recogniser)
-        made("recognised", judged.parts, lambda done: None)
-    if make is not None:
-        real = real_parts(job, network, workers.device)
-        if real is not None:
-            make("real", real, progress("parts of the real images", job.real.parts))
-    statistics = measures.real_statistics(job, network, workers, progress)
+        make("recognised", judged.parts)
+    statistics = measures.real_statistics(job, network, make, workers.device, progress)
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()
 

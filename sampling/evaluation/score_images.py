@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ditmoe.data.crew.making import by_ranks
 from ditmoe.data.shards.index import INDEX_FILE
 from ditmoe.data.storage.arrays import Arrays
 from ditmoe.data.storage.claims import Claims
@@ -183,10 +184,9 @@ def score_images(
             [f"part-{part:02d}.npz" for part in range(job.images.parts)],
             lambda part: _describe_part(job, part, network),
         )
-        descriptions.make(
-            rank=workers.rank, ranks=workers.ranks, on_progress=show("parts of the images", job.images.parts)
-        )
-        statistics = measures.real_statistics(job, network, workers, show)
+        make = by_ranks(workers.rank, workers.ranks)
+        make("described", descriptions.parts, on_progress=show("parts of the images", job.images.parts))
+        statistics = measures.real_statistics(job, network, make, workers.device, show)
         workers.wait()
 
         def write() -> None:

@@ -1,14 +1,12 @@
 """What an evaluation makes in parts, by stages: alike in the process that leads and in workers of a crew."""
 
-from collections.abc import Callable
 from typing import Final, Literal
 
 import torch
 
 from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.data.storage.files import read_object
-from ditmoe.data.storage.parts import Progress
-from ditmoe.sampling.evaluation.job import Job
+from ditmoe.sampling.evaluation.job import Job, Scored
 from ditmoe.sampling.evaluation.keeping import CHUNKS_FOLDER, SETTINGS_FILE
 from ditmoe.sampling.jobs.chunks import ChunkStore, DrawChunk
 from ditmoe.sampling.metrics.classifier import Classifier
@@ -20,8 +18,6 @@ from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 
 Stage = Literal["drawn", "described", "recognised", "real"]
 STAGES: Final[tuple[Stage, ...]] = ("drawn", "described", "recognised", "real")
-MakeStage = Callable[[Stage, AnyParts, Progress], object]
-"""(stage, its parts, takes the number of those that are there): has the missing ones made."""
 
 
 def chunk_store(job: Job, draw: DrawChunk) -> ChunkStore:
@@ -44,7 +40,7 @@ def recognised_of(store: ChunkStore, recogniser: Classifier) -> ChunkDescription
     )
 
 
-def real_parts(job: Job, network: FeatureNetwork, device: torch.device) -> AnyParts | None:
+def real_parts(job: Scored, network: FeatureNetwork, device: torch.device) -> AnyParts | None:
     """Statistics of the real images; None: a file answers, and none is read."""
     images = job.real.images if isinstance(job.real, ReferenceStatistics) else job.real
     return parts_of_real(images, network, job.cache, device) if isinstance(images, Images) else None

@@ -52,11 +52,11 @@ class LostSamples(NamedTuple):
 def decoding_processes(images: int) -> int:
     """How many processes decode so many images; 0: none but this one.
 
-    Each process of a job has its share of this machine's cores, of which it keeps one for itself.
+    Each process of a job on this machine has its share of the cores, of which it keeps one for itself.
     """
     if images < WORTH_PROCESSES:
         return 0
-    cores = len(os.sched_getaffinity(0)) // this_process().ranks
+    cores = len(os.sched_getaffinity(0)) // this_process().processes_here
     return max(0, min(MOST_PROCESSES, cores - 1))
 
 

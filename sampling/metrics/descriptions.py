@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
-from ditmoe.data.storage.parts import Parts, Progress, make_parts
+from ditmoe.data.storage.parts import Parts
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.features import FeatureNetwork, describe
 
@@ -44,10 +44,6 @@ class ChunkDescriptions:
             [store.path(chunk).name for chunk in range(store.chunks)],
             lambda chunk: _described(store.read(chunk).image_NHWC, describe_images),
         )
-
-    def make(self, *, rank: int = 0, ranks: int = 1, on_progress: Progress = lambda done: None) -> None:
-        """Describe every chunk, side by side with the other processes."""
-        make_parts(self.parts, rank=rank, ranks=ranks, on_progress=on_progress)
 
     def read(self, chunk: int) -> Arrays:
         """What was said of one chunk."""

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.data.crew.making import ALONE, Make
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
-from ditmoe.data.storage.parts import Parts, Progress, run_parts
+from ditmoe.data.storage.parts import Parts, Progress
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
@@ -83,21 +84,22 @@ def real_statistics(
     network: FeatureNetwork,
     cache: Path,
     *,
-    rank: int = 0,
-    ranks: int = 1,
+    make: Make = ALONE,
     device: torch.device = CPU,
     on_progress: Progress = lambda done: None,
 ) -> RealStatistics:
-    """Statistics of every real image, by all processes together; from the cache where they were computed before.
+    """Statistics of every real image; from the cache where they were computed before.
 
     Args:
+        make: has what is computed of each part of them made, as the stage `real`.
         device: where sums are kept and products taken.
 
     Raises:
         UserError: a shard or a sample is damaged.
     """
     parts = parts_of_real(real, network, cache, device)
-    return run_parts(parts, rank=rank, ranks=ranks, on_progress=on_progress)
+    make("real", parts, on_progress=on_progress)
+    return parts.result()
 
 
 def parts_of_real(

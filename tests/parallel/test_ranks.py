@@ -19,11 +19,21 @@ TORCHRUN = {
 
 
 def test_what_torchrun_sets() -> None:
-    assert this_process(TORCHRUN) == ThisProcess(3, 4, 1, "node7", 29500, started=True)
+    assert this_process(TORCHRUN) == ThisProcess(3, 4, 1, "node7", 29500, started=True, processes_here=2)
     assert this_process({}) == this_process({"WORLD_SIZE": "1", "MASTER_PORT": "x"}) == ThisProcess()
     assert this_process({"RANK": "0", "WORLD_SIZE": "1"}) == ThisProcess(started=True)
     ours = {**TORCHRUN, "DITMOE_MEETING": "7.0.1", "DITMOE_NODE_TASK": "1"}
-    assert this_process(ours) == ThisProcess(3, 4, 1, "node7", 29500, "7.0.1", started=True, node_task=True)
+    task = ThisProcess(3, 4, 1, "node7", 29500, "7.0.1", started=True, node_task=True, processes_here=2)
+    assert this_process(ours) == task
+
+
+def test_how_many_share_the_machine() -> None:
+    assert this_process({"DITMOE_WORKERS_HERE": "8"}).processes_here == 8
+    assert this_process({**TORCHRUN, "DITMOE_WORKERS_HERE": "8"}).processes_here == 8
+    without = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert this_process(without).processes_here == 4
+    with pytest.raises(UserError, match="DITMOE_WORKERS_HERE = 'many' in the environment"):
+        this_process({"DITMOE_WORKERS_HERE": "many"})
 
 
 def test_who_starts_ranks() -> None:

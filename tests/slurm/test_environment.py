@@ -44,7 +44,7 @@ def test_a_task_of_several_on_a_node() -> None:
         "OMP_NUM_THREADS": "3",
     }
     process = this_process(rank_variables(TASK))
-    assert process == ThisProcess(3, 4, 1, "n1", port, "71.0.0.44685", started=True)
+    assert process == ThisProcess(3, 4, 1, "n1", port, "71.0.0.44685", started=True, processes_here=2)
     assert not process.starts_ranks
 
 

@@ -6,6 +6,7 @@ from typing import Final
 
 import torch
 
+from ditmoe.data.crew.making import ALONE, Make
 from ditmoe.data.storage.files import open_regular
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
@@ -76,8 +77,7 @@ def reference_statistics(
     network: FeatureNetwork,
     cache: Path,
     *,
-    rank: int = 0,
-    ranks: int = 1,
+    make: Make = ALONE,
     device: torch.device = CPU,
     on_progress: Progress = lambda done: None,
 ) -> RealStatistics:
@@ -85,9 +85,7 @@ def reference_statistics(
     images = real.images if isinstance(real, ReferenceStatistics) else real
     computed = None
     if isinstance(images, Images):
-        computed = real_statistics(
-            images, network, cache, rank=rank, ranks=ranks, device=device, on_progress=on_progress
-        )
+        computed = real_statistics(images, network, cache, make=make, device=device, on_progress=on_progress)
     if not isinstance(real, ReferenceStatistics):
         assert computed is not None
         return computed

@@ -91,6 +91,13 @@ def test_mistakes_and_faults_end_the_work_with_their_message(crew: Crew, toys: C
     assert task.parts().result() == squares(4)
 
 
+def test_a_worker_may_start_processes_of_its_own(crew: Crew, toys: Callable[..., Any]) -> None:
+    """As those that decode images."""
+    task = toys(4, fates={"1": "shared", "3": "shared"})
+    crew.make(task, task.parts())
+    assert task.parts().result() == squares(4)
+
+
 def test_only_functions_of_the_package_are_called() -> None:
     with pytest.raises(AssertionError):
         Task("os:system", '"true"').parts()

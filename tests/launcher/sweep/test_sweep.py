@@ -281,9 +281,11 @@ def test_a_cell_is_scored_with_the_options_given(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("ditmoe.launcher.local.launch.spawn", start)
     assert sweep_command.scorer("--count 8 --processes 2 --data 'a b'")(tmp_path) == 3
-    words = ["evaluate", "--count", "8", "--processes", "2", "--data", "a b", "--", str(tmp_path)]
-    assert started == [(words, 2)]
-    assert sweep_command.scorer("")(tmp_path) == 3 and started[1][0] == ["evaluate", "--", str(tmp_path)]
+    words = ["evaluate", "--count", "8", "--processes", "2", "--data", "a b", "--processes=2", "--", str(tmp_path)]
+    assert started == [(words, 1)]  # it leads two others
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    assert sweep_command.scorer("--crew c")(tmp_path) == 3
+    assert started[1][0] == ["evaluate", "--crew", "c", "--processes=3", "--crew=c", "--", str(tmp_path)]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from tests.sampling.small_run import write_digits
 
 
 @pytest.mark.timeout(280)
-def test_a_watch_beside_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_watch_beside_training(tmp_path: Path, processes: str) -> None:
     """It begins before the first checkpoint, ends with the run, and training keeps what it has marked."""
     run, file = tmp_path / "run", tmp_path / "run.yaml"
     config = {
@@ -36,7 +37,7 @@ def test_a_watch_beside_training(tmp_path: Path) -> None:
         "--patience",
         "3",
         "--processes",
-        "1",
+        processes,
     ]
     found = []
     watch = threading.Thread(

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from ditmoe.sampling.evaluation import of_run as evaluate_run
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.config import SamplerConfig
+from tests.obedient import Obedient
 from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
 SCHEDULES = Path(__file__).resolve().parents[3] / "configs" / "grids"
@@ -92,6 +94,29 @@ def test_a_grid_is_evaluated_once_and_shown(
     assert command(run, shards, cache, file).exit_code == 0 and len(drawn) == 15
 
 
+def test_a_crew_evaluates_the_cells_as_one_process_does(
+    run: Path, shards: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obedient: Obedient
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)  # what workers have of two cores
+    file = tmp_path / "digits.yaml"
+    file.write_text(GRID)
+    alone = command(run, shards, cache, file)
+    assert alone.exit_code == 0 and not obedient.made, alone.output
+    (run / "evaluations").rename(run / "alone")
+    loaded, load = [], evaluate_run.load_model
+    monkeypatch.setattr(evaluate_run, "load_model", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    led = command(run, shards, cache, file, "--processes", "2", "--chunk", "40")
+    assert led.exit_code == 0, led.output
+    # The statistics of the real images are there; the network is loaded once, by the worker.
+    assert obedient.stages() == {"drawn": 14, "described": 14} and len(loaded) == 1
+
+    def rows(folder: Path) -> list[dict[str, Any]]:
+        (grid,) = folder.glob("grid-digits-*/grid.json")
+        return [{**row, "seconds": None} for row in json.loads(grid.read_text())["rows"]]
+
+    assert rows(run / "evaluations") == rows(run / "alone")
+
+
 def test_chains_are_compared_with_the_sampler_that_finishes_them(
     run: Path, shards: Path, cache: Path, tmp_path: Path
 ) -> None:
@@ -153,15 +178,12 @@ def test_every_seed_of_a_cell_is_evaluated_and_few_steps_are_told(
         assert row["deviations"]["fid"] == pytest.approx(abs(found[0] - found[1]) / 2**0.5)
 
 
-def test_processes_are_started_once_for_all_cells(
-    run: Path, shards: Path, cache: Path, tmp_path: Path, capfd
-) -> None:
+def test_processes_are_started_once_for_all_cells(run: Path, shards: Path, cache: Path, tmp_path: Path) -> None:
     file = tmp_path / "two.yaml"
     file.write_text("count: 80\nnfe: [1, 2]\nsamplers: [euler]\n")
     result = command(run, shards, cache, file, "--processes", "2", "--chunk", "40")
-    shown = capfd.readouterr()
-    assert result.exit_code == 0, result.output + shown.err
-    assert "euler, plain, 2 steps: FID" in shown.out and "## Every evaluation" in shown.out
+    assert result.exit_code == 0, result.output
+    assert "euler, plain, 2 steps: FID" in result.output and "## Every evaluation" in result.output
     (folder,) = run.glob("evaluations/grid-two-*")
     assert json.loads((folder / "grid.json").read_text())["complete"]
     ids = {path.parent.name: json.loads(path.read_text()) for path in run.glob("evaluations/*/metrics.json")}

@@ -18,11 +18,10 @@ import pytest
 import torch
 
 from ditmoe.data.crew.leader import Crew, lead_crew
-from ditmoe.data.crew.tasks import AnyParts, Task, make_part
+from ditmoe.data.crew.tasks import Task
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.storage.files import read_object
-from ditmoe.data.storage.parts import Progress
 from ditmoe.launcher.commands.evaluate import command
 from ditmoe.launcher.commands.worker import command as worker
 from ditmoe.launcher.local.crew_workers import own_address, worker_environments
@@ -33,6 +32,7 @@ from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, p
 from ditmoe.sampling.evaluation.stages import STAGES
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.settings.config import SamplerConfig
+from tests.obedient import Obedient
 from tests.sampling.small_run import write_digits, write_run
 
 ALONE = ("processes", "device", "checkpoint")
@@ -96,27 +96,13 @@ def assert_equal(job: Job, metrics: dict[str, Any], expected: tuple[dict[str, An
         np.testing.assert_array_equal(samples["arr_1"], expected[2])
 
 
-class Obedient:
-    """In place of a crew: makes each part here, from what a worker would be told."""
-
-    def __init__(self) -> None:
-        self.made: list[str] = []
-
-    def make(self, task: Task, parts: AnyParts, *, on_progress: Progress) -> None:
-        for part, name in enumerate(parts.names):
-            assert make_part(task.builder, task.request, part, 600) == (None, None)
-            assert parts.path(part).exists()
-            self.made.append(f"{json.loads(task.request)['stage']} {name}")
-
-
 def test_workers_make_every_stage_from_what_they_are_told(options: EvaluationOptions) -> None:
     expected = undisturbed(options)
     job, crew = quick_job(options), Obedient()
     metrics = evaluate_run(job, made_by(cast(Crew, crew), options, job), 2)
     assert_equal(job, metrics, expected)
     assert metrics["evaluation"]["processes"] == 2
-    stages = [made.split()[0] for made in crew.made]
-    assert {stage: stages.count(stage) for stage in STAGES} == {
+    assert set(crew.stages()) == set(STAGES) and crew.stages() == {
         **dict.fromkeys(("drawn", "described", "recognised"), 15),
         "real": job.real.parts,
     }
@@ -188,18 +174,22 @@ def test_a_worker_that_sees_other_files_is_refused(options: EvaluationOptions, t
         Task.of(parts_of_stage, request).parts()
 
 
-def test_what_goes_not_together_is_refused(options: EvaluationOptions, tmp_path: Path) -> None:
+def test_what_goes_not_together_is_refused(
+    options: EvaluationOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match="--processes 0: expected 1 or more, or --crew"):
         command(options.source, processes=0)
-    with pytest.raises(UserError, match=r"--crew .*: expected without --watch"):
-        command(options.source, crew=tmp_path / "crew", watch=True)
     with pytest.raises(UserError, match="--listen lo: workers of other machines join by --crew FOLDER"):
         command(options.source, processes=2, listen="lo")
-    for alone in ({"processes": 1}, {"watch": True, "processes": 2}):
+    for more in ({}, {"watch": True}):
         with pytest.raises(
             UserError, match="--part-limit 5: is of workers that one process leads, and there would"
         ):
-            command(options.source, part_limit=5, data=str(options.data), cache=options.cache, **alone)
+            command(options.source, part_limit=5, processes=1, data=str(options.data), cache=options.cache, **more)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"--crew .*: one process leads it, and this is one of 2"):
+        command(options.source, crew=tmp_path / "crew", data=str(options.data), cache=options.cache)
 
 
 def test_workers_share_the_cores_and_end_when_nobody_leads(
@@ -208,8 +198,10 @@ def test_workers_share_the_cores_and_end_when_nobody_leads(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert [list(each) for each in worker_environments(2)] == [["OMP_NUM_THREADS"]] * 2
+    assert [list(each) for each in worker_environments(2)] == [["OMP_NUM_THREADS", "DITMOE_WORKERS_HERE"]] * 2
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "CUDA_VISIBLE_DEVICES" not in worker_environments(3, gpus=False)[0]
+    assert worker_environments(3, gpus=False)[2]["DITMOE_WORKERS_HERE"] == "3"
     assert [each["CUDA_VISIBLE_DEVICES"] for each in worker_environments(None)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")
     assert [each["CUDA_VISIBLE_DEVICES"] for each in worker_environments(None)] == ["5", "GPU-7"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ditmoe.data.crew.making import by_ranks
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.shards.writer import ShardLimits
@@ -104,7 +105,7 @@ def test_what_is_kept_does_not_tell_who_made_it(
             network = load_classifier(settings, digits, cache, CPU)
             workers = [
                 FORK.Process(
-                    target=real_statistics, args=(digits, network, cache), kwargs=dict(rank=rank, ranks=ranks)
+                    target=real_statistics, args=(digits, network, cache), kwargs=dict(make=by_ranks(rank, ranks))
                 )
                 for rank in range(ranks)
             ]

@@ -322,7 +322,7 @@ def test_processes_decode_where_there_are_enough_images_and_cores(monkeypatch: p
     assert [decoding_processes(images) for images in (0, 1023, 1024)] == [0, 0, 11]
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
     assert decoding_processes(10**6) == 16
-    monkeypatch.setattr(decoding, "this_process", lambda: ThisProcess(rank=3, ranks=16))
+    monkeypatch.setattr(decoding, "this_process", lambda: ThisProcess(rank=3, ranks=32, processes_here=16))
     assert decoding_processes(10**6) == 7
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     assert decoding_processes(10**6) == 0

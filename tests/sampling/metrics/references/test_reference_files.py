@@ -23,6 +23,7 @@ from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
 from ditmoe.data.storage.arrays import Arrays
+from ditmoe.data.storage.parts import make_parts
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.make_reference import ReferenceJob, make_reference, prepare_reference
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
@@ -78,7 +79,7 @@ def drawn(image_NHWC: np.ndarray, tmp_path: Path) -> ChunkDescriptions:
         return dict(describe(Projection(), images[45 * chunk : 45 * chunk + 45]))
 
     found = ChunkDescriptions(tmp_path / "described", ["0.npz", "1.npz"], describe_chunk)
-    found.make()
+    make_parts(found.parts)
     return found
 
 
@@ -439,7 +440,7 @@ def test_a_network_without_spatial_features_leaves_sfid_out(
     drawn = ChunkDescriptions(
         tmp_path / "described", ["0.npz"], lambda chunk: dict(describe(network, image_NHWC[:90]))
     )
-    drawn.make()
+    make_parts(drawn.parts)
     found = score(drawn, reference_statistics(reference, network, tmp_path / "cache"))
     assert found["fid"] is not None and "sfid" not in found
     assert "inception 0123456789abcdef: has no spatial features; left out: sFID" in found["warnings"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ditmoe.data.storage.parts import Parts
+from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
 
 
@@ -25,6 +26,8 @@ def squares(request: Mapping[str, Any]) -> Parts[bytes, bytes, bytes]:
             raise ZeroDivisionError(f"part {part}")
         if fate == "dies" or (fate == "dies once" and not attempts):
             os._exit(9)
+        if fate == "shared":
+            return b"".join(in_order(_square, [part], 1))
         if fate == "hangs once" and not attempts:
             time.sleep(3600)
         time.sleep(request.get("seconds", 0.0))
@@ -37,3 +40,7 @@ def squares(request: Mapping[str, Any]) -> Parts[bytes, bytes, bytes]:
         return b"".join(found)
 
     return Parts(folder, names, make, write, lambda part: (folder / names[part]).read_bytes(), finish)
+
+
+def _square(part: int) -> bytes:
+    return f"{part * part} ".encode()
