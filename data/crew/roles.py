@@ -3,8 +3,12 @@
 They listen for members of the crew alone. The libraries' web servers have no certificates: they are never started.
 """
 
+import ctypes
 import logging
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -16,6 +20,7 @@ from tornado.httpserver import HTTPServer
 
 STALLED_SECONDS: Final = 120.0
 """Without a sign of life of a worker's event loop, after which the worker is started anew."""
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 ALLOWED_DEATHS: Final = 10
 """Workers that may die at one part before the job gives it up."""
 
@@ -53,9 +58,13 @@ class CrewScheduler(Scheduler):
 
 
 class CrewWorker(Worker):
-    """A worker without a web server, and with the threads that its environment allows."""
+    """A worker without a web server, and with the threads that its environment allows.
+
+    It ends with the process that keeps it, also where it is stopped and cannot see that one's end.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
+        _end_with_parent()
         quiet()
         threads = os.environ.get("OMP_NUM_THREADS")
         if threads is not None:
@@ -66,6 +75,17 @@ class CrewWorker(Worker):
         """Keep one that listens nowhere, for whoever stops it."""
         self.http_application = RoutingApplication([])
         self.http_server = HTTPServer(self.http_application)
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, however that ends."""
+    parent = multiprocessing.parent_process()
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent.pid:  # it ended before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def quiet() -> None:

@@ -69,15 +69,15 @@ def eventually(what: Callable[[], Any], seconds: float = 200) -> Any:
     return found
 
 
-def undisturbed(options: EvaluationOptions) -> tuple[dict[str, Any], bytes, np.ndarray]:
+def undisturbed(options: EvaluationOptions, threads: int = 1) -> tuple[dict[str, Any], bytes, np.ndarray]:
     """Metrics and samples of one process, which are then put out of sight, and so are those of real images."""
     job = quick_job(options)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         metrics = evaluate_run(job)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     with np.load(job.folder / "samples.npz") as samples:
         found = samples["arr_0"].tobytes(), samples["arr_1"]
     job.folder.rename(job.folder.with_name("undisturbed"))
@@ -110,14 +110,15 @@ def test_workers_make_every_stage_from_what_they_are_told(options: EvaluationOpt
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("threads", [1, 2])
 def test_a_crew_that_loses_and_gains_workers_gives_the_same_bits(
-    options: EvaluationOptions, tmp_path: Path
+    options: EvaluationOptions, tmp_path: Path, threads: int
 ) -> None:
-    expected = undisturbed(options)
+    expected = undisturbed(options, threads)
     job, crew_folder = quick_job(options), tmp_path / "crew"
     joined: list[subprocess.Popen[bytes]] = []
     killed: list[int] = []
-    one = [{"OMP_NUM_THREADS": "1"}]
+    one = [{"OMP_NUM_THREADS": str(threads)}]
 
     def disturb() -> None:
         chunks = job.folder / "chunks"
@@ -130,7 +131,7 @@ def test_a_crew_that_loses_and_gains_workers_gives_the_same_bits(
 
     with lead_crew(crew_folder, one, host=own_address()) as crew:
         arguments = [sys.executable, "-m", "ditmoe.launcher", "worker", str(crew_folder), "--processes", "1"]
-        joined.append(subprocess.Popen([*arguments, "--idle", "0"], env={**os.environ, "OMP_NUM_THREADS": "1"}))
+        joined.append(subprocess.Popen([*arguments, "--idle", "0"], env={**os.environ, **one[0]}))
         disturber = threading.Thread(target=disturb)
         disturber.start()
         metrics = evaluate_run(job, made_by(crew, options, job), 2)
