@@ -7,7 +7,7 @@ import torch
 from scipy import linalg
 
 from ditmoe.sampling.metrics.frechet import EPSILON, exact_product, frechet_distance
-from ditmoe.sampling.metrics.moments import Moments
+from ditmoe.sampling.metrics.moments import Gaussian, Moments
 from tests.sampling.metrics.test_moments import random_features
 
 MANY = 2**20 + 1
@@ -78,7 +78,7 @@ def with_eigenvalues(eigenvalues: np.ndarray, seed: int) -> np.ndarray:
     return (covariance + covariance.T) / 2
 
 
-def distance_of_mpmath(a: Moments, b: Moments) -> mpmath.mpf:
+def distance_of_mpmath(a: Moments | Gaussian, b: Moments | Gaussian) -> mpmath.mpf:
     with mpmath.workdps(70):
         one, other = (mpmath.matrix(((m.covariance_FF + m.covariance_FF.T) / 2).tolist()) for m in (a, b))
         eigenvalues, vectors = mpmath.eigsy(one)
@@ -161,3 +161,61 @@ def test_threads_are_not_in_the_last_digits_of_a_distance() -> None:
         finally:
             torch.set_num_threads(before)
     assert found[0] == found[1]
+
+
+SIZE, BLOCKS = 2048, 256
+"""Features of Inception, and the blocks that their space is cut into, each of 8."""
+
+
+def small_covariances(random: np.random.Generator, blocks: int, decades: float) -> np.ndarray:
+    """Integers B·2⁴⁰ of covariances `[blocks, 8, 8]` that do not commute, of eigenvalues over some decades."""
+    scale = 2.0**20 * np.logspace(0, -decades / 2, 8)
+    factor = np.round(random.uniform(-1, 1, (blocks, 8, 8)) * scale).astype(np.int64)
+    return factor @ factor.transpose(0, 2, 1)
+
+
+def lifted(block_BSS: np.ndarray, mean_BS: np.ndarray) -> Gaussian:
+    """The Gaussian of independent blocks, its blocks mixed by a Hadamard matrix: no entry is rounded.
+
+    Entries are integers below 2⁵³ times a power of two: 40 bits of a block's products, 3 of its sums, and 8 of the
+    sums over blocks.
+    """
+    hadamard = linalg.hadamard(BLOCKS).astype(np.int64)
+    mixed = np.zeros((BLOCKS, 8, BLOCKS, 8), dtype=np.int64)
+    for i in range(8):
+        for j in range(8):
+            mixed[:, i, :, j] = (hadamard * block_BSS[:, i, j]) @ hadamard
+    assert np.abs(mixed).max() < 2**53
+    mean = (hadamard @ mean_BS) / 2.0**20 / BLOCKS**0.5
+    return Gaussian(None, mean.reshape(SIZE), mixed.reshape(SIZE, SIZE) / 2.0**40 / BLOCKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("decades", "near"), [(11.0, False), (3.0, True)])
+def test_distances_of_2048_features_are_those_of_mpmath(decades: float, near: bool) -> None:
+    """Covariances that do not commute, ill conditioned or nearly equal: their distance is that of blocks."""
+    random = np.random.default_rng(8)
+    one = small_covariances(random, BLOCKS, decades)
+    other = small_covariances(random, BLOCKS, decades)
+    if near:  # what is left of traces that cancel
+        other = one + np.round(2.0**-10 * np.abs(one[:, :1, :1]) * np.eye(8)).astype(np.int64)
+    mean = np.round(random.uniform(-1, 1, (BLOCKS, 8)) * 2**14).astype(np.int64)
+    nowhere = np.zeros((2, 8))
+    expected = mpmath.mpf(float((mean.astype(np.float64) ** 2).sum() / 2.0**40))
+    for each in range(BLOCKS):
+        a, b = (Gaussian(None, nowhere[place], block[each] / 2.0**40) for place, block in enumerate((one, other)))
+        expected += distance_of_mpmath(a, b)
+    a, b = lifted(one, np.zeros_like(mean)), lifted(other, mean)
+    assert np.linalg.cond(a.covariance_FF) > 10 ** (decades - 2)
+    distance = frechet_distance(a, b)
+    assert abs(distance.value - expected) <= 1e-8 * expected
+    assert abs(distance.value - expected) <= distance.error
+
+
+@pytest.mark.slow
+def test_a_distance_of_2048_features_that_is_known_exactly() -> None:
+    hadamard = linalg.hadamard(SIZE).astype(np.float64)
+    s, t = 2.0 ** -(np.arange(SIZE) % 19), 2.0 ** -(np.arange(SIZE)[::-1] % 7)
+    a, b = (Gaussian(None, np.zeros(SIZE), (hadamard * root**2) @ hadamard.T / SIZE) for root in (s, t))
+    distance, expected = frechet_distance(a, b), float(np.sum((s - t) ** 2))
+    assert abs(distance.value - expected) <= min(1e-10 * expected, distance.error)
