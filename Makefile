@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-slurm test-crew test-metrics test-layouts test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-metrics test-layouts test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,10 @@ test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the pla
 	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
 
 test-service: venv ## the service under load, and killed again and again
-	@$(BIN)/python -m pytest -m slow tests/sampling/service $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m slow tests/sampling/service --ignore tests/sampling/service/page $(PYTEST_ARGS)
+
+test-page: venv ## the page of the service in headless Chromium; needs Debian's chromium
+	@$(BIN)/python -m pytest -m slow tests/sampling/service/page $(PYTEST_ARGS)
 
 test-slurm: venv ## jobs on a Slurm of two virtual nodes on this machine; needs root and Debian's Slurm
 	@$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)

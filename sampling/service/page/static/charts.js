@@ -96,7 +96,7 @@ export function chart(options) {
     const ys = [...points.flatMap((each) => [each.y, each.low, each.high]), ...bands.flatMap((each) => [each.low, each.high]), ...lines.map((each) => each.y)]
       .filter((value) => known(value) && (!log.y || value > 0));
     const xRange = bars ? [Math.min(...xs) - 0.6, Math.max(...xs) + 0.6] : range(xs, log.x);
-    const yRange = range(bars ? [0, ...ys] : ys, log.y, bars ? 0 : options.yLeast, options.yMost);
+    const yRange = bars ? [0, 1.25 * Math.max(...ys)] : range(ys, log.y, options.yLeast, options.yMost);
     const scale = (value, [low, high], isLog, from, to) => {
       const share = isLog ? Math.log(value / low) / Math.log(high / low) : (value - low) / (high - low);
       return from + share * (to - from);
@@ -116,11 +116,6 @@ export function chart(options) {
     svg.append(s("line", { class: "axis", x1: LEFT, x2: width - RIGHT, y1: height - BOTTOM, y2: height - BOTTOM }),
       s("text", { class: "label", x: (LEFT + width - RIGHT) / 2, y: height - 8, "text-anchor": "middle" }, xLabel),
       s("text", { class: "label", transform: `translate(13 ${(TOP + height - BOTTOM) / 2}) rotate(-90)`, "text-anchor": "middle" }, yLabel));
-    for (const each of lines) {
-      const at = known(each.y) ? { x1: LEFT, x2: width - RIGHT, y1: py(each.y), y2: py(each.y) } : { x1: px(each.x), x2: px(each.x), y1: TOP, y2: height - BOTTOM };
-      svg.append(s("line", { class: "reference", ...at }),
-        s("text", { class: "tick", x: known(each.y) ? width - RIGHT : at.x1 + 5, y: known(each.y) ? at.y1 - 5 : TOP + 10, "text-anchor": known(each.y) ? "end" : "start" }, each.name));
-    }
     for (const each of shown) {
       if (each.band?.length) {
         const up = each.band.map((point) => `${px(point.x)},${py(point.high)}`);
@@ -143,6 +138,11 @@ export function chart(options) {
         if (each.marks !== false && !each.bars) svg.append(s("circle", { class: `point ${colour(each)}`, cx: px(point.x), cy: py(point.y), r: 3.5 }));
         drawn.push({ x: px(point.x), y: py(point.y), point, each });
       }
+    }
+    for (const each of lines) {
+      const at = known(each.y) ? { x1: LEFT, x2: width - RIGHT, y1: py(each.y), y2: py(each.y) } : { x1: px(each.x), x2: px(each.x), y1: TOP, y2: height - BOTTOM };
+      svg.append(s("line", { class: "reference", ...at }),
+        s("text", { class: "tick", x: known(each.y) ? width - RIGHT : at.x1 + 5, y: known(each.y) ? at.y1 - 5 : TOP + 10, "text-anchor": known(each.y) ? "end" : "start" }, each.name));
     }
     replace(canvas, svg, tooltip);
   }

@@ -26,6 +26,7 @@ export async function job(scope, [id]) {
     show(await give(`${where}/cancel`, {}, scope.signal));
   });
 
+  const rate = rateSince(first);
   let told = "";
   let ended = false;
   function show(now) {
@@ -74,11 +75,15 @@ export async function job(scope, [id]) {
     .catch((error) => { if (!scope.signal.aborted) { problem.hidden = false; problem.textContent = error.message; } });
 }
 
-/** Images an hour, and how long the rest may take. */
-function rate(job) {
-  if (job.status !== "in_progress" || !job.progress.done || !job.started_at) return null;
-  const seconds = (Date.now() / 1000 - job.started_at) / job.progress.done;
-  return h("span", { class: "hint" }, `${number(1 / seconds, 3)} images a second, about ${duration(seconds * (job.progress.total - job.progress.done))} left`);
+/** How fast images come since this page looks, and how long the rest may take. */
+function rateSince(first) {
+  const begun = Date.now() / 1000;
+  return (job) => {
+    const drawn = job.progress.done - first.progress.done;
+    if (job.status !== "in_progress" || drawn <= 0) return null;
+    const seconds = (Date.now() / 1000 - begun) / drawn;
+    return h("span", { class: "hint" }, `${number(1 / seconds, 3)} images a second, about ${duration(seconds * (job.progress.total - job.progress.done))} left`);
+  };
 }
 
 /** The images of a job, as they come. */

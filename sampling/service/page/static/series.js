@@ -64,10 +64,13 @@ export function seriesOf(evaluations, network, key, over) {
   return series;
 }
 
-/** The sampler, and in what it differs from the others of the same sampler. */
+/** The sampler, and in what it differs from most of the others of the same sampler. */
 function nameOf(settings, all) {
   const same = all.filter((other) => other.sampler === settings.sampler);
-  const differ = Object.keys(settings).filter((name) => name !== "sampler" && same.some((other) => shown(other[name]) !== shown(settings[name])));
+  const differ = Object.keys(settings).filter((name) => {
+    const alike = same.filter((other) => shown(other[name]) === shown(settings[name])).length;
+    return name !== "sampler" && alike <= same.length / 2;
+  });
   const told = differ.slice(0, 3).map((name) => `${name.replace("dlg.", "").replaceAll("_", " ")} ${shown(settings[name])}`);
   return [settings.sampler, ...told].join(", ");
 }
