@@ -5,9 +5,10 @@ of another shape may round otherwise; for the same reason a CPU takes one image 
 nothing from batches, and the machine's cores belong to as many processes.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditmoe.data.crew.making import Make, by_ranks
 from ditmoe.data.encoding.finish import finish
 from ditmoe.data.encoding.folder import ShardMark
 from ditmoe.data.encoding.plan import EncodeSettings, Encoding
@@ -27,7 +29,7 @@ from ditmoe.data.shards.latents import MIRRORED, PLAIN, encode_latent
 from ditmoe.data.shards.names import is_plain_key
 from ditmoe.data.shards.writer import ReadySample, write_shard
 from ditmoe.data.storage.claims import list_folder
-from ditmoe.data.storage.parts import Parts, make_parts
+from ditmoe.data.storage.parts import DamagedPart, Parts
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import uniform
 from ditmoe.model.threads import one_thread
@@ -39,33 +41,48 @@ def encode(
     *,
     rank: int = 0,
     ranks: int = 1,
+    make: Make | None = None,
     on_progress: Callable[[int], None] = lambda images: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> DatasetIndex:
-    """Encode what is missing, side by side with other processes, until all is there and the index is written.
+    """Encode what is missing, or have it encoded, until all is there and the index is written.
 
     Args:
         encoding: of which `folder.begin` was called.
         device: where the VAE computes.
         rank: this process among `ranks`; any number of further processes may help.
+        make: has shards and index made by a crew; None: these processes make them.
         on_progress: called with the number of images that are done, as far as this process knows.
         log: takes a line for each image that this process leaves out.
 
     Raises:
         UserError: a sample cannot be used, the folder is taken, or the disk is full; what was finished is kept.
     """
-    work = _Work(encoding, device, on_progress, log)
-    folder = encoding.folder
-    shards = work.shards
-    with folder.joined(), one_thread() if device.type == "cpu" else nullcontext():
+    work = Work(encoding, device, on_progress, log)
+    folder, shards = encoding.folder, work.shards
+    with folder.joined():
         if not folder.finished:
             there = set(list_folder(folder.path))
             for part in range(rank, len(shards.names), ranks):
-                if shards.names[part] in there:
+                if shards.names[part] not in there:
+                    continue
+                if make is None:
                     shards.load(part)
-            make_parts(shards, rank=rank, ranks=ranks, on_progress=work.count_finished)
-            make_parts(work.index)  # one process writes it; all wait here, for that one may die
+                else:
+                    _let_go_of_damaged(shards, part)
+            made = make or by_ranks(rank, ranks)
+            made("shards", shards, on_progress=work.count_finished)
+            made("index", work.index)  # one process writes it; all wait here, for that one may die
     return load_index(folder.path)
+
+
+def _let_go_of_damaged(shards: Parts[int, ShardMark, list[ShardMark]], part: int) -> None:
+    """Remove a shard that is not whole, for another process to make it anew."""
+    try:
+        shards.read(part)
+    except DamagedPart as error:
+        print(f"{error}: this is done now", file=sys.stderr, flush=True)
+        shards.path(part).unlink(missing_ok=True)
 
 
 def images_at_once(settings: EncodeSettings, device: torch.device) -> int:
@@ -82,20 +99,21 @@ class _Read(NamedTuple):
     metadata: list[bytes | None]
 
 
-class _Work:
+class Work:
     """One process's share."""
 
     def __init__(
         self,
         encoding: Encoding,
         device: torch.device,
-        on_progress: Callable[[int], None],
-        log: Callable[[str], None],
+        on_progress: Callable[[int], None] = lambda images: None,
+        log: Callable[[str], None] = lambda line: None,
     ) -> None:
+        """As `encode`."""
         self._encoding = encoding
         self._settings = encoding.settings
         self._index = encoding.index
-        self._folder = encoding.folder
+        self.folder = encoding.folder
         self._device = device
         self._batch = images_at_once(encoding.settings, device)
         self._loaded: Vae | None = None
@@ -116,13 +134,13 @@ class _Work:
         """The shards as parts: a shard's mark is written first, then the shard takes its name."""
         names = [entry.file for entry in self._index.shards]
         return Parts(
-            self._folder.path,
+            self.folder.path,
             names,
             lambda number: number,  # a shard is written as it is encoded: it need not fit into memory
             self.encode_shard,
-            lambda number: self._folder.read_mark(names[number]),
+            lambda number: self.folder.read_mark(names[number]),
             list,
-            self._folder.claims.folder,
+            self.folder.claims.folder,
             [len(members) for members in self._encoding.members],
         )
 
@@ -130,13 +148,13 @@ class _Work:
     def index(self) -> Parts[DatasetIndex, DatasetIndex, None]:
         """The index as the only part of what follows from the shards."""
         return Parts(
-            self._folder.path,
+            self.folder.path,
             [INDEX_FILE],
-            lambda _: finish(self._encoding, self.vae, self.shards.result()),
+            lambda _: self._finish(),
             put_index,
-            lambda _: load_index(self._folder.path),
+            lambda _: load_index(self.folder.path),
             lambda found: None,
-            self._folder.claims.folder,
+            self.folder.claims.folder,
         )
 
     def count_finished(self, images: int) -> None:
@@ -144,8 +162,20 @@ class _Work:
         self._finished_images = images
         self._on_progress(images)
 
+    def _alone(self) -> AbstractContextManager[None]:
+        """A CPU computes in one thread."""
+        return one_thread() if self._device.type == "cpu" else nullcontext()
+
+    def _finish(self) -> DatasetIndex:
+        with self._alone():
+            return finish(self._encoding, self.vae, self.shards.result())
+
     def encode_shard(self, number: int, file: BinaryIO) -> None:
         """Encode one shard to an open file, and write its mark."""
+        with self._alone():
+            self._encode_shard(number, file)
+
+    def _encode_shard(self, number: int, file: BinaryIO) -> None:
         entry = self._index.shards[number]
         shard = Shard.at(self._encoding.source / entry.file, entry)
         labels: list[int] = []
@@ -161,8 +191,8 @@ class _Work:
             written = write_shard(file, entry.file, chain([first], samples))
         finally:
             shard.close()
-        self._folder.write_mark(
-            ShardMark(settings=self._folder.fingerprint, entry=written, labels=tuple(labels), left_out=left_out)
+        self.folder.write_mark(
+            ShardMark(settings=self.folder.fingerprint, entry=written, labels=tuple(labels), left_out=left_out)
         )
 
     def _samples(

@@ -121,7 +121,7 @@ class Sharing:
     @contextmanager
     def led(
         self,
-        logs: Path,
+        logs: Path | None = None,
         *,
         per_core: bool = False,
         gpus: bool = True,
@@ -134,7 +134,7 @@ class Sharing:
         that has a node to itself, among others, ends here: it starts ranks in its place, and waits for them.
 
         Args:
-            logs: folder of the output of such ranks.
+            logs: folder of the output of such ranks; None: a temporary one.
             per_core: as of `count`, and so are `gpus` and `most`.
             again: the command line of such ranks; None: that of this process.
 
@@ -157,7 +157,8 @@ class Sharing:
             with leads_crew(self.crew, count, minutes, _say, self.listen, gpus=gpus) as crew:
                 yield crew
         elif count > 1:
-            make_folder(logs)
+            if logs is not None:
+                make_folder(logs)
             raise typer.Exit(spawn(sys.argv[1:] if again is None else again, count, log_dir=logs))
         else:
             yield None

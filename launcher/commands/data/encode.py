@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from ditmoe.launcher.commands.drawing import IndexOption
+from ditmoe.launcher.commands.shared_options import PER_CORE, Sharing, shares_work
 
 
 class Dtype(StrEnum):
@@ -39,9 +40,11 @@ class OnError(StrEnum):
     skip = "skip"
 
 
+@shares_work(PER_CORE)
 def command(
     shards: Annotated[Path, typer.Argument(help="A folder of shards of images.", metavar="SHARDS")],
     out: Annotated[Path, typer.Argument(help="Folder to write shards of latents to.", metavar="OUT")],
+    *,
     vae: Annotated[Path, typer.Option(help="Local folder of a diffusers AutoencoderKL with safetensors weights.")],
     dtype: Annotated[Dtype, typer.Option(help="Number type of the stored moments.")] = Dtype.float16,
     flips: Annotated[
@@ -54,12 +57,7 @@ def command(
     batch: Annotated[
         int, typer.Option(min=1, help="Images through the VAE at once on a GPU; a CPU takes one at a time.")
     ] = 16,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Processes of a machine, to share the shards. [default: one per GPU, or per core]"
-        ),
-    ] = None,
+    sharing: Sharing,
     device: Annotated[
         str | None, typer.Option(help="cpu, or cuda: a GPU for each process. [default: cuda if there is one]")
     ] = None,
@@ -73,13 +71,10 @@ def command(
 ) -> None:
     """Encode images into the moments of their latents, shard for shard.
 
-    Repeating the command resumes it, and so do more processes on other machines that see both folders. Under
-    torchrun and srun it joins their processes.
+    Repeating the command resumes it. Workers of other machines that see all folders join by --crew, or start the
+    same command there. Under torchrun and srun it joins their processes.
     """
-    import os
-
-    import torch
-
+    from ditmoe.data.encoding.by_crew import made_by
     from ditmoe.data.encoding.encode import encode
     from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
     from ditmoe.data.encoding.vae import read_facts
@@ -94,29 +89,25 @@ def command(
         raise UserError("--overwrite under torchrun or srun: expected it left out, and OUT removed beforehand")
     settings = EncodeSettings(dtype.value, flips.value, format.value, seed, batch, overwrite, on_error.value)
     encoding = prepare_encoding(shards, out, read_facts(vae), settings, index)
-    name = choose_device(device)
+    name = choose_device(device, elsewhere=sharing.crew is not None)
     left = encoding.folder.begin(overwrite)
     if not left and not process.started:
         typer.echo(f"{out}: was encoded before; --overwrite encodes it again")
         return
-    if left and process.starts_ranks:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        usual = torch.cuda.device_count() if name == "cuda" else cores
-        # Of several nodes each takes its share of the shards.
-        here = min(processes or usual, -(-len(encoding.index.shards) // process.ranks))
-        if here > 1:
-            from ditmoe.launcher.local.launch import spawn
-
-            arguments = ["data", "encode", "--vae", str(vae), "--dtype", dtype, "--flips", flips]
-            arguments += ["--on-error", on_error, *([] if index is None else [f"--index={index}"])]
-            arguments += ["--format", format, "--seed", str(seed), "--batch", str(batch), "--device", name]
-            # The first of them shows the result.
-            raise typer.Exit(spawn([*arguments, "--", str(shards), str(out)], here))
     progress = show_progress("images encoded", encoding.index.total) if process.first else lambda images: None
     if left:
-        own = own_device(name, "--processes")
-        with signs_of_work(out):
-            made = encode(encoding, own, rank=process.rank, ranks=process.ranks, on_progress=progress, log=_say)
+        # Of several nodes each takes its share of the shards.
+        most = -(-len(encoding.index.shards) // process.ranks)
+        with sharing.led(per_core=True, gpus=name == "cuda", most=most) as crew, signs_of_work(out):
+            made = encode(
+                encoding,
+                own_device(name, "--processes"),
+                rank=process.rank,
+                ranks=process.ranks,
+                make=None if crew is None else made_by(crew, encoding, index, name),
+                on_progress=progress,
+                log=_say,
+            )
     else:  # the other processes were faster than this one's start
         made = load_index(out)
     if process.first:
@@ -137,14 +128,15 @@ def _say(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def choose_device(asked: str | None) -> Literal["cpu", "cuda"]:
-    """`cpu` or `cuda`. UserError when it is another, or not here."""
+def choose_device(asked: str | None, *, elsewhere: bool = False) -> Literal["cpu", "cuda"]:
+    """`cpu` or `cuda`. UserError when it is another; or not here, unless other machines may have it."""
     import torch
 
     from ditmoe.model.errors import UserError
 
     if asked not in (None, "cpu", "cuda"):
         raise UserError(f"--device {asked}: expected cpu or cuda")
-    if asked == "cuda" and not torch.cuda.is_available():
+    here = torch.cuda.is_available()
+    if asked == "cuda" and not (here or elsewhere):
         raise UserError("--device cuda: this machine shows no GPU; expected cpu")
-    return "cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if asked == "cuda" or (asked is None and here) else "cpu"

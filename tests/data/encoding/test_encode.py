@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ditmoe.data.encoding.encode import encode
+from ditmoe.data.encoding.by_crew import parts_of_stage, request_for
+from ditmoe.data.encoding.encode import Work, encode
 from ditmoe.data.encoding.folder import ENCODER
 from ditmoe.data.encoding.plan import EncodeSettings, prepare_encoding
 from ditmoe.data.encoding.vae import Vae, load_vae, read_facts
@@ -31,9 +32,11 @@ from ditmoe.data.shards.index import DatasetIndex, load_index, write_index
 from ditmoe.data.shards.latents import decode_latent, latent_extension
 from ditmoe.data.shards.sample_table import SampleColumns, read_table, write_table
 from ditmoe.data.shards.writer import ShardLimits
+from ditmoe.data.storage.parts import make_parts
 from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.errors import UserError
 from tests.mortal import Mortal
+from tests.obedient import Obedient
 
 CPU = torch.device("cpu")
 runner = CliRunner()
@@ -234,18 +237,41 @@ def test_whatever_is_killed_the_bytes_are_those_of_an_encode_that_was_not(
     assert killed > 10
 
 
-def test_the_command_gives_the_same_bytes_on_two_processes(
-    shapes: Path, vae_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_workers_make_shards_and_index_from_what_they_are_told(
+    shapes: Path, vae_folder: Path, tmp_path: Path, obedient: Obedient, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    run(shapes, tmp_path / "one", vae_folder, EncodeSettings(flips="both", batch=3))
-    arguments = ["encode", "--vae", str(vae_folder), "--flips", "both", "--processes", "2", "--device", "cpu"]
-    arguments += [str(shapes), str(tmp_path / "two")]
-    result = runner.invoke(app, arguments)
-    assert result.exit_code == 0, capfd.readouterr().err
-    assert "encoded 30 images of 16×16×3 into latents of 8×8×4: 3 shards" in capfd.readouterr().out
+    settings = EncodeSettings("float32", "drawn", "npy", seed=3)
+    run(shapes, tmp_path / "one", vae_folder, settings)
+    # Begun before by one process, and one of its shards is damaged since.
+    encoding = prepare_encoding(shapes, tmp_path / "two", read_facts(vae_folder), settings)
+    encoding.folder.begin(False)
+    make_parts(Work(encoding, CPU).shards, only=[0, 2])
+    first = sorted((tmp_path / "two").glob("*.tar"))[0]
+    first.write_bytes(first.read_bytes()[:1000])
+    arguments = ["encode", "--vae", str(vae_folder), "--dtype", "float32", "--flips", "drawn", "--format", "npy"]
+    arguments += ["--seed", "3", "--device", "cpu", "--crew", str(tmp_path / "crew")]
+    result = runner.invoke(app, [*arguments, str(shapes), str(tmp_path / "two")])
+    assert result.exit_code == 0, result.output
+    names = [entry.file for entry in encoding.index.shards]
+    assert obedient.made == [("shards", names[0]), ("shards", names[1]), ("index", "index.json")]
+    assert f"{first}: " in capfd.readouterr().err + result.output
+    assert "encoded 30 images of 16×16×3 into latents of 8×8×4: 3 shards" in result.output
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    again = runner.invoke(app, arguments)
+    again = runner.invoke(app, [*arguments, str(shapes), str(tmp_path / "two")])
     assert again.exit_code == 0 and "was encoded before; --overwrite encodes it again" in again.output
+
+
+def test_a_worker_that_sees_other_images_or_no_gpu_is_refused(
+    shapes: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    encoding = prepare_encoding(shapes, tmp_path / "out", read_facts(vae_folder), EncodeSettings())
+    request = {**request_for(encoding, None, "cpu"), "stage": "shards"}
+    pack(Shapes(12, 3, 16, seed=9), tmp_path / "others", PackSettings())
+    with pytest.raises(UserError, match="workers must see the files of whoever leads them"):
+        parts_of_stage({**request, "source": str(tmp_path / "others")})
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: the machine of a worker shows no GPU"):
+            parts_of_stage({**request, "device": "cuda"})
 
 
 def test_one_rank_of_several_replaces_no_dataset(
