@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-metrics test-layouts test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-drawing test-metrics test-layouts test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-crew: venv ## a hundred random kills and stops of the workers of a crew
 
 test-metrics: venv ## Fréchet distances of 2,048 features against 70 digits; three minutes
 	@$(BIN)/python -m pytest -m slow tests/sampling/metrics $(PYTEST_ARGS)
+
+test-drawing: venv ## groups of processes that share out experts, and the benchmark of evaluations, small
+	@$(BIN)/python -m pytest -m slow tests/sampling/drawing tests/sampling/evaluation/test_evaluation_benchmark.py $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)

@@ -67,6 +67,14 @@ SharedWeightsOption = Annotated[
         "[default: RUN/shared-weights, if there are several]",
     ),
 ]
+ExpertParallelOption = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        metavar="E",
+        help="Processes that share out the experts of a network too large for one; they draw together.",
+    ),
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"),

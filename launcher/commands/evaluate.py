@@ -8,6 +8,7 @@ import typer
 from ditmoe.launcher.commands.drawing import (
     CacheOption,
     Drawing,
+    ExpertParallelOption,
     FeaturesOption,
     FeaturesPathOption,
     IndexOption,
@@ -81,6 +82,7 @@ def command(
     ] = "chunks",
     cache: CacheOption = None,
     shared_weights: SharedWeightsOption = None,
+    expert_parallel: ExpertParallelOption = 1,
     watch: Annotated[
         bool,
         typer.Option(
@@ -130,6 +132,9 @@ def command(
         raise UserError("--watch and --keep statistics: a watch shows images; expected --keep npz or chunks")
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
+    for option, given in (("--grid", grid), ("--watch", watch or None)):
+        if expert_parallel > 1 and given is not None:
+            raise UserError(f"--expert-parallel {expert_parallel}: expected without {option}")
     options = EvaluationOptions(
         source=run,
         sampler=SamplerConfig() if grid is not None else drawing.config(),
@@ -152,10 +157,12 @@ def command(
         cache=cache,
         vae=vae,
         shared_weights=shared_weights,
+        expert_parallel=expert_parallel,
     )
     # What processes that this one starts are told again, beside what is drawn.
     shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
     shared += ["--recogniser" if recogniser else "--no-recogniser", "--keep", keep]
+    shared += [] if expert_parallel == 1 else ["--expert-parallel", str(expert_parallel)]
     for option, value in (
         ("--reference", data),
         ("--index", index),
@@ -191,7 +198,10 @@ def command(
         make_folder(job.folder)
         # Ranks are told the checkpoint: training may write a newer one before they look.
         again = ["evaluate", *drawn, *shared, "--", str(job.checkpoint)]
-        with sharing.led(job.folder / "ranks", again=again) as crew, signs_of_work(job.folder, job.cache):
+        with (
+            sharing.led(job.folder / "ranks", again=again, together=expert_parallel) as crew,
+            signs_of_work(job.folder, job.cache),
+        ):
             if crew is None:
                 metrics = evaluate_run(job)
             else:

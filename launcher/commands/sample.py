@@ -5,7 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ditmoe.launcher.commands.drawing import Drawing, StepOption, VaeOption, WeightsOption, draws_images
+from ditmoe.launcher.commands.drawing import (
+    Drawing,
+    ExpertParallelOption,
+    StepOption,
+    VaeOption,
+    WeightsOption,
+    draws_images,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,24 +41,56 @@ def command(
     weights: WeightsOption = "ema",
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
     vae: VaeOption = None,
+    expert_parallel: ExpertParallelOption = 1,
     out: Annotated[
         Path | None, typer.Option(help="PNG to write. [default: under RUN/samples, named by the settings]")
     ] = None,
 ) -> None:
-    """Draw images from a run's network into one picture, a column per class."""
+    """Draw images from a run's network into one picture, a column per class.
+
+    With --expert-parallel it starts so many processes, or joins those of torchrun or srun.
+    """
     import time
 
     import torch
 
     from ditmoe.model.errors import UserError
+    from ditmoe.parallel.checkpoint.folder import read_info
+    from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.drawing.generate import check_finite, generate
     from ditmoe.sampling.drawing.picture import image_grid, save_picture
+    from ditmoe.sampling.drawing.together import generate_together
     from ditmoe.sampling.integrators.few_steps import noise_warnings
-    from ditmoe.sampling.network.load import home_of, load_model
+    from ditmoe.sampling.jobs.workers import join_workers
+    from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
+    from ditmoe.sampling.network.of_group import check_dealt
 
     config = drawing.config()
+    if expert_parallel > 1 and this_process().starts_ranks:
+        from ditmoe.launcher.local.launch import spawn
+
+        if device is not None:
+            raise UserError(
+                f"--device {device}: expected without --expert-parallel, whose processes have one each"
+            )
+        check_dealt(read_info(find_checkpoint(run, step)).model, expert_parallel)
+        arguments = ["sample", *drawing.arguments(), "--batch", str(batch), "--weights", weights]
+        arguments += ["--expert-parallel", str(expert_parallel)]
+        for option, value in (("--classes", classes), ("--count", count), ("--vae", vae), ("--out", out)):
+            arguments += [f"{option}={value}"] if value is not None else []
+        # The checkpoint is named: training may write a newer one before the processes look.
+        raise typer.Exit(spawn([*arguments, "--", str(find_checkpoint(run, step))], expert_parallel))
+    group = None
+    if expert_parallel > 1:
+        workers = join_workers(str(find_checkpoint(run, step)), expert_parallel)
+        if workers.ranks != expert_parallel and workers.first:
+            raise UserError(
+                f"--expert-parallel {expert_parallel}: there are {workers.ranks} processes (WORLD_SIZE), and one "
+                f"picture is drawn; expected {expert_parallel}"
+            )
+        group, device = workers.group, str(workers.device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, weights, step, check_device(device), config.precision, vae)
+    model = load_model(run, weights, step, check_device(device), config.precision, vae, group=group)
     if model.image_shape[0] not in (1, 3):
         raise UserError(
             f"{run}: the network draws {model.image_shape[0]} channels, and only 1 (grey) or 3 (RGB) make a "
@@ -70,7 +109,13 @@ def command(
     numbers = image_numbers(count, len(chosen), config.images_per_unit)
 
     start = time.perf_counter()
-    images = generate(model, labels, numbers, config, min(batch, count), progress_on_terminal(count))
+    images = (generate if group is None else generate_together)(
+        model, labels, numbers, config, min(batch, count), progress_on_terminal(count)
+    )
+    if group is not None:
+        workers.leave()
+        if not group.first:
+            return
     seconds = time.perf_counter() - start
     check_finite(images.finite_N, numbers)
 

@@ -127,6 +127,7 @@ class Sharing:
         gpus: bool = True,
         most: int | None = None,
         again: Sequence[str] | None = None,
+        together: int = 1,
     ) -> "Iterator[Crew | None]":
         """Lead a crew for the body, where several processes or workers that join make the parts.
 
@@ -137,6 +138,7 @@ class Sharing:
             logs: folder of the output of such ranks; None: a temporary one.
             per_core: as of `count`, and so are `gpus` and `most`.
             again: the command line of such ranks; None: that of this process.
+            together: so many ranks share out one network; above 1 there are ranks, and no crew.
 
         Raises:
             UserError: the options do not go together, or as `lead_crew`.
@@ -152,7 +154,12 @@ class Sharing:
         count = 1
         if process.starts_ranks or (process.ranks == 1 and asked):
             count = self.count(per_core=per_core, gpus=gpus, most=most)
-        if self.leads(count, process.ranks):
+        for option, value in (("--crew", self.crew), ("--part-limit", self.part_limit)):
+            if together > 1 and value is not None:
+                raise UserError(f"--expert-parallel {together}: expected without {option}")
+        if together > 1 and count == 1 and self.processes is None and not process.started:
+            count = together
+        if together == 1 and self.leads(count, process.ranks):
             minutes = self.part_limit or PART_MINUTES
             with leads_crew(self.crew, count, minutes, _say, self.listen, gpus=gpus) as crew:
                 yield crew

@@ -34,8 +34,12 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
 
-    def forward(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
-        """Apply expert i to its `counts_N[i]` rows; rows come sorted by expert. `[A, D]` → `[A, D]`."""
+    def forward(self, x_AD: Tensor, counts_N: Tensor, block: int | None = None) -> Tensor:
+        """Apply expert i to its `counts_N[i]` rows; rows come sorted by expert. `[A, D]` → `[A, D]`.
+
+        Args:
+            block: rows of the blocks of `in_blocks`; None: `block_rows` of these rows.
+        """
         # Measured (benchmarks/moe_layer.py): on a CPU one expert after the other stays in cache and is as fast as
         # or faster than grouped products; on GPUs one launch for all experts wins, and exists for bfloat16.
         # Its kernel takes rows of a multiple of 16 bytes.
@@ -43,7 +47,7 @@ class Experts(nn.Module):
         if x_AD.is_cuda and x_AD.dtype == torch.bfloat16 and rows_fit:
             return self.grouped(x_AD, counts_N)
         if not torch.is_grad_enabled() and x_AD.device.type == "cpu" and x_AD.dtype == torch.float32:
-            return self.in_blocks(x_AD, counts_N)
+            return self.in_blocks(x_AD, counts_N, block or block_rows(len(x_AD), len(counts_N)))
         return self.one_by_one(x_AD, counts_N)
 
     def grouped(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
@@ -64,16 +68,14 @@ class Experts(nn.Module):
             ]
         )
 
-    def in_blocks(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
-        """Each expert's rows in blocks of one size, the last one filled up with zeros; for inference in fp32.
+    def in_blocks(self, x_AD: Tensor, counts_N: Tensor, size: int) -> Tensor:
+        """Each expert's rows in blocks of `size`, the last one filled up with zeros; for inference in fp32.
 
         Matrix products on CPUs round by the number of rows. The size of the blocks follows from the batch's alone,
         so a token's result has the same bits whichever other tokens go to its expert, and an image does not depend
         on those drawn beside it.
         """
         out_AD = torch.empty_like(x_AD)
-        # A quarter of an expert's mean share, a multiple of the 16 rows of a vector kernel.
-        size = 16 * max(1, len(x_AD) // (64 * len(counts_N)))
         first = 0
         weights = zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)
         for count, (gate, up, down) in zip(counts_N.tolist(), weights, strict=True):
@@ -84,6 +86,11 @@ class Experts(nn.Module):
                 out_AD[start : start + rows] = result[:rows]
             first += count
         return out_AD
+
+
+def block_rows(assignments: int, experts: int) -> int:
+    """Rows of a block: a quarter of an expert's mean share, a multiple of the 16 rows of a vector kernel."""
+    return 16 * max(1, assignments // (64 * experts))
 
 
 def route(logits_TN: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -197,8 +197,15 @@ def load_weights(
 
 
 @contextmanager
-def checked_weights(path: Path, which: Literal["ema", "weights"]) -> Iterator[CheckpointInfo]:
+def checked_weights(
+    path: Path,
+    which: Literal["ema", "weights"],
+    damage: Callable[[CheckpointInfo, list[str]], list[str]] | None = None,
+) -> Iterator[CheckpointInfo]:
     """A checkpoint whose weights are known to be whole, and stay where they are for the body.
+
+    Args:
+        damage: finds damage to the bytes of files, where processes divide that among them; None: `damaged`.
 
     Raises:
         UserError: the part is missing, or a file of it is damaged.
@@ -207,7 +214,7 @@ def checked_weights(path: Path, which: Literal["ema", "weights"]) -> Iterator[Ch
     if which not in info.parts:
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
     with reading(path):
-        problems = damaged(info, [name for name in info.files if name.startswith(f"{which}/")])
+        problems = (damage or damaged)(info, [name for name in info.files if name.startswith(f"{which}/")])
         problems = problems or incomplete(info, [which])
         if problems:
             raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))

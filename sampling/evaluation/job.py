@@ -144,6 +144,8 @@ class Job:
     """Where the VAE lies; None: they are drawn in pixels."""
     checkpoint: Path | None = None
     """Where the weights lie; None when they are not drawn from a checkpoint."""
+    expert_parallel: int = 1
+    """Ranks that share out the experts, and draw together."""
     shared_weights: Path | None = None
     """Folder of the weights that the processes of a machine share; None: the run's, where there are several."""
     learned_names: tuple[str, ...] = ()

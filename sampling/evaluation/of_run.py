@@ -20,8 +20,10 @@ from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import normal
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
+from ditmoe.parallel.expert_group import ExpertGroup, NetworkOfGroup
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
 from ditmoe.sampling.drawing.generate import Generated, generate
+from ditmoe.sampling.drawing.together import generate_together
 from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
 from ditmoe.sampling.evaluation.keeping import Keep, drop_images_of_finished
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
@@ -45,6 +47,7 @@ from ditmoe.sampling.network.load import (
     load_model,
     shared_folder,
 )
+from ditmoe.sampling.network.of_group import check_dealt
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
@@ -81,6 +84,8 @@ class EvaluationOptions:
     cache: Path | None = None
     vae: Path | None = None
     """Where the VAE of a network of latents lies now; None: where it lay when its data was encoded."""
+    expert_parallel: int = 1
+    """Ranks that share out the network's experts, and draw together."""
     shared_weights: Path | None = None
     """Folder of the weights that the processes of a machine share; None: the run's, where there are several."""
 
@@ -120,6 +125,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     resolved = [sampler.resolved(info.objective) for sampler in samplers]
     for sampler in resolved:
         check_guidance(complete_config(info.model, info), sampler)
+    check_dealt(info.model, options.expert_parallel)
     posterior = classifier_fingerprint(info, resolved)
     evaluations = [
         Evaluation(
@@ -153,6 +159,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             keep=options.keep,
             vae=None if decoder is None else decoder.path,
             checkpoint=path,
+            expert_parallel=options.expert_parallel,
             shared_weights=options.shared_weights,
             facts={
                 "images_seen": info.images,
@@ -208,9 +215,13 @@ def evaluate_jobs(
     Returns:
         The metrics of each.
     """
-    workers = join_workers(str(jobs[0].folder))
+    workers = join_workers(str(jobs[0].folder), jobs[0].expert_parallel)
     device = torch.cuda.get_device_name(workers.device) if workers.device.type == "cuda" else "cpu"
-    model, measures, found = ModelOfJob(workers.device, several=workers.ranks > 1), Measures(), []
+    model, measures, found = (
+        ModelOfJob(workers.device, several=workers.ranks > 1, group=workers.group),
+        Measures(),
+        [],
+    )
     try:
         if len(jobs) > 1 and workers.first and any(stored_result(job) is None for job in jobs):
             measures.networks(jobs[0], workers, _say)  # so that the first job's time is its own
@@ -246,13 +257,15 @@ def _say(line: str) -> None:
 class ModelOfJob:
     """The network and the noise-level classifier of a checkpoint, each loaded when it is first asked for."""
 
-    def __init__(self, device: torch.device, *, several: bool = False) -> None:
+    def __init__(self, device: torch.device, *, several: bool = False, group: ExpertGroup | None = None) -> None:
         """Load nothing yet.
 
         Args:
             several: other processes of the machine may draw with the same network, and share its weights.
+            group: the ranks that the experts are dealt to; None: this process has all.
         """
         self._device = device
+        self._group = group
         self._several = several
         self._model: LoadedModel | None = None
         self._precision: Precision = "fp32"
@@ -274,6 +287,7 @@ class ModelOfJob:
                 precision=precision,
                 vae=job.vae,
                 shared=shared,
+                group=self._group,
             )
             self._precision = precision
         assert self._model.fingerprint == evaluation.weights, (self._model.fingerprint, evaluation.weights)
@@ -291,13 +305,14 @@ class ModelOfJob:
 
 
 def drawer(job: Job, model: ModelOfJob) -> DrawChunk:
-    """Draws chunks with the run's network, which is loaded with the first."""
+    """Draws chunks with the run's network, which is loaded with the first; ranks of a group call it at once."""
     evaluation = job.evaluation
 
     def draw(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
         state_file = StateFile(job.folder / "chains" / f"{numbers[0]:08d}.safetensors", evaluation.fingerprint)
-        images = generate(
-            model.network(job),
+        network = model.network(job)
+        images = (generate_together if isinstance(network.network, NetworkOfGroup) else generate)(
+            network,
             torch.from_numpy(label_N),
             numbers,
             evaluation.sampler,

@@ -17,6 +17,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Final
 
 from ditmoe.data.crew.making import Make, by_ranks
@@ -42,6 +43,7 @@ from ditmoe.sampling.evaluation.stored import METRICS_FILE, key_for, key_of, sto
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import DrawChunk
+from ditmoe.sampling.jobs.together import draw_pending_together
 from ditmoe.sampling.jobs.workers import Workers
 
 LARGEST_DEFAULT_CHUNK: Final = 256
@@ -117,7 +119,12 @@ def _begin(job: Job, ranks: int) -> None:
         wanted = {
             **job.evaluation.plain(),
             "chunk": job.chunk
-            or default_chunk(job.evaluation.count, job.batch, ranks, job.evaluation.sampler.images_per_unit),
+            or default_chunk(
+                job.evaluation.count,
+                job.batch * job.expert_parallel,  # a batch for each rank that draws with others
+                max(1, ranks // job.expert_parallel),
+                job.evaluation.sampler.images_per_unit,
+            ),
         }
         with replacing(path) as file:
             file.write(json.dumps(wanted, indent=1).encode() + b"\n")
@@ -152,8 +159,14 @@ def _run(
     if workers.first:
         measures.networks(job, workers, log)
     started, before = time.monotonic(), len(store.pending())
-    make("drawn", store.parts, on_progress=progress("chunks drawn", store.chunks))
+    shown = progress("chunks drawn", store.chunks)
+    if workers.group is None:
+        make("drawn", store.parts, on_progress=shown)
+    else:
+        draw_pending_together(store, workers.group, shown)
     seconds = time.monotonic() - started
+    if workers.group is not None:
+        store = replace(store, draw=None)  # one rank cannot draw a damaged chunk anew
     # `chains` has the states of chains in chunks that are not there yet.
     workers.on_first(lambda: shutil.rmtree(job.folder / "chains", ignore_errors=True))
     if before:

@@ -7,6 +7,7 @@ from datetime import timedelta
 import torch
 
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.expert_group import ExpertGroup
 from ditmoe.parallel.ranks import own_device, this_process
 
 CPU = torch.device("cpu")
@@ -21,6 +22,8 @@ class Workers:
     rank: int = 0
     ranks: int = 1
     device: torch.device = CPU
+    group: ExpertGroup | None = None
+    """The ranks that it draws with, where one could not hold the network; None: it draws alone."""
     _all_well: Callable[[bool], bool] = lambda well: well
 
     @property
@@ -58,7 +61,7 @@ class Workers:
             raise problem if problem is not None else SystemExit(2)
 
 
-def join_workers(task: str = "") -> Workers:
+def join_workers(task: str = "", expert_parallel: int = 1) -> Workers:
     """Join the processes that the launcher, torchrun or srun started; alone when there are none.
 
     Uses gloo on the CPU and NCCL on GPUs, one process per GPU.
@@ -66,9 +69,11 @@ def join_workers(task: str = "") -> Workers:
     Args:
         task: what this process is to do. Each finds the newest checkpoint by itself, and a run may write another
             meanwhile.
+        expert_parallel: ranks that share out the experts of a network, and draw together.
 
     Raises:
-        UserError: more processes than GPUs, the others do not come, or come for another task.
+        UserError: the processes do not make whole groups of ranks that draw together; there are more processes
+            than GPUs, the others do not come, or come for another task.
         SystemExit: on all but the first, which tells of the other task.
     """
     from accelerate import PartialState
@@ -97,4 +102,12 @@ def join_workers(task: str = "") -> Workers:
             raise UserError(
                 f"rank 0 is to do {task}, but rank {rank} {other}; expected the same of all: name the checkpoint"
             )
-    return Workers(process.rank, process.ranks, device, all_well)
+    if process.ranks % expert_parallel:
+        if not process.first:
+            raise SystemExit(2)
+        raise UserError(
+            f"--expert-parallel {expert_parallel}: there are {process.ranks} processes (WORLD_SIZE), and "
+            f"{expert_parallel} of them draw together; expected a multiple of {expert_parallel}"
+        )
+    group = ExpertGroup.join(expert_parallel, device, _LONGEST_WAIT) if expert_parallel > 1 else None
+    return Workers(process.rank, process.ranks, device, group, all_well)

@@ -30,6 +30,8 @@ from ditmoe.parallel.checkpoint.folder import (
     read_info,
 )
 from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.parallel.expert_group import ExpertGroup
+from ditmoe.sampling.network.of_group import network_of_group
 from ditmoe.sampling.network.shared_weights import SHARED_WEIGHTS, share_weights
 
 Weights = Literal["ema", "weights"]
@@ -41,7 +43,7 @@ class LoadedModel:
     """A network and what it takes to sample from it."""
 
     network: nn.Module
-    """(x_BCHW, timestep_B, label_B) → prediction; a `DiT`."""
+    """(x_BCHW, timestep_B, label_B) → prediction; a `DiT`, or a `NetworkOfGroup` for one."""
     model_config: ModelConfig
     """Complete: input size, channels and classes are known."""
     objective_config: ObjectiveConfig
@@ -124,6 +126,7 @@ def load_model(
     precision: Precision = "fp32",
     vae: Path | None = None,
     shared: Path | None = None,
+    group: ExpertGroup | None = None,
     log: Callable[[str], None] = _to_stderr,
 ) -> LoadedModel:
     """Read a model for sampling.
@@ -137,6 +140,8 @@ def load_model(
         vae: where the VAE of its latents lies now; None: where it lay when they were encoded.
         shared: folder of weights that the processes of a machine share, as long as any of them has the network;
             None: this process holds its own. On a GPU it says nothing: the weights go there from the checkpoint.
+        group: ranks that the routed experts are dealt to, all of which call this; `device` is theirs. They share
+            nothing else.
         log: told where that folder cannot be written, and the process holds its own in spite of it.
 
     Raises:
@@ -151,13 +156,16 @@ def load_model(
     except (KeyError, ValueError) as error:
         raise UserError(f"{path / MARKER}: its configuration does not describe a model: {error}") from error
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    network = None
-    if shared is not None and torch.device(device).type == "cpu":
+    network: nn.Module | None = None
+    if group is not None:
+        network = network_of_group(path, which, model_config, dtype, group)
+    elif shared is not None and torch.device(device).type == "cpu":
         try:
             network = _sharing_network(path, which, model_config, dtype, shared)
         except UnwritableError as error:
             log(f"{error}; this process holds weights of its own")
-    network = network or _own_network(path, which, model_config, dtype, device)
+    if network is None:
+        network = _own_network(path, which, model_config, dtype, device)
     assert model_config.num_classes is not None
     names = info.dataset.get("class_names") or range(model_config.num_classes)
     return LoadedModel(

@@ -1,0 +1,66 @@
+"""A network that the ranks of a group sample with together, because one of them could not hold it.
+
+Each reads its part of the experts, and all the rest; the checksums of the files are divided among them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditmoe.model.canonical import canonical_shapes, check_canonical, split_experts
+from ditmoe.model.config import ModelConfig
+from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
+from ditmoe.model.layers import position_embedding
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, damaged, fill_weights
+from ditmoe.parallel.expert_group import ExpertGroup, NetworkOfGroup
+
+
+def check_dealt(config: ModelConfig, ranks: int, option: str = "--expert-parallel") -> None:
+    """UserError where a network's experts cannot be dealt to so many ranks."""
+    if ranks > 1 and not config.experts:
+        raise UserError(f"{option} {ranks}: the network is dense, it has no experts to deal out; expected 1")
+    if ranks > 1 and config.experts % ranks:
+        raise UserError(
+            f"{option} {ranks}: the network has {config.experts} experts in each block; expected a number that "
+            f"divides them"
+        )
+
+
+def network_of_group(
+    path: Path, which: Literal["ema", "weights"], config: ModelConfig, dtype: torch.dtype, group: ExpertGroup
+) -> NetworkOfGroup:
+    """Read a rank's part of a network; all ranks of the group call it.
+
+    Raises:
+        UserError: the checkpoint is damaged, on every rank; or the experts cannot be dealt to so many.
+    """
+    check_dealt(config, group.size)
+
+    def damage(info: CheckpointInfo, names: list[str]) -> list[str]:
+        found = group.gather(damaged(info, names[group.rank :: group.size]))
+        return [problem for problems in found for problem in problems]
+
+    with checked_weights(path, which, damage) as info:
+        check_canonical(info.shapes, canonical_shapes(config), origin=f"{path} ({which})")
+        with torch.device("meta"):
+            network = NetworkOfGroup(DiT(config).to(dtype), group)
+        network.to_empty(device=group.device)
+        memory = dict(_memory(network, group.experts(config.experts)))
+        fill_weights(info, which, memory)
+    assert config.image_size is not None
+    network.network.pos_embed.copy_(position_embedding(config.hidden, config.image_size // config.patch))
+    return network
+
+
+def _memory(network: NetworkOfGroup, held: range) -> Iterator[tuple[str, Tensor]]:
+    """Canonical name → memory of each parameter that is here."""
+    for name, parameter in network.network.named_parameters():
+        experts = split_experts(name.replace(".experts.local.", ".experts."), held.start, len(held))
+        if experts is None:
+            yield name, parameter.detach()
+        else:
+            yield from zip(experts, parameter.detach(), strict=True)
