@@ -2,6 +2,7 @@
 
 import base64
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,8 @@ from ditmoe.sampling.service.page.run_folders import finite
 from ditmoe.sampling.settings.names import CHAIN_PREFIX
 
 EVALUATIONS: Final = "evaluations"
+GALLERY_FOLDER: Final = "gallery"
+SHEET: Final = re.compile(r"class-(\d{5,10})\.png")
 MOST_TRACED: Final = 2000
 """Steps of a chain that are shown."""
 
@@ -73,7 +76,8 @@ class Evaluations:
         try:
             summary = self._summary(name, folder)
             metrics = self._object(folder / METRICS_FILE) if summary["finished"] else {"results": {}}
-            return {**summary, "results": _plain(metrics["results"]), "trained_on": _trained_on(metrics)}
+            found = {"results": _plain(metrics["results"]), "trained_on": _trained_on(metrics)}
+            return {**summary, **found, "sheets": list(sheets(folder))}
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServiceError(503, f"the evaluation cannot be read: {error}", reason="damaged") from error
 
@@ -136,7 +140,7 @@ def _interval(result: Mapping[str, Any], name: str, value: float) -> dict[str, A
     """Between which two values a figure lies, and what these are; null where nothing says it."""
     interval = result.get(f"{name}_interval")
     if isinstance(interval, list) and len(interval) == 2 and all(finite(each) is not None for each in interval):
-        return {"interval": interval, "interval_is": "interval by resampling"}
+        return {"interval": interval, "interval_is": "95% interval"}
     deviation = finite(result.get(f"{name}_deviation"))
     if deviation is not None:
         return {"interval": [value - deviation, value + deviation], "interval_is": "± one deviation"}
@@ -175,6 +179,27 @@ def _chunks(folder: Path, first: int, names: list[str]) -> Iterator[tuple[int, P
         except UserError as error:
             raise ServiceError(503, f"images cannot be read: {error}", reason="damaged") from error
         yield chunk * size, path, arrays
+
+
+def sheets(folder: Path) -> dict[int, Path]:
+    """Label → picture of the first images of its class, which stays where the images are not kept."""
+    found = {}
+    try:
+        for entry in (folder / GALLERY_FOLDER).iterdir():
+            match = SHEET.fullmatch(entry.name)
+            if match is not None and entry.is_file() and not entry.is_symlink():
+                found[int(match[1])] = entry
+    except OSError:
+        return {}
+    return dict(sorted(found.items()))
+
+
+def sheet(folder: Path, label: int) -> bytes:
+    """The picture of a class. ServiceError: there is none."""
+    try:
+        return sheets(folder)[label].read_bytes()
+    except (KeyError, OSError):
+        raise _not_found("the evaluation has no picture of this class", "class") from None
 
 
 def images(folder: Path, label: int | None, first: int, limit: int) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from fastapi.responses import JSONResponse
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoints
 from ditmoe.sampling.batching.models import parameters_of
+from ditmoe.sampling.evaluation.stored import METRICS_FILE
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listed, Listing
 from ditmoe.sampling.service.page import evaluation_folders
-from ditmoe.sampling.service.page.evaluation_folders import Evaluations, evaluations_of, find_evaluation
+from ditmoe.sampling.service.page.evaluation_folders import Evaluations, evaluations_of, find_evaluation, sheet
 from ditmoe.sampling.service.page.run_folders import RunFolders, preview, previews
 from ditmoe.sampling.service.page.static_files import PREFIX, static_files
 from ditmoe.sampling.settings.names import ChainName, IntegratorName, ScheduleName
@@ -35,28 +36,31 @@ def add_page(app: FastAPI, listing: Listing) -> None:
             raise ServiceError(404, "there is no such run", param="run", reason="not_found")
         return folder
 
-    def newest(name: str) -> Listed | None:
-        """Its newest checkpoint; None: it has none that can be read."""
+    def newest(name: str) -> tuple[Listed | None, str | None]:
+        """Its newest checkpoint, or why there is none; neither: it has not written one yet."""
         try:
-            return listing.find(name, None)
-        except (ServiceError, UserError):
-            return None
+            return listing.find(name, None), None
+        except (ServiceError, UserError) as error:
+            return None, None if getattr(error, "reason", None) == "not_found" else str(error)
 
     def facts(name: str, folder: Path) -> dict[str, Any]:
         """What the list of runs says of each."""
-        listed = newest(name)
+        listed, problem = newest(name)
         train = {} if listed is None else listed.info.config.get("train") or {}
+        evaluations = evaluations_of(folder)
         return {
             "id": name,
             "steps": [int(path.name.removeprefix("step-")) for path in checkpoints(folder)],
             "previews": list(previews(folder)),
             "training": folders.newest(folder),
             "training_steps": train.get("steps"),
-            "evaluations": len(evaluations_of(folder)),
+            "evaluations": len(evaluations),
+            "finished": sum((each / METRICS_FILE).is_file() for each in evaluations.values()),
+            "problem": problem,
         }
 
     def describe(name: str) -> dict[str, Any]:
-        folder, listed = folder_of(name), newest(name)
+        folder, (listed, _) = folder_of(name), newest(name)
         described = {**facts(name, folder), "curves": folders.curves(folder), "classes": None, "parameters": None}
         if listed is not None:
             described |= {"classes": list(listed.class_names), "parameters": parameters_of(listed.info)}
@@ -65,7 +69,7 @@ def add_page(app: FastAPI, listing: Listing) -> None:
 
     def class_names(name: str) -> list[str]:
         """For the images of evaluations; a run whose checkpoints are gone has numbers."""
-        listed = newest(name)
+        listed, _ = newest(name)
         return [] if listed is None else list(listed.class_names)
 
     def evaluation_images(run: str, evaluation: str, label: int | None, first: int, limit: int) -> Any:
@@ -118,6 +122,11 @@ def add_page(app: FastAPI, listing: Listing) -> None:
         limit: Annotated[int, Query(ge=1, le=MOST_IMAGES)] = 24,
     ) -> JSONResponse:
         return JSONResponse(await asyncio.to_thread(evaluation_images, run, evaluation, label, first, limit))
+
+    @app.get("/v1/runs/{run}/evaluations/{evaluation}/sheets/{label}")
+    async def one_sheet(run: str, evaluation: str, label: int) -> Response:
+        content = await asyncio.to_thread(lambda: sheet(find_evaluation(folder_of(run), evaluation), label))
+        return Response(content, media_type="image/png")
 
     @app.get("/v1/runs/{run}/evaluations/{evaluation}/traces")
     async def traces(

@@ -3,11 +3,29 @@
 const TOKEN = "ditmoe-token";
 export const ENDED = new Set(["completed", "failed", "cancelled", "expired"]);
 
+let kept = null;
+
+/** The service's token: of this tab; in a browser that keeps nothing, of this page. */
 export const token = {
-  get: () => sessionStorage.getItem(TOKEN),
-  set: (value) => sessionStorage.setItem(TOKEN, value),
-  forget: () => sessionStorage.removeItem(TOKEN),
+  get: () => attempt(() => sessionStorage.getItem(TOKEN)) ?? kept,
+  set: (value) => {
+    kept = value;
+    attempt(() => sessionStorage.setItem(TOKEN, value));
+  },
+  forget: () => {
+    kept = null;
+    attempt(() => sessionStorage.removeItem(TOKEN));
+  },
 };
+
+/** What a browser may refuse to do; null: it did. */
+export function attempt(action) {
+  try {
+    return action();
+  } catch {
+    return null;
+  }
+}
 
 export class Refused extends Error {
   constructor(status, error) {

@@ -74,7 +74,7 @@ async function showFigures(scope, place, jobs) {
   replace(place, sections.length ? sections : h("p", { class: "warning" }, "They are scored in features of different networks."));
 }
 
-const signed = (value) => (value > 0 ? `+${number(value)}` : number(value).replace("-", "−"));
+const signed = (value) => (value > 0 ? `+${number(value)}` : number(value));
 
 /** Whether image i of both has one start: the same seed, and the same class by its number. */
 function sameStarts([a, b]) {

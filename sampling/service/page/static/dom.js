@@ -50,6 +50,7 @@ export function say(text) {
 export function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (typeof value !== "number") return String(value);
+  if (value < 0) return `−${number(-value, digits)}`;
   if (Number.isInteger(value) && Math.abs(value) < 1e15) return value.toLocaleString("en-US");
   const size = Math.abs(value);
   if (size >= 1e6 || (size > 0 && size < 1e-3)) return value.toExponential(2).replace("e", " × 10^").replace("^+", "^");
@@ -58,6 +59,7 @@ export function number(value, digits = 4) {
 
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return "–";
+  seconds = Math.max(0, seconds); // clocks differ
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   if (seconds < 90) return `${Math.round(seconds)} s`;
   if (seconds < 5400) return `${Math.round(seconds / 60)} min`;

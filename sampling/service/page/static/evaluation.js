@@ -18,7 +18,7 @@ export async function evaluation(scope, [run, id]) {
     h("h1", {}, samplerText(sampler)),
     found.finished ? figureTables(found) : h("p", { class: "card" }, "It is under way: it has no figures yet."),
     found.chains ? await chains(scope, where, found) : null,
-    found.kept ? h("section", { class: "card", "aria-labelledby": "some" }, h("h2", { id: "some" }, "Images"), images, h("a", { class: "button", href: `#/gallery${query({ run, evaluation: id })}` }, "Gallery by class")) : h("p", { class: "hint" }, "Its images are not kept."),
+    found.kept ? h("section", { class: "card", "aria-labelledby": "some" }, h("h2", { id: "some" }, "Images"), images, h("a", { class: "button", href: `#/gallery${query({ run, evaluation: id })}` }, "Gallery by class")) : h("p", { class: "card" }, "Its images are not kept. ", found.sheets.length ? h("a", { href: `#/gallery${query({ run, evaluation: id })}` }, "Pictures of the first ones of each class") : null),
     h("section", { class: "card", "aria-labelledby": "settings" }, h("h2", { id: "settings" }, "Settings"), facts({
       Checkpoint: `step ${number(found.step)}, ${found.which}`, "Evaluations of the network an image": number(found.nfe), Images: `${number(found.count)}, labels ${found.labels}`,
       Seed: found.seed, ...Object.fromEntries(Object.entries(sampler).filter(([name]) => !["dlg", "seed"].includes(name)).map(([name, value]) => [name.replaceAll("_", " "), String(value)])),

@@ -2,7 +2,7 @@
 
 import { ask, path, query } from "./api.js";
 import { field, h, number, replace, samplerText, say, select } from "./dom.js";
-import { pictureOf, playgroundLink, tile } from "./pictures.js";
+import { fetchPicture, pictureOf, playgroundLink, tile } from "./pictures.js";
 
 const OF_CLASS = 24;
 const OF_EACH = 8;
@@ -18,13 +18,13 @@ export async function gallery(scope, _, params) {
   const run = usable.find((each) => each.id === params.get("run")) || usable[0];
   const where = path("v1", "runs", run.id);
   const [{ data }, { classes }] = await Promise.all([ask(`${where}/evaluations`, scope), ask(where, scope)]);
-  const kept = data.filter((each) => each.kept).sort((a, b) => b.step - a.step || Number(a.chains) - Number(b.chains) || (b.nfe ?? 0) - (a.nfe ?? 0));
+  const kept = data.filter((each) => each.kept || each.finished).sort((a, b) => b.step - a.step || Number(a.chains) - Number(b.chains) || (b.nfe ?? 0) - (a.nfe ?? 0));
   const runField = select("run", usable.map((each) => [each.id, each.id]), run.id);
   const shown = kept.find((each) => each.id === params.get("evaluation")) || kept[0];
   const go = (values) => { location.hash = `#/gallery${query(values)}`; };
   runField.addEventListener("change", () => go({ run: runField.value }));
   if (!shown) {
-    replace(scope.root, h("h1", {}, "Gallery"), field("Run", runField), h("p", { class: "empty" }, "The evaluations of this run have not kept their images."));
+    replace(scope.root, h("h1", {}, "Gallery"), field("Run", runField), h("p", { class: "empty" }, "No evaluation of this run has images yet."));
     return;
   }
   const names = Array.from({ length: shown.classes }, (_, label) => classes?.[label] ?? String(label));
@@ -36,8 +36,12 @@ export async function gallery(scope, _, params) {
   const place = h("div", { class: "gallery" });
   replace(scope.root, h("h1", {}, "Gallery"),
     h("form", { class: "card row wide", "aria-label": "What is shown", on: { submit: (event) => event.preventDefault() } }, field("Run", runField), field("Evaluation", evaluationField), field("Class", classField)),
-    h("p", { class: "hint" }, h("a", { href: `#/${path("runs", run.id, "evaluations", shown.id)}` }, "Its figures"), `. An image depends on its seed, its number and its class alone${shown.chains ? "; those of a chain follow each other." : ": each leads to the playground, which draws it again."}`),
+    h("p", { class: "hint" }, h("a", { href: `#/${path("runs", run.id, "evaluations", shown.id)}` }, "Its figures"), !shown.kept ? null : `. An image depends on its seed, its number and its class alone${shown.chains ? "; those of a chain follow each other." : ": each leads to the playground, which draws it again."}`),
     place);
+  if (!shown.kept) {
+    await sheets(scope, place, `${where}/evaluations/${path(shown.id)}`, names, label);
+    return;
+  }
   const images = `${where}/evaluations/${path(shown.id)}/images`;
 
   const tileOf = (each) => tile(pictureOf(scope, each.b64_json, `class ${each.class}, image ${each.number}`), [`seed ${shown.seed}`, `image ${each.number}`],
@@ -90,4 +94,14 @@ export async function gallery(scope, _, params) {
     more.hidden = until === names.length;
   }
   grow();
+}
+
+/** Of an evaluation that has not kept its images: the pictures of the first ones of each class. */
+async function sheets(scope, place, where, names, label) {
+  const found = (await ask(where, scope)).sheets.filter((each) => label === null || each === label);
+  replace(place, h("p", {}, found.length ? "Its images are not kept; these are the first of each class, whose numbers are not known." : "Its images are not kept, and there is no picture of them."));
+  for (const each of found) {
+    const image = await fetchPicture(scope, `${where}/sheets/${each}`, `the first images of class ${names[each] ?? each}`);
+    place.append(h("section", { class: "card sheet" }, h("h2", {}, names[each] ?? each), image));
+  }
 }

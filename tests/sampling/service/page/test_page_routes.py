@@ -135,7 +135,14 @@ def test_evaluations_have_their_figures(page: httpx.Client) -> None:
     euler = listed["euler-10-1"]
     assert (euler["nfe"], euler["step"], euler["seed"], euler["kept"], euler["chains"]) == (10, 3, 1, True, False)
     figures = euler["figures"]["classifier"]
-    assert figures["fid"] == {"title": "FID", "value": 2.5, "floor": 0.5, "interval": None, "interval_is": None}
+    expected = {
+        "title": "FID",
+        "value": 2.5,
+        "floor": 0.5,
+        "interval": [2.25, 2.75],
+        "interval_is": "95% interval",
+    }
+    assert figures["fid"] == expected
     assert figures["kid"]["interval"] == pytest.approx([0.008, 0.012])
     found = page.get(f"{EVALUATIONS}/chains").json()
     assert found["chains"] and found["results"]["classifier"]["chains"]["sigma"]["split_r_hat"] == 1.2
@@ -182,15 +189,28 @@ def test_what_is_damaged_or_gone_is_said(trained: Path, tmp_path: Path) -> None:
     run = runs / "digits"
     euler = {"sampler": "euler", "steps": 5}
     (write_evaluation(run, "a-damaged", euler, 1.0, 5.0) / "metrics.json").write_text("{")
-    shutil.rmtree(write_evaluation(run, "b-gone", euler, 1.0, 5.0) / "chunks")
+    gone = write_evaluation(run, "b-gone", euler, 1.0, 5.0)
+    shutil.rmtree(gone / "chunks")
+    sheet = io.BytesIO()
+    Image.new("L", (40, 20), 7).save(sheet, "PNG")
+    (gone / "gallery").mkdir()
+    (gone / "gallery" / "class-00003.png").write_bytes(sheet.getvalue())
+    (gone / "gallery" / "class-00004.png").symlink_to("/etc/passwd")
     (write_evaluation(run, "c-cut", euler, 1.0, 5.0) / "chunks" / "00000.npz").write_bytes(b"PK")
     (write_evaluation(run, "d-endless", euler, float("nan"), 5.0) / "chunks" / "00000.npz").unlink()
     (write_evaluation(run, "e-begun", euler, 1.0, 5.0) / "metrics.json").unlink()
     (write_evaluation(run, "f-odd", euler, 1.0, 5.0) / "metrics.json").write_text('{"evaluation": {}}')
     with serving(runs) as client:
+        run_facts = client.get("/v1/runs").json()["data"][0]
+        assert (run_facts["evaluations"], run_facts["finished"], run_facts["problem"]) == (6, 5, None)
         listed = {each["id"]: each for each in client.get(EVALUATIONS).json()["data"]}
         assert "problem" in listed["a-damaged"] and "problem" in listed["f-odd"]
         assert client.get(f"{EVALUATIONS}/a-damaged").status_code == 503
+        assert client.get(f"{EVALUATIONS}/b-gone").json()["sheets"] == [3]
+        assert client.get(f"{EVALUATIONS}/b-gone/sheets/3").content == sheet.getvalue()
+        for label in ("4", "-1", "%2e%2e", "00003", "3.png", "99999999999"):
+            reply = client.get(f"{EVALUATIONS}/b-gone/sheets/{label}")
+            assert reply.status_code in (400, 404) or (label == "00003" and reply.status_code == 200), label
         assert not listed["b-gone"]["kept"] and client.get(f"{EVALUATIONS}/b-gone/images").status_code == 404
         assert client.get(f"{EVALUATIONS}/c-cut/images").status_code == 503
         assert "fid" not in listed["d-endless"]["figures"]["classifier"]
@@ -198,3 +218,15 @@ def test_what_is_damaged_or_gone_is_said(trained: Path, tmp_path: Path) -> None:
         there = client.get(f"{EVALUATIONS}/d-endless/images?limit=1").json()["images"]
         assert [each["number"] for each in there] == [16], "of a chunk that is not drawn yet, none"
         assert not listed["e-begun"]["finished"] and client.get(f"{EVALUATIONS}/e-begun/images").status_code == 200
+
+
+def test_a_run_whose_checkpoint_cannot_be_read_says_so(trained: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(trained / "other", runs / "broken")
+    (runs / "young" / "checkpoints").mkdir(parents=True)
+    for marker in (runs / "broken" / "checkpoints").glob("*/checkpoint.json"):
+        marker.write_text("{}")
+    with serving(runs) as client:
+        listed = {run["id"]: run for run in client.get("/v1/runs").json()["data"]}
+        assert "cannot be read" in listed["broken"]["problem"] and listed["young"]["problem"] is None
+        assert client.get("/v1/runs/young").json()["classes"] is None
