@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditmoe.data.crew.making import by_ranks
+from ditmoe.data.crew.making import Make, by_ranks
 from ditmoe.data.storage.parts import Progress
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.remembered import index_file
@@ -90,10 +90,14 @@ def make_reference(
     job: ReferenceJob,
     workers: Workers | None = None,
     *,
+    make: Make | None = None,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
 ) -> None:
     """Write the file; every process of the job calls this with the same arguments.
+
+    Args:
+        make: has parts made by a crew; None: these processes make them.
 
     What is computed of the images is kept in the cache: repeated, the command goes on where it was killed.
 
@@ -105,6 +109,6 @@ def make_reference(
     say: Callable[[str], None] = log if workers.first else lambda line: None
     measures = Measures()
     network, recogniser = measures.networks(job, workers, say)
-    make = by_ranks(workers.rank, workers.ranks)
-    statistics = measures.real_statistics(job, network, make, workers.device, show)
+    made = make or by_ranks(workers.rank, workers.ranks)
+    statistics = measures.real_statistics(job, network, made, workers.device, show)
     workers.on_first(lambda: write_reference(job.out, job.real, network, statistics, recogniser))

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ditmoe.data.crew.making import by_ranks
+from ditmoe.data.crew.making import Make, by_ranks
 from ditmoe.data.shards.index import INDEX_FILE
 from ditmoe.data.storage.arrays import Arrays
 from ditmoe.data.storage.claims import Claims
@@ -42,6 +42,8 @@ from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
 
 SETTINGS_FILE: Final = "score.json"
+DESCRIBED_TOGETHER: Final = 4096
+"""Images of a part, at most: so many of their features are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,14 @@ def score_images(
     job: ScoreJob,
     workers: Workers | None = None,
     *,
+    make: Make | None = None,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
 ) -> dict[str, Any]:
     """Score the images; every process of the job calls this with the same arguments.
+
+    Args:
+        make: has parts made by a crew; None: these processes make them.
 
     Parts that are described stay until the figures are written: repeated, the command goes on where it was killed.
 
@@ -179,14 +185,11 @@ def score_images(
     with alone_at(Claims(job.folder), "score", workers, busy, lambda: _begin(job)) as check:
         measures = Measures()
         network, _ = measures.networks(job, workers, say)
-        descriptions = ChunkDescriptions(
-            job.folder / "features" / f"{job.images.fingerprint}-{network.fingerprint}",
-            [f"part-{part:02d}.npz" for part in range(job.images.parts)],
-            lambda part: _describe_part(job, part, network),
-        )
-        make = by_ranks(workers.rank, workers.ranks)
-        make("described", descriptions.parts, on_progress=show("parts of the images", job.images.parts))
-        statistics = measures.real_statistics(job, network, make, workers.device, show)
+        descriptions = descriptions_of_images(job, network)
+        made = make or by_ranks(workers.rank, workers.ranks)
+        count = len(descriptions.parts.names)
+        made("described", descriptions.parts, on_progress=show("parts of the images", count))
+        statistics = measures.real_statistics(job, network, made, workers.device, show)
         workers.wait()
 
         def write() -> None:
@@ -206,6 +209,16 @@ def score_images(
 
         workers.on_first(write)
     return read_object(job.folder / METRICS_FILE)
+
+
+def descriptions_of_images(job: ScoreJob, network: FeatureNetwork) -> ChunkDescriptions:
+    """What a network says of each part of the images."""
+    parts = max(job.images.parts, job.images.parts_of(DESCRIBED_TOGETHER))
+    return ChunkDescriptions(
+        job.folder / "features" / f"{job.images.fingerprint}-{network.fingerprint}-{parts}",
+        [f"part-{part:05d}.npz" for part in range(parts)],
+        lambda part: _describe_part(job, part, parts, network),
+    )
 
 
 def score_table(metrics: dict[str, Any], key: str) -> list[str]:
@@ -233,10 +246,11 @@ def _begin(job: ScoreJob) -> None:
         file.write(json.dumps(settings, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def _describe_part(job: ScoreJob, part: int, network: FeatureNetwork) -> Arrays:
+def _describe_part(job: ScoreJob, part: int, parts: int, network: FeatureNetwork) -> Arrays:
     # A classifier takes the channels that it was trained on; Inception takes grey and RGB.
     channels = job.real.form.channels if isinstance(network, Classifier) else None
-    blocks = ((_of_channels(batch.image_NHWC, channels, job.images),) for batch in job.images.read(part, AT_ONCE))
+    batches = job.images.read(part, AT_ONCE, of=parts)
+    blocks = ((_of_channels(batch.image_NHWC, channels, job.images),) for batch in batches)
     found = [describe(network, image_NHWC) for (image_NHWC,) in in_blocks(blocks, AT_ONCE)]
     return {key: np.concatenate([described[key] for described in found]) for key in found[0]} if found else {}
 

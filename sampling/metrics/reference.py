@@ -102,11 +102,18 @@ class Images(Reference):
         """An empty record of what is passed over while images are read."""
 
     @abstractmethod
-    def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
+    def parts_of(self, images: int) -> int:
+        """So many parts that each has about that many images, as far as they can be read in such parts."""
+
+    @abstractmethod
+    def read(
+        self, part: int, batch: int, left_out: LeftOut | None = None, *, of: int | None = None
+    ) -> Iterator[ReferenceBatch]:
         """The images of one part, up to `batch` at a time.
 
         Args:
             left_out: takes those that cannot be used.
+            of: how many parts there are, as `parts_of` says; None: `parts`.
 
         Raises:
             UserError: a file or an image is damaged, and the policy is to stop or the budget is spent.
@@ -177,23 +184,30 @@ class ReferenceImages(Images):
         """Number of parts; a part is a run of shards."""
         return min(MAX_PARTS, len(self.index.shards))
 
+    def parts_of(self, images: int) -> int:
+        """As `Images`; a shard is read as a whole."""
+        return max(1, min(len(self.index.shards), -(-self.count // images)))
+
     def new_left_out(self) -> LeftOut:
         """An empty record of what is passed over while images are read."""
         return LeftOut(self.source.config)
 
-    def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
+    def read(
+        self, part: int, batch: int, left_out: LeftOut | None = None, *, of: int | None = None
+    ) -> Iterator[ReferenceBatch]:
         """The images of one part, up to `batch` at a time.
 
         Args:
             left_out: takes those that cannot be used.
+            of: as of `Images`.
 
         Raises:
             UserError: a shard or sample is damaged, and the policy is to stop or the budget is spent; a remote
                 shard cannot be fetched, whatever the policy: what is kept of the images does not depend on that.
         """
         left_out = self.new_left_out() if left_out is None else left_out
-        shards = len(self.index.shards)
-        numbers = range(shards * part // self.parts, shards * (part + 1) // self.parts)
+        shards, parts = len(self.index.shards), of or self.parts
+        numbers = range(shards * part // parts, shards * (part + 1) // parts)
         used = [number for number in numbers if len(self.members[number])]
         processes = decoding_processes(sum(len(self.members[number]) for number in used))
         decode = partial(decode_samples, self.index, self.selection)

@@ -1,7 +1,7 @@
 """`ditmoe score`: the figures of an evaluation for images that others drew."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,13 +14,16 @@ from ditmoe.launcher.commands.drawing import (
     ReferenceNetworkOption,
     ResizeOption,
 )
+from ditmoe.launcher.commands.shared_options import Sharing, shares_work
 
 
+@shares_work()
 def command(
     images: Annotated[
         str,
         typer.Argument(help="An npz file with arr_0, a folder of pictures, or shards.", metavar="IMAGES"),
     ],
+    *,
     reference: Annotated[
         str,
         typer.Option(
@@ -45,72 +48,54 @@ def command(
     reference_network: ReferenceNetworkOption = None,
     neighbour_images: NeighbourImagesOption = None,
     cache: CacheOption = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes of a machine that share the work. [default: one per GPU, or 1]"),
-    ] = None,
+    sharing: Sharing,
 ) -> None:
     """Score images that others drew against real ones, or their statistics.
 
     Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it joins
     their processes.
 
-    Example: ditmoe score samples.npz --reference photos.safetensors
+    Example: ditmoe score samples.npz --reference photos.safetensors --processes 8
     """
-    import torch
-
-    from ditmoe.data.storage.files import make_folder
     from ditmoe.data.storage.progress import show_progress
-    from ditmoe.launcher.local.launch import spawn
     from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import default_cache
     from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
+    from ditmoe.sampling.evaluation.scores_of_crew import scores_made_by
     from ditmoe.sampling.evaluation.stored import key_of
     from ditmoe.sampling.jobs.workers import join_workers
 
     cache = cache or default_cache()
-    job = prepare_score(
-        images,
-        reference,
-        cache,
-        out,
-        images_index=images_index,
-        index=index,
-        on_error=on_error,
-        features=features,
-        features_path=features_path,
-        resize=resize,
-        reference_network=reference_network,
-        neighbour_images=neighbour_images,
-    )
+    arguments: dict[str, Any] = {
+        "images": images,
+        "reference": reference,
+        "cache": cache,
+        "out": out,
+        "images_index": images_index,
+        "index": index,
+        "on_error": on_error,
+        "features": features,
+        "features_path": features_path,
+        "resize": resize,
+        "reference_network": reference_network,
+        "neighbour_images": neighbour_images,
+    }
+    job = prepare_score(**arguments)
     metrics, process = stored_score(job), this_process()
     if metrics is None:
-        processes = (processes or torch.cuda.device_count() or 1) if process.starts_ranks else 1
-        if processes > 1:
-            arguments = ["score", "--reference", reference, "--out", str(job.folder), "--features", features]
-            for option, value in (
-                ("--images-index", images_index),
-                ("--index", index),
-                ("--on-error", on_error),
-                ("--features-path", features_path),
-                ("--resize", resize),
-                ("--reference-network", reference_network),
-                ("--neighbour-images", neighbour_images),
-                ("--cache", cache),
-            ):
-                arguments += [option, str(value)] if value is not None else []
-            ranks = job.folder / "ranks"
-            make_folder(ranks)
-            raise typer.Exit(spawn([*arguments, "--", images], processes, log_dir=ranks))
-        workers = join_workers(str(job.folder))
-        try:
-            with signs_of_work(job.folder, cache):
+        with sharing.led(job.folder / "ranks") as crew, signs_of_work(job.folder, cache):
+            workers = join_workers(str(job.folder))
+            try:
                 metrics = score_images(
-                    job, workers, log=lambda line: typer.echo(line, err=True), progress=show_progress
+                    job,
+                    workers,
+                    make=None if crew is None else scores_made_by(crew, arguments, job),
+                    log=lambda line: typer.echo(line, err=True),
+                    progress=show_progress,
                 )
-        finally:
-            workers.leave()
+            finally:
+                workers.leave()
     if process.first:
         key = key_of(metrics["results"], job.request)
         assert key is not None

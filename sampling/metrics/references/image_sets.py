@@ -80,9 +80,13 @@ class ImageSet(Images):
     def parts(self) -> int:
         return min(MAX_PARTS, -(-self._count // _PART_IMAGES))
 
-    def numbers(self, part: int) -> range:
+    def parts_of(self, images: int) -> int:
+        return max(1, -(-self._count // images))
+
+    def numbers(self, part: int, of: int | None) -> range:
         """Those of the images of a part."""
-        return range(self._count * part // self.parts, self._count * (part + 1) // self.parts)
+        parts = of or self.parts
+        return range(self._count * part // parts, self._count * (part + 1) // parts)
 
     def new_left_out(self) -> LeftOut:
         return LeftOut(SourceConfig.model_construct(path=str(self.path), on_error="stop"))
@@ -126,8 +130,14 @@ class NpzImages(ImageSet):
         """One where the array is compressed: it is read from its beginning only."""
         return super().parts if self._member.stored else 1
 
-    def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
-        numbers = self.numbers(part)
+    def parts_of(self, images: int) -> int:
+        """One where the array is compressed."""
+        return super().parts_of(images) if self._member.stored else 1
+
+    def read(
+        self, part: int, batch: int, left_out: LeftOut | None = None, *, of: int | None = None
+    ) -> Iterator[ReferenceBatch]:
+        numbers = self.numbers(part, of)
         first = numbers.start
         for image_NHWC in self._file.rows(self._member, numbers, batch):
             number_N = np.arange(first, first + len(image_NHWC))
@@ -161,8 +171,10 @@ class FolderImages(ImageSet):
                 raise UserError(f"{self._folder / name}: could not be read: {error.strerror or error}") from error
         return digest.hexdigest()[:16]
 
-    def read(self, part: int, batch: int, left_out: LeftOut | None = None) -> Iterator[ReferenceBatch]:
-        numbers = self.numbers(part)
+    def read(
+        self, part: int, batch: int, left_out: LeftOut | None = None, *, of: int | None = None
+    ) -> Iterator[ReferenceBatch]:
+        numbers = self.numbers(part, of)
         for first in range(numbers.start, numbers.stop, batch):
             number_N = np.arange(first, min(first + batch, numbers.stop))
             image_NHWC = np.stack([self._image(self._files[number]) for number in number_N.tolist()])

@@ -4,12 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ditmoe.data.crew.leader import Crew
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.model.errors import UserError
@@ -17,9 +18,11 @@ from ditmoe.sampling.evaluation import score_images as module
 from ditmoe.sampling.evaluation.make_reference import make_reference, prepare_reference
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
+from ditmoe.sampling.evaluation.scores_of_crew import reference_made_by, scores_made_by
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import DITMOE, run_forked
+from tests.obedient import Obedient
 from tests.sampling.small_run import images_of, write_digits, write_run
 
 ASIDE = ("request", "not_finite", "recogniser", "chains")
@@ -99,11 +102,11 @@ def test_a_killed_job_goes_on_and_other_images_are_refused(
     described, original = [], module._describe_part
 
     def die_at(last: int) -> None:
-        def describe_part(job: Any, part: int, network: Any) -> Any:
+        def describe_part(job: Any, part: int, parts: int, network: Any) -> Any:
             if part == last:
                 raise KeyboardInterrupt
             described.append(part)
-            return original(job, part, network)
+            return original(job, part, parts, network)
 
         monkeypatch.setattr(module, "_describe_part", describe_part)
 
@@ -170,3 +173,41 @@ def test_two_processes_score_with_one_command(home: Path, tmp_path: Path) -> Non
     alone = prepare_score(str(tmp_path / "x.npz"), str(home / "digits.safetensors"), tmp_path, tmp_path / "alone")
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert score_images(alone) == two
+
+
+def test_a_crew_scores_as_one_process_does(
+    home: Path, tmp_path: Path, obedient: Obedient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However finely the images are cut."""
+    quick = replace(FEATURE_CLASSIFIER, passes=1)
+    npz = npz_of(home / "shards", tmp_path / "x.npz")
+    arguments = {"images": str(npz), "reference": str(home / "shards"), "cache": home / "cache"}
+    alone = replace(prepare_score(**arguments, out=tmp_path / "alone"), feature_classifier=quick)
+    expected = score_images(alone)
+    for made in (home / "cache").glob("real-*"):
+        made.rename(tmp_path / made.name)
+    monkeypatch.setattr(module, "DESCRIBED_TOGETHER", 70)
+    job = replace(prepare_score(**arguments, out=tmp_path / "led"), feature_classifier=quick)
+    monkeypatch.chdir(tmp_path)
+    metrics = score_images(job, make=scores_made_by(cast(Crew, obedient), arguments, job))
+    assert metrics == expected and not (job.folder / "features").exists()
+    assert obedient.stages() == {"described": 5, "real": job.real.parts}
+    for images in (job.images, images_of(home / "shards")):
+        for of in (1, 3, images.parts_of(70), None):
+            read = [images.read(part, 13, of=of) for part in range(of or images.parts)]
+            numbers = [number for batches in read for batch in batches for number in batch.number_N.tolist()]
+            assert numbers == list(range(300))
+
+
+def npz_of(shards: Path, path: Path) -> Path:
+    np.savez(path, arr_0=np.concatenate([batch.image_NHWC for batch in images_of(shards).read_all(64)]))
+    return path
+
+
+def test_a_crew_makes_the_file_that_one_process_makes(home: Path, tmp_path: Path, obedient: Obedient) -> None:
+    quick = replace(FEATURE_CLASSIFIER, passes=1)
+    arguments = {"shards": str(home / "shards"), "out": tmp_path / "led.safetensors", "cache": tmp_path / "cache"}
+    job = replace(prepare_reference(**arguments, recogniser=False), feature_classifier=quick)
+    make_reference(job, make=reference_made_by(cast(Crew, obedient), {**arguments, "recogniser": False}, job))
+    assert obedient.stages() == {"real": job.real.parts}
+    assert job.out.read_bytes() == (home / "digits.safetensors").read_bytes()
