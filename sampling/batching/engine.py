@@ -1,15 +1,16 @@
 """Draws the images of many users at once, each with the very bits that it has when it is drawn alone.
 
-Each image goes through its sampler by itself, in a thread of its own, as a batch of one: all that is not the
-network is computed in one shape. What it asks of the network waits until every image that is under way has asked,
-and is then answered in passes of one shape (`passes`). So images of any samplers, steps and guidance share passes
-as long as they are of one network, a new one takes part at the next step, and one that is cancelled ends at its
-next step.
+Each image, or chain of images, goes through its sampler by itself, in a thread of its own, as a batch of one: all
+that is not the network is computed in one shape. What it asks of the network waits until every image that is
+under way has asked, and is then answered in passes of one shape (`passes`). So images of any samplers, steps and
+guidance share passes as long as they are of one network, a new one takes part at the next step, and one that is
+cancelled ends at its next step.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -22,9 +23,12 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.batching.models import Loaded, ModelKey, Models
 from ditmoe.sampling.batching.passes import Call, Passes
 from ditmoe.sampling.batching.queue import FairQueue
-from ditmoe.sampling.drawing.generate import draw
+from ditmoe.sampling.chains.images import StateFile, draw_chain_images
+from ditmoe.sampling.drawing.generate import as_bytes, draw
 from ditmoe.sampling.drawing.noise import ImageNoise
-from ditmoe.sampling.network.denoiser import make_denoiser
+from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
+from ditmoe.sampling.network.load import LoadedModel
+from ditmoe.sampling.noise_level.levels import NoisePosterior
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import NOT_FINITE
 
@@ -46,6 +50,10 @@ class OneImage:
     nfe: int
     """Evaluations of the denoiser."""
     finite: bool
+    sigma: float | None = None
+    """Of a chain: σ of the state that was denoised."""
+    trace_T: Tensor | None = None
+    """Of a chain: σ after each step since the sample before, float32."""
 
     def checked(self) -> "OneImage":
         """Itself. NotFinite where it is not."""
@@ -56,15 +64,19 @@ class OneImage:
 
 @dataclass(eq=False)
 class Ticket:
-    """An image that is to be drawn."""
+    """What is to be drawn by one thread: an image, or images of one chain."""
 
     user: str
     model: ModelKey
     label: int
-    number: int
-    """i of the image, which with the sampler's seed and the label makes it what it is."""
+    numbers: Sequence[int]
+    """i of each image, which with the sampler's seed and the label makes it what it is."""
     sampler: SamplerConfig
-    image: "Future[OneImage]" = field(default_factory=Future)
+    posterior: NoisePosterior | None = None
+    """By which a chain chooses its levels."""
+    state_file: StateFile | None = None
+    """Where an unfinished chain is kept; None: nowhere."""
+    drawn: "Future[list[OneImage]]" = field(default_factory=Future)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -106,7 +118,7 @@ class Engine:
         return not self._closed and all(thread.is_alive() for thread in self._threads)
 
     def submit(self, tickets: Sequence[Ticket], *, bounded: bool = True) -> None:
-        """Have the images of one user drawn; `Ticket.image` gets each.
+        """Have the images of one user drawn; `Ticket.drawn` gets them.
 
         Args:
             bounded: the limits of the queue hold.
@@ -125,14 +137,14 @@ class Engine:
             for ticket in tickets:
                 ticket.cancelled.set()
                 if self._queue.remove(ticket.user, ticket):
-                    ticket.image.set_exception(Cancelled())
+                    ticket.drawn.set_exception(Cancelled())
 
     def close(self) -> None:
         """End all threads; what is under way is cancelled."""
         with self._lock:
             self._closed = True
             while (ticket := self._queue.take()) is not None:
-                ticket.image.set_exception(Cancelled())
+                ticket.drawn.set_exception(Cancelled())
             self._wanted.notify_all()
             self._asked.notify_all()
         for thread in self._threads:
@@ -148,13 +160,13 @@ class Engine:
                 return
             try:
                 with self._models.use(ticket.model) as loaded, torch.inference_mode():
-                    image = self._draw(ticket, loaded)
+                    images = self._draw(ticket, loaded)
             except BaseException as error:
-                ticket.image.set_exception(error)
+                ticket.drawn.set_exception(error)
             else:
-                ticket.image.set_result(image)
+                ticket.drawn.set_result(images)
 
-    def _draw(self, ticket: Ticket, loaded: Loaded) -> OneImage:
+    def _draw(self, ticket: Ticket, loaded: Loaded) -> list[OneImage]:
         """From noise to bytes."""
         model, passes = loaded.model, loaded.passes
         config, device = ticket.sampler.resolved(model.objective_config), self._models.device
@@ -164,22 +176,65 @@ class Engine:
         denoiser = make_denoiser(
             partial(self._network, ticket, passes), model.model_config, model.objective_config, config
         )
-        noise = ImageNoise(config.seed, [ticket.number], (channels, size, size), device)
+        shape = (channels, size, size)
+        if config.chains:
+            return self._draw_chain(ticket, model, denoiser, config, shape)
+        [number] = ticket.numbers
+        noise = ImageNoise(config.seed, [number], shape, device)
         label_B = torch.tensor([ticket.label], device=device)
         initial_BCHW = noise.initial()
-        with self._lock:
-            self._under_way += 1
-        try:
+        with self._taking_part():
             drawn = draw(denoiser, label_B, initial_BCHW, noise, config)
-        finally:
-            with self._lock:
-                self._under_way -= 1
-                self._asked.notify()
         pixels_BCHW = (drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)).float().cpu()
         finite = bool(pixels_BCHW.isfinite().all())
         image_HWC = to_uint8(pixels_BCHW if finite else torch.zeros_like(pixels_BCHW))[0].permute(1, 2, 0)
         nfe = drawn.nfe if drawn.nfe_B is None else int(drawn.nfe_B[0])
-        return OneImage(image_HWC.contiguous(), nfe, finite)
+        return [OneImage(image_HWC.contiguous(), nfe, finite)]
+
+    def _draw_chain(
+        self,
+        ticket: Ticket,
+        model: LoadedModel,
+        denoiser: Denoiser,
+        config: SamplerConfig,
+        shape: tuple[int, int, int],
+    ) -> list[OneImage]:
+        """As far as the last of its images."""
+        assert ticket.posterior is not None
+        label_N = torch.full((len(ticket.numbers),), ticket.label, device=self._models.device)
+
+        def to_bytes(x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+            image_BHWC, finite_B = as_bytes(x_BCHW if model.vae is None else model.vae.decode(x_BCHW))
+            return image_BHWC.cpu(), finite_B.cpu()
+
+        with self._taking_part():
+            drawn = draw_chain_images(
+                denoiser,
+                ticket.posterior,
+                config,
+                label_N,
+                ticket.numbers,
+                shape,
+                to_bytes,
+                batch=1,
+                state_file=ticket.state_file,
+            )
+        return [
+            OneImage(image_HWC, int(nfe), bool(finite), float(sigma), trace_T)
+            for image_HWC, nfe, sigma, trace_T, finite in zip(*drawn, strict=True)
+        ]
+
+    @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        """Passes wait for what the body asks of the network."""
+        with self._lock:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                self._asked.notify()
 
     def _network(
         self, ticket: Ticket, passes: Passes, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor

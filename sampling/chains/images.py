@@ -32,6 +32,7 @@ from ditmoe.sampling.noise_level.classifier import (
     space_of,
 )
 from ditmoe.sampling.noise_level.levels import LevelRange, NoisePosterior
+from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 
 KEEP_SECONDS: Final = 60.0
@@ -89,12 +90,17 @@ def classifier_fingerprint(info: CheckpointInfo, samplers: Sequence[SamplerConfi
     num_classes = complete_config(info.model, info).num_classes
     assert num_classes is not None
     for dlg in chains:
-        if dlg.class_scales is not None and len(dlg.class_scales) < num_classes:
-            raise UserError(
-                f"class_scales has {len(dlg.class_scales)} numbers; expected one for each of {num_classes} classes"
-            )
-        LevelRange(classifier, dlg.sigma_min, dlg.sigma_max)
+        check_chains(dlg, classifier, num_classes)
     return classifier.fingerprint
+
+
+def check_chains(dlg: DlgConfig, posterior: NoisePosterior, num_classes: int) -> None:
+    """UserError when no level is in a chain's range of σ, or `class_scales` has no factor for a class."""
+    if dlg.class_scales is not None and len(dlg.class_scales) < num_classes:
+        raise UserError(
+            f"class_scales has {len(dlg.class_scales)} numbers; expected one for each of {num_classes} classes"
+        )
+    LevelRange(posterior, dlg.sigma_min, dlg.sigma_max)
 
 
 def draw_chain_images(

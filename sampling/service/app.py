@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -21,15 +21,18 @@ from ditmoe.sampling.batching.models import Models
 from ditmoe.sampling.service.access import Guard, Tokens, read_body
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
-from ditmoe.sampling.service.expiry import Sweeper
 from ditmoe.sampling.service.images import generate_images
-from ditmoe.sampling.service.job_routes import add_jobs
+from ditmoe.sampling.service.jobs.evaluating import Evaluating, StartChild
+from ditmoe.sampling.service.jobs.evaluators import Evaluators
+from ditmoe.sampling.service.jobs.expiry import Sweeper
+from ditmoe.sampling.service.jobs.routes import add_jobs
+from ditmoe.sampling.service.jobs.runner import Runner
+from ditmoe.sampling.service.jobs.store import IN_PROGRESS, QUEUED, JobStore
 from ditmoe.sampling.service.listing import Listing
 from ditmoe.sampling.service.page.routes import add_page
 from ditmoe.sampling.service.page.static_files import static_files
+from ditmoe.sampling.service.posteriors import Posteriors
 from ditmoe.sampling.service.requests import ImageRequest, parse
-from ditmoe.sampling.service.runner import Runner, StartChild
-from ditmoe.sampling.service.store import IN_PROGRESS, QUEUED, JobStore
 from ditmoe.sampling.service.warmup import WarmUp
 
 LOG: Final = logging.getLogger("ditmoe.service")
@@ -65,6 +68,8 @@ class ServiceSettings:
     """Runs whose networks are loaded before anybody asks."""
     keep_seconds: float | None = None
     """After which what a job made is removed; None: never."""
+    evaluators: Evaluators = field(default_factory=Evaluators)
+    """What evaluations are scored with, and by whom."""
 
 
 class Service:
@@ -96,7 +101,9 @@ class Service:
 
         for state in (QUEUED, IN_PROGRESS):
             self.counters.gauge(f"ditmoe_jobs_{state}", f"Jobs {state}.", partial(self.store.count, state))
-        self.runner = Runner(self.store, self.engine, self.listing, self.counters, settings.start_child)
+        self.posteriors = Posteriors(settings.device)
+        evaluating = Evaluating(self.store, settings.evaluators, settings.start_child)
+        self.runner = Runner(self.store, self.engine, self.listing, self.counters, self.posteriors, evaluating)
 
     @property
     def alive(self) -> bool:
@@ -131,6 +138,8 @@ def make_app(service: Service) -> ASGIApp:
         service.listing,
         service.store,
         service.runner,
+        service.posteriors,
+        service.settings.evaluators,
         service.settings.most_job_images,
         service.settings.most_job_passes,
     )
@@ -146,6 +155,7 @@ def make_app(service: Service) -> ASGIApp:
             service.listing,
             service.engine,
             service.counters,
+            service.posteriors,
             settings.most_images,
             settings.most_passes,
         )

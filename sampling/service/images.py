@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import groupby
 from typing import Any, Final
 
 import numpy as np
@@ -17,32 +18,70 @@ from torch import Tensor
 from ditmoe.sampling.batching.engine import Cancelled, Engine, NotFinite, Ticket, users_mistake
 from ditmoe.sampling.batching.models import ModelKey, ModelUnavailable
 from ditmoe.sampling.batching.queue import QueueFull
+from ditmoe.sampling.chains.images import StateFile
 from ditmoe.sampling.service.access import user_of
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listed, Listing
+from ditmoe.sampling.service.posteriors import Posteriors
 from ditmoe.sampling.service.requests import ImageRequest, check_cost
 
 LOG: Final = logging.getLogger("ditmoe.service")
 
 
-def tickets_of(request: ImageRequest, listed: Listed, user: str) -> list[Ticket]:
-    """What is to be drawn. ServiceError: a class is unknown, or the sampler is one of chains."""
-    if request.chains:
-        raise ServiceError(
-            400, f"sampler: {request.sampler} walks in chains; expected a sampler alone", param="sampler"
-        )
+def tickets_of(request: ImageRequest, listed: Listed, user: str, posteriors: Posteriors) -> list[Ticket]:
+    """What is to be drawn. ServiceError: a class is unknown, or there is no classifier for chains."""
     config = request.sampler_config().resolved(listed.info.objective)
-    numbers = range(request.first, request.first + request.count)
+    numbers, samples = range(request.first, request.first + request.count), config.images_per_unit
     classes = len(listed.class_names)
     if request.labels is not None:
         labels = [listed.label_of(given, f"labels.{place}") for place, given in enumerate(request.labels)]
     elif request.one_class is not None:
         labels = [listed.label_of(request.one_class, "class")] * request.count
     else:
-        labels = [number % classes for number in numbers]
-    key = ModelKey(listed.checkpoint, request.weights, config.precision)
-    return [Ticket(user, key, label, number, config) for number, label in zip(numbers, labels, strict=True)]
+        labels = [number // samples % classes for number in numbers]
+    for place in range(1, len(numbers)):
+        if numbers[place] % samples and labels[place] != labels[place - 1]:
+            raise ServiceError(
+                400,
+                f"labels.{place}: images {numbers[place] - 1} and {numbers[place]} are of one chain of {samples}; "
+                "expected one class for both",
+                param=f"labels.{place}",
+            )
+    return tickets_for(
+        numbers,
+        labels,
+        Ticket(
+            user,
+            ModelKey(listed.checkpoint, request.weights, config.precision),
+            0,
+            (),
+            config,
+            posteriors.find(listed, config),
+        ),
+    )
+
+
+def tickets_for(numbers: Sequence[int], labels: Sequence[int], like: Ticket) -> list[Ticket]:
+    """A ticket for each image, or for the images of each chain, which have one class; all else is as of `like`.
+
+    Where its state file is a folder, each chain gets a file in it.
+    """
+    samples, made = like.sampler.images_per_unit, []
+    for chain, group in groupby(zip(numbers, labels, strict=True), key=lambda each: each[0] // samples):
+        pairs, kept = list(group), like.state_file
+        made.append(
+            Ticket(
+                like.user,
+                like.model,
+                pairs[0][1],
+                [number for number, _ in pairs],
+                like.sampler,
+                like.posterior,
+                None if kept is None else StateFile(kept.path / f"{chain:08d}.safetensors", kept.identity),
+            )
+        )
+    return made
 
 
 async def generate_images(
@@ -51,6 +90,7 @@ async def generate_images(
     listing: Listing,
     engine: Engine,
     counters: Counters,
+    posteriors: Posteriors,
     most_images: int,
     most_passes: int,
 ) -> dict[str, Any]:
@@ -61,8 +101,9 @@ async def generate_images(
     """
     start = time.monotonic()
     listed = await asyncio.to_thread(listing.find, request.model, request.step)
-    check_cost(request.count, request.sampler_config().resolved(listed.info.objective), most_images, most_passes)
-    tickets = tickets_of(request, listed, user_of(http, request.user).name)
+    config = request.sampler_config().resolved(listed.info.objective)
+    check_cost(request.count, config, most_images, most_passes, first=request.first)
+    tickets = await asyncio.to_thread(tickets_of, request, listed, user_of(http, request.user).name, posteriors)
     try:
         engine.submit(tickets)
     except QueueFull as error:
@@ -78,16 +119,18 @@ async def generate_images(
     finally:
         drawing.cancel()
         leaving.cancel()
-        engine.cancel([ticket for ticket in tickets if not ticket.image.done()])
-    found = [ticket.image.exception() for ticket in tickets if ticket.image.done()]
+        engine.cancel([ticket for ticket in tickets if not ticket.drawn.done()])
+    found = [ticket.drawn.exception() for ticket in tickets if ticket.drawn.done()]
     errors = [error for error in found if error is not None]
     if errors:
         raise failure_of(next((error for error in errors if not isinstance(error, Cancelled)), errors[0]))
-    drawn = [ticket.image.result() for ticket in tickets]
-    for each in drawn:
+    drawn = [
+        (ticket, *each) for ticket in tickets for each in zip(ticket.numbers, ticket.drawn.result(), strict=True)
+    ]
+    for _, _, each in drawn:
         counters.drawn(each.nfe)
     try:
-        images = [each.checked() for each in drawn]
+        images = [each.checked() for _, _, each in drawn]
     except NotFinite as wrong:
         raise failure_of(wrong) from None
     encoded = await asyncio.to_thread(lambda: [png_of(image.image_HWC) for image in images])
@@ -99,13 +142,13 @@ async def generate_images(
         "data": [
             {
                 "b64_json": base64.b64encode(png).decode("ascii"),
-                "number": ticket.number,
+                "number": number,
                 "seed": ticket.sampler.seed,
                 "label": ticket.label,
                 "class": listed.class_names[ticket.label],
                 "nfe": image.nfe,
             }
-            for ticket, image, png in zip(tickets, images, encoded, strict=True)
+            for (ticket, number, image), png in zip(drawn, encoded, strict=True)
         ],
         "sampler": tickets[0].sampler.plain(),
     }
@@ -139,7 +182,7 @@ async def _finished(tickets: Sequence[Ticket]) -> None:
             loop.call_soon_threadsafe(one, future.exception() is not None)
 
     for ticket in tickets:
-        ticket.image.add_done_callback(tell)
+        ticket.drawn.add_done_callback(tell)
     await done.wait()
 
 

@@ -4,13 +4,20 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ditmoe.sampling.evaluation.keeping import Keep
 from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.metrics.reference import OnError
 from ditmoe.sampling.service.errors import ServiceError, of_validation
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
 
 LONGEST_CLASS: Final = 1000
 """Characters of a class's name."""
 LARGEST_NUMBER: Final = 2**31 - 1
+CHUNK: Final = 64
+"""Images of a draw that are written, and are in the queue, at once; of long chains those of one."""
+LONGEST_CHAIN: Final = 1024
+"""Samples of a chain of a draw."""
 ADAPTIVE_NFE: Final = 1000
 """What an image of rk45, which finds its own steps, counts for."""
 
@@ -101,6 +108,20 @@ class DrawJob(JobRequest):
     one_class: ClassGiven | None = Field(default=None, alias="class")
     """As of images."""
 
+    @model_validator(mode="after")
+    def _check_chains(self) -> Self:
+        if self.images_per_unit > LONGEST_CHAIN:
+            raise ValueError(
+                f"dlg.samples_per_chain = {self.images_per_unit:,}: draws hold whole chains; expected "
+                f"{LONGEST_CHAIN:,} at most"
+            )
+        return self
+
+    @property
+    def chunk(self) -> int:
+        """Images that are written as one: whole chains."""
+        return max(1, CHUNK // self.images_per_unit) * self.images_per_unit
+
 
 class EvaluationJob(JobRequest):
     """An evaluation, as `ditmoe evaluate` has it."""
@@ -110,11 +131,29 @@ class EvaluationJob(JobRequest):
     """Classes drawn at random, or in turn."""
     recogniser: bool = True
     """Also report the share that an independent classifier recognises."""
+    features: FeatureName = "classifier"
+    """Feature network; those that come from a file are there where the service was started with theirs."""
+    resize: ResizeName | None = None
+    """How Inception-v3 gets its images."""
+    reference: str | None = Field(default=None, min_length=1, max_length=255)
+    """Name of what drawn images are compared with, as /v1/evaluators lists them; null: the run's images."""
+    reference_network: StatedNetwork | None = None
+    """What statistics in an npz file are of."""
+    neighbour_images: int | None = Field(default=None, ge=8, le=LARGEST_NUMBER)
+    """Real images that precision and recall look at."""
+    on_error: OnError | None = None
+    """Real images that cannot be used: stop, or skip."""
+    keep: Keep = "chunks"
+    """What is left of the images when all is scored."""
 
     @model_validator(mode="after")
     def _check_timestep(self) -> Self:
         if self.ddpm_timestep != "interpolate":
             raise ValueError("ddpm_timestep: evaluations have interpolate alone; expected it left out")
+        if self.resize is not None and self.features != "inception":
+            raise ValueError("resize: goes with features inception; expected both, or neither")
+        if self.reference_network is not None and self.reference is None:
+            raise ValueError("reference_network: goes with reference; expected both, or neither")
         return self
 
 
@@ -155,19 +194,39 @@ def parse(kind: type[Request], body: bytes) -> Request:
         raise of_validation(error) from None
 
 
-def passes_of(config: SamplerConfig) -> float:
-    """Rows of passes through the network that an image is planned to take; guidance takes two each time."""
+def passes_of(config: SamplerConfig, count: int, first: int = 0) -> float:
+    """Rows of passes through the network that images are planned to take; guidance takes two each time.
+
+    Of chains with all samples before the first that is asked for.
+    """
+    if not config.chains:
+        return count * _passes_per_image(config)
+    samples = config.images_per_unit
+    last_chain, last_place = divmod(first + count - 1, samples)
+    whole = last_chain - first // samples
+    return whole * _passes_of_chain(config, samples) + _passes_of_chain(config, last_place + 1)
+
+
+def _passes_of_chain(config: SamplerConfig, samples: int) -> float:
+    """Those of a chain that goes so far."""
+    dlg = config.dlg.model_copy(update={"samples_per_chain": samples})
+    return samples * _passes_per_image(config.model_copy(update={"dlg": dlg}))
+
+
+def _passes_per_image(config: SamplerConfig) -> float:
     nfe = planned_nfe(config)
     return (ADAPTIVE_NFE if nfe is None else nfe) * (1 if config.cfg_scale == 1 else 2)
 
 
-def check_cost(count: int, config: SamplerConfig, most_images: int, most_passes: int, field: str = "n") -> None:
+def check_cost(
+    count: int, config: SamplerConfig, most_images: int, most_passes: int, field: str = "n", first: int = 0
+) -> None:
     """Refuse what is too much; the configuration is resolved. ServiceError."""
     if count > most_images:
         raise ServiceError(
             400, f"{field}: {count:,} images; expected {most_images:,} at most{_OTHERWISE[field]}", param=field
         )
-    passes = count * passes_of(config)
+    passes = passes_of(config, count, first)
     if passes > most_passes:
         raise ServiceError(
             400,

@@ -1,9 +1,9 @@
 """Settings of Denoising Langevin Gibbs chains."""
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ditmoe.model.settings import Settings
 from ditmoe.sampling.settings.names import ChainPreset, IntegratorName, LevelRule, StepRule
@@ -29,6 +29,11 @@ PRESETS: Final[Mapping[ChainPreset, Mapping[str, Any]]] = {
 """What a preset says of other settings; the rest have their defaults."""
 
 
+def _as_tuple(given: Any) -> Any:
+    """JSON and YAML have lists, also where types are strict."""
+    return tuple(given) if isinstance(given, list) else given
+
+
 class DlgConfig(Settings):
     """How chains move through images and noise levels, and which of their states are denoised."""
 
@@ -44,7 +49,7 @@ class DlgConfig(Settings):
     velocity that goes on from step to step, which also keeps it."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of `underdamped`: share of its velocity that a chain keeps from one step to the next."""
-    class_scales: tuple[float, ...] | None = None
+    class_scales: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple)] = None
     """A factor of η for each class; null: 1 for all."""
     skip: int = Field(default=20, ge=1, le=10**9)
     """Langevin–Gibbs steps from one sample to the next (n_skip)."""

@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ditmoe.data.storage.files import open_appending
@@ -11,15 +11,15 @@ from ditmoe.launcher.local.signals import PARENT_VARIABLE
 from ditmoe.sampling.service.access import TOKEN_VARIABLE
 
 
-def start_child(arguments: Sequence[str], log: Path) -> "subprocess.Popen[bytes]":
+def start_child(arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
     """Start a verb of ours that ends with the thread that starts it; its output is appended to a file."""
-    environment = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
+    inherited = {key: value for key, value in os.environ.items() if key != TOKEN_VARIABLE}
     with open_appending(log) as output:
         return subprocess.Popen(
             [*PROGRAM, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**environment, PARENT_VARIABLE: str(os.getpid())},
+            env={**inherited, **environment, PARENT_VARIABLE: str(os.getpid())},
             start_new_session=True,  # Ctrl-C is for the service, which queues its jobs again
         )

@@ -34,6 +34,29 @@ def command(
     most_passes: Annotated[
         int, typer.Option(min=1, help="Passes through the network that all images of a request may take.")
     ] = 100_000,
+    inception: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Inception-v3, for evaluations; see docs/evaluate.md.")
+    ] = None,
+    dinov2: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="DINOv2, for evaluations; see docs/evaluate.md.")
+    ] = None,
+    reference: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=FILE|SHARDS",
+            help="What evaluations may be compared with by this name, beside the files in RUNS/references; may be "
+            "repeated.",
+        ),
+    ] = [],  # noqa: B006  # typer's way
+    processes: Annotated[
+        int, typer.Option(min=0, help="Processes of this machine that share an evaluation; 0 with --crew.")
+    ] = 1,
+    crew: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Where workers of any machine join evaluations: `ditmoe worker FOLDER`."
+        ),
+    ] = None,
     load: Annotated[
         list[str],
         typer.Option(
@@ -57,6 +80,7 @@ def command(
     from ditmoe.launcher.commands.serving.child import start_child
     from ditmoe.sampling.service.access import read_tokens
     from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
+    from ditmoe.sampling.service.jobs.evaluators import FOLDER, Evaluators, named_references
     from ditmoe.sampling.service.listening import is_loopback, listen, serve
 
     loopback = is_loopback(host)
@@ -66,6 +90,8 @@ def command(
             f"--host {host}: is not loopback, so whoever reaches it may use it; expected a token in "
             "--token-file or DITMOE_SERVICE_TOKEN"
         )
+    if crew is None and processes == 0:
+        raise UserError("--processes 0: expected 1 or more, or --crew FOLDER for workers that join")
     name = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = ServiceSettings(
         runs=runs,
@@ -79,6 +105,13 @@ def command(
         most_passes=most_passes,
         tokens=tokens,
         loopback=loopback,
+        evaluators=Evaluators(
+            files={**({"inception": inception} if inception else {}), **({"dinov2": dinov2} if dinov2 else {})},
+            references=named_references(reference),
+            folder=runs / FOLDER,
+            processes=processes,
+            crew=crew,
+        ),
         load=tuple(dict.fromkeys(load)),
         keep_seconds=None if keep_jobs is None else keep_jobs * 86_400,
     )

@@ -46,12 +46,12 @@ def engine(passes_made: list[int]) -> Iterator[Engine]:
 def ticket(run: Path, number: int, user: str = "a", step: int = 0, **settings: object) -> Ticket:
     key = ModelKey(checkpoint_path(run, step), "ema", "fp32")
     sampler = SamplerConfig.model_validate({"sampler": "heun", "steps": 3, **settings})
-    return Ticket(user, key, number % 10, number, sampler)
+    return Ticket(user, key, number % 10, [number], sampler)
 
 
 def drawn(engine: Engine, tickets: list[Ticket]) -> list[OneImage]:
     engine.submit(tickets)
-    return [each.image.result(timeout=120) for each in tickets]
+    return [each.drawn.result(timeout=120)[0] for each in tickets]
 
 
 SETTINGS = (
@@ -100,10 +100,10 @@ def test_one_bad_request_is_told_and_others_go_on(engine: Engine, run: Path, tmp
     wild = ticket(run, 4, cfg_scale=1e38, steps=20)
     engine.submit([gone, wild, good])
     with pytest.raises(ModelUnavailable, match="none"):
-        gone.image.result(timeout=60)
+        gone.drawn.result(timeout=60)
     with pytest.raises(NotFinite):
-        wild.image.result(timeout=60).checked()
-    assert good.image.result(timeout=60).checked().finite
+        wild.drawn.result(timeout=60)[0].checked()
+    assert good.drawn.result(timeout=60)[0].checked().finite
 
 
 def test_a_cancelled_image_ends_between_steps(engine: Engine, run: Path, passes_made: list[int]) -> None:
@@ -114,11 +114,11 @@ def test_a_cancelled_image_ends_between_steps(engine: Engine, run: Path, passes_
         threading.Event().wait(0.01)
     engine.cancel([waits])
     with pytest.raises(Cancelled):
-        waits.image.result(timeout=0)
+        waits.drawn.result(timeout=0)
     engine.cancel(endless)
     for each in endless:
         with pytest.raises(Cancelled):
-            each.image.result(timeout=60)
+            each.drawn.result(timeout=60)
     assert engine.waiting == 0 and engine.alive
     assert drawn(engine, [ticket(run, 2)])[0].finite
 
@@ -130,7 +130,7 @@ def test_a_network_that_fails_fails_its_images_alone(engine: Engine, run: Path) 
     lost = ticket(run, 1)
     engine.submit([lost])
     with pytest.raises(RuntimeError, match="network failed"):
-        lost.image.result(timeout=60)
+        lost.drawn.result(timeout=60)
     hook.remove()
     assert drawn(engine, [ticket(run, 1)])[0].finite
 

@@ -1,7 +1,6 @@
 """Jobs: durable, resumed, cancelled between steps, watched, fetched; and nobody's name becomes a path."""
 
 import json
-import os
 import signal
 import socket
 import sqlite3
@@ -24,11 +23,9 @@ from typer.testing import CliRunner
 from ditmoe.data.storage.files import make_folder
 from ditmoe.launcher.commands.drawing import Drawing, draws_images
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import checkpoint_path
 from ditmoe.sampling.service.client import Client, Refused
-from ditmoe.sampling.service.job_routes import files_of
-from ditmoe.sampling.service.requests import options_of
-from ditmoe.sampling.service.store import (
+from ditmoe.sampling.service.jobs.routes import files_of
+from ditmoe.sampling.service.jobs.store import (
     CANCELLED,
     COMPLETED,
     FAILED,
@@ -38,10 +35,9 @@ from ditmoe.sampling.service.store import (
     JobStore,
     TooManyJobs,
 )
+from ditmoe.sampling.service.requests import options_of
 from ditmoe.sampling.settings.config import SamplerConfig
-from tests.markers import change_marker
 from tests.sampling.service.conftest import serving, until
-from tests.sampling.small_run import write_digits, write_run
 
 DRAWN = {"model": "digits", "sampler": "heun", "steps": 3, "seed": 5}
 ENDLESS = {"model": "digits", "steps": 20_000, "sampler": "euler"}
@@ -94,7 +90,8 @@ def test_a_job_is_cancelled_between_steps(ours: Client) -> None:
         ({"count": 10**6, "steps": 10**6}, 400, "steps"),
         ({"class": "dog"}, 400, "class"),
         ({"n": 3}, 400, "n"),
-        ({"sampler": "dlg:heun"}, 400, "sampler"),
+        ({"sampler": "dlg:heun"}, 400, "sampler"),  # the run has no noise-level classifier
+        ({"sampler": "dlg:heun", "dlg": {"samples_per_chain": 2000}}, 400, None),
         ({"kind": "evaluate", "labels": "some"}, 400, "labels"),
         ({"model": "../digits"}, 404, "model"),
         ({"step": 17}, 404, "step"),
@@ -191,7 +188,7 @@ def test_states_are_kept(tmp_path: Path) -> None:
 
 def test_a_job_that_has_expired_says_so(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither done nor unknown, and without its files; one that runs never does."""
-    monkeypatch.setattr("ditmoe.sampling.service.expiry.LOOK_SECONDS", 0.05)
+    monkeypatch.setattr("ditmoe.sampling.service.jobs.expiry.LOOK_SECONDS", 0.05)
     state = tmp_path / "state"
     with serving(runs, state=state) as client:
         ours = Client(str(client.base_url))
@@ -407,47 +404,3 @@ def test_threads_of_one_store(tmp_path: Path) -> None:
         thread.join()
     assert len(set(taken)) == 40
     store.close()
-
-
-EVALUATED = {"model": "digits", "count": 12, "steps": 2, "sampler": "euler", "recogniser": False}
-
-
-@pytest.mark.slow
-def test_an_evaluation_is_done_by_a_process_that_may_be_killed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The figures are those of the command; a process that is killed is started again."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run = write_run(tmp_path / "runs" / "digits")
-    shards = write_digits(tmp_path / "digits")
-    change_marker(
-        checkpoint_path(run, 0),
-        lambda facts: facts["config"].update(data={"sources": [{"path": str(shards)}]}),
-    )
-    store = tmp_path / "state"
-    with serving(tmp_path / "runs", state=store) as client:
-        ours = Client(str(client.base_url))
-        job_id = ours.give("evaluate", **EVALUATED)
-
-        def child() -> int | None:
-            with sqlite3.connect(f"file:{store / 'jobs.sqlite'}?mode=ro", uri=True) as jobs:
-                found: int | None = jobs.execute("select child from jobs where id = ?", [job_id]).fetchone()[0]
-            return found
-
-        until(lambda: child() is not None or ours.job(job_id)["status"] == "failed")
-        assert ours.job(job_id)["error"] is None
-        first = child()
-        assert first is not None
-        os.kill(first, signal.SIGKILL)
-        assert ours.wait(job_id)["progress"] == {"done": 12, "total": 12}
-        figures = ours.figures(job_id)
-        assert np.isfinite(figures["results"]["classifier"]["fid"])
-        assert "metrics.json" in ours.files(job_id) and ours.image(job_id, 11).size == (8, 8)
-        other = ours.give("evaluate", **{**EVALUATED, "count": 11, "steps": 100_000})
-        until(lambda: ours.job(other)["status"] == "in_progress")
-        ours.cancel(other)
-        with pytest.raises(Refused, match="cancelled"):
-            ours.wait(other)
-        gone = ours.give("evaluate", **{**EVALUATED, "sampler": "dlg:euler"})
-        with pytest.raises(Refused, match="noise-classifier"):
-            ours.wait(gone)

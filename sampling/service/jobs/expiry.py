@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from ditmoe.sampling.service.store import EXPIRED, JobStore
+from ditmoe.sampling.service.jobs.store import EXPIRED, JobStore
 
 LOG: Final = logging.getLogger("ditmoe.service")
 LOOK_SECONDS: Final = 30.0

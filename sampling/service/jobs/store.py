@@ -68,9 +68,6 @@ class Job(_Base):
     """Times that it was taken up since `done` grew."""
     folder: Mapped[str | None]
     """Of an evaluation, where its results lie."""
-    child: Mapped[int | None]
-    child_started: Mapped[float | None]
-    """The process that is at it: its id, and when that began, since ids come again."""
 
     def plain(self) -> dict[str, Any]:
         """As routes and clients have it."""
@@ -192,7 +189,7 @@ class JobStore:
             session.execute(update(Job).where(Job.id == job_id, Job.done < done).values(done=done, attempts=1))
 
     def set(self, job_id: str, **values: Any) -> None:
-        """Note where a job's results lie, or which process is at it."""
+        """Note where a job's results lie."""
         with self._changing() as session:
             session.execute(update(Job).where(Job.id == job_id).values(**values))
 
@@ -212,7 +209,7 @@ class JobStore:
             job = session.scalar(select(Job).where(Job.id == job_id, Job.state == IN_PROGRESS))
             if job is None:
                 return
-            job.error, job.child, job.child_started = error, None, None
+            job.error = error
             self._end(job, CANCELLED if state == QUEUED and job.cancelling else state)
             if state == COMPLETED:
                 job.done = job.total
@@ -238,6 +235,7 @@ class JobStore:
         with self._changing() as session:
             left = list(session.scalars(select(Job).where(Job.state == IN_PROGRESS)))
             for job in left:
+                job.attempts = max(0, job.attempts - 1)  # that it ended is no fault of the job's
                 self._end(job, CANCELLED if job.cancelling else QUEUED)
             if self._keep is not None:
                 untold = (Job.state.in_(ENDED), Job.expires.is_(None))

@@ -22,10 +22,12 @@ from ditmoe.model.settings import message_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE
 from ditmoe.sampling.service.access import User, read_body, user_of
 from ditmoe.sampling.service.errors import ServiceError
+from ditmoe.sampling.service.jobs.evaluators import Evaluators
+from ditmoe.sampling.service.jobs.runner import Runner, weights_of
+from ditmoe.sampling.service.jobs.store import COMPLETED, ENDED, EXPIRED, Job, JobStore, TooManyJobs
 from ditmoe.sampling.service.listing import Listing
-from ditmoe.sampling.service.requests import DrawJob, check_cost, parse_job
-from ditmoe.sampling.service.runner import CHUNK, Runner
-from ditmoe.sampling.service.store import ENDED, EXPIRED, Job, JobStore, TooManyJobs
+from ditmoe.sampling.service.posteriors import Posteriors
+from ditmoe.sampling.service.requests import DrawJob, EvaluationJob, check_cost, parse_job
 
 LOOK_SECONDS: Final = 0.25
 ALIVE_SECONDS: Final = 15.0
@@ -42,7 +44,14 @@ Asks = Annotated[User, Depends(_asks)]
 
 
 def add_jobs(
-    app: FastAPI, listing: Listing, store: JobStore, runner: Runner, most_images: int, most_passes: int
+    app: FastAPI,
+    listing: Listing,
+    store: JobStore,
+    runner: Runner,
+    posteriors: Posteriors,
+    evaluators: Evaluators,
+    most_images: int,
+    most_passes: int,
 ) -> None:
     """Add the routes to an application."""
 
@@ -51,11 +60,11 @@ def add_jobs(
         request = parse_job(body)
         listed = listing.find(request.model, request.step)
         config = request.sampler_config().resolved(listed.info.objective)
-        if isinstance(request, DrawJob):
-            if request.chains:
-                raise ServiceError(400, "sampler: chains are drawn by evaluations", param="sampler")
-            if request.one_class is not None:
-                listed.label_of(request.one_class, "class")
+        if isinstance(request, EvaluationJob):
+            evaluators.check(request)
+        elif request.one_class is not None:
+            listed.label_of(request.one_class, "class")
+        posterior = posteriors.find(listed, config)
         check_cost(request.count, config, most_images, most_passes, "count")
         if request.weights not in listed.info.parts:
             raise ServiceError(400, f"weights: the checkpoint has no {request.weights}", param="weights")
@@ -66,7 +75,7 @@ def add_jobs(
                 user=user_of(http, request.user).name,
                 kind=request.kind,
                 request=fixed.model_dump_json(by_alias=True, exclude_unset=False, exclude=_not_asked(fixed)),
-                weights=f"{listed.info.fingerprint}-{request.weights}",
+                weights=weights_of(listed, request.weights, posterior),
                 total=request.count,
             )
         except TooManyJobs as error:
@@ -94,6 +103,10 @@ def add_jobs(
         name = str(first["loc"][-1])
         told = ServiceError(400, f"{name}: {message_of(first)}", param=name)
         return JSONResponse(told.body(), 400)
+
+    @app.get("/v1/evaluators")
+    async def scored_with() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(evaluators.described))
 
     @app.post("/v1/jobs")
     async def give(request: Request) -> JSONResponse:
@@ -202,11 +215,18 @@ def files_of(folder: Path) -> dict[str, int]:
 
 def _image(job: Job, folder: Path, number: int) -> bytes:
     """An image as PNG. ServiceError: it is not there yet."""
+    request = parse_job(job.request.encode())
     try:
-        size = CHUNK if job.kind == "draw" else int(read_object(folder / "evaluation.json")["chunk"])
+        if isinstance(request, DrawJob):
+            size = request.chunk
+        else:
+            size = int(read_object(folder / "evaluation.json")["chunk"])
         stored = read_arrays(folder / "chunks" / f"{number // size:05d}.npz", ["images"])
     except (UserError, OSError, KeyError):
-        raise ServiceError(404, "the image is not there, or not yet", param="number", reason="not_found") from None
+        why = "the image is not there, or not yet"
+        if job.state == COMPLETED and isinstance(request, EvaluationJob) and request.keep != "chunks":
+            why = f"the evaluation kept no chunks (keep: {request.keep}); what it kept is among its files"
+        raise ServiceError(404, why, param="number", reason="not_found") from None
     array = stored["images"][number % size]
     array = array[:, :, 0] if array.shape[2] < 3 else array[:, :, :3]
     file = io.BytesIO()
