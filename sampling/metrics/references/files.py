@@ -53,16 +53,18 @@ def _opened(named: str | Path | None, option: str, stated: StatedNetwork | None)
         return None
     try:
         with open_regular(path) as file:
-            start = file.read(4)
+            start = file.read(9)
     except OSError as error:
         raise UserError(f"{path}: could not be read: {error.strerror or error}") from error
-    if suffix in PICKLE_SUFFIXES or start[:1] == b"\x80":
+    # Safetensors begin with the length of what begins with a brace: any eight bytes, those of a pickle or zip too.
+    ours = start[8:] == b"{"
+    if suffix in PICKLE_SUFFIXES or (start[:1] == b"\x80" and not ours):
         raise UserError(
             f"{path}: a pickle, which is a program that reading it would run: it is never opened. Convert it "
             "where you trust its publisher; of EDM2's statistics: python -c \"import numpy, pickle; "
             "numpy.savez('fid.npz', **pickle.load(open('FILE.pkl', 'rb'))['fid'])\""
         )
-    if not start.startswith(b"PK"):
+    if ours or not start.startswith(b"PK"):
         return OwnStatistics(path)
     npz = NpzFile(path)
     if any(name in npz.members for names in NPZ_KINDS.values() for name in names):

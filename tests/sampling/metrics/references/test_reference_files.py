@@ -471,3 +471,15 @@ def test_what_an_npz_file_is_of_may_be_stated(shards: Path, tmp_path: Path) -> N
         np.savez(tmp_path / "images.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
         with pytest.raises(UserError, match="--reference-network dinov2: goes with an npz file of mu and sigma"):
             open_reference_file(named, stated="dinov2")
+
+
+@pytest.mark.parametrize("length", [0x4B50, 0x10080], ids=["as a zip", "as a pickle"])
+def test_our_file_is_known_by_any_length_of_its_header(tmp_path: Path, length: int) -> None:
+    """Its first bytes are that length, and may be those that another kind of file begins with."""
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"ditmoe_reference": "{}"})
+    data = (tmp_path / "a.safetensors").read_bytes()
+    before = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + before].ljust(length)
+    (tmp_path / "a.safetensors").write_bytes(length.to_bytes(8, "little") + header + data[8 + before :])
+    with pytest.raises(UserError, match="no statistics that this version reads"):
+        open_reference_file(tmp_path / "a.safetensors")
