@@ -113,6 +113,8 @@ def synthesis_job(arguments: list[str], settings: JobSettings) -> Request:
 def _dataset_job(verb: str, given: Mapping[str, Any], arguments: list[str], settings: JobSettings) -> Request:
     if given["overwrite"]:
         raise UserError("--overwrite: every attempt of the job would begin anew; expected OUT removed beforehand")
+    if given.get("crew") is not None:
+        settings = _alone(f"--crew {given['crew']}: one task leads it", settings)
     out = Path(os.path.abspath(given["out"]))  # without `..`, which is no name of a folder
     return job_request(verb, ("data", verb, *arguments), _beside(out), settings, out.parent)
 
