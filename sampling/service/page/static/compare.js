@@ -1,6 +1,6 @@
 // Two jobs beside each other: in what they differ, their figures, their images of equal seeds.
 
-import { ask, ENDED, path, query } from "./api.js";
+import { ask, ENDED, path, pause, query } from "./api.js";
 import { field, h, number, replace, select, table } from "./dom.js";
 import { figuresOf, HIGHER } from "./figures.js";
 import { badge, jobText } from "./jobs.js";
@@ -26,10 +26,31 @@ export async function compare(scope, _, params) {
   };
   const figures = h("div");
   const images = h("div");
+  const differ = h("section", { class: "card", "aria-labelledby": "differ" }, h("h2", { id: "differ" }, "In what they differ"), differences(chosen));
   replace(scope.root, h("h1", {}, "Compare"),
     h("form", { class: "card row wide", "aria-label": "Which jobs" }, field_("a", chosen[0], "Job A"), field_("b", chosen[1], "Job B")),
-    h("section", { class: "card", "aria-labelledby": "differ" }, h("h2", { id: "differ" }, "In what they differ"), differences(chosen)), figures, images);
+    differ, figures, images);
   await Promise.all([showFigures(scope, figures, chosen), showImages(scope, images, chosen)]);
+  if (chosen.every((job) => ENDED.has(job.status))) return;
+  follow().catch((error) => { if (!scope.signal.aborted) replace(differ, h("p", { class: "warning" }, error.message)); });
+
+  /** Until both have ended: how far they are, and what they have in the end. */
+  async function follow() {
+    let now = chosen;
+    while (!scope.signal.aborted && !now.every((job) => ENDED.has(job.status))) {
+      await pause(2000, scope.signal);
+      if (scope.signal.aborted) return;
+      try {
+        now = await Promise.all(now.map((job) => (ENDED.has(job.status) ? job : ask(path("v1", "jobs", job.id), scope))));
+      } catch (error) {
+        if (error.status) throw error;
+        continue; // the service is away
+      }
+      replace(differ, h("h2", { id: "differ" }, "In what they differ"), differences(now));
+      if (!images.querySelector("figure")) await showImages(scope, images, now);
+    }
+    if (!scope.signal.aborted) await Promise.all([showFigures(scope, figures, now), showImages(scope, images, now)]);
+  }
 }
 
 const mark = (name) => h("span", { class: `mark mark-${name}` }, name);

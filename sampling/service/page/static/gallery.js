@@ -1,7 +1,7 @@
 // The images of an evaluation by class, each with its seed.
 
 import { ask, path, query } from "./api.js";
-import { field, h, number, replace, samplerText, say, select } from "./dom.js";
+import { counted, field, h, number, replace, samplerText, say, select } from "./dom.js";
 import { fetchPicture, pictureOf, playgroundLink, tile } from "./pictures.js";
 
 const OF_CLASS = 24;
@@ -18,7 +18,7 @@ export async function gallery(scope, _, params) {
   const run = usable.find((each) => each.id === params.get("run")) || usable[0];
   const where = path("v1", "runs", run.id);
   const [{ data }, { classes }] = await Promise.all([ask(`${where}/evaluations`, scope), ask(where, scope)]);
-  const kept = data.filter((each) => each.kept || each.finished).sort((a, b) => b.step - a.step || Number(a.chains) - Number(b.chains) || (b.nfe ?? 0) - (a.nfe ?? 0));
+  const kept = data.filter((each) => each.kept || each.finished).sort((a, b) => Number(b.kept) - Number(a.kept) || b.step - a.step || Number(a.chains) - Number(b.chains) || (b.nfe ?? 0) - (a.nfe ?? 0));
   const runField = select("run", usable.map((each) => [each.id, each.id]), run.id);
   const shown = kept.find((each) => each.id === params.get("evaluation")) || kept[0];
   const go = (values) => { location.hash = `#/gallery${query(values)}`; };
@@ -56,7 +56,7 @@ export async function gallery(scope, _, params) {
       grid.append(...reply.images.map(tileOf));
       next = reply.next;
       more.hidden = next === null;
-      say(`${grid.children.length} images of class ${names[label]}`);
+      say(`${counted(grid.children.length, "image")} of class ${names[label]}`);
     };
     more.addEventListener("click", load);
     const step = (by) => h("button", { type: "button", on: { click: () => go({ run: run.id, evaluation: shown.id, class: (label + by + names.length) % names.length }) } }, by < 0 ? "Class before" : "Next class");

@@ -1,7 +1,7 @@
 // One job: its progress as it goes, its images as they come, its figures and files.
 
 import { ask, ENDED, fetchBlob, give, path, query, watchJob } from "./api.js";
-import { duration, facts, h, number, replace, samplerText, say, time } from "./dom.js";
+import { counted, duration, facts, h, number, replace, samplerText, say, time } from "./dom.js";
 import { figureTables } from "./figures.js";
 import { badge, progress, shortId, STATES, times } from "./jobs.js";
 import { fetchPicture, pictureOf, playgroundLink, tile } from "./pictures.js";
@@ -57,7 +57,7 @@ export async function job(scope, [id]) {
     if (now.kind === "evaluate" && now.status === "completed") replace(figures, figureTables(await ask(`${where}/figures`, scope)));
     if (now.progress.done === 0) return;
     const { data } = await ask(`${where}/files`, scope);
-    replace(files, h("details", { class: "card" }, h("summary", {}, `${data.length} files`), h("ul", { class: "files" }, data.map((file) =>
+    replace(files, h("details", { class: "card" }, h("summary", {}, counted(data.length, "file")), h("ul", { class: "files" }, data.map((file) =>
       h("li", {}, h("button", { type: "button", class: "quiet", on: { click: () => save(file.name) } }, file.name), h("span", { class: "hint" }, `${number(Math.ceil(file.bytes / 1024))} KiB`))))));
   }
 

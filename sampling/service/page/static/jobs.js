@@ -1,7 +1,7 @@
 // All jobs, newest first, and new ones.
 
 import { ask, ENDED, give, path, pause, query } from "./api.js";
-import { clearProblems, duration, field, h, number, replace, samplerText, say, select, showProblem } from "./dom.js";
+import { clearProblems, counted, duration, field, h, number, replace, samplerText, say, select, showProblem } from "./dom.js";
 import { classOptions, guidanceField, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
 
 const PAGE = 30;
@@ -88,7 +88,7 @@ export async function jobs(scope) {
     empty.hidden = all.length > 0;
     if (!older.length) more.hidden = !page.has_more;
     const count = (state) => page.data.filter((job) => job.status === state).length;
-    if (all.length) say(`${count("in_progress")} jobs in progress, ${count("queued")} queued`);
+    if (all.length) say(`${counted(count("in_progress"), "job")} in progress, ${count("queued")} queued`);
     return all;
   };
 

@@ -92,6 +92,7 @@ export async function playground(scope, _, params) {
       asked.push({ ...rest, steps: Number(form.elements.namedItem("with_steps").value), ...(name ? { sampler: name } : {}) });
     }
     results.setAttribute("aria-busy", "true");
+    if (!results.querySelector("figure")) replace(results, h("p", { class: "empty" }, "Drawing…"));
     say("Drawing");
     try {
       const begun = performance.now();

@@ -2,7 +2,7 @@
 
 import { ask, path, pause } from "./api.js";
 import { chart } from "./charts.js";
-import { duration, facts, field, h, number, replace, samplerText, say, select, table } from "./dom.js";
+import { counted, duration, facts, field, h, number, replace, samplerText, say, select, table } from "./dom.js";
 import { fetchPicture } from "./pictures.js";
 import { figuresThere, seriesOf } from "./series.js";
 
@@ -35,7 +35,7 @@ export async function runs(scope) {
       h("h2", {}, h("a", { href: `#/${path("runs", run.id)}` }, run.id)),
       h("p", {}, trainingText(run)),
       run.problem ? h("p", { class: "warning" }, run.problem) : null,
-      h("p", { class: "hint" }, `${run.steps.length} checkpoints, ${run.evaluations} evaluations`)));
+      h("p", { class: "hint" }, `${counted(run.steps.length, "checkpoint")}, ${counted(run.evaluations, "evaluation")}`)));
     if (run.previews.length) previewOf(scope, run.id, run.previews.at(-1)).then((image) => preview.append(image), () => {});
   }
 }
@@ -210,7 +210,7 @@ function evaluationTable(run, evaluations) {
     : [h("a", { href: `#/${path("runs", run, "evaluations", each.id)}` }, samplerText(each.sampler)), number(each.step), number(each.nfe), number(each.count), each.seed,
       ...columns.map(([network, key]) => (each.finished ? number(each.figures[network]?.[key]?.value) : "under way"))]);
   const show = (most) => {
-    replace(place, table(`${number(evaluations.length)} evaluations`, ["sampler", "step", "NFE", "images", "seed", ...columns.map(([network, , title]) => (several ? `${title} (${network})` : title))], rows.slice(0, most)),
+    replace(place, table(counted(evaluations.length, "evaluation"), ["sampler", "step", "NFE", "images", "seed", ...columns.map(([network, , title]) => (several ? `${title} (${network})` : title))], rows.slice(0, most)),
       rows.length > most ? h("button", { type: "button", on: { click: () => show(rows.length) } }, `All ${number(rows.length)}`) : null);
   };
   show(ROWS);

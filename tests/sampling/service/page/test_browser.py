@@ -606,6 +606,21 @@ def test_two_jobs_are_compared(site: Site) -> None:
         )
 
 
+def test_jobs_under_way_are_compared_as_they_go(site: Site) -> None:
+    asked = {"kind": "draw", "model": "digits", "count": 64, "seed": 51}
+    slow, fast = (
+        site.client.post("/v1/jobs", json={**asked, "sampler": "euler", "steps": steps}).json()["id"]
+        for steps in (400, 2)
+    )
+    with site.page() as page:
+        site.go(page, f"compare?a={slow}&b={fast}", "Compare")
+        assert page.locator(".pairs figure").count() == 0
+        expect(page.locator(".badge")).to_have_text(["completed", "completed"])
+        expect(page.locator(".pairs figure")).to_have_count(12)
+        [first] = drawn(site.client, model="digits", sampler="euler", steps=400, seed=51, first=3)
+        assert np.array_equal(pixels(page.locator(".pairs figure").nth(3).locator("img").first), first)
+
+
 def test_the_colours_are_chosen_and_kept(site: Site) -> None:
     def ground() -> str:
         return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))

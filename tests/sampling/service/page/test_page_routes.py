@@ -5,7 +5,9 @@ import io
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from importlib.resources import files
 from pathlib import Path
 
@@ -53,6 +55,16 @@ def test_the_page_brings_all_that_it_needs(page: httpx.Client) -> None:
         waiting |= {f"/page/{name}" for name in re.findall(r'from "\./([^"]+)"', reply.text)} - seen
     shipped = {entry.name for entry in files("ditmoe.sampling.service.page").joinpath("static").iterdir()}
     assert {f"/page/{name}" for name in shipped - {"index.html"}} == seen
+
+
+def test_an_installed_package_has_the_files_of_the_page() -> None:
+    """As pyproject.toml tells setuptools, which takes along nothing else but modules."""
+    with (Path(__file__).resolve().parents[4] / "pyproject.toml").open("rb") as file:
+        patterns = tomllib.load(file)["tool"]["setuptools"]["package-data"]["ditmoe.sampling.service.page"]
+    shipped = list(files("ditmoe.sampling.service.page").joinpath("static").iterdir())
+    assert len(shipped) > 10
+    for entry in shipped:
+        assert any(fnmatch(f"static/{entry.name}", pattern) for pattern in patterns), entry.name
 
 
 def test_with_a_token_the_files_are_open_and_the_runs_are_not(trained: Path) -> None:
