@@ -37,11 +37,16 @@ OnErrorOption = Annotated[
     typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: as the run did]"),
 ]
 FeaturesOption = Annotated[
-    Literal["classifier", "inception", "dinov2"],
-    typer.Option(help="Feature network: one trained here on the real images, or one from a file."),
+    str,
+    typer.Option(
+        metavar="NAME[,NAME…]",
+        help="Feature networks: classifier (trained here on the real images), inception or dinov2 (from a file). "
+        "Several take one pass over the images.",
+    ),
 ]
 FeaturesPathOption = Annotated[
-    Path | None, typer.Option(help="The file of the feature network; see docs/evaluate.md.")
+    list[Path] | None,
+    typer.Option(metavar="[NAME=]FILE", help="The file of a feature network, for each one; see docs/evaluate.md."),
 ]
 ResizeOption = Annotated[
     Literal["pytorch-fid", "tensorflow"] | None,

@@ -26,6 +26,7 @@ from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 from ditmoe.launcher.commands.evaluate_watch import evaluate_watch
 from ditmoe.launcher.commands.shared_options import Sharing, shares_work
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.settings.networks import arguments_of, choices_of
 
 
 @shares_work()
@@ -113,11 +114,12 @@ def command(
     """
     from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
+    from ditmoe.sampling.evaluation.job import requests_of
     from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE, drop_images_of_finished, statistics_file
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
     from ditmoe.sampling.evaluation.results import table
     from ditmoe.sampling.evaluation.run_job import stored_result
-    from ditmoe.sampling.evaluation.stored import key_of
+    from ditmoe.sampling.evaluation.stored import keys_of
     from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.settings.config import SamplerConfig
 
@@ -135,6 +137,7 @@ def command(
     for option, given in (("--grid", grid), ("--watch", watch or None)):
         if expert_parallel > 1 and given is not None:
             raise UserError(f"--expert-parallel {expert_parallel}: expected without {option}")
+    choices = choices_of(features, features_path, resize)
     options = EvaluationOptions(
         source=run,
         sampler=SamplerConfig() if grid is not None else drawing.config(),
@@ -145,9 +148,10 @@ def command(
         data=data,
         index=index,
         on_error=on_error,
-        features=features,
-        features_path=features_path,
-        resize=resize,
+        features=choices[0].features,
+        features_path=choices[0].path,
+        resize=choices[0].resize,
+        more_networks=choices[1:],
         reference_network=reference_network,
         neighbour_images=neighbour_images,
         recogniser=recogniser,
@@ -160,15 +164,13 @@ def command(
         expert_parallel=expert_parallel,
     )
     # What processes that this one starts are told again, beside what is drawn.
-    shared = ["--weights", weights, "--features", features, "--batch", str(batch)]
+    shared = ["--weights", weights, *arguments_of(choices), "--batch", str(batch)]
     shared += ["--recogniser" if recogniser else "--no-recogniser", "--keep", keep]
     shared += [] if expert_parallel == 1 else ["--expert-parallel", str(expert_parallel)]
     for option, value in (
         ("--reference", data),
         ("--index", index),
         ("--on-error", on_error),
-        ("--features-path", features_path),
-        ("--resize", resize),
         ("--reference-network", reference_network),
         ("--neighbour-images", neighbour_images),
         ("--chunk", chunk),
@@ -207,12 +209,12 @@ def command(
             else:
                 metrics = evaluate_run(job, made_by(crew, options, job), max(crew.size, 1))
     if process.first:
-        key = key_of(metrics["results"], job.request)
-        assert key is not None
-        for line in table(metrics, key):
+        keys = keys_of(metrics["results"], requests_of(job))
+        for line in table(metrics, *keys):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")
-        samples, moments = job.folder / SAMPLES_FILE, job.folder / statistics_file(key)
+        samples = job.folder / SAMPLES_FILE
+        moments = ", ".join(str(job.folder / statistics_file(key)) for key in keys)
         typer.echo(f"  samples  {samples}" if samples.exists() else f"  moments  {moments}")
         typer.echo(f"  gallery  {job.folder / 'gallery' / 'index.html'}")
 

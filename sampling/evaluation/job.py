@@ -18,6 +18,7 @@ from ditmoe.sampling.metrics.reference import Reference
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
+from ditmoe.sampling.settings.networks import NetworkChoice
 
 LabelSampling = Literal["random", "balanced"]
 
@@ -105,6 +106,8 @@ class Scored(Protocol):
     @property
     def resize(self) -> ResizeName | None: ...
     @property
+    def more_networks(self) -> tuple[NetworkChoice, ...]: ...
+    @property
     def recogniser(self) -> bool: ...
     @property
     def feature_classifier(self) -> ClassifierSettings: ...
@@ -130,6 +133,8 @@ class Job:
     """The file of the network, where it comes from one."""
     resize: ResizeName | None = None
     """How images come to the size of Inception; None: as its file has it."""
+    more_networks: tuple[NetworkChoice, ...] = ()
+    """Further feature networks, which describe the images in the same pass; the one above is what is followed."""
     neighbour_images: int | None = None
     """Real images that precision and recall look at; None: all, up to 50,000."""
     recogniser: bool = True
@@ -183,19 +188,34 @@ class Job:
         return request_of(self)
 
 
-def request_of(job: Scored) -> dict[str, Any]:
-    """What figures depend on, besides the images."""
+def choices_of_job(job: Scored) -> tuple[NetworkChoice, ...]:
+    """All feature networks that it is scored with; the first is what is followed."""
+    return (NetworkChoice(job.features, job.features_path, job.resize), *job.more_networks)
+
+
+def requests_of(job: Scored) -> list[dict[str, Any]]:
+    """`request_of` for each of `choices_of_job`."""
+    return [request_of(job, choice) for choice in choices_of_job(job)]
+
+
+def request_of(job: Scored, choice: NetworkChoice | None = None) -> dict[str, Any]:
+    """What figures in a feature network depend on, besides the images.
+
+    Args:
+        choice: the network; None: the first.
+    """
+    choice = choice or choices_of_job(job)[0]
     file = None
-    if job.features != "classifier" and job.features_path is not None and job.features_path.is_file():
-        with job.features_path.open("rb") as stored:
+    if choice.features != "classifier" and choice.path is not None and choice.path.is_file():
+        with choice.path.open("rb") as stored:
             file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
-    classifier = job.feature_classifier if job.features == "classifier" else None
+    classifier = job.feature_classifier if choice.features == "classifier" else None
     stated = job.real.stated if isinstance(job.real, ReferenceStatistics) else None
     return {
         "real": job.real.fingerprint,
-        "features": job.features,
+        "features": choice.features,
         "features_file": file,
-        "resize": job.resize,
+        "resize": choice.resize,
         "classifier": vars(classifier) if classifier is not None else None,
         "neighbour_images": job.neighbour_images,
         "recogniser": vars(job.recogniser_classifier) if job.recogniser else None,

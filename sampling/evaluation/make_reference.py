@@ -19,6 +19,7 @@ from ditmoe.sampling.metrics.reference import OnError, ReferenceImages, open_ref
 from ditmoe.sampling.metrics.references.own import SUFFIX, write_reference
 from ditmoe.sampling.network.load import find_checkpoint
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
+from ditmoe.sampling.settings.networks import NetworkChoice
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ReferenceJob:
     features: FeatureName = "classifier"
     features_path: Path | None = None
     resize: ResizeName | None = None
+    more_networks: tuple[NetworkChoice, ...] = ()
+    """None: a file is of one network."""
     neighbour_images: int | None = None
     """As of `Job`; the file has the features of all that are kept."""
     recogniser: bool = True
@@ -108,7 +111,7 @@ def make_reference(
     show = progress if workers.first else lambda title, total: lambda done: None
     say: Callable[[str], None] = log if workers.first else lambda line: None
     measures = Measures()
-    network, recogniser = measures.networks(job, workers, say)
+    (network,), recogniser = measures.networks(job, workers, say)
     made = make or by_ranks(workers.rank, workers.ranks)
-    statistics = measures.real_statistics(job, network, made, workers.device, show)
+    (statistics,) = measures.real_statistics(job, [network], made, workers.device, show)
     workers.on_first(lambda: write_reference(job.out, job.real, network, statistics, recogniser))

@@ -1,67 +1,87 @@
 """What drawn images are scored with, for as many evaluations as are scored alike."""
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 
 from ditmoe.data.crew.making import Make
+from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.evaluation.job import Scored
+from ditmoe.sampling.evaluation.job import Scored, choices_of_job
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import Classifier, load_classifier
 from ditmoe.sampling.metrics.features import FeatureNetwork
-from ditmoe.sampling.metrics.networks.opening import FROM_FILES, open_network
-from ditmoe.sampling.metrics.real_statistics import RealStatistics
-from ditmoe.sampling.metrics.reference import Reference, ReferenceImages
+from ditmoe.sampling.metrics.networks.opening import open_network
+from ditmoe.sampling.metrics.real_statistics import RealStatistics, parts_of_real_alike
+from ditmoe.sampling.metrics.reference import Images, Reference, ReferenceImages
 from ditmoe.sampling.metrics.references.files import reference_statistics
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
+from ditmoe.sampling.settings.networks import FROM_FILES
+
+
+class Networks(NamedTuple):
+    """What images are described by."""
+
+    of_features: tuple[FeatureNetwork, ...]
+    """For each of `choices_of_job`."""
+    recogniser: Classifier | None
+    """None: not asked for, or nothing to train it on."""
 
 
 class Measures:
     """What images are scored with, loaded or computed once for all jobs with one request, cache and batch."""
 
     def __init__(self) -> None:
-        self._networks: tuple[FeatureNetwork, Classifier | None] | None = None
-        self._statistics: RealStatistics | None = None
+        self._networks: Networks | None = None
+        self._statistics: dict[str, RealStatistics] = {}
 
-    def networks(
-        self, job: Scored, workers: Workers, log: Callable[[str], None]
-    ) -> tuple[FeatureNetwork, Classifier | None]:
-        """The feature network and the recogniser, from the cache or trained now; None: nothing to train it on."""
+    def networks(self, job: Scored, workers: Workers, log: Callable[[str], None]) -> Networks:
+        """The feature networks and the recogniser, from the cache or trained now."""
         if self._networks is None:
-            network: FeatureNetwork
-            if job.features in FROM_FILES:
-                network = open_network(job.features, job.features_path, workers.device, job.resize)
-            else:
+            networks: list[FeatureNetwork] = []
+            for choice in choices_of_job(job):
+                if choice.features in FROM_FILES:
+                    networks.append(open_network(choice.features, choice.path, workers.device, choice.resize))
+                    continue
                 found = _classifier("features", job, workers, log)
                 if found is None:
                     raise UserError(without_classifier(job.real))
-                network = found
+                networks.append(found)
             recogniser = _classifier("recogniser", job, workers, log) if job.recogniser else None
-            self._networks = network, recogniser
+            self._networks = Networks(tuple(networks), recogniser)
         return self._networks
 
     def real_statistics(
         self,
         job: Scored,
-        network: FeatureNetwork,
+        networks: Sequence[FeatureNetwork],
         make: Make,
         device: torch.device,
         progress: Callable[[str, int], Progress],
-    ) -> RealStatistics:
-        """Statistics of the real images, whose parts are made as the stage `real`; moments are on the device."""
-        if self._statistics is None:
-            self._statistics = reference_statistics(
-                job.real,
-                network,
-                job.cache,
-                make=make,
-                device=device,
-                on_progress=progress("parts of the real images", job.real.parts),
-            )
-        return self._statistics
+    ) -> list[RealStatistics]:
+        """Statistics of the real images in each network, from one pass over them; moments are on the device.
+
+        Args:
+            make: has the parts of `real_parts` made, as the stage `real`.
+        """
+        wanted = [network for network in networks if network.fingerprint not in self._statistics]
+        if wanted:
+            parts = real_parts(job, networks, device)
+            if parts is not None:
+                make("real", parts, on_progress=progress("parts of the real images", job.real.parts))
+            for network in wanted:
+                self._statistics[network.fingerprint] = reference_statistics(
+                    job.real, network, job.cache, device=device
+                )
+        return [self._statistics[network.fingerprint] for network in networks]
+
+
+def real_parts(job: Scored, networks: Sequence[FeatureNetwork], device: torch.device) -> AnyParts | None:
+    """Statistics of the real images in some networks; None: a file answers, and none is read."""
+    images = job.real.images if isinstance(job.real, ReferenceStatistics) else job.real
+    return parts_of_real_alike(images, networks, job.cache, device) if isinstance(images, Images) else None
 
 
 def _classifier(
@@ -94,10 +114,11 @@ def check_reference(job: Scored) -> tuple[str, ...]:
         UserError: it does not fit.
     """
     real = job.real
-    if isinstance(real, ReferenceStatistics):
-        real.check_features(job.features)
-    elif not isinstance(real, ReferenceImages) and job.features == "classifier":
-        raise UserError(without_classifier(real))
+    for choice in choices_of_job(job):
+        if isinstance(real, ReferenceStatistics):
+            real.check_features(choice.features)
+        elif not isinstance(real, ReferenceImages) and choice.features == "classifier":
+            raise UserError(without_classifier(real))
     if job.recogniser and not has_recogniser(real):
         return (f"{real.where}: has no recogniser: the share recognised is left out",)
     return ()

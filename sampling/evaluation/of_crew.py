@@ -12,9 +12,10 @@ from ditmoe.data.crew.making import Make, absolute, absolute_place, by_crew, che
 from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.parallel.ranks import own_device
 from ditmoe.sampling.evaluation.job import Job
-from ditmoe.sampling.evaluation.measures import Measures
+from ditmoe.sampling.evaluation.measures import Measures, real_parts
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, ModelOfJob, drawer, prepare_job
-from ditmoe.sampling.evaluation.stages import chunk_store, descriptions_of, real_parts, recognised_of
+from ditmoe.sampling.evaluation.stages import chunk_store, described_of, missing_of
+from ditmoe.sampling.evaluation.stored import stored_results
 from ditmoe.sampling.jobs.chunks import DrawChunk
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import ClassifierSettings
@@ -44,6 +45,7 @@ def request_for(options: EvaluationOptions, job: Job) -> dict[str, Any]:
         data=None if options.data is None else absolute_place(str(options.data)),
         index=absolute(options.index),
         features_path=absolute(options.features_path),
+        more_networks=tuple(choice.absolute() for choice in options.more_networks),
         cache=job.cache.absolute(),
         vae=absolute(options.vae),
         shared_weights=absolute(options.shared_weights),
@@ -70,14 +72,13 @@ def parts_of_stage(request: Mapping[str, Any]) -> AnyParts:
     store = chunk_store(job, draw)
     if stage == "drawn":
         return store.parts
-    network, recogniser = tools.measures.networks(job, tools.workers, lambda line: None)
+    networks = tools.measures.networks(job, tools.workers, lambda line: None)
+    # As whoever leads found it: what is stored changes when all is made.
+    places = missing_of(job, stored_results(job.folder))
     if stage == "described":
-        return descriptions_of(store, network).parts
-    if stage == "recognised":
-        assert recogniser is not None
-        return recognised_of(store, recogniser).parts
+        return described_of(store, networks, places).parts
     assert stage == "real", stage
-    parts = real_parts(job, network, tools.workers.device)
+    parts = real_parts(job, [networks.of_features[place] for place in places], tools.workers.device)
     assert parts is not None
     return parts
 

@@ -51,6 +51,7 @@ from ditmoe.sampling.network.of_group import check_dealt
 from ditmoe.sampling.noise_level.classifier import NoiseClassifier
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
+from ditmoe.sampling.settings.networks import NetworkChoice
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ class EvaluationOptions:
     features: FeatureName = "classifier"
     features_path: Path | None = None
     resize: ResizeName | None = None
+    more_networks: tuple[NetworkChoice, ...] = ()
+    """Further feature networks, in the same pass over the images."""
     reference_network: StatedNetwork | None = None
     """What statistics in an npz file are said to be of."""
     neighbour_images: int | None = None
@@ -118,10 +121,14 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     decoder = find_decoder(info, options.vae)
     real = _reference(info, options)
     num_classes = _check_fit(info, real, decoder)
-    network = check_network_options(options.features, options.features_path, options.resize)
-    if network is not None and isinstance(real, ReferenceStatistics):
-        real.check_features(options.features)
-        real.check_network(network)
+    for choice in (
+        NetworkChoice(options.features, options.features_path, options.resize),
+        *options.more_networks,
+    ):
+        network = check_network_options(choice.features, choice.path, choice.resize)
+        if network is not None and isinstance(real, ReferenceStatistics):
+            real.check_features(choice.features)
+            real.check_network(network)
     resolved = [sampler.resolved(info.objective) for sampler in samplers]
     for sampler in resolved:
         check_guidance(complete_config(info.model, info), sampler)
@@ -152,6 +159,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             features=options.features,
             features_path=options.features_path,
             resize=options.resize,
+            more_networks=options.more_networks,
             neighbour_images=options.neighbour_images,
             recogniser=options.recogniser,
             chunk=options.chunk,

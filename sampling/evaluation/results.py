@@ -4,7 +4,7 @@ import json
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -33,16 +33,22 @@ WEAK_ACCURACY: Final = 0.5
 """Held-out accuracy of the feature classifier below which the figures in its features carry a warning."""
 
 
+class Measured(NamedTuple):
+    """What is scored in one feature network."""
+
+    request: dict[str, Any]
+    network: FeatureNetwork
+    statistics: RealStatistics
+    descriptions: ChunkDescriptions
+
+
 def write_results(
     folder: Path,
     evaluation: dict[str, Any],
-    request: dict[str, Any],
     store: ChunkStore,
     real: Reference,
     class_names: Sequence[str],
-    network: FeatureNetwork,
-    statistics: RealStatistics,
-    descriptions: ChunkDescriptions,
+    measured: Sequence[Measured],
     recogniser: Classifier | None,
     judged: ChunkDescriptions | None,
     warnings: Sequence[str] = (),
@@ -56,6 +62,7 @@ def write_results(
 
     Args:
         class_names: of the drawn images.
+        measured: in each feature network; the gallery shows the first one's figures.
         samples_per_chain: None: they are no chains.
         device: where figures are computed.
         neighbour_images: real images that precision and recall look at; None: all that are kept.
@@ -64,29 +71,51 @@ def write_results(
     not_finite = store.not_finite()
     if samples:
         write_samples(folder / SAMPLES_FILE, store, store.count - len(not_finite))
-    result = scored_result(request, real, network, statistics, descriptions, device, neighbour_images)
-    result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
-    if not_finite:
-        result["warnings"].append(
-            f"{len(not_finite):,} of {store.count:,} images are not finite and take no part, such as image "
-            f"{not_finite[0]}: {NOT_FINITE}"
-        )
-    result["warnings"] += images_left_out(result)
-    result["warnings"] += warnings
-    if isinstance(network, Classifier):
-        result["warnings"] += weak_features(network, len(class_names))
-    if samples_per_chain is not None:
-        picture = folder / "gallery" / CHAINS_FILE
-        real_NF = statistics.features_NF
-        result["chains"] = (
-            {"warnings": [f"{real.where}: has no features of single images: chains have no figures"]}
-            if real_NF is None
-            else chain_results(picture, store, descriptions, samples_per_chain, real_NF)
-        )
     _, size, _, channels = store.read(0).image_NHWC.shape
     sheets = Sheets(class_names, size, channels)
-    right = np.zeros(len(class_names), dtype=np.int64)
-    of_class = np.zeros(len(class_names), dtype=np.int64)
+    share = _share_recognised(store, sheets, recogniser, judged)
+    # Other figures of the same images stay.
+    results = stored_results(folder)
+    keys = []
+    for each in measured:
+        result = scored_result(each.request, real, *each[1:], device, neighbour_images)
+        result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
+        if not_finite:
+            result["warnings"].append(
+                f"{len(not_finite):,} of {store.count:,} images are not finite and take no part, such as image "
+                f"{not_finite[0]}: {NOT_FINITE}"
+            )
+        result["warnings"] += images_left_out(result)
+        result["warnings"] += warnings
+        if isinstance(each.network, Classifier):
+            result["warnings"] += weak_features(each.network, len(class_names))
+        keys.append(key_for(results, each.request))
+        if samples_per_chain is not None:
+            picture = folder / "gallery" / (CHAINS_FILE if len(keys) == 1 else f"{keys[-1]}-{CHAINS_FILE}")
+            real_NF = each.statistics.features_NF
+            result["chains"] = (
+                {"warnings": [f"{real.where}: has no features of single images: chains have no figures"]}
+                if real_NF is None
+                else chain_results(picture, store, each.descriptions, samples_per_chain, real_NF)
+            )
+        results[keys[-1]] = result | share
+
+    metrics = {"format": METRICS_FORMAT, "evaluation": evaluation, "results": results}
+    write_gallery(folder / "gallery", sheets, metrics, keys[0])
+    rows = rows_of(metrics)
+    for name, text in ((MARKDOWN_FILE, markdown(rows)), (LATEX_FILE, latex(rows))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
+    with replacing(folder / METRICS_FILE) as file:
+        file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _share_recognised(
+    store: ChunkStore, sheets: Sheets, recogniser: Classifier | None, judged: ChunkDescriptions | None
+) -> dict[str, Any]:
+    """`recogniser`, where there is one; the sheets get their images in the same pass."""
+    right = np.zeros(len(sheets.class_names), dtype=np.int64)
+    of_class = np.zeros(len(sheets.class_names), dtype=np.int64)
     for chunk in range(store.chunks):
         drawn = store.read(chunk)
         sheets.add(drawn.image_NHWC, drawn.label_N)
@@ -94,34 +123,26 @@ def write_results(
         if judged is not None and len(drawn.label_N):
             hits = judged.read(chunk)["predicted"] == drawn.label_N
             right += np.bincount(drawn.label_N[hits], minlength=len(right))
-    if recogniser is not None:
-        result["recogniser"] = {
-            "accuracy": float(right.sum() / of_class.sum()),
-            "held_out_accuracy": recogniser.held_out_accuracy,
-            "held_out_images": recogniser.held_out_images,
-            "fingerprint": recogniser.fingerprint,
-            "by_class": [float(r / n) if n else None for r, n in zip(right, of_class, strict=True)],
-            **recogniser.description,
-        }
+    return {} if recogniser is None else {"recogniser": recognised(right, of_class, recogniser)}
 
-    # Other figures of the same images stay.
-    results = stored_results(folder)
-    key = key_for(results, request)
-    metrics = {
-        "format": METRICS_FORMAT,
-        "evaluation": evaluation,
-        "results": {**results, key: result},
+
+def recognised(
+    right_K: NDArray[np.int64], of_class_K: NDArray[np.int64], recogniser: Classifier
+) -> dict[str, Any]:
+    """The share of images, by class, that the recogniser takes for their class.
+
+    Args:
+        right_K: images of each class that it takes for it.
+        of_class_K: images of each class.
+    """
+    return {
+        "accuracy": float(right_K.sum() / of_class_K.sum()),
+        "held_out_accuracy": recogniser.held_out_accuracy,
+        "held_out_images": recogniser.held_out_images,
+        "fingerprint": recogniser.fingerprint,
+        "by_class": [float(r / n) if n else None for r, n in zip(right_K, of_class_K, strict=True)],
+        **recogniser.description,
     }
-    write_gallery(folder / "gallery", sheets, metrics, key)
-    rows = rows_of(metrics)
-    for name, text in ((MARKDOWN_FILE, markdown(rows)), (LATEX_FILE, latex(rows))):
-        with replacing(folder / name) as file:
-            file.write(text.encode())
-    with replacing(folder / METRICS_FILE) as file:
-        file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
-    descriptions.remove()
-    if judged is not None:
-        judged.remove()
 
 
 def scored_result(
@@ -211,16 +232,16 @@ def to_colour(image_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(image_NHWC, 3, axis=3) if image_NHWC.shape[3] == 1 else image_NHWC
 
 
-def table(metrics: Mapping[str, Any], key: str) -> list[str]:
-    """The figures of one result as lines for a terminal."""
-    evaluation, result = metrics["evaluation"], metrics["results"][key]
+def table(metrics: Mapping[str, Any], *keys: str) -> list[str]:
+    """The figures of some results, by their keys, as lines for a terminal."""
+    evaluation = metrics["evaluation"]
     sampler = evaluation["sampler"]
     drawn = (
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
         f"{sampler['sampler']}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}, "
         f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}"
     )
-    return [drawn, *figure_lines(result)]
+    return [drawn, *(line for key in keys for line in figure_lines(metrics["results"][key]))]
 
 
 def figure_lines(result: Mapping[str, Any]) -> list[str]:

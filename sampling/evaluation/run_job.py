@@ -25,7 +25,7 @@ from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object, replacing
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.evaluation.job import Job
+from ditmoe.sampling.evaluation.job import Job, requests_of
 from ditmoe.sampling.evaluation.keeping import (
     KEPT_KEY,
     SAMPLES_FILE,
@@ -37,9 +37,9 @@ from ditmoe.sampling.evaluation.keeping import (
     write_drawn_statistics,
 )
 from ditmoe.sampling.evaluation.measures import Measures
-from ditmoe.sampling.evaluation.results import write_results
-from ditmoe.sampling.evaluation.stages import chunk_store, descriptions_of, recognised_of
-from ditmoe.sampling.evaluation.stored import METRICS_FILE, key_for, key_of, stored_results
+from ditmoe.sampling.evaluation.results import Measured, write_results
+from ditmoe.sampling.evaluation.stages import chunk_store, described_of, missing_of
+from ditmoe.sampling.evaluation.stored import METRICS_FILE, key_for, stored_results
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import DrawChunk
@@ -50,7 +50,7 @@ LARGEST_DEFAULT_CHUNK: Final = 256
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
-    """The job's metrics, when it was finished before.
+    """The job's metrics, when it was finished before, in all of its feature networks.
 
     Raises:
         UserError: `metrics.json` is damaged.
@@ -58,7 +58,7 @@ def stored_result(job: Job) -> dict[str, Any] | None:
     path = job.folder / METRICS_FILE
     if not path.exists() or not ((job.folder / SAMPLES_FILE).exists() or kept(job.folder) == "statistics"):
         return None
-    return None if key_of(stored_results(job.folder), job.request) is None else read_object(path)
+    return None if missing_of(job, stored_results(job.folder)) else read_object(path)
 
 
 def run_job(
@@ -172,14 +172,19 @@ def _run(
     if before:
         log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
 
-    network, recogniser = measures.networks(job, workers, log)
-    descriptions = descriptions_of(store, network)
-    make("described", descriptions.parts, on_progress=progress("chunks described", store.chunks))
-    judged = None
-    if recogniser is not None:
-        judged = recognised_of(store, recogniser)
-        make("recognised", judged.parts)
-    statistics = measures.real_statistics(job, network, make, workers.device, progress)
+    networks = measures.networks(job, workers, log)
+    places = missing_of(job, stored_results(job.folder))
+    described = described_of(store, networks, places)
+    make("described", described.parts, on_progress=progress("chunks described", store.chunks))
+    asked = [networks.of_features[place] for place in places]
+    statistics = measures.real_statistics(job, asked, make, workers.device, progress)
+    requests = requests_of(job)
+    measured = [
+        Measured(requests[place], network, known, descriptions)
+        for place, network, known, descriptions in zip(
+            places, asked, statistics, described.of_features, strict=True
+        )
+    ]
     # The results remove the descriptions: a process that still looked for them would make them all again.
     workers.wait()
 
@@ -189,8 +194,10 @@ def _run(
         if nfe is None:  # whoever drew did not count
             nfe = planned_nfe(evaluation.sampler)
         if job.keep == "statistics":
-            moments = job.folder / statistics_file(key_for(stored_results(job.folder), job.request))
-            write_drawn_statistics(moments, descriptions, statistics, workers.device)
+            results = stored_results(job.folder)
+            for each in measured:
+                moments = job.folder / statistics_file(key_for(results, each.request))
+                write_drawn_statistics(moments, each.descriptions, each.statistics, workers.device)
         write_results(
             job.folder,
             {
@@ -206,21 +213,19 @@ def _run(
                 "checkpoint": str(job.checkpoint) if job.checkpoint is not None else None,
                 **job.facts,
             },
-            job.request,
             store,
             job.real,
             job.class_names,
-            network,
-            statistics,
-            descriptions,
-            recogniser,
-            judged,
+            measured,
+            networks.recogniser,
+            described.judged,
             job.warnings,
             evaluation.sampler.images_per_unit if evaluation.sampler.chains else None,
             workers.device,
             job.neighbour_images,
             samples=job.keep != "statistics",
         )
+        described.remove()
         drop_images(job.folder, job.keep)
 
     workers.on_first(write)

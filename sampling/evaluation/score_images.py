@@ -7,7 +7,7 @@ OUT/score.json    which images these are
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.data.crew.making import Make, by_ranks
+from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.data.shards.index import INDEX_FILE
 from ditmoe.data.storage.arrays import Arrays
 from ditmoe.data.storage.claims import Claims
@@ -25,21 +26,23 @@ from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.remembered import index_file
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import is_address
-from ditmoe.sampling.evaluation.job import request_of
+from ditmoe.sampling.evaluation.job import choices_of_job, request_of, requests_of
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.results import figure_lines, images_left_out, scored_result, weak_features
-from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, key_of, stored_results
+from ditmoe.sampling.evaluation.stages import missing_of
+from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, stored_results
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, Classifier, ClassifierSettings
-from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
-from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
+from ditmoe.sampling.metrics.descriptions import ChunkDescriptions, described_alike, remove_alike
+from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, Features, describe, in_blocks
 from ditmoe.sampling.metrics.networks.opening import check_network_options
 from ditmoe.sampling.metrics.reference import Images, OnError, Reference, open_reference
 from ditmoe.sampling.metrics.references.files import open_reference_file
 from ditmoe.sampling.metrics.references.image_sets import FolderImages, NpzImages
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
 from ditmoe.sampling.settings.names import FeatureName, ResizeName, StatedNetwork
+from ditmoe.sampling.settings.networks import NetworkChoice
 
 SETTINGS_FILE: Final = "score.json"
 DESCRIBED_TOGETHER: Final = 4096
@@ -58,8 +61,9 @@ class ScoreJob:
     features: FeatureName = "classifier"
     features_path: Path | None = None
     resize: ResizeName | None = None
+    more_networks: tuple[NetworkChoice, ...] = ()
+    """As of `Job`, as the next one is."""
     neighbour_images: int | None = None
-    """As of `Job`."""
     feature_classifier: ClassifierSettings = FEATURE_CLASSIFIER
     recogniser_classifier: ClassifierSettings = RECOGNISER
 
@@ -86,6 +90,7 @@ def prepare_score(
     features: FeatureName = "classifier",
     features_path: Path | None = None,
     resize: ResizeName | None = None,
+    more_networks: tuple[NetworkChoice, ...] = (),
     reference_network: StatedNetwork | None = None,
     neighbour_images: int | None = None,
 ) -> ScoreJob:
@@ -128,12 +133,14 @@ def prepare_score(
         features=features,
         features_path=features_path,
         resize=resize,
+        more_networks=more_networks,
         neighbour_images=neighbour_images,
     )
     check_reference(job)
-    network = check_network_options(features, features_path, resize)
-    if network is not None and isinstance(real, ReferenceStatistics):
-        real.check_network(network)
+    for choice in choices_of_job(job):
+        network = check_network_options(choice.features, choice.path, choice.resize)
+        if network is not None and isinstance(real, ReferenceStatistics):
+            real.check_network(network)
     return job
 
 
@@ -154,7 +161,7 @@ def stored_score(job: ScoreJob) -> dict[str, Any] | None:
     path = job.folder / METRICS_FILE
     if not path.exists() or not _is_of(job):
         return None
-    return None if key_of(stored_results(job.folder), job.request) is None else read_object(path)
+    return None if missing_of(job, stored_results(job.folder)) else read_object(path)
 
 
 def score_images(
@@ -184,47 +191,71 @@ def score_images(
     busy = f"{job.folder}: another process is at these scores"
     with alone_at(Claims(job.folder), "score", workers, busy, lambda: _begin(job)) as check:
         measures = Measures()
-        network, _ = measures.networks(job, workers, say)
-        descriptions = descriptions_of_images(job, network)
+        requests, places = requests_of(job), missing_of(job, stored_for(job))
+        networks = [measures.networks(job, workers, say).of_features[place] for place in places]
+        described, parts = described_images(job, networks)
         made = make or by_ranks(workers.rank, workers.ranks)
-        count = len(descriptions.parts.names)
-        made("described", descriptions.parts, on_progress=show("parts of the images", count))
-        statistics = measures.real_statistics(job, network, made, workers.device, show)
+        made("described", parts, on_progress=show("parts of the images", len(parts.names)))
+        statistics = measures.real_statistics(job, networks, made, workers.device, show)
         workers.wait()
 
         def write() -> None:
             check()
-            result = scored_result(
-                job.request, job.real, network, statistics, descriptions, workers.device, job.neighbour_images
-            )
-            result["warnings"] += images_left_out(result)
-            if isinstance(network, Classifier):
-                result["warnings"] += weak_features(network, len(job.real.form.class_names or ()))
             results = stored_results(job.folder)
-            results[key_for(results, job.request)] = result
+            for place, network, known, descriptions in zip(places, networks, statistics, described, strict=True):
+                result = scored_result(
+                    requests[place],
+                    job.real,
+                    network,
+                    known,
+                    descriptions,
+                    workers.device,
+                    job.neighbour_images,
+                )
+                result["warnings"] += images_left_out(result)
+                if isinstance(network, Classifier):
+                    result["warnings"] += weak_features(network, len(job.real.form.class_names or ()))
+                results[key_for(results, requests[place])] = result
             metrics = {"format": METRICS_FORMAT, "images": _facts(job.images), "results": results}
             with replacing(job.folder / METRICS_FILE) as file:
                 file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
-            descriptions.remove()
+            remove_alike(described)
 
         workers.on_first(write)
     return read_object(job.folder / METRICS_FILE)
 
 
-def descriptions_of_images(job: ScoreJob, network: FeatureNetwork) -> ChunkDescriptions:
-    """What a network says of each part of the images."""
+def described_images(
+    job: ScoreJob, networks: Sequence[FeatureNetwork]
+) -> tuple[list[ChunkDescriptions], AnyParts]:
+    """What each network says of each part of the images; and the parts that make it, in one pass over these."""
     parts = max(job.images.parts, job.images.parts_of(DESCRIBED_TOGETHER))
-    return ChunkDescriptions(
-        job.folder / "features" / f"{job.images.fingerprint}-{network.fingerprint}-{parts}",
-        [f"part-{part:05d}.npz" for part in range(parts)],
-        lambda part: _describe_part(job, part, parts, network),
+
+    def described_by(network: FeatureNetwork) -> ChunkDescriptions:
+        return ChunkDescriptions(
+            job.folder / "features" / f"{job.images.fingerprint}-{network.fingerprint}-{parts}",
+            [f"part-{part:05d}.npz" for part in range(parts)],
+            lambda part: _describe_part(job, part, parts, [network])[0],
+        )
+
+    each = [described_by(network) for network in networks]
+    alike = described_alike(
+        each,
+        lambda part, places: _describe_part(job, part, parts, [networks[place] for place in places]),
     )
+    return each, alike
 
 
-def score_table(metrics: dict[str, Any], key: str) -> list[str]:
-    """The figures of one result as lines for a terminal."""
-    images, result = metrics["images"], metrics["results"][key]
-    return [f"{result['drawn_images']:,} images of {images['place']}", *figure_lines(result)]
+def stored_for(job: ScoreJob) -> dict[str, Any]:
+    """The results that the folder has of these images, by their keys."""
+    return stored_results(job.folder) if _is_of(job) else {}
+
+
+def score_table(metrics: dict[str, Any], *keys: str) -> list[str]:
+    """The figures of some results, by their keys, as lines for a terminal."""
+    results = [metrics["results"][key] for key in keys]
+    first = f"{results[0]['drawn_images']:,} images of {metrics['images']['place']}"
+    return [first, *(line for result in results for line in figure_lines(result))]
 
 
 def _facts(images: Images) -> dict[str, Any]:
@@ -246,13 +277,19 @@ def _begin(job: ScoreJob) -> None:
         file.write(json.dumps(settings, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
-def _describe_part(job: ScoreJob, part: int, parts: int, network: FeatureNetwork) -> Arrays:
-    # A classifier takes the channels that it was trained on; Inception takes grey and RGB.
-    channels = job.real.form.channels if isinstance(network, Classifier) else None
-    batches = job.images.read(part, AT_ONCE, of=parts)
-    blocks = ((_of_channels(batch.image_NHWC, channels, job.images),) for batch in batches)
-    found = [describe(network, image_NHWC) for (image_NHWC,) in in_blocks(blocks, AT_ONCE)]
-    return {key: np.concatenate([described[key] for described in found]) for key in found[0]} if found else {}
+def _describe_part(job: ScoreJob, part: int, parts: int, networks: Sequence[FeatureNetwork]) -> list[Arrays]:
+    """What each network says of the images of a part, which are read once."""
+    found: list[list[Features]] = [[] for _ in networks]
+    blocks = ((batch.image_NHWC,) for batch in job.images.read(part, AT_ONCE, of=parts))
+    for (image_NHWC,) in in_blocks(blocks, AT_ONCE):
+        for described, network in zip(found, networks, strict=True):
+            # A classifier takes the channels that it was trained on; Inception takes grey and RGB.
+            channels = job.real.form.channels if isinstance(network, Classifier) else None
+            described.append(describe(network, _of_channels(image_NHWC, channels, job.images)))
+    return [
+        {key: np.concatenate([some[key] for some in described]) for key in described[0]} if described else {}
+        for described in found
+    ]
 
 
 def _of_channels(image_NHWC: NDArray[np.uint8], channels: int | None, images: Images) -> NDArray[np.uint8]:

@@ -14,16 +14,18 @@ from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.parallel.ranks import own_device
 from ditmoe.sampling.evaluation.job import Scored
 from ditmoe.sampling.evaluation.make_reference import ReferenceJob, prepare_reference
-from ditmoe.sampling.evaluation.measures import Measures
-from ditmoe.sampling.evaluation.score_images import ScoreJob, descriptions_of_images, prepare_score
-from ditmoe.sampling.evaluation.stages import real_parts
+from ditmoe.sampling.evaluation.measures import Measures, real_parts
+from ditmoe.sampling.evaluation.score_images import ScoreJob, described_images, prepare_score, stored_for
+from ditmoe.sampling.evaluation.stages import missing_of
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import ClassifierSettings
+from ditmoe.sampling.settings.networks import NetworkChoice
 
 if TYPE_CHECKING:
     from ditmoe.data.crew.leader import Crew
 
 _CLASSIFIER = TypeAdapter(ClassifierSettings)
+_CHOICES = TypeAdapter(tuple[NetworkChoice, ...])
 _PATHS: Final = ("out", "cache", "index", "images_index", "features_path", "run")
 """Arguments that are paths."""
 _PLACES: Final = ("images", "reference", "shards")
@@ -53,11 +55,13 @@ def parts_of_scores(request: Mapping[str, Any]) -> AnyParts:
     """The parts of a stage of scores, in a worker. UserError where this machine sees other images."""
     stage, told = stage_of(request)
     job, workers, measures = _score_job(told)
-    network, _ = measures.networks(job, workers, lambda line: None)
+    of_features, _ = measures.networks(job, workers, lambda line: None)
+    # As whoever leads found it: what is stored changes when all is made.
+    networks = [of_features[place] for place in missing_of(job, stored_for(job))]
     if stage == "described":
-        return descriptions_of_images(job, network).parts
+        return described_images(job, networks)[1]
     assert stage == "real", stage
-    parts = real_parts(job, network, workers.device)
+    parts = real_parts(job, networks, workers.device)
     assert parts is not None
     return parts
 
@@ -67,8 +71,8 @@ def parts_of_reference(request: Mapping[str, Any]) -> AnyParts:
     stage, told = stage_of(request)
     assert stage == "real", stage
     job, workers, measures = _reference_job(told)
-    network, _ = measures.networks(job, workers, lambda line: None)
-    parts = real_parts(job, network, workers.device)
+    of_features, _ = measures.networks(job, workers, lambda line: None)
+    parts = real_parts(job, of_features, workers.device)
     assert parts is not None
     return parts
 
@@ -101,6 +105,8 @@ def _told(arguments: Mapping[str, Any], job: Scored) -> dict[str, Any]:
             value = absolute_place(str(value))
         elif value is not None and name in _PATHS:
             value = str(Path(value).absolute())
+        elif name == "more_networks":
+            value = _CHOICES.dump_python(tuple(choice.absolute() for choice in value), mode="json")
         plain[name] = value
     return {
         "arguments": plain,
@@ -111,7 +117,9 @@ def _told(arguments: Mapping[str, Any], job: Scored) -> dict[str, Any]:
 
 def _arguments(request: Mapping[str, Any]) -> dict[str, Any]:
     told = request["arguments"]
-    return {name: Path(value) if name in _PATHS and value is not None else value for name, value in told.items()}
+    found = {name: Path(value) if name in _PATHS and value is not None else value for name, value in told.items()}
+    more = {"more_networks": _CHOICES.validate_python(told["more_networks"])} if "more_networks" in told else {}
+    return found | more
 
 
 def _classifiers(request: Mapping[str, Any]) -> tuple[ClassifierSettings, ClassifierSettings]:

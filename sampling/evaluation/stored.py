@@ -7,7 +7,7 @@ Whoever looks for a result asks by the request.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +45,14 @@ def answers(result: Mapping[str, Any], request: Request) -> bool:
 def key_of(results: Results, request: Request) -> str | None:
     """The key of the result that is asked for; None: it is not there."""
     return next((key for key, result in results.items() if answers(result, request)), None)
+
+
+def keys_of(results: Results, requests: Sequence[Request]) -> list[str]:
+    """The keys of results that are all there."""
+    keys = [key_of(results, request) for request in requests]
+    found = [key for key in keys if key is not None]
+    assert len(found) == len(keys), keys
+    return found
 
 
 def key_for(results: Results, request: Request) -> str:

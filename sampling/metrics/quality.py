@@ -24,9 +24,10 @@ from ditmoe.sampling.metrics.classifier import (
     load_classifier,
 )
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
-from ditmoe.sampling.metrics.networks.opening import FROM_FILES, open_network
+from ditmoe.sampling.metrics.networks.opening import open_network
 from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.networks import FROM_FILES
 
 ScoreName = Literal["classifier", "features", "none"]
 _VERSION: Final = 2

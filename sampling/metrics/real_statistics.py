@@ -6,7 +6,8 @@ the size of batches, is in it.
 Shapes: N images, F features.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ import torch
 from numpy.typing import NDArray
 
 from ditmoe.data.crew.making import ALONE, Make
+from ditmoe.data.crew.tasks import AnyParts
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
 from ditmoe.data.storage.parts import Parts, Progress
+from ditmoe.data.storage.together import together
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
@@ -108,60 +111,85 @@ def parts_of_real(
     """What `real_statistics` has made: a file for each part of the images."""
     folder = cache / f"real-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
     names = [f"part-{part:02d}.npz" for part in range(real.parts)]
-    place = np.empty(real.count, dtype=np.int64)
-    place[permutation(0, "evaluate/halves", 0, real.count)] = np.arange(real.count)
     return Parts(
         folder,
         names,
-        lambda part: _part_statistics(real, part, network, place, device),
+        lambda part: _part_statistics(real, part, [network], device)[0],
         write_arrays,
         lambda part: read_arrays(folder / names[part]),
         partial(_merged_statistics, real, folder),
     )
 
 
+def parts_of_real_alike(
+    real: Images, networks: Sequence[FeatureNetwork], cache: Path, device: torch.device
+) -> AnyParts:
+    """`parts_of_real` of several networks, each image of which is decoded once for all; their files stay apart."""
+    digest = hashlib.sha256(" ".join(network.fingerprint for network in networks).encode()).hexdigest()[:16]
+    return together(
+        cache / f"together-{_VERSION}-{real.fingerprint}-{digest}",
+        [parts_of_real(real, network, cache, device) for network in networks],
+        lambda part, places: _part_statistics(real, part, [networks[place] for place in places], device),
+    )
+
+
 def _part_statistics(
-    real: Images, part: int, network: FeatureNetwork, place: NDArray[np.int64], device: torch.device
-) -> Arrays:
-    """Moments of a part's images by half, and the features of those among the first in the random order."""
+    real: Images, part: int, networks: Sequence[FeatureNetwork], device: torch.device
+) -> list[Arrays]:
+    """What is known of a part's images in each of some networks."""
+    place = np.empty(real.count, dtype=np.int64)
+    place[permutation(0, "evaluate/halves", 0, real.count)] = np.arange(real.count)
     half = real.count // 2
-    sums: dict[str, MomentsSum] = {}
-    kept = [np.empty((0, network.dimension), dtype=np.float32)]
-    kept_place = [np.empty(0, dtype=np.int64)]
-    splits: SplitSums | None = None
+    sums = [_PartSums(network, device) for network in networks]
     left_out = real.new_left_out()
     images = ((batch.image_NHWC, batch.number_N) for batch in real.read(part, AT_ONCE, left_out))
     for image_NHWC, number_N in in_blocks(images, AT_ONCE):
-        described = describe(network, image_NHWC)
         place_N = place[number_N]
         half_N = np.minimum(place_N // max(half, 1), 2)
+        for each in sums:
+            each.add(image_NHWC, place_N, half_N)
+    told = {"left_out": np.array(left_out.lines, dtype=np.str_), "left_out_count": np.array(left_out.count)}
+    return [each.arrays() | told for each in sums]
+
+
+class _PartSums:
+    """Moments of a part's images by half, and the features of those among the first in the random order."""
+
+    def __init__(self, network: FeatureNetwork, device: torch.device) -> None:
+        self._network, self._device = network, device
+        self._sums: dict[str, MomentsSum] = {}
+        self._kept = [np.empty((0, network.dimension), dtype=np.float32)]
+        self._kept_place = [np.empty(0, dtype=np.int64)]
+        self._splits: SplitSums | None = None
+
+    def add(self, image_NHWC: NDArray[np.uint8], place_N: NDArray[np.int64], half_N: NDArray[np.int64]) -> None:
+        """Take some images, their places in the random order, and their halves."""
+        described = describe(self._network, image_NHWC)
         for kind in KINDS:
             if kind not in described:
                 continue
             for number, name in enumerate(HALVES):
                 rows_NF = described[kind][half_N == number]
                 key = f"{kind}/{name}"
-                sums.setdefault(key, MomentsSum(rows_NF.shape[1], device)).add(rows_NF)
+                self._sums.setdefault(key, MomentsSum(rows_NF.shape[1], self._device)).add(rows_NF)
         is_kept_N = place_N < KEPT_IMAGES
-        kept.append(described["features"][is_kept_N].astype(np.float32))
-        kept_place.append(place_N[is_kept_N])
+        self._kept.append(described["features"][is_kept_N].astype(np.float32))
+        self._kept_place.append(place_N[is_kept_N])
         if "probabilities" in described:
             split_N = place_N[is_kept_N] // SPLIT
             found = SplitSums.of(described["probabilities"][is_kept_N], split_N, KEPT_IMAGES // SPLIT)
-            splits = found if splits is None else splits.merge(found)
-    arrays: Arrays = {
-        "kept": np.concatenate(kept),
-        "kept_place": np.concatenate(kept_place),
-        "left_out": np.array(left_out.lines, dtype=np.str_),
-        "left_out_count": np.array(left_out.count),
-    }
-    if splits is not None:
-        arrays |= {f"splits/{name}": value for name, value in vars(splits).items()}
-    for key, total in sums.items():
-        value = total.moments()
-        arrays |= {f"{key}/mean": value.mean_F, f"{key}/scatter": value.scatter_FF}
-        arrays[f"{key}/count"] = np.array(value.count)
-    return arrays
+            self._splits = found if self._splits is None else self._splits.merge(found)
+
+    def arrays(self) -> Arrays:
+        """What is kept of them."""
+        arrays: Arrays = {"kept": np.concatenate(self._kept), "kept_place": np.concatenate(self._kept_place)}
+        if self._splits is not None:
+            arrays |= {f"splits/{name}": value for name, value in vars(self._splits).items()}
+        for key, total in self._sums.items():
+            value = total.moments()
+            arrays |= {f"{key}/mean": value.mean_F, f"{key}/scatter": value.scatter_FF}
+            arrays[f"{key}/count"] = np.array(value.count)
+        return arrays
 
 
 def _merged_statistics(real: Images, folder: Path, parts: Iterable[Arrays]) -> RealStatistics:

@@ -14,6 +14,8 @@ from ditmoe.launcher.commands.drawing import (
     ResizeOption,
 )
 from ditmoe.launcher.commands.shared_options import Sharing, shares_work
+from ditmoe.model.errors import UserError
+from ditmoe.sampling.settings.networks import choices_of
 
 app = typer.Typer(no_args_is_help=True, help="Make a file of statistics that stands for real images.")
 
@@ -60,6 +62,10 @@ def make(
     from ditmoe.sampling.jobs.workers import join_workers
 
     cache = cache or default_cache()
+    choices = choices_of(features, features_path, resize)
+    if len(choices) > 1:
+        raise UserError(f"--features {features}: a file has statistics in one network; expected one name")
+    choice = choices[0]
     arguments: dict[str, Any] = {
         "shards": shards,
         "out": out,
@@ -67,9 +73,9 @@ def make(
         "index": index,
         "run": run,
         "on_error": on_error,
-        "features": features,
-        "features_path": features_path,
-        "resize": resize,
+        "features": choice.features,
+        "features_path": choice.path,
+        "resize": choice.resize,
         "recogniser": recogniser,
     }
     job = prepare_reference(**arguments)

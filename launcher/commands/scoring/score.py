@@ -15,6 +15,7 @@ from ditmoe.launcher.commands.drawing import (
     ResizeOption,
 )
 from ditmoe.launcher.commands.shared_options import Sharing, shares_work
+from ditmoe.sampling.settings.networks import choices_of
 
 
 @shares_work()
@@ -60,13 +61,15 @@ def command(
     from ditmoe.data.storage.progress import show_progress
     from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process
+    from ditmoe.sampling.evaluation.job import requests_of
     from ditmoe.sampling.evaluation.of_run import default_cache
     from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
     from ditmoe.sampling.evaluation.scores_of_crew import scores_made_by
-    from ditmoe.sampling.evaluation.stored import key_of
+    from ditmoe.sampling.evaluation.stored import keys_of
     from ditmoe.sampling.jobs.workers import join_workers
 
     cache = cache or default_cache()
+    choices = choices_of(features, features_path, resize)
     arguments: dict[str, Any] = {
         "images": images,
         "reference": reference,
@@ -75,9 +78,10 @@ def command(
         "images_index": images_index,
         "index": index,
         "on_error": on_error,
-        "features": features,
-        "features_path": features_path,
-        "resize": resize,
+        "features": choices[0].features,
+        "features_path": choices[0].path,
+        "resize": choices[0].resize,
+        "more_networks": choices[1:],
         "reference_network": reference_network,
         "neighbour_images": neighbour_images,
     }
@@ -97,8 +101,6 @@ def command(
             finally:
                 workers.leave()
     if process.first:
-        key = key_of(metrics["results"], job.request)
-        assert key is not None
-        for line in score_table(metrics, key):
+        for line in score_table(metrics, *keys_of(metrics["results"], requests_of(job))):
             typer.echo(line)
         typer.echo(f"  metrics  {job.folder / 'metrics.json'}")

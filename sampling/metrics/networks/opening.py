@@ -1,7 +1,6 @@
 """The feature networks that come from a file which the user gives, by name."""
 
 from pathlib import Path
-from typing import get_args
 
 import torch
 
@@ -10,8 +9,7 @@ from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.networks.dinov2 import load_dinov2
 from ditmoe.sampling.metrics.networks.inception import load_inception
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
-
-FROM_FILES = tuple(name for name in get_args(FeatureName) if name != "classifier")
+from ditmoe.sampling.settings.networks import FROM_FILES
 
 
 def open_network(

@@ -103,7 +103,7 @@ def test_workers_make_every_stage_from_what_they_are_told(options: EvaluationOpt
     assert_equal(job, metrics, expected)
     assert metrics["evaluation"]["processes"] == 2
     assert set(crew.stages()) == set(STAGES) and crew.stages() == {
-        **dict.fromkeys(("drawn", "described", "recognised"), 15),
+        **dict.fromkeys(("drawn", "described"), 15),
         "real": job.real.parts,
     }
 

@@ -102,11 +102,11 @@ def test_a_killed_job_goes_on_and_other_images_are_refused(
     described, original = [], module._describe_part
 
     def die_at(last: int) -> None:
-        def describe_part(job: Any, part: int, parts: int, network: Any) -> Any:
+        def describe_part(job: Any, part: int, parts: int, networks: Any) -> Any:
             if part == last:
                 raise KeyboardInterrupt
             described.append(part)
-            return original(job, part, parts, network)
+            return original(job, part, parts, networks)
 
         monkeypatch.setattr(module, "_describe_part", describe_part)
 
