@@ -20,7 +20,7 @@ from distributed import Client
 
 from ditmoe.data.crew.certificate import crew_security
 from ditmoe.data.storage.files import read_object
-from ditmoe.slurm.attempts import read_attempts
+from ditmoe.slurm.attempts import Attempt, read_attempts
 from ditmoe.slurm.heartbeats import read_heartbeats
 from ditmoe.slurm.job_folder import JobFolder, parts_made, tally_of, workers_folder
 from tests.forked import DITMOE
@@ -209,6 +209,38 @@ def test_an_evaluation_that_leads_as_a_job_goes_on_after_its_end_on_another_node
     alone = scene.evaluate("alone", "--processes=1")
     assert alone.wait(600) == 0
     assert scene.results("run") == scene.results("alone")
+
+
+def test_workers_that_wait_are_not_hung_and_those_that_are_come_back(cluster: Cluster, scene: Scene) -> None:
+    """Nobody leads at all: what gives a sign of life each second may wait for as long as it likes."""
+    folder, job = scene.workers(1, "--nodes=2", "--idle=30", "--limit=step=15s")
+
+    def attempt(number: int) -> Attempt | None:
+        attempts = read_attempts(folder.path).attempts
+        return attempts[number - 1] if len(attempts) >= number else None
+
+    def counts(number: int) -> list[int]:
+        with suppress(OSError):
+            return [beat.beats for beat in read_heartbeats(folder.heartbeats, number).values()]
+        return []
+
+    scene.wait(lambda: len(counts(1)) == 2 and min(counts(1)) > 50, "signs of life")
+    assert read_attempts(folder.path).attempts[0].end is None
+    first, _ = scene.processes(job, is_keeper)
+    first.send_signal(signal.SIGSTOP)
+    scene.wait(lambda: attempt(2), "a second attempt")
+    end = read_attempts(folder.path).attempts[0].end
+    assert end is not None and end.outcome == "hung" and "write nothing any more" in end.reason
+
+    # The warning before the time limit, with more time left: nothing was made, so the third attempt is the last.
+    scene.wait(lambda: len(counts(2)) == 2 and min(counts(2)) > 2, "signs of life again")
+    cluster.run("scancel", "--batch", "--signal=USR2", job)
+    scene.wait(lambda: attempt(3), "a third attempt")
+    end = read_attempts(folder.path).attempts[1].end
+    assert end is not None and end.outcome == "stopped" and "SIGUSR2" in end.reason
+    told = scene.ditmoe("cancel", "crew")
+    assert told.returncode == 0 and f"job {job} (workers-1) has ended" in told.stdout, told.stderr
+    assert not cluster.run("squeue", "-h")
 
 
 def test_the_environment_names_no_rank_to_workers(cluster: Cluster, scene: Scene) -> None:
