@@ -58,10 +58,10 @@ class Evaluations:
     def __init__(self) -> None:
         """Read nothing yet."""
         self._lock = Lock()
-        self._kept: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
+        self._known: dict[Path, tuple[tuple[int, int], dict[str, Any]]] = {}
 
     def listed(self, run: Path) -> list[dict[str, Any]]:
-        """All of a run, `_summary` of each; of one that is damaged, its name and the problem."""
+        """All of a run, `_summary_of` each; of one that is damaged, its name and the problem."""
         rows = []
         for name, folder in evaluations_of(run).items():
             try:
@@ -75,53 +75,52 @@ class Evaluations:
         folder = find_evaluation(run, name)
         try:
             summary = self._summary(name, folder)
-            metrics = self._object(folder / METRICS_FILE) if summary["finished"] else {"results": {}}
+            metrics = read_object(folder / METRICS_FILE) if summary["finished"] else {"results": {}}
             found = {"results": _plain(metrics["results"]), "trained_on": _trained_on(metrics)}
             return {**summary, **found, "sheets": list(sheets(folder))}
         except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ServiceError(503, f"the evaluation cannot be read: {error}", reason="damaged") from error
 
     def _summary(self, name: str, folder: Path) -> dict[str, Any]:
-        """What tables and charts need of an evaluation.
-
-        Its settings; `nfe`; `kept`, whether its images are there; and for each feature network the `figures`, each
-        with its `value`, `floor` and `interval` (null where it is not known).
-        """
+        """`_summary_of`, computed once for each file that it is of, and whether the images are there now."""
         finished = (folder / METRICS_FILE).is_file()
-        metrics = self._object(folder / METRICS_FILE) if finished else {}
-        told = metrics["evaluation"] if finished else self._object(folder / SETTINGS_FILE)
-        sampler = told["sampler"]
-        results = metrics.get("results", {})
-        return {
-            "id": name,
-            "finished": finished,
-            "step": int(told["step"]),
-            "which": str(told["which"]),
-            "count": int(told["count"]),
-            "labels": str(told["labels"]),
-            "classes": int(told["num_classes"]),
-            "seed": int(sampler["seed"]),
-            "sampler": _plain(sampler),
-            "chains": str(sampler["sampler"]).startswith(CHAIN_PREFIX),
-            "nfe": finite(told.get("nfe")),
-            "kept": (folder / CHUNKS_FOLDER).is_dir(),
-            "figures": {network: _figures(result) for network, result in results.items()},
-            "reference": next((str(result["real"]["name"]) for result in results.values()), None),
-            "warnings": sum(len(result.get("warnings", ())) for result in results.values()),
-        }
-
-    def _object(self, path: Path) -> dict[str, Any]:
-        """A JSON file, read once."""
+        path = folder / (METRICS_FILE if finished else SETTINGS_FILE)
         stat = path.stat()
         stamp = (stat.st_mtime_ns, stat.st_ino)
         with self._lock:
-            known = self._kept.get(path)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        value = read_object(path)
-        with self._lock:
-            self._kept[path] = (stamp, value)
-        return value
+            known = self._known.get(path)
+        if known is None or known[0] != stamp:
+            known = (stamp, _summary_of(name, read_object(path), finished))
+            with self._lock:
+                self._known[path] = known
+        return {**known[1], "kept": (folder / CHUNKS_FOLDER).is_dir()}
+
+
+def _summary_of(name: str, stored: Mapping[str, Any], finished: bool) -> dict[str, Any]:
+    """What tables and charts need of an evaluation, from its figures, or its settings where it is under way.
+
+    Its settings; `nfe`; and for each feature network the `figures`, each with its `value`, `floor` and `interval`
+    (null where it is not known).
+    """
+    told = stored["evaluation"] if finished else stored
+    sampler = told["sampler"]
+    results = stored["results"] if finished else {}
+    return {
+        "id": name,
+        "finished": finished,
+        "step": int(told["step"]),
+        "which": str(told["which"]),
+        "count": int(told["count"]),
+        "labels": str(told["labels"]),
+        "classes": int(told["num_classes"]),
+        "seed": int(sampler["seed"]),
+        "sampler": _plain(sampler),
+        "chains": str(sampler["sampler"]).startswith(CHAIN_PREFIX),
+        "nfe": finite(told.get("nfe")),
+        "figures": {network: _figures(result) for network, result in results.items()},
+        "reference": next((str(result["real"]["name"]) for result in results.values()), None),
+        "warnings": sum(len(result.get("warnings", ())) for result in results.values()),
+    }
 
 
 def _figures(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

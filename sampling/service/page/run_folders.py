@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import time
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ class RunFolders:
         """All records of a file, of which only what is new is read."""
         try:
             with open_regular(path) as file:
-                stat = path.stat()
+                stat = os.fstat(file.fileno())
                 records = self._records.get(path)
                 if records is None or records.inode != stat.st_ino or stat.st_size < records.offset:
                     records = self._records[path] = _Records(stat.st_ino)

@@ -42,6 +42,13 @@ class Scope {
     return url;
   }
 
+  /** Give back what the pictures in an element hold: it is about to be replaced. */
+  free(element) {
+    for (const image of element.querySelectorAll("img")) {
+      if (this.#urls.delete(image.src)) URL.revokeObjectURL(image.src);
+    }
+  }
+
   end() {
     this.#end.abort();
     for (const url of this.#urls) URL.revokeObjectURL(url);

@@ -100,6 +100,7 @@ export async function playground(scope, _, params) {
         const reply = await give("v1/images/generations", body, mine.signal);
         return { reply, seconds: (performance.now() - begun) / 1000 };
       }));
+      scope.free(results);
       replace(results, shown(replies));
       say(`${replies[0].reply.data.length} images drawn`);
     } catch (error) {

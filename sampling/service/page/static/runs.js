@@ -25,18 +25,57 @@ function trainingText(run) {
 
 const previewOf = (scope, run, step) => fetchPicture(scope, path("v1", "runs", run, "previews", String(step)), `Images that ${run} drew of itself at step ${step}`);
 
+/** A run in the list; its preview is the newest. */
+class Card {
+  constructor(scope, run) {
+    this.scope = scope;
+    this.preview = h("div", { class: "thumb" });
+    this.told = h("div");
+    this.element = h("li", { class: "card" }, this.preview, h("h2", {}, h("a", { href: `#/${path("runs", run.id)}` }, run.id)), this.told);
+  }
+
+  show(run) {
+    replace(this.told, h("p", {}, trainingText(run)), run.problem ? h("p", { class: "warning" }, run.problem) : null,
+      h("p", { class: "hint" }, `${counted(run.steps.length, "checkpoint")}, ${counted(run.evaluations, "evaluation")}`));
+    const newest = run.previews.at(-1);
+    if (newest === undefined || newest === this.newest) return;
+    this.newest = newest;
+    previewOf(this.scope, run.id, newest).then((image) => {
+      this.scope.free(this.preview);
+      replace(this.preview, image);
+    }, () => { this.newest = undefined; });
+  }
+}
+
 export async function runs(scope) {
-  const { data } = await ask("v1/runs", scope);
   const list = h("ul", { class: "cards" });
-  replace(scope.root, h("h1", {}, "Runs"), data.length ? list : h("p", { class: "empty" }, "There are no runs in this folder yet."));
-  for (const run of data) {
-    const preview = h("div", { class: "thumb" });
-    list.append(h("li", { class: "card" }, preview,
-      h("h2", {}, h("a", { href: `#/${path("runs", run.id)}` }, run.id)),
-      h("p", {}, trainingText(run)),
-      run.problem ? h("p", { class: "warning" }, run.problem) : null,
-      h("p", { class: "hint" }, `${counted(run.steps.length, "checkpoint")}, ${counted(run.evaluations, "evaluation")}`)));
-    if (run.previews.length) previewOf(scope, run.id, run.previews.at(-1)).then((image) => preview.append(image), () => {});
+  const empty = h("p", { class: "empty", hidden: true }, "There are no runs in this folder yet.");
+  const cards = new Map();
+  const load = async () => {
+    const { data } = await ask("v1/runs", scope);
+    empty.hidden = data.length > 0;
+    for (const run of data) {
+      if (!cards.has(run.id)) {
+        cards.set(run.id, new Card(scope, run));
+        list.append(cards.get(run.id).element);
+      }
+      cards.get(run.id).show(run);
+    }
+  };
+  replace(scope.root, h("h1", {}, "Runs"), empty, list);
+  await load();
+  follow();
+
+  async function follow() {
+    while (!scope.signal.aborted) {
+      await pause(EVERY, scope.signal);
+      if (scope.signal.aborted || document.hidden) continue;
+      try {
+        await load();
+      } catch (error) {
+        if (error.status === 401) return; // else it is away for a moment
+      }
+    }
   }
 }
 
@@ -130,6 +169,7 @@ class Previews {
     try {
       const image = await previewOf(this.scope, this.run, step);
       if (this.asked !== step) return;
+      this.scope.free(this.picture);
       replace(this.picture, image);
       replace(this.told, `Drawn at step ${number(step)}${step === this.newest ? ", the newest" : ""}; the seeds are the same at each step.`);
     } catch (error) {

@@ -19,10 +19,10 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from ditmoe.sampling.service.access import Tokens
-from ditmoe.sampling.service.store import COMPLETED, JobStore
+from ditmoe.sampling.service.jobs.store import COMPLETED, JobStore
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 from tests.sampling.small_run import write_run
@@ -98,7 +98,9 @@ class Site:
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
-        made = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=["--no-sandbox"])
+        made = playwright.chromium.launch(
+            executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
         yield made
         made.close()
 
@@ -117,7 +119,7 @@ def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = JobStore(place / "state")
     for seed, sampler in ((1, "euler"), (1, "heun"), (2, "heun")):
         asked = {"kind": "evaluate", "model": "digits", "step": 3, "weights": "ema", "count": 40, "seed": seed}
-        asked |= {"sampler": sampler, "steps": 4, "labels": "balanced", "cfg_scale": 1.0, "class": MARKUP}
+        asked |= {"sampler": sampler, "steps": 4, "labels": "balanced", "cfg_scale": 1.0}
         request = json.dumps(asked)
         job = store.add(key=None, user="a", kind="evaluate", request=request, weights="w", total=40)
         assert store.take("evaluate") is not None
@@ -402,6 +404,26 @@ def test_without_the_stream_a_job_is_asked_for(site: Site) -> None:
         expect(page.locator("main .tile")).to_have_count(24)
 
 
+def test_a_stream_that_breaks_is_connected_again(site: Site) -> None:
+    body = {"kind": "draw", "model": "digits", "count": 128, "sampler": "euler", "steps": 200, "seed": 61}
+    job = site.client.post("/v1/jobs", json=body).json()
+    asked: list[str] = []
+
+    def break_once(route: Route) -> None:
+        asked.append(route.request.url)
+        if len(asked) > 1:
+            route.continue_()
+        else:
+            started = {**job, "status": "in_progress", "started_at": job["created_at"]}
+            route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(started)}\n\n")
+
+    with site.page() as page:
+        page.route("**/events", break_once)
+        site.go(page, f"jobs/{job['id']}", re.compile("Draw "))
+        expect(page.locator("main .badge")).to_have_text("completed")
+        assert len(asked) == 2
+
+
 def test_a_job_is_cancelled(site: Site) -> None:
     body = {"kind": "draw", "model": "digits", "count": 100_000, "sampler": "euler", "steps": 2000, "seed": 41}
     job_id = site.client.post("/v1/jobs", json=body).json()["id"]
@@ -544,6 +566,9 @@ def test_a_run_shows_its_newest_preview_when_it_comes(site: Site, folder: Path) 
     run = folder / "runs" / "digits"
     with site.page() as page:
         page.clock.install()
+        site.go(page, "runs", "Runs")
+        card = page.locator(".cards .card", has=page.get_by_role("link", name="digits", exact=True))
+        expect(card.locator("img")).to_have_attribute("alt", re.compile("step 40"))
         site.go(page, "runs/digits", "digits")
         expect(page.locator(".preview img")).to_have_attribute("alt", re.compile("step 40"))
         assert (pixels(page.locator(".preview img")) == 40).all()
@@ -561,6 +586,11 @@ def test_a_run_shows_its_newest_preview_when_it_comes(site: Site, folder: Path) 
         page.get_by_text("Load of the experts").click()
         expect(page.locator("td", has_text="60.0%")).to_be_visible()
         expect(page.get_by_role("link", name="euler, 40 steps, karras")).to_be_visible()
+        site.go(page, "runs", "Runs")
+        expect(card.locator("img")).to_have_attribute("alt", re.compile("step 50"))
+        Image.new("L", (40, 20), 60).save(run / "samples" / "preview-step-00000060.png")
+        page.clock.fast_forward(11_000)
+        expect(card.locator("img")).to_have_attribute("alt", re.compile("step 60"))
 
 
 def test_chains_show_their_traces(site: Site) -> None:
