@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Final, TypeVar
 
@@ -27,6 +27,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def threads_of(device: torch.device) -> AbstractContextManager[None]:
+    """For work whose results shall not tell who did it: a CPU computes in one thread."""
+    return one_thread() if device.type == "cpu" else nullcontext()
 
 
 def map_in_threads(

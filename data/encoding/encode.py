@@ -8,7 +8,6 @@ nothing from batches, and the machine's cores belong to as many processes.
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import BinaryIO, NamedTuple
 
@@ -32,7 +31,7 @@ from ditmoe.data.storage.claims import list_folder
 from ditmoe.data.storage.parts import DamagedPart, Parts
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import uniform
-from ditmoe.model.threads import one_thread
+from ditmoe.model.threads import threads_of
 
 
 def encode(
@@ -162,17 +161,13 @@ class Work:
         self._finished_images = images
         self._on_progress(images)
 
-    def _alone(self) -> AbstractContextManager[None]:
-        """A CPU computes in one thread."""
-        return one_thread() if self._device.type == "cpu" else nullcontext()
-
     def _finish(self) -> DatasetIndex:
-        with self._alone():
+        with threads_of(self._device):
             return finish(self._encoding, self.vae, self.shards.result())
 
     def encode_shard(self, number: int, file: BinaryIO) -> None:
         """Encode one shard to an open file, and write its mark."""
-        with self._alone():
+        with threads_of(self._device):
             self._encode_shard(number, file)
 
     def _encode_shard(self, number: int, file: BinaryIO) -> None:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ditmoe.data.crew.leader import Crew
 
 _OPTIONS = TypeAdapter(EvaluationOptions)
-_CLASSIFIER = TypeAdapter(ClassifierSettings)
 _OF_ONE_JOB: Final = ("sampler", "count", "labels", "batch", "chunk", "keep")
 """Options that decide neither on the network nor on what images are scored with."""
 
@@ -97,8 +96,8 @@ def _job_of(told: str) -> tuple[Job, DrawChunk, _Tools]:
     request = json.loads(told)
     job = replace(
         prepare_job(_OPTIONS.validate_python(request["options"])),
-        feature_classifier=_CLASSIFIER.validate_python(request["feature_classifier"]),
-        recogniser_classifier=_CLASSIFIER.validate_python(request["recogniser_classifier"]),
+        feature_classifier=ClassifierSettings(**request["feature_classifier"]),
+        recogniser_classifier=ClassifierSettings(**request["recogniser_classifier"]),
     )
     check_same(job.checkpoint, _identity(job), request["job"])
     alike = {key: value for key, value in request["options"].items() if key not in _OF_ONE_JOB}

@@ -24,7 +24,6 @@ from ditmoe.sampling.settings.networks import NetworkChoice
 if TYPE_CHECKING:
     from ditmoe.data.crew.leader import Crew
 
-_CLASSIFIER = TypeAdapter(ClassifierSettings)
 _CHOICES = TypeAdapter(tuple[NetworkChoice, ...])
 _PATHS: Final = ("out", "cache", "index", "images_index", "features_path", "run")
 """Arguments that are paths."""
@@ -125,7 +124,7 @@ def _arguments(request: Mapping[str, Any]) -> dict[str, Any]:
 def _classifiers(request: Mapping[str, Any]) -> tuple[ClassifierSettings, ClassifierSettings]:
     """That of features, and the recogniser."""
     features, recogniser = (request[name] for name in ("feature_classifier", "recogniser_classifier"))
-    return _CLASSIFIER.validate_python(features), _CLASSIFIER.validate_python(recogniser)
+    return ClassifierSettings(**features), ClassifierSettings(**recogniser)
 
 
 def _scored(job: ScoreJob) -> dict[str, str]:

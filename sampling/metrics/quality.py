@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ditmoe.data.crew.making import ALONE, Make
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
-from ditmoe.data.storage.parts import Parts, Progress, run_parts
+from ditmoe.data.storage.parts import Parts, Progress
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import (
     FEATURE_CLASSIFIER,
     RECOGNISER,
@@ -104,7 +105,8 @@ def make_scorer(
     real: ReferenceImages,
     labels: Sequence[int],
     cache: Path,
-    workers: Workers,
+    device: torch.device,
+    make: Make = ALONE,
     log: Callable[[str], None] = lambda line: None,
     on_progress: Progress = lambda done: None,
 ) -> Scorer:
@@ -113,6 +115,7 @@ def make_scorer(
     Args:
         labels: the classes that are to be scored.
         cache: folder of trained classifiers and of the means, shared by runs.
+        make: has the parts of the means made, as the stage `means`.
         log: takes lines to show.
         on_progress: told the parts of the real images that are done.
 
@@ -120,13 +123,9 @@ def make_scorer(
         UserError: a file is missing or damaged, the real images are, or a class has none.
     """
     if settings.kind == "classifier":
-        return ClassifierScore(load_classifier(settings.classifier, real, cache, workers.device, log), real)
-    network: FeatureNetwork
-    if settings.features in FROM_FILES:
-        network = open_network(settings.features, settings.features_path, workers.device)
-    else:
-        network = load_classifier(settings.feature_classifier, real, cache, workers.device, log)
-    mean_KF = class_means(network, real, cache, workers, on_progress)
+        return ClassifierScore(load_classifier(settings.classifier, real, cache, device, log), real)
+    network = scoring_network(settings, real, cache, device, log)
+    mean_KF = class_means(network, real, cache, make, on_progress)
     empty = [label for label in sorted(set(labels)) if np.isnan(mean_KF[label]).any()]
     if empty:
         raise UserError(
@@ -136,22 +135,44 @@ def make_scorer(
     return FeatureScore(network, mean_KF, real)
 
 
+def scoring_network(
+    settings: ScoreSettings,
+    real: ReferenceImages,
+    cache: Path,
+    device: torch.device,
+    log: Callable[[str], None] = lambda line: None,
+) -> FeatureNetwork:
+    """The network in whose space distances are measured; as `make_scorer`."""
+    if settings.features in FROM_FILES:
+        return open_network(settings.features, settings.features_path, device)
+    return load_classifier(settings.feature_classifier, real, cache, device, log)
+
+
 def class_means(
     network: FeatureNetwork,
     real: ReferenceImages,
     cache: Path,
-    workers: Workers,
+    make: Make = ALONE,
     on_progress: Progress = lambda done: None,
 ) -> NDArray[np.float64]:
-    """Mean features of each class's real images, `[K, F]`, by all processes together; NaN for a class without any.
+    """Mean features of each class's real images, `[K, F]`; NaN for a class without any.
 
     The sums are kept in `cache`. UserError when a shard or a sample is damaged.
     """
+    parts = mean_parts(network, real, cache)
+    make("means", parts, on_progress=on_progress)
+    return parts.result()
+
+
+def mean_parts(
+    network: FeatureNetwork, real: ReferenceImages, cache: Path
+) -> Parts[Arrays, Arrays, NDArray[np.float64]]:
+    """What `class_means` has made: the sums of each part of the images."""
     folder = cache / f"class-sums-{_VERSION}-{real.fingerprint}-{network.fingerprint}"
     names = [f"part-{part:02d}.npz" for part in range(real.parts)]
     classes = real.index.num_classes
 
-    def make(part: int) -> Arrays:
+    def add_up(part: int) -> Arrays:
         sum_KF = np.zeros((classes, network.dimension))
         count_K = np.zeros(classes, np.int64)
         images = ((batch.image_NHWC, batch.label_N) for batch in real.read(part, AT_ONCE))
@@ -168,8 +189,7 @@ def class_means(
             mean_KF: NDArray[np.float64] = sum_KF / count_K[:, None]
         return mean_KF
 
-    parts = Parts(folder, names, make, write_arrays, lambda part: read_arrays(folder / names[part]), mean)
-    return run_parts(parts, rank=workers.rank, ranks=workers.ranks, on_progress=on_progress)
+    return Parts(folder, names, add_up, write_arrays, lambda part: read_arrays(folder / names[part]), mean)
 
 
 def plain_settings(settings: ScoreSettings, real: ReferenceImages | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.data.crew.making import Make, by_ranks
 from ditmoe.data.making.ownership import (
     CLAIM,
     PLAN_FILE,
@@ -39,8 +40,9 @@ from ditmoe.data.shards.sample_table import SampleColumns, write_table
 from ditmoe.data.shards.writer import PackedSample, write_shard
 from ditmoe.data.storage.claims import Claims, list_folder
 from ditmoe.data.storage.files import is_partial, make_folder, read_object, replacing
-from ditmoe.data.storage.parts import CLAIMS_FOLDER, DamagedPart, Parts, Progress, make_parts
+from ditmoe.data.storage.parts import CLAIMS_FOLDER, DamagedPart, Parts, Progress
 from ditmoe.model.errors import UserError
+from ditmoe.model.threads import threads_of
 from ditmoe.sampling.chains.images import StateFile, find_posterior
 from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.evaluation.of_run import drawn_images
@@ -104,7 +106,11 @@ def drawer(synthesis: Synthesis, device: torch.device, *, several: bool = False)
             generate(model, labels, numbers, sampler, batch, posterior=posterior, state_file=state_file)
         )
 
-    return draw
+    def draw_alike(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
+        with threads_of(device):
+            return draw(numbers, label_N)
+
+    return draw_alike
 
 
 def synthesize(
@@ -112,6 +118,7 @@ def synthesize(
     draw: DrawChunk,
     workers: Workers | None = None,
     *,
+    make: Make | None = None,
     log: Callable[[str], None] = lambda line: None,
     progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
 ) -> DatasetIndex:
@@ -120,6 +127,7 @@ def synthesize(
     Args:
         draw: draws the images of a chunk from their numbers and labels.
         workers: this process among those at work; alone when left out.
+        make: has parts made by a crew; None: these processes make them.
         log: takes lines to show (first process).
         progress: (title, total) → a function that is told the number done (first process).
 
@@ -132,7 +140,7 @@ def synthesize(
     busy = f"{synthesis.out}: another process is writing to it"
     with alone_at(Claims(synthesis.out), CLAIM, workers, busy, lambda: _begin(synthesis)) as check:
         if not (synthesis.out / INDEX_FILE).exists():
-            _make(synthesis, draw, workers, say, show, check)
+            _make(synthesis, draw, workers, make or by_ranks(workers.rank, workers.ranks), say, show, check)
         # The index is there: the others may end before the first has tidied up.
         workers.on_first(lambda: _tidy(synthesis.out))
         return load_index(synthesis.out)
@@ -155,6 +163,7 @@ def _make(
     synthesis: Synthesis,
     draw: DrawChunk,
     workers: Workers,
+    make: Make,
     log: Callable[[str], None],
     progress: Callable[[str, int], Progress],
     check: Callable[[], None],
@@ -168,14 +177,15 @@ def _make(
             synthesis.real,
             synthesis.plan["classes"],
             options.cache,
-            workers,
+            workers.device,
+            make,
             log,
             show,
         )
         described = scorer
-        workers.on_first(lambda: _same_scorer(synthesis, described))
+        workers.on_first(lambda: check_scorer(synthesis, described))
     store = synthesis.store.drawn_by(draw, synthesis.labels_of)
-    parts = _shards(synthesis, store, scorer)
+    parts = shards_of(synthesis, store, scorer, workers.device)
     there = set(list_folder(synthesis.out))
     missing = [shard for shard in range(synthesis.shards) if parts.names[shard] not in there]
     rounds = [missing[i : i + SHARDS_PER_ROUND] for i in range(0, len(missing), SHARDS_PER_ROUND)]
@@ -187,11 +197,11 @@ def _make(
         def say(done: int, before: int = drawn) -> None:
             show_chunks(before + done)
 
-        store.draw_pending(rank=workers.rank, ranks=workers.ranks, only=chunks, on_progress=say)
+        make("drawn", store.parts, only=chunks, on_progress=say)
         drawn += len(chunks)
         # No shard is written while a process looks for what is missing, and no chunk removed while one reads it.
         workers.wait()
-        make_parts(parts, rank=workers.rank, ranks=workers.ranks, only=shards)
+        make("shards", parts, only=shards)
         workers.wait()
         workers.on_first(lambda chunks=chunks: _remove_chunks(synthesis, chunks))  # type: ignore[misc]
 
@@ -202,7 +212,7 @@ def _make(
     workers.on_first(finish)
 
 
-def _same_scorer(synthesis: Synthesis, scorer: Scorer) -> None:
+def check_scorer(synthesis: Synthesis, scorer: Scorer) -> None:
     """Write down what scores depend on, or see that it is what it was. UserError when it is not."""
     path = synthesis.out / WORK_FOLDER / "scorer.json"
     make_folder(path.parent)
@@ -228,7 +238,9 @@ class _Shard(NamedTuple):
     score_N: NDArray[np.float32] | None
 
 
-def _shards(synthesis: Synthesis, store: ChunkStore, scorer: Scorer | None) -> Parts[_Shard, dict[str, Any], None]:
+def shards_of(
+    synthesis: Synthesis, store: ChunkStore, scorer: Scorer | None, device: torch.device
+) -> Parts[_Shard, dict[str, Any], None]:
     """The shards as parts. A shard's record is written first; the shard is there when it has its name."""
 
     def make(number: int) -> _Shard:
@@ -240,9 +252,9 @@ def _shards(synthesis: Synthesis, store: ChunkStore, scorer: Scorer | None) -> P
         if not len(number_N):
             raise UserError(f"none of the images {numbers[0]} to {numbers[-1]} is finite: {NOT_FINITE}")
         label_N = synthesis.labels_of(number_N.tolist())
-        return _Shard(
-            number, number_N, image_NHWC, label_N, None if scorer is None else scorer(image_NHWC, label_N)
-        )
+        with threads_of(device):
+            score_N = None if scorer is None else scorer(image_NHWC, label_N)
+        return _Shard(number, number_N, image_NHWC, label_N, score_N)
 
     def write(shard: _Shard, file: BinaryIO) -> None:
         _write_shard(synthesis, shard, None if scorer is None else dict(scorer.description), file)

@@ -14,9 +14,11 @@ from ditmoe.launcher.commands.drawing import (
     WeightsOption,
     draws_images,
 )
+from ditmoe.launcher.commands.shared_options import PER_CORE, Sharing, shares_work
 from ditmoe.launcher.commands.words import counted
 
 
+@shares_work(PER_CORE)
 @draws_images(steps=250)
 def command(
     out: Annotated[
@@ -52,12 +54,7 @@ def command(
     features_path: Annotated[
         Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
     ] = None,
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Processes of a machine that share the work. [default: one per GPU, or per core]"
-        ),
-    ] = None,
+    sharing: Sharing,
     drawing: Drawing,
     weights: WeightsOption = "ema",
     step: StepOption = None,
@@ -79,7 +76,8 @@ def command(
 ) -> None:
     """Draw images from a run's network into shards with provenance, labels and quality scores.
 
-    Repeating the command resumes it. Under torchrun and srun it joins their processes.
+    Repeating the command resumes it. Workers of other machines join by --crew. Under torchrun and srun it joins
+    their processes.
     """
     import sys
 
@@ -125,49 +123,24 @@ def command(
         if process.first and process.starts_ranks:
             for warning in noise_warnings(synthesis.sampler):
                 typer.echo(f"warning: {warning}", err=True)
-        here = (processes or _default_processes()) if process.starts_ranks else 1
-        if here > 1:
-            from ditmoe.launcher.local.launch import spawn
-
-            arguments = ["data", "synthesize", "--from", str(checkpoint), "--count", str(count)]
-            arguments += [*drawing.arguments(), "--score", score, "--features", features]
-            arguments += ["--weights", weights, "--batch", str(batch)]
-            arguments += ["--format", format, "--shard-samples", str(shard_samples)]
-            arguments += ["--overwrite"] if overwrite else []
-            for option, value in (
-                ("--classes", classes),
-                ("--reference", reference),
-                ("--index", index),
-                ("--on-error", on_error),
-                ("--features-path", features_path),
-                ("--cache", cache),
-                ("--vae", vae),
-                ("--name", name),
-            ):
-                arguments += [f"{option}={value}"] if value is not None else []
-            raise typer.Exit(spawn([*arguments, "--", str(out)], here))
-
-        import torch
-
         from ditmoe.launcher.local.signs import signs_of_work
-        from ditmoe.sampling.evaluation.of_run import default_cache
         from ditmoe.sampling.jobs.workers import join_workers
+        from ditmoe.sampling.synthesis.of_crew import made_by
 
-        workers = join_workers(str(checkpoint))
-        if workers.device.type == "cpu":
-            # Sums may round otherwise on another number of threads; the bytes shall not tell how many processes.
-            torch.set_num_threads(1)
-        try:
-            with signs_of_work(out, cache or default_cache()):
+        again = _with_checkpoint(checkpoint) if step is None else None
+        with sharing.led(per_core=True, again=again) as crew, signs_of_work(out, options.cache):
+            workers = join_workers(str(checkpoint))
+            try:
                 made = synthesize(
                     synthesis,
                     drawer(synthesis, workers.device, several=workers.ranks > 1),
                     workers,
+                    make=None if crew is None else made_by(crew, synthesis),
                     log=lambda line: print(line, file=sys.stderr, flush=True),
                     progress=show_progress,
                 )
-        finally:
-            workers.leave()
+            finally:
+                workers.leave()
     if process.first:
         typer.echo(
             f"synthesised {counted(made.total, 'image')} "
@@ -183,13 +156,13 @@ def command(
         typer.echo(f"  preview  {out / 'preview.png'}")
 
 
-def _default_processes() -> int:
-    """One per GPU; without any one per core, as each computes in one thread."""
-    import torch
+def _with_checkpoint(checkpoint: Path) -> list[str]:
+    """The words of this command, with the checkpoint named: training may write a newer one before ranks look."""
+    import sys
 
-    from ditmoe.launcher.local.launch import threads_per_process
-
-    return torch.cuda.device_count() or threads_per_process(1)
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    return [*words[:end], f"--from={checkpoint}", *words[end:]]
 
 
 def _scores(out: Path) -> list[str]:

@@ -102,6 +102,9 @@ def test_workers_make_every_stage_from_what_they_are_told(options: EvaluationOpt
     metrics = evaluate_run(job, made_by(cast(Crew, crew), options, job), 2)
     assert_equal(job, metrics, expected)
     assert metrics["evaluation"]["processes"] == 2
+    assert (
+        job.cache is not None and len(list(job.cache.glob("classifier-*.safetensors"))) == 2
+    )  # not trained again
     assert set(crew.stages()) == set(STAGES) and crew.stages() == {
         **dict.fromkeys(("drawn", "described"), 15),
         "real": job.real.parts,

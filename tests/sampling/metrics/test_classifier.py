@@ -13,7 +13,6 @@ from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import (
     FEATURE_CLASSIFIER,
     HELD_OUT,
@@ -114,7 +113,7 @@ def test_what_is_kept_does_not_tell_who_made_it(
             for worker in workers:
                 worker.join(60)
                 assert worker.exitcode == 0
-            class_means(network, digits, cache, Workers())
+            class_means(network, digits, cache)
             real_statistics(digits, network, cache).floors()
             assert torch.get_num_threads() == threads
             files = [path for path in cache.rglob("*") if path.is_file()]

@@ -13,13 +13,14 @@ from dataclasses import replace
 from itertools import count
 from multiprocessing.context import ForkProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from ditmoe.data.crew.leader import Crew
 from ditmoe.data.making.ownership import CLAIM, write_record
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
@@ -46,8 +47,11 @@ from ditmoe.sampling.network.load import LoadedModel, load_model
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.synthesis import make as synthesize_module
 from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
+from ditmoe.sampling.synthesis.of_crew import made_by
 from ditmoe.sampling.synthesis.plan import Synthesis, SynthesisOptions, prepare_synthesis
+from tests.forked import DITMOE, run_forked
 from tests.markers import change_marker
+from tests.obedient import Obedient
 from tests.sampling.small_run import images_of, write_noise_classifier
 
 MODEL = ModelConfig(
@@ -164,36 +168,52 @@ def test_images_are_those_of_their_numbers_with_label_score_and_provenance(share
     assert facts["provenance"]["scorer"]["network"] == classifier.fingerprint
 
 
-def test_two_processes_write_the_bytes_of_one(
-    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+ARGUMENTS = ("synthesize", "--count", "45", "--steps", "2", "--batch", "4", "--shard-samples", "12")
+ARGUMENTS += ("--cfg-scale", "1.5")
+
+
+def test_ranks_and_workers_write_the_bytes_of_one_process(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, obedient: Obedient
 ) -> None:
-    arguments = ["synthesize", "--from", str(shared / "run"), "--count", "45", "--steps", "2", "--batch", "4"]
-    arguments += [
-        "--shard-samples",
-        "12",
-        "--reference",
-        str(shared / "shards"),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
-    arguments += ["--cfg-scale", "1.5", "--classes=-1,9"]
+    monkeypatch.setattr(synthesize_module, "SHARDS_PER_ROUND", 3)
+    arguments = [*ARGUMENTS, "--from", str(shared / "run"), "--reference", str(shared / "shards")]
+    arguments += ["--cache", str(tmp_path / "cache"), "--classes=-1,9"]
     runner = CliRunner()
     refused = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
     assert isinstance(refused.exception, UserError) and "'-1' found; expected numbers from 0" in str(
         refused.exception
     )
     arguments[-1] = "--classes=0,1,2,9"
-    two = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
-    assert two.exit_code == 0, two.output
     one = runner.invoke(app, [*arguments, str(tmp_path / "one"), "--processes", "1"])
     assert one.exit_code == 0, one.output
     assert "synthesised 45 images of 8×8×1 in 4 classes: 4 shards" in one.output
     assert "  scores   median 0." in one.output and str(tmp_path / "one" / "preview.png") in one.output
-    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    ranks = run_forked([*DITMOE, "data", *arguments, str(tmp_path / "ranks")], tmp_path / "output", processes=2)
+    assert ranks.returncode == 0, ranks.stderr
+    assert contents(tmp_path / "ranks") == contents(tmp_path / "one")
+
+    led = runner.invoke(app, [*arguments, str(tmp_path / "led"), "--processes", "2"])
+    assert led.exit_code == 0, led.output
+    assert obedient.stages() == {"drawn": 1, "shards": 4}
+    assert contents(tmp_path / "led") == contents(tmp_path / "one")
     # Repeating a finished command shows the result.
-    monkeypatch.setattr("ditmoe.launcher.local.launch.spawn", None)  # nothing is started for that
-    again = runner.invoke(app, [*arguments, str(tmp_path / "two"), "--processes", "2"])
-    assert again.exit_code == 0 and "synthesised 45 images" in again.output
+    again = runner.invoke(app, [*arguments, str(tmp_path / "led"), "--processes", "2"])
+    assert again.exit_code == 0 and "synthesised 45 images" in again.output and len(obedient.made) == 5
+
+
+def test_a_crew_computes_the_means_that_features_are_scored_by(
+    shared: Path, tmp_path: Path, obedient: Obedient
+) -> None:
+    score = ScoreSettings("features", feature_classifier=QUICK_FEATURES)
+    changes: dict[str, Any] = {"score": score, "cache": tmp_path / "cache", "classes": (1, 2)}
+    made(shared, tmp_path / "one", **changes)
+    for folder in (tmp_path / "cache").glob("class-sums-*"):
+        shutil.rmtree(folder)
+    led = prepare_synthesis(options_for(shared, tmp_path / "led", **changes))
+    synthesize(led, drawer(led, CPU), make=made_by(cast(Crew, obedient), led))
+    assert led.real is not None
+    assert obedient.stages() == {"means": led.real.parts, "drawn": 1, "shards": 4}
+    assert contents(tmp_path / "led") == contents(tmp_path / "one")
 
 
 def all_of(synthesis: Synthesis, seconds: float) -> Callable[[], list[ForkProcess]]:
@@ -216,7 +236,7 @@ def all_of(synthesis: Synthesis, seconds: float) -> Callable[[], list[ForkProces
                 barrier.wait()
                 return result
 
-            synthesize(synthesis, draw, Workers(rank, 2, CPU, all_well))
+            synthesize(synthesis, draw, Workers(rank, 2, CPU, _all_well=all_well))
 
         processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
         for process in processes:
@@ -361,7 +381,7 @@ def test_features_score_by_the_distance_to_the_class(shared: Path, tmp_path: Pat
     images = [batch for batch in real.read_all(32)]
     features = np.concatenate([network.features(batch.image_NHWC)["features"] for batch in images]).astype(float)
     label_N = np.concatenate([batch.label_N for batch in images])
-    mean_KF = class_means(network, real, shared / "cache", Workers())
+    mean_KF = class_means(network, real, shared / "cache")
     np.testing.assert_allclose(mean_KF[3], features[label_N == 3].mean(0), rtol=1e-5)
 
     index = load_index(tmp_path / "out")
@@ -383,13 +403,13 @@ def test_a_class_without_real_images_has_no_mean(shared: Path, tmp_path: Path) -
     real = images_of(tmp_path / "few")
     settings = ScoreSettings("features", feature_classifier=QUICK_FEATURES)
     with pytest.raises(UserError, match=r"few: has no image of class 2 \(2\), from whose mean"):
-        make_scorer(settings, real, [1, 2, 3], tmp_path / "cache", Workers())
-    scorer = make_scorer(settings, real, [1, 3], tmp_path / "cache", Workers())
+        make_scorer(settings, real, [1, 2, 3], tmp_path / "cache", CPU)
+    scorer = make_scorer(settings, real, [1, 3], tmp_path / "cache", CPU)
     assert isinstance(scorer, FeatureScore)
     part = next((tmp_path / "cache").glob("class-sums-*/part-00.npz"))
     whole = part.read_bytes()
     part.write_bytes(b"x")
-    make_scorer(settings, real, [1, 3], tmp_path / "cache", Workers())
+    make_scorer(settings, real, [1, 3], tmp_path / "cache", CPU)
     assert part.read_bytes() == whole
 
 
