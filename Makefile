@@ -36,7 +36,7 @@ test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
 test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the planner's figures, on real processes
 	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
 
-test-service: venv ## the service under load, and killed again and again
+test-service: venv ## the service under load, and its processes killed again and again (DITMOE_KILLS=25)
 	@$(BIN)/python -m pytest -m slow tests/sampling/service --ignore tests/sampling/service/page $(PYTEST_ARGS)
 
 test-page: venv ## the page of the service in headless Chromium; needs Debian's chromium

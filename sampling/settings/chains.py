@@ -91,7 +91,8 @@ class DlgConfig(Settings):
         """Take what is not given from the preset; an unknown one is left to its own field's check."""
         if not isinstance(values, dict):
             return values
-        return {**PRESETS.get(values.get("preset", "published"), {}), **values}
+        preset = values.get("preset", "published")
+        return {**(PRESETS.get(preset, {}) if isinstance(preset, str) else {}), **values}  # type: ignore[call-overload]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

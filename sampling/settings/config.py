@@ -56,7 +56,7 @@ class SamplerConfig(Settings):
     """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
     evaluation more. The step to σ = 0 that each integrator ends with is of this kind already. Chains have a
     setting of their own for it."""
-    cfg_scale: float = Field(default=1.0, ge=0)
+    cfg_scale: float = Field(default=1.0, ge=0, le=1e38)
     """Classifier-free guidance; 1: none."""
     cfg_channels: int | None = Field(default=None, ge=1, le=1024)
     """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""

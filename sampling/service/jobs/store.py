@@ -267,6 +267,6 @@ class JobStore:
 def _prepare(connection: Any, _: object) -> None:
     """Settings of each connection: a commit is on disk when it returns."""
     cursor = connection.cursor()
-    for setting in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000"):
+    for setting in ("busy_timeout=30000", "journal_mode=WAL", "synchronous=FULL"):
         cursor.execute(f"PRAGMA {setting}")
     cursor.close()

@@ -29,6 +29,7 @@ from ditmoe.sampling.service.requests import EvaluationJob
 from ditmoe.sampling.settings.names import FeatureName
 from tests.markers import change_marker
 from tests.sampling.service.conftest import serving, until
+from tests.sampling.service.served import processes_of
 from tests.sampling.small_run import write_digits, write_run
 
 EVALUATED = {"model": "digits", "count": 12, "steps": 2, "sampler": "euler", "recogniser": False}
@@ -55,18 +56,6 @@ def write_statistics(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, mu=np.zeros(2048), sigma=np.eye(2048))
     return path
-
-
-def processes_of(job_id: str) -> list[psutil.Process]:
-    """Those that bear its name."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(JOB_VARIABLE) == job_id and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 def asked_for(**fields: Any) -> EvaluationJob:

@@ -1,17 +1,11 @@
 """Jobs: durable, resumed, cancelled between steps, watched, fetched; and nobody's name becomes a path."""
 
 import json
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import httpx
@@ -304,86 +298,6 @@ def _parsed(options: Sequence[str]) -> SamplerConfig:
     done = CliRunner().invoke(app, list(options))
     assert done.exit_code == 0, done.output
     return got[0]
-
-
-def _port_of_nobody() -> int:
-    """A free port that the kernel gives to no connection: whoever is started again finds it free."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = Random().randrange(10_000, first)
-        with socket.socket() as tried, suppress(OSError):
-            tried.bind(("127.0.0.1", port))
-            return port
-
-
-class Served:
-    """`ditmoe serve` as a process, which is killed and started again at its port."""
-
-    def __init__(self, runs: Path, state: Path) -> None:
-        self._runs, self._state, self._port = runs, state, _port_of_nobody()
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> str:
-        command = [sys.executable, "-m", "ditmoe.launcher", "serve", str(self._runs), "--state", str(self._state)]
-        command += ["--port", str(self._port), "--batch", "8"]
-        errors = self._state.with_name("errors.txt")
-        with errors.open("w") as file:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith("serving"), errors.read_text()
-        self._port = int(line.rpartition(":")[2])
-        return line.split()[-1]
-
-    def kill(self, number: int = signal.SIGKILL) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        if number == signal.SIGSTOP:
-            time.sleep(0.5)
-            self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-def _kill_at_random(runs: Path, folder: Path, jobs: list[tuple[str, dict[str, Any]]], kills: int) -> None:
-    """Give jobs, kill the service at random so many times while it is at them, and compare with nothing killed."""
-    random = Random(0)
-    with serving(runs, state=folder / "calm") as client:
-        calm = Client(str(client.base_url))
-        known = {}
-        for kind, fields in jobs:
-            job_id = calm.give(kind, **fields)
-            calm.wait(job_id)
-            known[len(known)] = _made(calm, job_id)
-    served = Served(runs, folder / "wild")
-    with Client(served.start()) as ours:
-        given = [ours.give(kind, **fields) for kind, fields in jobs]
-        for _ in range(kills):
-            time.sleep(random.uniform(0.0, 1.0))
-            served.kill(random.choice([signal.SIGKILL, signal.SIGSTOP]))
-            served.start()
-        for place, job_id in enumerate(given):
-            ours.wait(job_id)
-            assert _made(ours, job_id) == known[place]
-    served.kill()
-
-
-def _made(client: Client, job_id: str) -> list[bytes]:
-    total = client.job(job_id)["progress"]["total"]
-    return [client.image(job_id, number).tobytes() for number in range(total)]
-
-
-@pytest.mark.slow
-def test_a_service_that_is_killed_loses_nothing(runs: Path, tmp_path: Path) -> None:
-    _kill_at_random(runs, tmp_path, [("draw", {"count": 150, **DRAWN, "steps": 8})], 1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_service_that_is_killed_often_loses_nothing(runs: Path, tmp_path: Path) -> None:
-    jobs = [("draw", {"count": 300, **DRAWN, "seed": seed, "steps": 30}) for seed in range(4)]
-    _kill_at_random(runs, tmp_path, jobs, 12)
 
 
 def test_threads_of_one_store(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from ditmoe.sampling.service.client import Client
 from tests.sampling.service.conftest import figure
+from tests.sampling.service.served import Served
 from tests.sampling.service.test_images import ROUTE
-from tests.sampling.service.test_jobs import Served
 
 CLIENTS = 200
 ROUNDS = 3

@@ -1,0 +1,136 @@
+"""The service and processes of its jobs are killed and stopped at random: every job ends as if nothing had been.
+
+`DITMOE_KILLS` says how many signals are sent: 25 unless it does.
+"""
+
+import json
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+
+from ditmoe.launcher.commands.scoring.reference import make
+from ditmoe.sampling.service.client import Client
+from tests.sampling.service.served import Served, number_of, processes_of
+from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
+
+KILLS = number_of("DITMOE_KILLS", 25)
+SERVICE_SHARE = 0.4
+"""Of the signals; the others go to processes of evaluations."""
+LONGEST_REST = 5.0
+"""Seconds at most between two signals."""
+CHAINS = {"sampler": "dlg:euler", "steps": 4, "dlg": {"skip": 4, "samples_per_chain": 40, "initial_steps": 4}}
+SCORED = {"reference": "own.safetensors", "recogniser": False}
+JOBS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("draw", {"count": 200, "sampler": "heun", "steps": 20, "seed": 5}),
+    ("draw", {"count": 130, "sampler": "kar2", "steps": 20, "cfg_scale": 1.5, "class": 3}),
+    ("draw", {"count": 120, **CHAINS}),
+    ("evaluate", {"count": 320, "sampler": "euler", "steps": 60, **SCORED}),
+    ("evaluate", {"count": 200, "sampler": "heun", "steps": 20, "seed": 9, **SCORED}),
+)
+
+
+def made(client: Client, job_id: str, kind: str) -> tuple[list[bytes], str]:
+    """All images of a job, and its figures."""
+    job = client.job(job_id)
+    assert job["status"] == "completed" and job["progress"]["done"] == job["progress"]["total"]
+    images = [client.image(job_id, number).tobytes() for number in range(job["progress"]["total"])]
+    figures = client.figures(job_id)["results"] if kind == "evaluate" else None
+    return images, json.dumps(figures, sort_keys=True)
+
+
+class Round:
+    """Jobs of one copy of the run: an evaluation of another would be there already."""
+
+    def __init__(self, client: Client, runs: Path, number: int) -> None:
+        name = f"digits-{number}"
+        shutil.copytree(runs.parent / "run", runs / name)
+        self.jobs = [(kind, client.give(kind, model=name, **fields)) for kind, fields in JOBS]
+
+    def finished(self, client: Client) -> bool:
+        return all(client.job(job_id)["status"] == "completed" for _, job_id in self.jobs)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of runs with a reference, and beside it the run that rounds copy; all of it draws in one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_noise_classifier(write_run(tmp_path / "run"))
+    reference = tmp_path / "runs" / "references" / "own.safetensors"
+    reference.parent.mkdir(parents=True)
+    make(str(write_digits(tmp_path / "digits")), reference, recogniser=False, cache=tmp_path / "cache")
+    return tmp_path / "runs"
+
+
+class Killer:
+    """Sends signals, and counts them."""
+
+    def __init__(self, served: Served, log: Path) -> None:
+        self._served, self._random, self._log = served, Random(0), log
+        self.sent: Counter[str] = Counter()
+
+    def rest(self) -> float:
+        return self._random.uniform(0.0, LONGEST_REST)
+
+    def once(self, jobs: list[str]) -> None:
+        """To the service, which is started again; or to the process of an evaluation, if there is one."""
+        number = self._random.choice([signal.SIGKILL, signal.SIGSTOP])
+        processes = list(self._of_jobs(jobs)) if self._random.random() >= SERVICE_SHARE else []
+        if processes:
+            victim = self._random.choice(processes)
+            try:
+                victim.send_signal(number)
+            except psutil.NoSuchProcess:
+                return
+            self._note(f"job process {number.name}")
+            return
+        self._served.kill(number)
+        self._note(f"service {number.name}")
+        self._served.start()
+
+    def _of_jobs(self, jobs: list[str]) -> Iterator[psutil.Process]:
+        for job_id in jobs:
+            yield from processes_of(job_id)
+
+    def _note(self, what: str) -> None:
+        self.sent[what] += 1
+        with self._log.open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {what}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600 + 90 * KILLS)
+def test_no_kill_loses_a_job_or_changes_an_image_or_a_figure(runs: Path, tmp_path: Path) -> None:
+    served = Served(runs, tmp_path / "calm")
+    with Client(served.start()) as client:
+        calm = Round(client, runs, 0)
+        for _, job_id in calm.jobs:
+            client.wait(job_id)
+        known = [made(client, job_id, kind) for kind, job_id in calm.jobs]
+    served.kill()
+    served = Served(runs, tmp_path / "wild")
+    killer = Killer(served, tmp_path / "signals.txt")
+    with Client(served.start()) as client:
+        rounds = [Round(client, runs, 1)]
+        while sum(killer.sent.values()) < KILLS:
+            if rounds[-1].finished(client):
+                rounds.append(Round(client, runs, len(rounds) + 1))
+            time.sleep(killer.rest())
+            killer.once([job_id for kind, job_id in rounds[-1].jobs if kind == "evaluate"])
+        given = [job for each in rounds for job in each.jobs]
+        for _, job_id in given:
+            client.wait(job_id)
+        for place, (kind, job_id) in enumerate(given):
+            assert made(client, job_id, kind) == known[place % len(JOBS)], (place, kind, job_id)
+        assert {job["id"] for job in client.jobs(200)} == {job_id for _, job_id in given}
+        assert not any(processes_of(job_id) for _, job_id in given)
+    served.kill()
+    print(f"{sum(killer.sent.values())} signals: {dict(killer.sent)}; {len(given)} jobs, none lost or changed")
