@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
+import torch
+
 from ditmoe.data.storage.parts import Parts
 from ditmoe.model.errors import UserError
 
@@ -57,7 +59,8 @@ def make_part(builder: str, request: str, part: int, seconds: float) -> tuple[st
     """Make a part in a worker, where its file is not there.
 
     A worker that takes longer than `seconds` prints where it is and ends itself: heartbeats go on while a part
-    hangs, so nobody else would notice. It is started anew, and the part is made again.
+    hangs, so nobody else would notice. So does one whose GPU fails, with which a process can do no more. It is
+    started anew, and the part is made again, perhaps elsewhere.
 
     Returns:
         An `Outcome`.
@@ -70,6 +73,9 @@ def make_part(builder: str, request: str, part: int, seconds: float) -> tuple[st
         return Outcome()
     except UserError as error:
         return Outcome(mistake=str(error))
+    except torch.AcceleratorError:
+        traceback.print_exc(file=sys.__stderr__)
+        os._exit(1)
     except Exception:
         return Outcome(failure=traceback.format_exc())
     finally:

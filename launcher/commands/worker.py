@@ -19,6 +19,9 @@ def command(
     idle: Annotated[
         float, typer.Option(min=0, metavar="MINUTES", help="End when nobody has led the crew for so long.")
     ] = MINUTES,
+    gpus: Annotated[
+        int, typer.Option(min=0, help="GPUs that this machine is known to have: with fewer nothing begins.")
+    ] = 0,
     listen: ListenOption = None,
 ) -> None:
     """Work for the commands that lead a crew, one after another: it may start before them, and end at any time.
@@ -32,13 +35,14 @@ def command(
 
     from ditmoe.data.crew.members import join_crew
     from ditmoe.data.crew.tasks import TALLY_VARIABLE
-    from ditmoe.launcher.local.crew_workers import own_address, worker_environments
+    from ditmoe.launcher.local.crew_workers import check_gpus, own_address, worker_environments
     from ditmoe.parallel.ranks import this_process
     from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Heart
     from ditmoe.slurm.job_folder import tally_of
     from ditmoe.slurm.submission.script import STRANGERS
 
     process, beats = this_process(), os.environ.get(FOLDER_VARIABLE)
+    check_gpus(gpus)
     environments = worker_environments(processes)
     if beats:
         tally = str(tally_of(Path(beats).parent, process.rank))

@@ -47,6 +47,18 @@ def worker_environments(processes: int | None, *, gpus: bool = True) -> list[dic
     return [{**shared, **({"CUDA_VISIBLE_DEVICES": visible[number]} if found else {})} for number in range(count)]
 
 
+def check_gpus(known: int) -> None:
+    """RuntimeError where this machine shows fewer GPUs than it is known to have.
+
+    A worker would compute on the CPU then: slowly, and with other bits than those of the others.
+    """
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < known:
+        raise RuntimeError(f"{socket.gethostname()} shows {found} GPUs; expected {known}, as it was said to have")
+
+
 def own_address(listen: str | None = None, towards: str | None = None) -> str:
     """The address at which other machines find this one.
 

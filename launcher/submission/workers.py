@@ -42,6 +42,7 @@ def workers_job(
     crew = crew.absolute()
     arguments = ["worker", f"--idle={idle:g}"]
     arguments += [] if processes is None else [f"--processes={processes}"]
+    arguments += [f"--gpus={gpus}"] if gpus else []
     arguments += [] if listen is None else [f"--listen={listen}"]
     return job_request("workers", (*arguments, "--", str(crew)), _new_folder(crew), settings, crew)
 

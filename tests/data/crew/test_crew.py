@@ -138,7 +138,8 @@ def test_a_second_leader_is_refused(crew: Crew) -> None:
 def test_killed_workers_are_replaced_and_their_parts_made_again(
     crew: Crew, toys: Callable[..., Any], journal: Path
 ) -> None:
-    task, ends = toys(6, seconds=1.0, fates={"4": "dies once"}), list[int]()
+    fates = {"4": "dies once", "5": "loses its GPU once"}
+    task, ends = toys(6, seconds=1.0, fates=fates), list[int]()
 
     def kill() -> None:
         ends.append(eventually(lambda: attempts(journal, 1))[0])
@@ -150,7 +151,7 @@ def test_killed_workers_are_replaced_and_their_parts_made_again(
     killer.join()
     assert task.parts().result() == squares(6)
     again = attempts(journal, 1)
-    assert again[0] == ends[0] != again[1] and len(attempts(journal, 4)) == 2
+    assert again[0] == ends[0] != again[1] and len(attempts(journal, 4)) == len(attempts(journal, 5)) == 2
     eventually(lambda: crew.members() == 2)
 
 

@@ -460,7 +460,7 @@ def test_workers_are_one_task_of_each_node_and_each_submission_has_its_own_folde
     assert made.settings.cpus_per_task == 3 and "--cpus-per-task=3" in job.srun
     assert made.folder.path == crew / "slurm" / "workers-1" and not crew.exists()
     on_gpus = workers_job(crew, None, 10, None, JobSettings(nodes=2, gpus_per_node=8))
-    assert on_gpus.job.arguments == ("worker", "--idle=10", "--", str(crew))
+    assert on_gpus.job.arguments == ("worker", "--idle=10", "--gpus=8", "--", str(crew))
     assert (on_gpus.job.tasks_per_node, on_gpus.settings.cpus_per_task) == (1, None)
     # One with which nothing was submitted, as when Slurm refused, is taken again.
     made.folder.path.mkdir(parents=True)

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from ditmoe.launcher.local import crew_workers
-from ditmoe.launcher.local.crew_workers import LOOPBACK, own_address
+from ditmoe.launcher.local.crew_workers import LOOPBACK, check_gpus, own_address
 from ditmoe.model.errors import UserError
 
 
@@ -19,6 +19,15 @@ def test_an_interface_or_an_address_of_this_machine_is_taken() -> None:
 def test_what_is_none_of_this_machine_is_refused(listen: str) -> None:
     with pytest.raises(UserError, match=r"--listen '.*': nothing of this machine; expected .*lo"):
         own_address(listen)
+
+
+def test_a_machine_that_has_lost_a_gpu_does_not_begin_on_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure of a machine, not the user's: the job comes back on another."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 7)
+    check_gpus(0)
+    check_gpus(7)
+    with pytest.raises(RuntimeError, match="shows 7 GPUs; expected 8"):
+        check_gpus(8)
 
 
 def test_towards_another_it_is_the_address_of_that_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
+
 from ditmoe.data.storage.parts import Parts
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
@@ -24,6 +26,8 @@ def squares(request: Mapping[str, Any]) -> Parts[bytes, bytes, bytes]:
             raise UserError(f"part {part}: cannot be made")
         if fate == "fault":
             raise ZeroDivisionError(f"part {part}")
+        if fate == "loses its GPU once" and not attempts:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
         if fate == "dies" or (fate == "dies once" and not attempts):
             os._exit(9)
         if fate == "shared":
