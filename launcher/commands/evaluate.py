@@ -24,6 +24,7 @@ from ditmoe.launcher.commands.drawing import (
 )
 from ditmoe.launcher.commands.evaluate_grid import evaluate_grid, refuse_options
 from ditmoe.launcher.commands.evaluate_watch import evaluate_watch
+from ditmoe.launcher.commands.scoring.evaluate_seeds import evaluate_with_seeds
 from ditmoe.launcher.commands.shared_options import Sharing, shares_work
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.settings.networks import arguments_of, choices_of
@@ -44,6 +45,12 @@ def command(
         ),
     ] = None,
     drawing: Drawing,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0-2", help="Evaluate with each of these seeds, and show how far the figures spread."
+        ),
+    ] = None,
     labels: Annotated[
         Literal["random", "balanced"],
         typer.Option(help="Classes drawn at random, or in turn (reads a little lower)."),
@@ -132,9 +139,11 @@ def command(
         raise UserError(f"--watch and {other}: expected one of them; a watch scores all checkpoints alike")
     if watch and keep == "statistics":
         raise UserError("--watch and --keep statistics: a watch shows images; expected --keep npz or chunks")
+    if seeds is not None and (watch or (context is not None and _is_given(context, "seed"))):
+        raise UserError(f"--seeds {seeds} and {'--watch' if watch else '--seed'}: expected one of them")
     if grid is not None and context is not None:
         refuse_options(grid, (name for name in context.params if _is_given(context, name)))
-    for option, given in (("--grid", grid), ("--watch", watch or None)):
+    for option, given in (("--grid", grid), ("--watch", watch or None), ("--seeds", seeds)):
         if expert_parallel > 1 and given is not None:
             raise UserError(f"--expert-parallel {expert_parallel}: expected without {option}")
     choices = choices_of(features, features_path, resize)
@@ -183,6 +192,10 @@ def command(
         evaluate_grid(options, grid, sharing)
         return
     drawn = [*drawing.arguments(), "--count", str(count), "--labels", labels]
+    if seeds is not None:
+        unseeded = [each for each in drawn if not each.startswith("--seed=")]
+        evaluate_with_seeds(options, seeds, sharing, [*unseeded, *shared])
+        return
     if watch:
         evaluate_watch(options, sharing, [*drawn, *shared], every, patience)
         return

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 from ditmoe.sampling.evaluation.keeping import Keep
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, ClassifierSettings
-from ditmoe.sampling.metrics.reference import Reference
+from ditmoe.sampling.metrics.reference import Reference, ReferenceImages
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
+from ditmoe.sampling.network.load import complete_config
 from ditmoe.sampling.settings.config import SAMPLER_RULES, SamplerConfig
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
 from ditmoe.sampling.settings.networks import NetworkChoice
@@ -186,6 +190,32 @@ class Job:
     def request(self) -> dict[str, Any]:
         """What the scores depend on, besides the images: a stored result of an equal request is the result."""
         return request_of(self)
+
+
+def facts_of(info: CheckpointInfo, real: Reference, evaluation: Evaluation) -> dict[str, Any]:
+    """What a table needs of a network, beside the figures: how it was trained, and how large it is.
+
+    `epochs` is known where the network was trained on one source, and is compared with that; what a converted
+    checkpoint has seen is not.
+    """
+    size = count(complete_config(info.model, info))
+    trained = "train" in info.config
+    seen = info.images if trained or info.images else None
+    sources = info.dataset.get("shards") or []
+    own = real if isinstance(real, ReferenceImages) and sources == [real.index.fingerprint] else None
+    return {
+        "images_seen": seen,
+        "epochs": None if seen is None or own is None else seen / own.count,
+        "train_batch": info.config["train"]["batch"] if trained else None,
+        "ema": info.config.get("ema"),
+        "parameters": {"total": size.total, "activated": size.activated},
+        "model": info.config["model"],
+        "objective": info.config["objective"],
+        "trained_on": info.dataset.get("name"),
+        # Samplers guide at every noise level, or not at all.
+        "guidance_interval": None if evaluation.sampler.cfg_scale == 1 else "all noise levels",
+        "torch": torch.__version__,
+    }
 
 
 def choices_of_job(job: Scored) -> tuple[NetworkChoice, ...]:

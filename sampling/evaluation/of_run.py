@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ditmoe.data.crew.making import Make
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.progress import show_progress
-from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import normal
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
@@ -24,7 +23,7 @@ from ditmoe.parallel.expert_group import ExpertGroup, NetworkOfGroup
 from ditmoe.sampling.chains.images import StateFile, classifier_fingerprint, find_posterior
 from ditmoe.sampling.drawing.generate import Generated, generate
 from ditmoe.sampling.drawing.together import generate_together
-from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling
+from ditmoe.sampling.evaluation.job import Evaluation, Job, LabelSampling, facts_of
 from ditmoe.sampling.evaluation.keeping import Keep, drop_images_of_finished
 from ditmoe.sampling.evaluation.measures import Measures, check_reference
 from ditmoe.sampling.evaluation.run_job import run_job, stored_result
@@ -149,7 +148,6 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
         for sampler in resolved
     ]
     learned = tuple(info.dataset.get("class_names") or ())
-    size = count(complete_config(info.model, info))
     jobs = [
         Job(
             evaluation=evaluation,
@@ -169,15 +167,7 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
             checkpoint=path,
             expert_parallel=options.expert_parallel,
             shared_weights=options.shared_weights,
-            facts={
-                "images_seen": info.images,
-                "train_batch": info.config["train"]["batch"] if "train" in info.config else None,
-                "parameters": {"total": size.total, "activated": size.activated},
-                "model": info.config["model"],
-                "objective": info.config["objective"],
-                "trained_on": info.dataset.get("name"),
-                "torch": torch.__version__,
-            },
+            facts=facts_of(info, real, evaluation),
             learned_names=learned if len(learned) == num_classes else (),
             warnings=(*_other_classes(info, real), *noise_warnings(evaluation.sampler)),
         )

@@ -16,7 +16,7 @@ from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
 from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
 from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
-from ditmoe.sampling.evaluation.row import LATEX_FILE, MARKDOWN_FILE, latex, markdown, rows_of
+from ditmoe.sampling.evaluation.row import write_rows
 from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, stored_results
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
@@ -102,10 +102,7 @@ def write_results(
 
     metrics = {"format": METRICS_FORMAT, "evaluation": evaluation, "results": results}
     write_gallery(folder / "gallery", sheets, metrics, keys[0])
-    rows = rows_of(metrics)
-    for name, text in ((MARKDOWN_FILE, markdown(rows)), (LATEX_FILE, latex(rows))):
-        with replacing(folder / name) as file:
-            file.write(text.encode())
+    write_rows(folder, metrics)
     with replacing(folder / METRICS_FILE) as file:
         file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
 
@@ -236,10 +233,12 @@ def table(metrics: Mapping[str, Any], *keys: str) -> list[str]:
     """The figures of some results, by their keys, as lines for a terminal."""
     evaluation = metrics["evaluation"]
     sampler = evaluation["sampler"]
+    seeds = evaluation.get("seeds") or [sampler["seed"]]
+    told = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     drawn = (
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
         f"{sampler['sampler']}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}, "
-        f"{evaluation['labels']} labels, {sampler['precision']}, seed {sampler['seed']}"
+        f"{evaluation['labels']} labels, {sampler['precision']}, {told}"
     )
     return [drawn, *(line for key in keys for line in figure_lines(metrics["results"][key]))]
 
@@ -279,7 +278,8 @@ def figure_lines(result: Mapping[str, Any]) -> list[str]:
     if "recogniser" in result:
         judge = result["recogniser"]
         held = f"{judge['held_out_accuracy']:.2%} of {judge['held_out_images']:,} held-out real images"
-        rows.append(("recognised", f"{judge['accuracy']:.2%}", f"by an independent classifier; {held}"))
+        spread = "" if judge.get("deviation") is None else f"± {judge['deviation']:.2%} over seeds; "
+        rows.append(("recognised", f"{judge['accuracy']:.2%}", f"{spread}by an independent classifier; {held}"))
     lines += [f"  {name:<16}{value:>10}   {note}" for name, value, note in rows]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     if "chains" in result:
@@ -292,7 +292,9 @@ def _images(count: int | None) -> str:
 
 
 def _reach(result: Mapping[str, Any], name: str) -> str:
-    """How far the interval around a figure reaches, at the start of a note."""
+    """How far the interval around a figure reaches, or how far seeds spread, at the start of a note."""
+    if "deviations" in result:
+        return f"± {_figure(result['deviations'][name])} over {len(result['seeds'])} seeds; "
     ends = result.get(f"{name}_interval")
     return "" if ends is None else f"95%: {_figure(ends[0])} to {_figure(ends[1])}; "
 

@@ -2,7 +2,10 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
+
+from ditmoe.data.storage.files import replacing
 
 MARKDOWN_FILE: Final = "row.md"
 LATEX_FILE: Final = "row.tex"
@@ -22,6 +25,7 @@ _ESCAPED: Final = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "–": "--",
+    "±": r"$\pm$",
     "×": r"$\times$",
     **{each: f"\\{each}" for each in "&%$#_{}"},
 }
@@ -48,14 +52,26 @@ def latex(rows: Sequence[Mapping[str, str]]) -> str:
     return "\n".join([begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", end]) + "\n"
 
 
+def write_rows(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Write `row.md` and `row.tex`."""
+    rows = rows_of(metrics)
+    for name, text in ((MARKDOWN_FILE, markdown(rows)), (LATEX_FILE, latex(rows))):
+        with replacing(folder / name) as file:
+            file.write(text.encode())
+
+
 def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, str]:
     sampler: Mapping[str, Any] = evaluation.get("sampler", {})
     network: Mapping[str, Any] = result.get("network", {})
     real: Mapping[str, Any] = result.get("real", {})
     counts: Mapping[str, Any] = evaluation.get("parameters") or {}
+    guided = sampler.get("cfg_scale") not in (None, 1)
     guidance = _number(sampler.get("cfg_scale"))
-    if sampler.get("cfg_channels") is not None:
+    if guided and sampler.get("cfg_channels") is not None:
         guidance += f" on {sampler['cfg_channels']} channels"
+    seeds = evaluation.get("seeds") or [sampler.get("seed")]
+    decay = (evaluation.get("ema") or {}).get("decay")
+    average = f" {decay:g}" if evaluation.get("which") == "ema" and decay is not None else ""
     resize = f", resize {network['resize']}" if network.get("resize") else ""
     return {
         "network": _network(evaluation.get("model") or {}),
@@ -64,21 +80,25 @@ def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, 
         "trained on": _text(evaluation.get("trained_on")),
         "steps": _number(evaluation.get("step")),
         "images seen": _number(evaluation.get("images_seen")),
+        "epochs": _number(evaluation.get("epochs")),
         "batch": _number(evaluation.get("train_batch")),
-        "weights": _text(evaluation.get("which")),
+        "weights": f"{_text(evaluation.get('which'))}{average}",
         "sampler": _text(sampler.get("sampler")),
         "schedule": _text(sampler.get("schedule")),
         "NFE": _number(evaluation.get("nfe")),
         "passes": _number(evaluation.get("network_passes")),
         "guidance": guidance,
+        "guided": _text(evaluation.get("guidance_interval")),
         "arithmetic": _text(sampler.get("precision")),
-        "seed": _number(sampler.get("seed")),
+        "seed": ", ".join(map(_number, seeds)),
         "N": _number(result.get("drawn_images")),
         "labels": _text(evaluation.get("labels")),
         "reference": f"{_text(real.get('name'))} {_text(real.get('fingerprint'))}",
+        "source": _source(real),
         "real images": _number(result.get("real_images")),
         "evaluator": f"{_text(network.get('name'))} {_text(network.get('fingerprint'))}{resize}",
-        **{title: _figure(result.get(key)) for key, title in FIGURES.items()},
+        **{title: _with_spread(result, key) for key, title in FIGURES.items()},
+        "recognised": _figure((result.get("recogniser") or {}).get("accuracy")),
         "95% intervals": _intervals(result),
     }
 
@@ -104,6 +124,20 @@ def _number(value: object) -> str:
 
 def _figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else NOTHING
+
+
+def _with_spread(result: Mapping[str, Any], key: str) -> str:
+    """A figure, with its deviation over seeds where there are several."""
+    deviation = (result.get("deviations") or {}).get(key)
+    return _figure(result.get(key)) + ("" if deviation is None else f" ± {deviation:.2g}")
+
+
+def _source(real: Mapping[str, Any]) -> str:
+    """Where the reference lies, what it was made of, and which of the images were chosen."""
+    made_of = (real.get("made_of") or {}).get("place")
+    choice = ", ".join(f"{key} {value}" for key, value in (real.get("choice") or {}).items())
+    told = [_text(real.get("place")), made_of and f"of {made_of}", choice]
+    return "; ".join(part for part in told if part)
 
 
 def _intervals(result: Mapping[str, Any]) -> str:
