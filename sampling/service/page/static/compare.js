@@ -100,14 +100,17 @@ const signed = (value) => (value > 0 ? `+${number(value)}` : number(value));
 /** Whether image i of both has one start: the same seed, and the same class by its number. */
 function sameStarts([a, b]) {
   if (a.request.seed !== b.request.seed) return `Their seeds are ${a.request.seed} and ${b.request.seed}: no image of one starts as one of the other.`;
-  const rule = (job) => (job.kind === "draw" ? String(job.request.class ?? "balanced") : job.request.labels);
+  // Those of chains go by the number of their chain.
+  const samples = (job) => (String(job.request.sampler).startsWith("dlg:") ? job.request.dlg?.samples_per_chain : 1);
+  const rule = (job) => `${job.kind === "draw" ? job.request.class ?? "balanced" : job.request.labels} ${samples(job)}`;
   if (rule(a) !== rule(b)) return "Their classes are dealt out differently: images of one number are of different classes.";
   return null;
 }
 
 async function showImages(scope, place, jobs) {
   const title = h("h2", {}, "Images of equal seeds");
-  const problem = sameStarts(jobs);
+  const gone = jobs.some((job) => job.status === "expired" || (job.status === "completed" && job.kind === "evaluate" && (job.request.keep ?? "chunks") !== "chunks"));
+  const problem = gone ? "The images of one of them are not kept." : sameStarts(jobs);
   const there = Math.min(...jobs.map((job) => job.progress.done));
   if (problem || !there || !jobs.every((job) => job.kind === "draw" || ENDED.has(job.status))) {
     replace(place, h("section", { class: "card" }, title, h("p", { class: "empty" }, problem || "Both need images first.")));

@@ -22,6 +22,25 @@ export const stepsField = (value, name = "steps", label = "Steps") => field(labe
 export const guidanceField = (value) => field("Guidance", numberField("cfg_scale", value, { min: 0, max: 100, step: "any" }), { hint: "1: none" });
 export const seedField = (value) => field("Seed", numberField("seed", value, { min: 0, step: 1 }));
 
+export const isChain = (name) => String(name).startsWith("dlg:");
+
+/** Settings of chains, as the API has them: JSON. */
+export const chainField = (value) => field("Settings of the chains", h("input", { name: "dlg", value, spellcheck: "false", autocomplete: "off" }),
+  { hint: "JSON, such as samples_per_chain, skip, burn_in; what is left out has its default" });
+
+/** What the field of chains says. An error names the field, as one of the service does. */
+export function chainSettings(form) {
+  const text = form.elements.namedItem("dlg").value.trim();
+  let settings = null;
+  try {
+    settings = JSON.parse(text || "{}");
+  } catch (error) {
+    throw Object.assign(new Error(`no JSON: ${error.message}`), { param: "dlg" });
+  }
+  if (settings === null || typeof settings !== "object" || Array.isArray(settings)) throw Object.assign(new Error('expected an object, such as {"skip": 8}'), { param: "dlg" });
+  return settings;
+}
+
 /** The values of a form's fields, as the API has them: numbers as numbers, and nothing for what is empty. */
 export function valuesOf(form, numbers, texts) {
   const values = {};

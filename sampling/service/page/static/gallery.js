@@ -36,7 +36,7 @@ export async function gallery(scope, _, params) {
   const place = h("div", { class: "gallery" });
   replace(scope.root, h("h1", {}, "Gallery"),
     h("form", { class: "card row wide", "aria-label": "What is shown", on: { submit: (event) => event.preventDefault() } }, field("Run", runField), field("Evaluation", evaluationField), field("Class", classField)),
-    h("p", { class: "hint" }, h("a", { href: `#/${path("runs", run.id, "evaluations", shown.id)}` }, "Its figures"), !shown.kept ? null : `. An image depends on its seed, its number and its class alone${shown.chains ? "; those of a chain follow each other." : ": each leads to the playground, which draws it again."}`),
+    h("p", { class: "hint" }, h("a", { href: `#/${path("runs", run.id, "evaluations", shown.id)}` }, "Its figures"), !shown.kept ? null : `. An image depends on its seed, its number and its class alone${shown.chains ? ", and those of a chain follow each other" : ""}: each leads to the playground, which draws it again.`),
     place);
   if (!shown.kept) {
     await sheets(scope, place, `${where}/evaluations/${path(shown.id)}`, names, label);

@@ -39,7 +39,7 @@ export async function job(scope, [id]) {
     replace(settings, h("h2", { id: "settings" }, "Asked for"), facts({
       Run: h("a", { href: `#/${path("runs", now.request.model)}` }, now.request.model), Checkpoint: `step ${number(now.request.step)}, ${now.request.weights}`,
       Sampler: samplerText(now.request), Seed: now.request.seed, Images: number(now.progress.total), Class: now.kind === "draw" ? now.request.class ?? "in turn" : now.request.labels,
-      Given: time(now.created_at), Begun: now.started_at && time(now.started_at), Ended: now.completed_at && time(now.completed_at),
+      Given: time(now.created_at), Begun: now.started_at && time(now.started_at), Ended: now.completed_at && time(now.completed_at), Expires: now.expires_at && time(now.expires_at),
       Evaluation: now.evaluation && h("a", { href: `#/${path("runs", now.request.model, "evaluations", now.evaluation)}` }, "its figures, images and chains") }));
     const text = `${STATES[now.status]}, ${now.progress.done} of ${now.progress.total} images`;
     const eighths = `${now.status} ${Math.floor((8 * now.progress.done) / now.progress.total)}`;
@@ -55,7 +55,7 @@ export async function job(scope, [id]) {
 
   async function finish(now) {
     if (now.kind === "evaluate" && now.status === "completed") replace(figures, figureTables(await ask(`${where}/figures`, scope)));
-    if (now.progress.done === 0) return;
+    if (now.progress.done === 0 || now.status === "expired") return;
     const { data } = await ask(`${where}/files`, scope);
     replace(files, h("details", { class: "card" }, h("summary", {}, counted(data.length, "file")), h("ul", { class: "files" }, data.map((file) =>
       h("li", {}, h("button", { type: "button", class: "quiet", on: { click: () => save(file.name) } }, file.name), h("span", { class: "hint" }, `${number(Math.ceil(file.bytes / 1024))} KiB`))))));
@@ -105,7 +105,8 @@ class Images {
     this.job = job;
     this.empty.hidden = this.shown > 0;
     if (ENDED.has(job.status) && !job.progress.done) this.empty.textContent = "It has no images.";
-    if (!this.busy) this.load().catch((error) => { if (!this.scope.signal.aborted) this.empty.textContent = error.message; });
+    if (job.status === "expired") this.empty.textContent = "The job has expired: what it made is removed. What an evaluation wrote into its run's folder is there.";
+    else if (!this.busy) this.load().catch((error) => { if (!this.scope.signal.aborted) this.empty.textContent = error.message; });
   }
 
   async load() {
@@ -114,7 +115,7 @@ class Images {
       while (!this.scope.signal.aborted && this.shown < Math.min(this.most, this.job.progress.done)) {
         const before = this.shown;
         if (this.job.kind === "draw") await this.draw();
-        else await this.evaluation();
+        else if (this.keeps()) await this.evaluation();
         this.empty.hidden = this.shown > 0;
         if (this.shown === before) break; // not in this order: those that come next will do
       }
@@ -122,6 +123,13 @@ class Images {
       this.busy = false;
     }
     this.more.hidden = this.shown >= this.job.progress.done;
+  }
+
+  /** Whether the images of an evaluation are there: some are not kept when all is scored. */
+  keeps() {
+    const kept = this.job.status !== "completed" || (this.job.request.keep ?? "chunks") === "chunks";
+    if (!kept) this.empty.textContent = "The images of this evaluation are not kept.";
+    return kept;
   }
 
   async draw() {

@@ -2,7 +2,7 @@
 
 import { ask, ENDED, give, path, pause, query } from "./api.js";
 import { clearProblems, counted, duration, field, h, number, replace, samplerText, say, select, showProblem } from "./dom.js";
-import { classOptions, guidanceField, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
+import { chainField, chainSettings, classOptions, guidanceField, isChain, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
 
 const PAGE = 30;
 const EVERY = 1500;
@@ -123,37 +123,46 @@ export async function jobs(scope) {
 }
 
 async function newJob(scope, onGiven) {
-  const [{ data: models }, names] = await Promise.all([ask("v1/models", scope), ask("v1/samplers", scope)]);
+  const [{ data: models }, names, evaluators] = await Promise.all([ask("v1/models", scope), ask("v1/samplers", scope), ask("v1/evaluators", scope)]);
   const usable = models.filter((model) => !model.problem);
   if (!usable.length) return h("p", { class: "hint" }, "No run has a checkpoint yet, so there is nothing to draw from.");
   const problem = h("p", { class: "problem", role: "alert" });
   const classes = h("div");
   const sampler = h("div");
-  const labels = field("Classes", select("labels", [["random", "at random"], ["balanced", "in turn"]], "random"));
+  const ofEvaluations = [
+    field("Classes", select("labels", [["random", "at random"], ["balanced", "in turn"]], "random")),
+    field("Features of", select("features", evaluators.features.map((each) => [each, each]), "classifier")),
+    field("Compared with", select("reference", [["", "the run's images"], ...evaluators.references.map((each) => [each, each])], "")),
+    field("Keeps", select("keep", [["chunks", "all images"], ["npz", "one file of images"], ["statistics", "statistics alone"]], "chunks")),
+  ];
+  const chains = chainField('{"samples_per_chain": 10}');
   const kind = select("kind", [["draw", "draw images"], ["evaluate", "evaluate: draw and score"]], "draw");
   const run = select("model", runOptions(models), usable[0].id);
   const adapt = () => {
     const isDraw = kind.value === "draw";
     const before = form?.elements.namedItem("sampler")?.value ?? "";
-    labels.hidden = isDraw;
+    for (const each of ofEvaluations) each.hidden = isDraw;
     classes.hidden = !isDraw;
     replace(classes, isDraw ? field("Class", select("class", classOptions(usable.find((model) => model.id === run.value)), "")) : null);
-    replace(sampler, samplerField(names.samplers, before, { chains: isDraw ? [] : names.chains }));
+    replace(sampler, samplerField(names.samplers, before, { chains: names.chains }));
+    chains.hidden = !isChain(before);
   };
   let form = null;
   form = h("form", { class: "grid", "aria-label": "New job" },
-    field("Kind", kind), field("Run", run), classes, labels,
-    field("Images", numberField("count", 64, { min: 1, step: 1 })), seedField(0), sampler, stepsField(25), guidanceField(1),
+    field("Kind", kind), field("Run", run), classes, ofEvaluations,
+    field("Images", numberField("count", 64, { min: 1, step: 1 })), seedField(0), sampler, stepsField(25), guidanceField(1), chains,
     h("div", { class: "buttons" }, h("button", { class: "main" }, "Give the job")), problem);
   adapt();
   kind.addEventListener("change", adapt);
   run.addEventListener("change", adapt);
+  form.addEventListener("input", () => { chains.hidden = !isChain(form.elements.namedItem("sampler").value); });
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     clearProblems(form, problem);
-    const texts = ["kind", "model", "sampler", ...(kind.value === "evaluate" ? ["labels"] : [])];
+    const texts = ["kind", "model", "sampler", ...(kind.value === "evaluate" ? ["labels", "features", "reference", "keep"] : [])];
     const body = { ...valuesOf(form, ["count", "seed", "steps", "cfg_scale", "class"], texts), key: crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}` };
     try {
+      if (isChain(body.sampler)) body.dlg = chainSettings(form);
       const job = await give("v1/jobs", body, scope.signal);
       say(`Job ${shortId(job)} is on disk`);
       await onGiven();

@@ -19,10 +19,11 @@ export function tile(image, lines, link = null) {
     h("figcaption", {}, lines.filter(Boolean).map((line) => h("span", {}, line))));
 }
 
-/** Where the playground draws an image again; null for chains, which evaluations alone draw. */
+/** Where the playground draws an image again. */
 export function playgroundLink(run, step, which, settings, label, number) {
-  if (!settings.sampler || settings.sampler.startsWith("dlg:")) return null;
   const values = { model: run, step, weights: which, class: label, seed: settings.seed, first: number, n: 1, sampler: settings.sampler, steps: settings.steps, cfg_scale: settings.cfg_scale };
   for (const name of ["schedule", "precision"]) if (settings[name]) values[name] = settings[name];
+  if (!settings.sampler) delete values.sampler;
+  if (settings.sampler?.startsWith("dlg:")) values.dlg = JSON.stringify(settings.dlg);
   return `#/playground?${new URLSearchParams(values)}`;
 }

@@ -2,13 +2,13 @@
 
 import { ask, give } from "./api.js";
 import { clearProblems, field, h, number, replace, say, samplerText, select, showProblem } from "./dom.js";
-import { classOptions, guidanceField, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
+import { chainField, chainSettings, classOptions, guidanceField, isChain, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
 import { pictureOf } from "./pictures.js";
 
 const NUMBERS = ["step", "class", "seed", "first", "n", "steps", "cfg_scale", "ddim_eta"];
 const TEXTS = ["model", "weights", "sampler", "schedule", "precision"];
 const SECOND = ["with", "with_steps"];
-const START = { seed: "0", n: "8", steps: "25", cfg_scale: "1.5", with_steps: "25", first: "0", ddim_eta: "0" };
+const START = { seed: "0", n: "8", steps: "25", cfg_scale: "1.5", with_steps: "25", first: "0", ddim_eta: "0", dlg: '{"samples_per_chain": 4}' };
 
 export async function playground(scope, _, params) {
   const [{ data: models }, names] = await Promise.all([ask("v1/models", scope), ask("v1/samplers", scope)]);
@@ -26,8 +26,12 @@ export async function playground(scope, _, params) {
   const checkpoints = h("div");
   const second = h("input", { type: "checkbox", name: "second", id: "second", checked: params.has("with") });
   const other = h("fieldset", { class: "row" }, h("legend", { class: "unseen" }, "The second sampler"),
-    samplerField(names.samplers, value("with"), { name: "with", label: "Second sampler" }), stepsField(value("with_steps"), "with_steps", "Its steps"));
-  const showOther = () => { other.hidden = other.disabled = !second.checked; };
+    samplerField(names.samplers, value("with"), { name: "with", label: "Second sampler", chains: names.chains }), stepsField(value("with_steps"), "with_steps", "Its steps"));
+  const chains = chainField(value("dlg"));
+  const showOther = () => {
+    other.hidden = other.disabled = !second.checked;
+    chains.hidden = !(isChain(form.elements.namedItem("sampler").value) || (second.checked && isChain(form.elements.namedItem("with").value)));
+  };
   const showModel = (model, label, step) => {
     replace(classes, field("Class", select("class", classOptions(model), label)));
     replace(checkpoints, field("Checkpoint", select("step", [["", `newest (${number(model.step)})`], ...model.steps.map((each) => [each, `step ${number(each)}`])], step)));
@@ -37,9 +41,9 @@ export async function playground(scope, _, params) {
   const form = h("form", { class: "card controls", "aria-label": "What is drawn", novalidate: false },
     field("Run", run), classes,
     h("div", { class: "row" }, seedField(value("seed")), field("Images", numberField("n", value("n"), { min: 1, max: 64, step: 1 }))),
-    samplerField(names.samplers, value("sampler")),
+    samplerField(names.samplers, value("sampler"), { chains: names.chains }),
     h("div", { class: "row" }, stepsField(value("steps")), guidanceField(value("cfg_scale"))),
-    h("label", { class: "check", for: "second" }, second, "Compare with a second sampler"), other,
+    h("label", { class: "check", for: "second" }, second, "Compare with a second sampler"), other, chains,
     h("details", { open: ["step", "weights", "schedule", "first", "ddim_eta", "precision"].some((name) => params.has(name)) }, h("summary", {}, "More settings"),
       checkpoints,
       field("Weights", select("weights", [["", "moving average"], ["weights", "as trained"]], value("weights") === "weights" ? "weights" : "")),
@@ -62,6 +66,7 @@ export async function playground(scope, _, params) {
     if (second.checked) {
       for (const name of SECOND) values[name] = form.elements.namedItem(name).value;
     }
+    if (!chains.hidden) values.dlg = form.elements.namedItem("dlg").value;
     return `#/playground?${new URLSearchParams(values)}`;
   }
   const keep = () => history.replaceState(null, "", address());
@@ -72,9 +77,20 @@ export async function playground(scope, _, params) {
     form.requestSubmit();
   }
 
-  form.addEventListener("input", keep);
-  second.addEventListener("change", showOther);
+  form.addEventListener("input", () => { showOther(); keep(); });
   run.addEventListener("change", () => { showModel(modelOf(run.value), "", ""); keep(); });
+
+  /** What is asked of the service, of each sampler. */
+  function bodies() {
+    const first = valuesOf(form, NUMBERS, TEXTS);
+    const asked = [first];
+    if (second.checked) {
+      const { sampler, ...rest } = first;
+      const name = form.elements.namedItem("with").value;
+      asked.push({ ...rest, steps: Number(form.elements.namedItem("with_steps").value), ...(name ? { sampler: name } : {}) });
+    }
+    return asked.map((body) => (isChain(body.sampler) ? { ...body, dlg: chainSettings(form) } : body));
+  }
 
   let drawing = null;
   form.addEventListener("submit", async (event) => {
@@ -84,12 +100,12 @@ export async function playground(scope, _, params) {
     const mine = (drawing = new AbortController());
     scope.signal.addEventListener("abort", () => mine.abort(), { once: true });
     clearProblems(form, problem);
-    const first = valuesOf(form, NUMBERS, TEXTS);
-    const asked = [first];
-    if (second.checked) {
-      const { sampler, ...rest } = first;
-      const name = form.elements.namedItem("with").value;
-      asked.push({ ...rest, steps: Number(form.elements.namedItem("with_steps").value), ...(name ? { sampler: name } : {}) });
+    let asked = [];
+    try {
+      asked = bodies();
+    } catch (error) {
+      showProblem(form, problem, error);
+      return;
     }
     results.setAttribute("aria-busy", "true");
     if (!results.querySelector("figure")) replace(results, h("p", { class: "empty" }, "Drawing…"));
@@ -115,7 +131,7 @@ export async function playground(scope, _, params) {
     const marks = replies.length > 1 ? ["A", "B"] : [""];
     const told = replies.map(({ reply, seconds }, place) => h("li", {},
       marks[place] ? h("span", { class: `mark mark-${marks[place]}` }, marks[place]) : null,
-      h("span", {}, `${samplerText(reply.sampler)}: ${number(reply.data[0].nfe)} evaluations an image, all in ${seconds.toFixed(1)} s`)));
+      h("span", {}, `${samplerText(reply.sampler)}: ${number(reply.data.reduce((sum, each) => sum + each.nfe, 0) / reply.data.length)} evaluations an image, all in ${seconds.toFixed(1)} s`)));
     return [
       h("h2", { class: "unseen" }, "Images"),
       h("ul", { class: "told" }, told),

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from ditmoe.sampling.settings.config import SamplerConfig
+from tests.sampling.small_run import write_noise_classifier
 
 CHAINS, SAMPLES, STEPS = 5, 4, 6
 """Of the evaluation of chains; steps of a sample."""
@@ -129,6 +130,7 @@ def trained(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page") / "runs"
     shutil.copytree(runs, folder)
     run = folder / "digits"
+    write_noise_classifier(run)
     write_training(run)
     for (nfe, seed), fid in FIDS.items():
         write_evaluation(run, f"euler-{nfe}-{seed}", {"sampler": "euler", "steps": nfe, "seed": seed}, fid, nfe)

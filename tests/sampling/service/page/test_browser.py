@@ -22,7 +22,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from ditmoe.sampling.service.access import Tokens
-from ditmoe.sampling.service.jobs.store import COMPLETED, JobStore
+from ditmoe.sampling.service.jobs.store import COMPLETED, EXPIRED, JobStore
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 from tests.sampling.small_run import write_run
@@ -125,6 +125,17 @@ def folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert store.take("evaluate") is not None
         store.set(job.id, folder=str(run / "evaluations" / f"job-{sampler}-{seed}"))
         store.end(job.id, COMPLETED)
+    old = {
+        "kind": "draw",
+        "model": "digits",
+        "step": 3,
+        "weights": "ema",
+        "count": 9,
+        "seed": 99,
+        "sampler": "kar2",
+    }
+    job = store.add(key=None, user="a", kind="draw", request=json.dumps({**old, "steps": 2}), weights="w", total=9)
+    store.set(job.id, state=EXPIRED, done=9, completed=1.8e9)
     store.close()
     return place
 
@@ -346,6 +357,45 @@ def test_what_is_wrong_is_told_at_its_field(site: Site) -> None:
         expect(page.locator(f"#{described}")).to_contain_text("passes through the network")
 
 
+def test_chains_are_drawn_in_the_playground(site: Site) -> None:
+    """With settings as JSON, of which what is no JSON is told at the field; and the gallery leads to them."""
+    with site.page() as page:
+        site.go(page, "playground?model=digits", "Playground")
+        settings = page.get_by_label("Settings of the chains")
+        expect(settings).to_be_hidden()
+        page.get_by_label("Sampler", exact=True).select_option("dlg:euler")
+        expect(settings).to_be_visible()
+        for wrong in ("{", "[]", "7"):
+            settings.fill(wrong)
+            page.get_by_role("button", name="Draw").click()
+            expect(settings).to_have_attribute("aria-invalid", "true")
+        dlg = {"samples_per_chain": 3, "skip": 2}
+        settings.fill(json.dumps(dlg))
+        page.get_by_label("Images").fill("5")
+        page.get_by_label("Steps", exact=True).fill("2")
+        page.get_by_role("button", name="Draw").click()
+        images = page.locator(".results img")
+        expect(images).to_have_count(5)
+        asked = {"model": "digits", "seed": 0, "n": 5, "cfg_scale": 1.5, "sampler": "dlg:euler", "steps": 2}
+        for number, known in enumerate(drawn(site.client, **asked, dlg=dlg)):
+            assert np.array_equal(pixels(images.nth(number)), known)
+        address = page.url
+    with site.page() as page:
+        page.goto(address)
+        expect(page.locator(".results img")).to_have_count(5)
+        site.go(page, "gallery?run=digits&evaluation=chains&class=2", "Gallery")
+        page.locator(".tile a").nth(1).click()
+        expect(page.locator(".results figcaption")).to_contain_text("seed 0 · image 9")
+
+
+def test_an_expired_job_says_so(site: Site) -> None:
+    [job_id] = jobs_of(site.client, seed=99)
+    with site.page() as page:
+        site.go(page, f"jobs/{job_id}", re.compile("Draw "))
+        expect(page.locator(".badge")).to_have_text("expired")
+        expect(page.get_by_text("what it made is removed")).to_be_visible()
+
+
 def test_a_job_is_given_and_its_progress_and_images_come_by_themselves(site: Site) -> None:
     with site.page() as page:
         site.go(page, "jobs", "Jobs")
@@ -354,7 +404,7 @@ def test_a_job_is_given_and_its_progress_and_images_come_by_themselves(site: Sit
         form.get_by_label("Run").select_option("digits")
         form.get_by_label("Images").fill("256")
         form.get_by_label("Sampler").select_option("euler")
-        form.get_by_label("Steps").fill("150")
+        form.get_by_label("Steps").fill("80")
         form.get_by_label("Seed").fill("21")
         form.get_by_role("button", name="Give the job").click()
         wait_for(page, lambda: len(jobs_of(site.client, seed=21)) == 1)
@@ -379,7 +429,7 @@ def test_a_job_is_given_and_its_progress_and_images_come_by_themselves(site: Sit
         assert seen == sorted(seen) and {64.0, 128.0, 192.0} & set(seen), "it grew while the page was looked at"
         assert seen[-1] == 256 and page.evaluate("shown === document.querySelector('main')")
         expect(page.locator("#said")).to_have_text("completed, 256 of 256 images")
-        [alone] = drawn(site.client, model="digits", sampler="euler", steps=150, seed=21, first=2)
+        [alone] = drawn(site.client, model="digits", sampler="euler", steps=80, seed=21, first=2)
         assert np.array_equal(pixels(page.locator("main .tile img").nth(2)), alone)
         page.get_by_role("button", name="More images").click()
         expect(page.locator("main .tile")).to_have_count(48)
@@ -393,7 +443,7 @@ def test_a_job_is_given_and_its_progress_and_images_come_by_themselves(site: Sit
 
 def test_without_the_stream_a_job_is_asked_for(site: Site) -> None:
     site.allowed += ["ERR_FAILED"]
-    body = {"kind": "draw", "model": "digits", "count": 128, "sampler": "euler", "steps": 200, "seed": 31}
+    body = {"kind": "draw", "model": "digits", "count": 128, "sampler": "euler", "steps": 120, "seed": 31}
     job_id = site.client.post("/v1/jobs", json=body).json()["id"]
     with site.page() as page:
         page.route("**/events", lambda route: route.abort())
@@ -405,7 +455,7 @@ def test_without_the_stream_a_job_is_asked_for(site: Site) -> None:
 
 
 def test_a_stream_that_breaks_is_connected_again(site: Site) -> None:
-    body = {"kind": "draw", "model": "digits", "count": 128, "sampler": "euler", "steps": 200, "seed": 61}
+    body = {"kind": "draw", "model": "digits", "count": 128, "sampler": "euler", "steps": 60, "seed": 61}
     job = site.client.post("/v1/jobs", json=body).json()
     asked: list[str] = []
 
@@ -640,14 +690,14 @@ def test_jobs_under_way_are_compared_as_they_go(site: Site) -> None:
     asked = {"kind": "draw", "model": "digits", "count": 64, "seed": 51}
     slow, fast = (
         site.client.post("/v1/jobs", json={**asked, "sampler": "euler", "steps": steps}).json()["id"]
-        for steps in (400, 2)
+        for steps in (150, 2)
     )
     with site.page() as page:
         site.go(page, f"compare?a={slow}&b={fast}", "Compare")
         assert page.locator(".pairs figure").count() == 0
         expect(page.locator(".badge")).to_have_text(["completed", "completed"])
         expect(page.locator(".pairs figure")).to_have_count(12)
-        [first] = drawn(site.client, model="digits", sampler="euler", steps=400, seed=51, first=3)
+        [first] = drawn(site.client, model="digits", sampler="euler", steps=150, seed=51, first=3)
         assert np.array_equal(pixels(page.locator(".pairs figure").nth(3).locator("img").first), first)
 
 
