@@ -15,7 +15,7 @@ from ditmoe.parallel.ranks import own_device
 from ditmoe.sampling.evaluation.job import Scored
 from ditmoe.sampling.evaluation.make_reference import ReferenceJob, prepare_reference
 from ditmoe.sampling.evaluation.measures import Measures, real_parts
-from ditmoe.sampling.evaluation.score_images import ScoreJob, described_images, prepare_score, stored_for
+from ditmoe.sampling.evaluation.score_images import ScoreJob, images_described, prepare_score, stored_for
 from ditmoe.sampling.evaluation.stages import missing_of
 from ditmoe.sampling.jobs.workers import Workers
 from ditmoe.sampling.metrics.classifier import ClassifierSettings
@@ -54,11 +54,11 @@ def parts_of_scores(request: Mapping[str, Any]) -> AnyParts:
     """The parts of a stage of scores, in a worker. UserError where this machine sees other images."""
     stage, told = stage_of(request)
     job, workers, measures = _score_job(told)
-    of_features, _ = measures.networks(job, workers, lambda line: None)
+    of_features, recogniser = measures.networks(job, workers, lambda line: None)
     # As whoever leads found it: what is stored changes when all is made.
     networks = [of_features[place] for place in missing_of(job, stored_for(job))]
     if stage == "described":
-        return described_images(job, networks)[1]
+        return images_described(job, networks, recogniser).parts
     assert stage == "real", stage
     parts = real_parts(job, networks, workers.device)
     assert parts is not None

@@ -97,6 +97,11 @@ class Images(Reference):
     def count(self) -> int:
         """Number of images, including those that turn out to be unusable when they are read."""
 
+    @property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Those of all images, where they stand together; None: they come with the images, or not at all."""
+        return None
+
     @abstractmethod
     def new_left_out(self) -> LeftOut:
         """An empty record of what is passed over while images are read."""

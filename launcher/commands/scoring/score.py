@@ -41,13 +41,19 @@ def command(
     index: IndexOption = None,
     on_error: Annotated[
         Literal["stop", "skip"] | None,
-        typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: stop]"),
+        typer.Option(help="Images that cannot be used, scored or real: stop, or leave them out. [default: stop]"),
     ] = None,
     features: FeaturesOption = "classifier",
     features_path: FeaturesPathOption = None,
     resize: ResizeOption = None,
     reference_network: ReferenceNetworkOption = None,
     neighbour_images: NeighbourImagesOption = None,
+    recogniser: Annotated[
+        bool,
+        typer.Option(
+            help="Also report the share that an independent classifier recognises, where there are labels."
+        ),
+    ] = True,
     cache: CacheOption = None,
     sharing: Sharing,
 ) -> None:
@@ -84,6 +90,7 @@ def command(
         "more_networks": choices[1:],
         "reference_network": reference_network,
         "neighbour_images": neighbour_images,
+        "recogniser": recogniser,
     }
     job = prepare_score(**arguments)
     metrics, process = stored_score(job), this_process()

@@ -29,10 +29,12 @@ from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import printable
 from ditmoe.sampling.metrics.decoding import ReferenceBatch
-from ditmoe.sampling.metrics.reference import MAX_PARTS, Form, Images
+from ditmoe.sampling.metrics.reference import MAX_PARTS, SHOWN, Form, Images, OnError
 
 IMAGES_KEY: Final = "arr_0"
 """The array of images in files of the ADM protocol."""
+LABELS_KEY: Final = "arr_1"
+"""That of their classes."""
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """File suffix → Pillow format."""
 _PART_IMAGES: Final = 256
@@ -46,9 +48,11 @@ _LOCAL_HEADER: Final = 30
 
 
 class ImageSet(Images):
-    """Images of one size and without labels; one that cannot be used ends whatever reads them."""
+    """Images of one size, most often without labels."""
 
-    def __init__(self, path: Path, count: int, shape_HWC: tuple[int, int, int]) -> None:
+    def __init__(
+        self, path: Path, count: int, shape_HWC: tuple[int, int, int], on_error: OnError = "stop"
+    ) -> None:
         height, width, channels = shape_HWC
         if channels not in _MODES.values():
             raise UserError(f"{path}: images have {channels} channels, expected 1 (grey) or 3 (RGB)")
@@ -62,6 +66,7 @@ class ImageSet(Images):
         self._count = count
         self.channels = channels
         self._form = Form(image_size=height)
+        self._on_error = on_error
 
     @property
     def where(self) -> str:
@@ -89,23 +94,24 @@ class ImageSet(Images):
         return range(self._count * part // parts, self._count * (part + 1) // parts)
 
     def new_left_out(self) -> LeftOut:
-        return LeftOut(SourceConfig.model_construct(path=str(self.path), on_error="stop"))
+        return LeftOut(SourceConfig.model_construct(path=str(self.path), on_error=self._on_error))
 
     def facts(self, left_out: LeftOut | None) -> dict[str, Any]:
+        lost, lines = (0, []) if left_out is None else (left_out.count, left_out.lines[:SHOWN])
         return {
             "name": self.path.stem,
             "place": self.where,
             "index": None,
-            "images": self._count,
+            "images": self._count - lost,
             "of": self._count,
             "choice": {},
             "fingerprint": self.fingerprint,
-            "left_out": {"samples": 0, "shards": [], "first": []},
+            "left_out": {"samples": lost, "shards": [], "first": lines},
         }
 
 
 class NpzImages(ImageSet):
-    """`arr_0` of an npz file, uint8 `[N, H, W, C]`."""
+    """`arr_0` of an npz file, uint8 `[N, H, W, C]`; its labels, if there, integers `[N]` in `arr_1`."""
 
     def __init__(self, path: Path) -> None:
         """Read the headers. UserError when there is no such array, or it is not of this form."""
@@ -120,6 +126,18 @@ class NpzImages(ImageSet):
         self._member = member
         count, height, width, channels = member.shape
         super().__init__(path, count, (height, width, channels))
+        labels = self._file.members.get(LABELS_KEY)
+        self._labels = (
+            labels if labels is not None and labels.shape == (count,) and labels.dtype.kind in "iu" else None
+        )
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        if self._labels is None:
+            return None
+        blocks = list(self._file.rows(self._labels, range(self._count), 1 << 16))
+        found: NDArray[np.int64] = np.concatenate(blocks).astype(np.int64)
+        return found
 
     @property
     def fingerprint(self) -> str:
@@ -141,23 +159,39 @@ class NpzImages(ImageSet):
         first = numbers.start
         for image_NHWC in self._file.rows(self._member, numbers, batch):
             number_N = np.arange(first, first + len(image_NHWC))
-            yield ReferenceBatch(image_NHWC, np.full(len(image_NHWC), -1, np.int64), number_N)
+            label_N = np.full(len(image_NHWC), -1, np.int64) if self.labels is None else self.labels[number_N]
+            yield ReferenceBatch(image_NHWC, label_N, number_N)
             first += len(image_NHWC)
 
 
 class FolderImages(ImageSet):
     """The pictures below a folder, in the order of their names; all grey or RGB, and of one size."""
 
-    def __init__(self, folder: Path) -> None:
-        """List them. UserError when there are none, or the first is not readable."""
+    def __init__(self, folder: Path, on_error: OnError = "stop") -> None:
+        """List them.
+
+        Args:
+            on_error: what to do about those that cannot be used: they are read from the first that can be.
+
+        Raises:
+            UserError: there are none, or the first is not readable, or none.
+        """
         self._files = list(_pictures(folder))
         self._folder = folder
         if not self._files:
             raise UserError(f"{folder}: has no picture ({', '.join(FORMATS)}), and no index.json of shards")
-        self._shape_HWC: tuple[int, ...] | None = None
-        first_HWC = self._image(self._files[0])
-        self._shape_HWC = first_HWC.shape
-        super().__init__(folder, len(self._files), first_HWC.shape)
+        self._like: tuple[str, tuple[int, ...]] | None = None
+        for name in self._files:
+            try:
+                first_HWC = self._image(name)
+                break
+            except UserError:
+                if on_error == "stop":
+                    raise
+        else:
+            raise UserError(f"{folder}: none of its {len(self._files):,} pictures can be used")
+        self._like = name, first_HWC.shape
+        super().__init__(folder, len(self._files), first_HWC.shape, on_error)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -174,11 +208,20 @@ class FolderImages(ImageSet):
     def read(
         self, part: int, batch: int, left_out: LeftOut | None = None, *, of: int | None = None
     ) -> Iterator[ReferenceBatch]:
+        left_out = self.new_left_out() if left_out is None else left_out
         numbers = self.numbers(part, of)
         for first in range(numbers.start, numbers.stop, batch):
-            number_N = np.arange(first, min(first + batch, numbers.stop))
-            image_NHWC = np.stack([self._image(self._files[number]) for number in number_N.tolist()])
-            yield ReferenceBatch(image_NHWC, np.full(len(number_N), -1, np.int64), number_N)
+            found = []
+            for number in range(first, min(first + batch, numbers.stop)):
+                try:
+                    found.append((number, self._image(self._files[number])))
+                except UserError as error:
+                    where, _, reason = str(error).partition(": ")
+                    left_out.add(where, reason)
+            if found:
+                number_N = np.array([number for number, _ in found])
+                image_NHWC = np.stack([image_HWC for _, image_HWC in found])
+                yield ReferenceBatch(image_NHWC, np.full(len(found), -1, np.int64), number_N)
 
     def _image(self, name: str) -> ImageArray:
         path = self._folder / name
@@ -190,10 +233,10 @@ class FolderImages(ImageSet):
         if picture.mode not in _MODES:
             raise UserError(f"{path}: a picture of mode {picture.mode}, expected L (grey) or RGB, of 8 bits")
         image_HWC = to_array(picture)
-        if self._shape_HWC not in (None, image_HWC.shape):
+        if self._like is not None and self._like[1] != image_HWC.shape:
             raise UserError(
-                f"{path}: a picture of shape {list(image_HWC.shape)}, expected {list(self._shape_HWC or ())} "
-                f"as {self._files[0]}"
+                f"{path}: a picture of shape {list(image_HWC.shape)}, expected {list(self._like[1])} "
+                f"as {self._like[0]}"
             )
         return image_HWC
 

@@ -1,6 +1,7 @@
 """Images that others drew are scored as an evaluation's own are, whatever they lie in."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from PIL import Image
 from ditmoe.data.crew.leader import Crew
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
+from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.model.errors import UserError
-from ditmoe.sampling.evaluation import score_images as module
 from ditmoe.sampling.evaluation.make_reference import make_reference, prepare_reference
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.evaluation.score_images import prepare_score, score_images, score_table, stored_score
 from ditmoe.sampling.evaluation.scores_of_crew import reference_made_by, scores_made_by
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.evaluation.scoring import describing as module
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import DITMOE, run_forked
 from tests.obedient import Obedient
@@ -82,7 +84,9 @@ def test_npz_pictures_and_shards_are_the_same_images(home: Path, tmp_path: Path)
             job = prepare_score(
                 str(tmp_path / name), str(home / reference), home / "cache", tmp_path / f"{name}-{reference}"
             )
-            job = replace(job, feature_classifier=replace(FEATURE_CLASSIFIER, passes=1))
+            # Shards have labels, and real images are there to train the recogniser on.
+            assert job.recogniser == (name == "shards" == reference) and job.warnings == ()
+            job = replace(job, feature_classifier=replace(FEATURE_CLASSIFIER, passes=1), recogniser=False)
             result = figures(score_images(job)["results"]["classifier"])
             real = result.pop("real")
             assert real.get("made_of", real)["fingerprint"] == images_of(home / "shards").fingerprint
@@ -102,11 +106,11 @@ def test_a_killed_job_goes_on_and_other_images_are_refused(
     described, original = [], module._describe_part
 
     def die_at(last: int) -> None:
-        def describe_part(job: Any, part: int, parts: int, networks: Any) -> Any:
+        def describe_part(images: Any, part: int, *others: Any) -> Any:
             if part == last:
                 raise KeyboardInterrupt
             described.append(part)
-            return original(job, part, parts, networks)
+            return original(images, part, *others)
 
         monkeypatch.setattr(module, "_describe_part", describe_part)
 
@@ -211,3 +215,85 @@ def test_a_crew_makes_the_file_that_one_process_makes(home: Path, tmp_path: Path
     make_reference(job, make=reference_made_by(cast(Crew, obedient), {**arguments, "recogniser": False}, job))
     assert obedient.stages() == {"real": job.real.parts}
     assert job.out.read_bytes() == (home / "digits.safetensors").read_bytes()
+
+
+def test_bad_pictures_are_named_and_hold_up_no_other(home: Path, tmp_path: Path) -> None:
+    (real,) = images_of(home / "shards").read_all(300)
+    for name in ("good", "all"):
+        (tmp_path / name).mkdir()
+        for number in range(60):
+            if name == "all" or number not in (0, 7, 59):
+                Image.fromarray(real.image_NHWC[number, :, :, 0]).save(tmp_path / name / f"{number:02d}.png")
+    (tmp_path / "all" / "00.png").write_bytes(b"no picture")
+    (tmp_path / "all" / "07.png").write_bytes((tmp_path / "all" / "08.png").read_bytes()[:60])
+    Image.fromarray(real.image_NHWC[59, :4, :4, 0]).save(tmp_path / "all" / "59.png")
+    arguments: dict[str, Any] = {"reference": str(home / "digits.safetensors"), "cache": home / "cache"}
+    with pytest.raises(UserError, match=r"all/00\.png: "):
+        prepare_score(str(tmp_path / "all"), **arguments, out=tmp_path / "stopped")
+    (tmp_path / "all" / "00.png").rename(tmp_path / "00.png")
+    with pytest.raises(UserError, match=r"all/07\.png: .*; --on-error skip leaves out"):
+        score_images(prepare_score(str(tmp_path / "all"), **arguments, out=tmp_path / "stopped"))
+    (tmp_path / "00.png").rename(tmp_path / "all" / "00.png")
+    skipping = prepare_score(str(tmp_path / "all"), **arguments, out=tmp_path / "skipped", on_error="skip")
+    metrics = score_images(skipping)
+    expected = score_images(prepare_score(str(tmp_path / "good"), **arguments, out=tmp_path / "whole"))
+    found, whole = (each["results"]["classifier"] for each in (metrics, expected))
+    assert found["drawn_images"] == 57
+    (told,) = set(found.pop("warnings")) - set(whole.pop("warnings"))
+    assert re.match(r"3 of 60 images cannot be used and take no part, such as .*all/00\.png: ", told)
+    assert found == whole
+    images = metrics["images"]
+    assert (images["images"], images["of"], images["left_out"]["samples"]) == (57, 60, 3)
+    assert "59.png: a picture of shape [4, 4, 1], expected [8, 8, 1] as 01.png" in images["left_out"]["first"][2]
+    assert not (tmp_path / "skipped" / "features").exists()
+    for path in (tmp_path / "all").iterdir():
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="none of its 60 pictures can be used"):
+        prepare_score(str(tmp_path / "all"), **arguments, on_error="skip")
+
+
+def test_images_with_labels_are_recognised(home: Path, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {
+        "feature_classifier": replace(FEATURE_CLASSIFIER, passes=1),
+        "recogniser_classifier": replace(RECOGNISER, passes=1),
+    }
+    file, cache = tmp_path / "digits.safetensors", tmp_path / "cache"
+    make_reference(replace(prepare_reference(str(home / "shards"), file, cache), **quick))
+    options = EvaluationOptions(
+        write_run(tmp_path / "run"), SamplerConfig(steps=2), count=90, data=file, cache=cache
+    )
+    evaluation = prepare_job(options)
+    expected = evaluate_run(evaluation)["results"]["classifier"]["recogniser"]
+    samples = evaluation.folder / "samples.npz"
+    # The npz of an evaluation has the classes that were asked for.
+    job = prepare_score(str(samples), str(file), cache, tmp_path / "npz")
+    assert job.recogniser and score_images(job)["results"]["classifier"]["recogniser"] == expected
+    assert any(line.startswith("  recognised") for line in score_table(stored_score(job) or {}, "classifier"))
+    unasked = prepare_score(str(samples), str(file), cache, tmp_path / "none", recogniser=False)
+    assert "recogniser" not in score_images(unasked)["results"]["classifier"]
+    # Real digits are recognised better, and shards say which they are.
+    shards = prepare_score(str(home / "shards"), str(home / "shards"), cache, tmp_path / "shards-scores")
+    real = score_images(replace(shards, **quick))["results"]["classifier"]["recogniser"]
+    assert real["accuracy"] > expected["accuracy"] and len(real["by_class"]) == 10
+    assert real["fingerprint"] == expected["fingerprint"]
+    # Labels that cannot be those classes are told, and left out.
+    with np.load(samples) as stored:
+        images, label_N = stored["arr_0"], stored["arr_1"]
+    for wrong, why in (
+        (label_N + 1, r"its labels are 1 to 10, and there are 10 classes"),
+        (label_N - 1, "are -1 to"),
+    ):
+        np.savez(tmp_path / "wrong.npz", arr_0=images, arr_1=wrong)
+        wrong_job = prepare_score(str(tmp_path / "wrong.npz"), str(file), cache, tmp_path / why[:20])
+        assert not wrong_job.recogniser
+        result = score_images(wrong_job)["results"]["classifier"]
+        assert "recogniser" not in result and re.search(why, "\n".join(result["warnings"]))
+    for odd in (label_N[:-1], label_N.astype(float)):
+        np.savez(tmp_path / "odd.npz", arr_0=images, arr_1=odd)
+        assert not prepare_score(str(tmp_path / "odd.npz"), str(file), cache).recogniser
+    index = load_index(home / "shards")
+    shutil.copytree(home / "shards", tmp_path / "renamed")
+    names = (*index.class_names[:-1], "other")
+    write_index(tmp_path / "renamed", index.model_copy(update={"class_names": names}))
+    (told,) = prepare_score(str(tmp_path / "renamed"), str(file), cache).warnings
+    assert "its classes have other names, or another order" in told
