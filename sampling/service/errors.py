@@ -1,10 +1,14 @@
 """What a request is refused with: JSON in the form that clients of OpenAI's routes know."""
 
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
 from ditmoe.model.settings import message_of
+from ditmoe.sampling.settings.chains import DlgConfig
+
+_FIELDS: Final = frozenset(DlgConfig.model_fields)
+"""Of sections."""
 
 
 class ServiceError(Exception):
@@ -46,7 +50,12 @@ def of_validation(error: ValidationError) -> ServiceError:
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     lines, param = [], None
     for problem in problems[:10]:
-        field = ".".join(str(part) for part in problem["loc"])
+        # Of a field that may be of several types, each type is named too, which is no name of a field.
+        location = problem["loc"]
+        parts = [*location[:1], *(part for part in location[1:] if isinstance(part, int) or part in _FIELDS)]
+        if problem["type"] == "extra_forbidden":
+            parts = [*location]  # the last is what nobody knows
+        field = ".".join(map(str, parts))
         lines.append(f"{field}: {message_of(problem)}" if field else message_of(problem))
         param = param or field or None
     return ServiceError(400, "; ".join(lines), param=param)

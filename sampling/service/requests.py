@@ -131,8 +131,8 @@ class EvaluationJob(JobRequest):
     """Classes drawn at random, or in turn."""
     recogniser: bool = True
     """Also report the share that an independent classifier recognises."""
-    features: FeatureName = "classifier"
-    """Feature network; those that come from a file are there where the service was started with theirs."""
+    features: FeatureName | Annotated[list[FeatureName], Field(min_length=1)] = "classifier"
+    """Feature networks; those that come from a file are there where the service was started with theirs."""
     resize: ResizeName | None = None
     """How Inception-v3 gets its images."""
     reference: str | None = Field(default=None, min_length=1, max_length=255)
@@ -150,11 +150,18 @@ class EvaluationJob(JobRequest):
     def _check_timestep(self) -> Self:
         if self.ddpm_timestep != "interpolate":
             raise ValueError("ddpm_timestep: evaluations have interpolate alone; expected it left out")
-        if self.resize is not None and self.features != "inception":
+        if len(set(self.networks)) < len(self.networks):
+            raise ValueError(f"features: {', '.join(self.networks)}: expected each once")
+        if self.resize is not None and "inception" not in self.networks:
             raise ValueError("resize: goes with features inception; expected both, or neither")
         if self.reference_network is not None and self.reference is None:
             raise ValueError("reference_network: goes with reference; expected both, or neither")
         return self
+
+    @property
+    def networks(self) -> list[FeatureName]:
+        """The feature networks."""
+        return self.features if isinstance(self.features, list) else [self.features]
 
 
 def parse_job(body: bytes) -> DrawJob | EvaluationJob:

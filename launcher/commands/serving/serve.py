@@ -57,6 +57,10 @@ def command(
             metavar="FOLDER", help="Where workers of any machine join evaluations: `ditmoe worker FOLDER`."
         ),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", metavar="ADDRESS|INTERFACE", help="Of the crew, as `ditmoe evaluate` has it."),
+    ] = None,
     load: Annotated[
         list[str],
         typer.Option(
@@ -81,7 +85,8 @@ def command(
     from ditmoe.sampling.service.access import read_tokens
     from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
     from ditmoe.sampling.service.jobs.evaluators import FOLDER, Evaluators, named_references
-    from ditmoe.sampling.service.listening import is_loopback, listen, serve
+    from ditmoe.sampling.service.listening import is_loopback, serve
+    from ditmoe.sampling.service.listening import listen as listen_on
 
     loopback = is_loopback(host)
     tokens = read_tokens(token_file)
@@ -92,6 +97,8 @@ def command(
         )
     if crew is None and processes == 0:
         raise UserError("--processes 0: expected 1 or more, or --crew FOLDER for workers that join")
+    if listen is not None and crew is None:
+        raise UserError(f"--listen {listen}: workers of other machines join by --crew FOLDER; expected both")
     name = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings = ServiceSettings(
         runs=runs,
@@ -111,11 +118,12 @@ def command(
             folder=runs / FOLDER,
             processes=processes,
             crew=crew,
+            listen=listen,
         ),
         load=tuple(dict.fromkeys(load)),
         keep_seconds=None if keep_jobs is None else keep_jobs * 86_400,
     )
-    with listen(host, port) as sockets:
+    with listen_on(host, port) as sockets:
         service = Service(settings)
         typer.echo(f"serving {runs} at {sockets.address}")
         serve(make_app(service), sockets)

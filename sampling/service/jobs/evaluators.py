@@ -15,6 +15,7 @@ from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listed
 from ditmoe.sampling.service.requests import EvaluationJob, options_of
 from ditmoe.sampling.settings.names import FeatureName
+from ditmoe.sampling.settings.networks import FROM_FILES, NetworkChoice, arguments_of
 
 FOLDER: Final = "references"
 """Of the folder of runs: files of statistics, each by its name."""
@@ -35,6 +36,8 @@ class Evaluators:
     """Of this machine, which share an evaluation."""
     crew: Path | None = None
     """Where workers of other machines join."""
+    listen: str | None = None
+    """The address, or interface, at which they do."""
 
     def __post_init__(self) -> None:
         """UserError: a file is not there, or is no reference."""
@@ -53,13 +56,13 @@ class Evaluators:
 
     def check(self, request: EvaluationJob) -> None:
         """ServiceError: what it names is not there."""
-        if request.features != "classifier" and request.features not in self.files:
-            raise ServiceError(
-                400,
-                f"features: the service was started without --{request.features} FILE; /v1/evaluators lists what "
-                "there is",
-                param="features",
-            )
+        for name in request.networks:
+            if name in FROM_FILES and name not in self.files:
+                raise ServiceError(
+                    400,
+                    f"features: the service was started without --{name} FILE; /v1/evaluators lists what there is",
+                    param="features",
+                )
         if request.reference is not None and request.reference not in self._by_name():
             raise ServiceError(
                 400,
@@ -70,6 +73,10 @@ class Evaluators:
     def options(self, request: EvaluationJob, listed: Listed) -> EvaluationOptions:
         """The evaluation that is asked for. ServiceError as `check`."""
         self.check(request)
+        choices = [
+            NetworkChoice(name, self.files.get(name), request.resize if name == "inception" else None)
+            for name in request.networks
+        ]
         return EvaluationOptions(
             listed.checkpoint,
             request.sampler_config(),
@@ -78,9 +85,10 @@ class Evaluators:
             weights=request.weights,
             data=None if request.reference is None else self._by_name()[request.reference],
             on_error=request.on_error,
-            features=request.features,
-            features_path=self.files.get(request.features),
-            resize=request.resize,
+            features=choices[0].features,
+            features_path=choices[0].path,
+            resize=choices[0].resize,
+            more_networks=tuple(choices[1:]),
             reference_network=request.reference_network,
             neighbour_images=request.neighbour_images,
             recogniser=request.recogniser,
@@ -96,18 +104,18 @@ class Evaluators:
             "weights": options.weights,
             "reference": options.data,
             "on-error": options.on_error,
-            "features": options.features,
-            "features-path": options.features_path,
-            "resize": options.resize,
             "reference-network": options.reference_network,
             "neighbour-images": options.neighbour_images,
             "keep": options.keep,
             "shared-weights": options.shared_weights,
             "processes": self.processes,
             "crew": self.crew,
+            "listen": self.listen,
         }
+        first = NetworkChoice(options.features, options.features_path, options.resize)
         arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
         arguments.append("--recogniser" if options.recogniser else "--no-recogniser")
+        arguments += arguments_of([first, *options.more_networks])
         return ["evaluate", *options_of(options.sampler), *arguments, "--", str(options.source)]
 
     def _by_name(self) -> dict[str, str]:

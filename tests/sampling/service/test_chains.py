@@ -86,6 +86,7 @@ def test_images_of_chains_are_those_of_the_run(client: httpx.Client, walked: Pat
         ({"dlg": {**SHORT, "sigma_min": 1e5}}, "sampler"),
         ({"dlg": {**SHORT, "skip": 0}}, "dlg.skip"),
         ({"dlg": {**SHORT, "path": "/etc"}}, "dlg.path"),
+        ({"dlg": {**SHORT, "class_scales": [1.0, "x"]}}, "dlg.class_scales.1"),
         ({"dlg": {**SHORT, "samples_per_chain": 10**6}, "first": 999_999}, "steps"),
     ],
 )

@@ -93,6 +93,7 @@ def test_a_process_is_told_all_that_was_asked_for(scored: Path, monkeypatch: pyt
     for fields in (
         {},
         {"features": "inception", "resize": "tensorflow", "reference": "adm.npz", "keep": "npz"},
+        {"features": ["classifier", "inception"], "resize": "tensorflow"},
         {"reference": "adm.npz", "reference_network": "dinov2", "neighbour_images": 99, "keep": "statistics"},
         {"on_error": "skip", "labels": "balanced", "weights": "ema", "recogniser": True, "seed": 3},
         {"sampler": "dlg:kar1", "dlg": {"samples_per_chain": 3, "sigma_min": 0.1}, "cfg_scale": 1.5},
@@ -126,6 +127,8 @@ def test_what_there_is_is_listed(scored: Path) -> None:
     [
         ({"features": "inception"}, "features", "without --inception FILE"),
         ({"features": "/etc/passwd"}, "features", "should be"),
+        ({"features": ["classifier", "classifier"]}, None, "expected each once"),
+        ({"features": ["classifier", "dinov2"]}, "features", "without --dinov2 FILE"),
         ({"features_path": "/etc/passwd"}, "features_path", "not permitted"),
         ({"reference": "none.npz"}, "reference", "none is called"),
         ({"reference": "../references/adm.npz"}, "reference", "none is called"),

@@ -96,6 +96,8 @@ def test_models_are_listed(client: httpx.Client) -> None:
         ({"n": 65}, 400, "n"),
         ({"n": 10, "steps": 10**6}, 400, "steps"),
         ({"class": 10}, 400, "class"),
+        ({"class": []}, 400, "class"),
+        ({"labels": [1, {}]}, 400, "labels.1"),
         ({"class": "dog"}, 400, "class"),
         ({"labels": [1, 99]}, 400, "labels.1"),
         ({"labels": []}, 400, "labels"),

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,13 +17,14 @@ import pytest
 
 from ditmoe.launcher.commands.scoring.reference import make
 from ditmoe.sampling.service.client import Client
+from ditmoe.sampling.service.jobs.evaluating import MOST_ATTEMPTS
 from tests.sampling.service.served import Served, number_of, processes_of
 from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
 KILLS = number_of("DITMOE_KILLS", 25)
 SERVICE_SHARE = 0.4
 """Of the signals; the others go to processes of evaluations."""
-LONGEST_REST = 5.0
+LONGEST_REST = 10.0
 """Seconds at most between two signals."""
 CHAINS = {"sampler": "dlg:euler", "steps": 4, "dlg": {"skip": 4, "samples_per_chain": 40, "initial_steps": 4}}
 SCORED = {"reference": "own.safetensors", "recogniser": False}
@@ -76,29 +76,37 @@ class Killer:
     def __init__(self, served: Served, log: Path) -> None:
         self._served, self._random, self._log = served, Random(0), log
         self.sent: Counter[str] = Counter()
+        self._unanswered: dict[str, tuple[int, int]] = {}
+        """Evaluation → its images when its process was last met, and how often since they grew."""
 
     def rest(self) -> float:
         return self._random.uniform(0.0, LONGEST_REST)
 
-    def once(self, jobs: list[str]) -> None:
+    def once(self, client: Client, jobs: list[str]) -> None:
         """To the service, which is started again; or to the process of an evaluation, if there is one."""
         number = self._random.choice([signal.SIGKILL, signal.SIGSTOP])
-        processes = list(self._of_jobs(jobs)) if self._random.random() >= SERVICE_SHARE else []
-        if processes:
-            victim = self._random.choice(processes)
-            try:
-                victim.send_signal(number)
-            except psutil.NoSuchProcess:
-                return
-            self._note(f"job process {number.name}")
-            return
+        if self._random.random() >= SERVICE_SHARE:
+            for job_id in jobs:
+                processes = processes_of(job_id)
+                if processes and self._may_meet(job_id, client.job(job_id)["progress"]["done"]):
+                    try:
+                        self._random.choice(processes).send_signal(number)
+                    except psutil.NoSuchProcess:
+                        return
+                    self._note(f"job process {number.name}")
+                    return
         self._served.kill(number)
         self._note(f"service {number.name}")
         self._served.start()
 
-    def _of_jobs(self, jobs: list[str]) -> Iterator[psutil.Process]:
-        for job_id in jobs:
-            yield from processes_of(job_id)
+    def _may_meet(self, job_id: str, done: int) -> bool:
+        """A job whose process is killed too often without any more images is given up, as it should be."""
+        before, times = self._unanswered.get(job_id, (done, 0))
+        times = 0 if done > before else times
+        if times < MOST_ATTEMPTS - 2:
+            self._unanswered[job_id] = done, times + 1
+            return True
+        return False
 
     def _note(self, what: str) -> None:
         self.sent[what] += 1
@@ -124,7 +132,7 @@ def test_no_kill_loses_a_job_or_changes_an_image_or_a_figure(runs: Path, tmp_pat
             if rounds[-1].finished(client):
                 rounds.append(Round(client, runs, len(rounds) + 1))
             time.sleep(killer.rest())
-            killer.once([job_id for kind, job_id in rounds[-1].jobs if kind == "evaluate"])
+            killer.once(client, [job_id for kind, job_id in rounds[-1].jobs if kind == "evaluate"])
         given = [job for each in rounds for job in each.jobs]
         for _, job_id in given:
             client.wait(job_id)
