@@ -136,7 +136,7 @@ async function newJob(scope, onGiven) {
     field("Keeps", select("keep", [["chunks", "all images"], ["npz", "one file of images"], ["statistics", "statistics alone"]], "chunks")),
   ];
   const chains = chainField('{"samples_per_chain": 10}');
-  const kind = select("kind", [["draw", "draw images"], ["evaluate", "evaluate: draw and score"]], "draw");
+  const kind = select("kind", [["draw", "draw"], ["evaluate", "evaluate"]], "draw");
   const run = select("model", runOptions(models), usable[0].id);
   const adapt = () => {
     const isDraw = kind.value === "draw";

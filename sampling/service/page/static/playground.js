@@ -121,6 +121,7 @@ export async function playground(scope, _, params) {
       say(`${replies[0].reply.data.length} images drawn`);
     } catch (error) {
       if (mine.signal.aborted) return;
+      if (!results.querySelector("figure")) replace(results, h("p", { class: "empty" }, "No images were drawn."));
       showProblem(form, problem, error, (param) => (param === "labels" ? "class" : param));
     } finally {
       if (drawing === mine) results.setAttribute("aria-busy", "false");

@@ -355,6 +355,7 @@ def test_what_is_wrong_is_told_at_its_field(site: Site) -> None:
         expect(steps).to_be_focused()
         described = (steps.get_attribute("aria-describedby") or "").split()[0]
         expect(page.locator(f"#{described}")).to_contain_text("passes through the network")
+        expect(page.locator(".results")).to_have_text("No images were drawn.")
 
 
 def test_chains_are_drawn_in_the_playground(site: Site) -> None:
