@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.data.storage.digests import sha256_of
 from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator
@@ -237,8 +238,7 @@ def request_of(job: Scored, choice: NetworkChoice | None = None) -> dict[str, An
     choice = choice or choices_of_job(job)[0]
     file = None
     if choice.features != "classifier" and choice.path is not None and choice.path.is_file():
-        with choice.path.open("rb") as stored:
-            file = hashlib.file_digest(stored, "sha256").hexdigest()[:16]
+        file = sha256_of(choice.path)[:16]
     classifier = job.feature_classifier if choice.features == "classifier" else None
     stated = job.real.stated if isinstance(job.real, ReferenceStatistics) else None
     return {

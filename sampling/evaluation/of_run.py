@@ -1,6 +1,5 @@
 """An evaluation of a run folder: from the options of the command to the job, and through it."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ditmoe.data.crew.making import Make
 from ditmoe.data.encoding.vae import VaeFacts
+from ditmoe.data.storage.digests import cache_folder
 from ditmoe.data.storage.progress import show_progress
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import normal
@@ -94,8 +94,7 @@ class EvaluationOptions:
 
 def default_cache() -> Path:
     """Where classifiers and statistics of real images are kept: `$XDG_CACHE_HOME/ditmoe`, or `~/.cache/ditmoe`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ditmoe"
+    return cache_folder()
 
 
 def prepare_job(options: EvaluationOptions) -> Job:

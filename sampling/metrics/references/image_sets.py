@@ -23,6 +23,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from ditmoe.data.shards.images import BadImage, ImageArray, describe, load_pixels, open_image, to_array
+from ditmoe.data.storage.digests import sha256_of
 from ditmoe.data.storage.files import open_regular
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.left_out import LeftOut
@@ -306,8 +307,8 @@ class NpzFile:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes (first 16 hex digits)."""
-        with self._readable(), open_regular(self.path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        with self._readable():
+            return sha256_of(self.path)[:16]
 
     def rows(self, member: Member, numbers: range, at_once: int) -> Iterator[NDArray[Any]]:
         """Some rows of an array, up to `at_once` at a time. UserError when the file is damaged."""

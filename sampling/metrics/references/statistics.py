@@ -6,7 +6,6 @@ The npz files of ADM, EDM and pytorch-fid hold mean and covariance (`mu`, `sigma
 Shapes: F features.
 """
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,7 +13,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import torch
 
-from ditmoe.data.storage.files import open_regular
+from ditmoe.data.storage.digests import sha256_of
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.classifier import Classifier
@@ -48,8 +47,7 @@ class ReferenceStatistics(Reference):
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes (first 16 hex digits)."""
         try:
-            with open_regular(self.path) as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            return sha256_of(self.path)[:16]
         except OSError as error:
             raise UserError(f"{self.path}: could not be read: {error.strerror or error}") from error
 

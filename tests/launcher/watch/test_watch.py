@@ -27,8 +27,10 @@ from ditmoe.parallel.config import CheckpointConfig
 from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
+from ditmoe.sampling.metrics.networks import opening
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.markers import change_marker
+from tests.sampling.evaluation.test_evaluate_file import Pixels
 from tests.sampling.small_run import write_checkpoint, write_digits
 
 
@@ -299,3 +301,36 @@ def test_the_grid_has_the_first_images(run: Run) -> None:
     picture = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
     assert picture.shape == (event.height, event.width, 3)
     assert np.array_equal(picture[2 : 2 + 64 : 8, 2 : 2 + 64 : 8], first)  # enlarged eight times, beside a gap
+
+
+def test_checkpoints_are_compared_with_statistics_of_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moments alone give neither floor nor precision; the best is marked all the same."""
+    monkeypatch.setattr(opening, "load_inception", lambda path, device, resize: Pixels())
+    file, weights = run.path.with_suffix(".npz"), run.path.with_suffix(".pth")
+    np.savez(file, mu=np.full(16, 0.4), sigma=0.1 * np.eye(16))
+    weights.write_bytes(b"weights")
+    prepare = run.prepare
+
+    def with_statistics(checkpoint: Path) -> Job:
+        options = EvaluationOptions(
+            source=checkpoint,
+            sampler=SamplerConfig(steps=1),
+            count=24,
+            batch=8,
+            data=file,
+            features="inception",
+            features_path=weights,
+            cache=prepare(checkpoint).cache,
+        )
+        return prepare_job(options)
+
+    monkeypatch.setattr(run, "prepare", with_statistics)
+    run.save(20)
+    run.save(40)
+    assert run.watch() == 0 and run.evaluated == [20, 40]
+    table = [line.split() for line in run.lines if line.split()[0] in ("20", "40")]
+    assert [line[3:] for line in table if line[-1] != "best"] == [["–"] * 5] and len(table) == 2
+    assert any(line[-1] == "best" for line in table)
+    (mark,) = (run.path / "evaluations").glob("best-*-inception-*.json")
+    figures = [one.figure("fid") or 0 for one in stored_evaluations(run.path / "evaluations")]
+    assert json.loads(mark.read_text())["figure"] == min(figures) > 0

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -16,9 +17,11 @@ from ditmoe.model.errors import UserError
 from ditmoe.sampling.comparison.cells import cells_of
 from ditmoe.sampling.evaluation import of_run as evaluate_run
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
+from ditmoe.sampling.metrics.networks import opening
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.obedient import Obedient
+from tests.sampling.evaluation.test_evaluate_file import Pixels
 from tests.sampling.small_run import write_digits, write_noise_classifier, write_run
 
 SCHEDULES = Path(__file__).resolve().parents[3] / "configs" / "grids"
@@ -294,3 +297,24 @@ def test_jobs_that_share_all_but_the_sampler_are_those_of_one_by_one(run: Path, 
     metrics = evaluate_jobs(jobs, lambda place, found, seconds: seen.append((place, found, seconds is None)))
     assert seen == [(0, metrics[0], False), (1, metrics[1], False)]
     assert evaluate_jobs(jobs) == metrics
+
+
+def test_a_grid_is_compared_with_statistics_of_others(
+    run: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without floors, precision and recall, which moments alone do not give."""
+    monkeypatch.setattr(opening, "load_inception", lambda path, device, resize: Pixels())
+    (tmp_path / "inception.pth").write_bytes(b"weights")
+    statistics = tmp_path / "edm.npz"
+    np.savez(statistics, mu=np.full(16, 0.4), sigma=0.1 * np.eye(16))
+    file = tmp_path / "moments.yaml"
+    file.write_text("count: 40\nnfe: [1, 2]\nsamplers: [euler]\n")
+    told = ("--features", "inception", "--features-path", str(tmp_path / "inception.pth"))
+    done = command(run, statistics, cache, file, *told)
+    assert done.exit_code == 0, done.output
+    assert "left out: floors of Fréchet distances, precision, recall and KID, sFID" in done.output
+    (folder,) = run.glob("evaluations/grid-moments-*")
+    rows = json.loads((folder / "grid.json").read_text())["rows"]
+    assert [row["fid_floor"] for row in rows] == [None, None] and all(row["fid"] > 0 for row in rows)
+    assert [row["recall"] for row in rows] == [None, None] and (folder / "fid-nfe.png").stat().st_size > 1000
+    assert command(run, statistics, cache, file, *told).output.count("FID") == done.output.count("FID")
