@@ -31,16 +31,12 @@ from torch.nn import functional
 
 from ditmoe.data.shards.images import to_network_range
 from ditmoe.data.storage.parts import DamagedPart, Parts, run_parts
-from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import generator, permutation
 from ditmoe.model.threads import one_thread
-from ditmoe.sampling.metrics.features import AT_ONCE, Features, fingerprint_of, images_to_tensor, in_batches
+from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor, in_batches
 from ditmoe.sampling.metrics.reference import Form, ReferenceImages
+from ditmoe.sampling.metrics.references.training_images import MAX_SIZE, TrainingImages, reduced
 
-MAX_IMAGES: Final = 50_000
-"""Real images that a classifier is trained on at most, drawn at random from larger sets."""
-MAX_SIZE: Final = 64
-"""Side in pixels that larger images are reduced to (mean over areas)."""
 HELD_OUT: Final = 0.2
 """Share of the images that is left out of training and gives the held-out accuracy."""
 _BATCH: Final = 64
@@ -208,14 +204,14 @@ class Classifier:
         return float((self.predict(image_NHWC) == label_N).mean())
 
     def _prepare(self, image_NHWC: NDArray[np.uint8]) -> Tensor:
-        return to_network_range(_reduce(images_to_tensor(image_NHWC, self._device, colour=False)))
+        return to_network_range(reduced(images_to_tensor(image_NHWC, self._device, colour=False)))
 
 
-def _reduce(x_NCHW: Tensor) -> Tensor:
-    """Images of more than MAX_SIZE pixels a side reduced to it; uint8 in, uint8 out."""
-    if x_NCHW.shape[2] <= MAX_SIZE:
-        return x_NCHW
-    return functional.adaptive_avg_pool2d(x_NCHW.float(), MAX_SIZE).round().to(torch.uint8)
+def classifier_file(settings: ClassifierSettings, real: ReferenceImages, device: torch.device) -> str:
+    """Name of the file in a cache that keeps the classifier of these settings for these images."""
+    identity = json.dumps([real.fingerprint, asdict(settings), device.type], sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return f"classifier-{settings.architecture}-{key}.safetensors"
 
 
 def load_classifier(
@@ -224,15 +220,14 @@ def load_classifier(
     cache: Path,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
+    training: TrainingImages | None = None,
 ) -> Classifier:
     """The classifier of these settings for these images: from `cache`, or trained now and kept there.
 
-    A cached file that is damaged is trained anew. UserError when a shard or a sample of the real images is
-    damaged.
+    `training` has the images where several classifiers are trained, so that they are decoded once. A cached file
+    that is damaged is trained anew. UserError when a shard or a sample of the real images is damaged.
     """
-    identity = json.dumps([real.fingerprint, asdict(settings), device.type], sort_keys=True)
-    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    name = f"classifier-{settings.architecture}-{key}.safetensors"
+    name = classifier_file(settings, real, device)
 
     def write(trained: tuple[nn.Module, dict[str, Any]], file: BinaryIO) -> None:
         network, facts = trained
@@ -242,7 +237,7 @@ def load_classifier(
     parts: Parts[tuple[nn.Module, dict[str, Any]], Classifier, Classifier] = Parts(
         cache,
         [name],
-        lambda _: train_classifier(settings, real, device, log),
+        lambda _: train_classifier(settings, real, device, log, training),
         write,
         lambda _: _load(cache / name, real, settings, device),
         lambda found: next(iter(found)),
@@ -291,13 +286,14 @@ def train_classifier(
     real: ReferenceImages,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
+    training: TrainingImages | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train on a random split of the real images: AdamW, one learning-rate cycle, random shifts.
 
     Returns:
         The network, and facts about it: settings, split, accuracy on the held-out images.
     """
-    image_NCHW, label_N = _read_training_images(settings, real)
+    image_NCHW, label_N = (training or TrainingImages(real, [settings.seed])).take(settings.seed)
     held = max(1, round(len(label_N) * HELD_OUT))
     train_x, train_y = image_NCHW[held:].to(device), label_N[held:].to(device)
     images_seen = min(settings.passes * len(train_y), settings.most_images)
@@ -352,27 +348,6 @@ def _same_everywhere() -> Iterator[None]:
         torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
     ):
         yield
-
-
-def _read_training_images(settings: ClassifierSettings, real: ReferenceImages) -> tuple[Tensor, Tensor]:
-    """Up to MAX_IMAGES real images in random order, uint8 [N, C, H, W], and labels [N]; the first are held out."""
-    chosen = permutation(settings.seed, "classifier/split", 0, real.count)[:MAX_IMAGES]
-    row_of = np.full(real.count, -1, dtype=np.int64)
-    row_of[chosen] = np.arange(len(chosen))
-    size = min(real.index.image_size, MAX_SIZE)
-    image_NCHW = torch.empty(len(chosen), real.index.channels, size, size, dtype=torch.uint8)
-    label_N = torch.full((len(chosen),), -1, dtype=torch.int64)
-    for batch in real.read_all(AT_ONCE):
-        wanted = row_of[batch.number_N] >= 0
-        if wanted.any():
-            rows = torch.from_numpy(row_of[batch.number_N[wanted]])
-            images = images_to_tensor(batch.image_NHWC[wanted], torch.device("cpu"), colour=False)
-            image_NCHW[rows] = _reduce(images)
-            label_N[rows] = torch.from_numpy(batch.label_N[wanted])
-    there = label_N >= 0
-    if not there.any():
-        raise UserError(f"{real.where}: none of its images can be used")
-    return (image_NCHW, label_N) if there.all() else (image_NCHW[there], label_N[there])
 
 
 def _shift(x_NCHW: Tensor, seed: int, step: int) -> Tensor:

@@ -19,6 +19,7 @@ from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.of_run import (
     EvaluationOptions,
     ModelOfJob,
@@ -33,7 +34,9 @@ from ditmoe.sampling.evaluation.run_job import stored_result
 from ditmoe.sampling.evaluation.stored import key_of
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.chunks import ChunkStore
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
+from ditmoe.sampling.jobs.workers import Workers
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, train_classifier
+from ditmoe.sampling.metrics.reference import ReferenceImages
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.classifier import (
     classifier_folder,
@@ -262,3 +265,37 @@ def test_a_copied_run_starts_no_command_and_shows_no_secret(run: Path, shards: P
             prepare_job(options)
         assert "secret" not in str(raised.value) and str(tmp_path / "OWNED") not in str(raised.value)
     assert not (tmp_path / "OWNED").exists()
+
+
+def test_the_real_images_are_decoded_once_for_all_classifiers(
+    run: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are those that each trains by itself: trained on the same images in the same order."""
+    passes: list[int] = []
+    read_all = ReferenceImages.read_all
+
+    def counted(images: ReferenceImages, batch: int, *more: Any) -> Any:
+        passes.append(batch)
+        return read_all(images, batch, *more)
+
+    job = replace(
+        prepare_job(replace(options_for(run, shards), recogniser=True)),
+        feature_classifier=replace(FEATURE_CLASSIFIER, passes=0.2),
+        recogniser_classifier=replace(RECOGNISER, passes=0.2),
+    )
+    assert isinstance(job.real, ReferenceImages)
+    apart = [
+        train_classifier(settings, job.real, torch.device("cpu"))[1]["fingerprint"]
+        for settings in (job.feature_classifier, job.recogniser_classifier)
+    ]
+    monkeypatch.setattr(ReferenceImages, "read_all", counted)
+    (features,), recogniser = Measures().networks(job, Workers(), lambda line: None)
+    assert len(passes) == 1
+    assert recogniser is not None and [features.fingerprint, recogniser.fingerprint] == apart
+    # One that is kept is not read for again; nor is another's images kept for it.
+    for kept in job.cache.glob("classifier-residual-*"):
+        kept.unlink()
+    Measures().networks(job, Workers(), lambda line: None)
+    assert len(passes) == 2
+    Measures().networks(job, Workers(), lambda line: None)
+    assert len(passes) == 2
