@@ -102,6 +102,8 @@ def scorer(options: str) -> Callable[[Path], int]:
 
     sharing = Sharing(given["processes"], given["crew"], given["listen"], given["part_limit"])
 
+    sharing.leads(sharing.count())  # what does not go together shows before anything is trained
+
     def score(run: Path) -> int:
         return start_leader(["evaluate", *arguments], ["--", str(run)], sharing)
 

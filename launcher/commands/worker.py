@@ -26,6 +26,7 @@ def command(
 ) -> None:
     """Work for the commands that lead a crew, one after another: it may start before them, and end at any time.
 
+    Those are evaluate, score, reference make, data encode and data synthesize, with --crew.
     Whoever can read the folder's key belongs to the crew: it is made for its owner alone, and must stay so.
     `ditmoe submit workers` starts it as a job of Slurm.
 

@@ -35,6 +35,7 @@ from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.data.storage.parts import make_parts
 from ditmoe.launcher.commands.data.group import app
 from ditmoe.model.errors import UserError
+from tests.forked import DITMOE, run_forked
 from tests.mortal import Mortal
 from tests.obedient import Obedient
 
@@ -259,6 +260,16 @@ def test_workers_make_shards_and_index_from_what_they_are_told(
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     again = runner.invoke(app, [*arguments, str(shapes), str(tmp_path / "two")])
     assert again.exit_code == 0 and "was encoded before; --overwrite encodes it again" in again.output
+
+
+def test_ranks_that_were_started_share_the_shards(shapes: Path, vae_folder: Path, tmp_path: Path) -> None:
+    """By torchrun or srun, without anybody who leads."""
+    run(shapes, tmp_path / "one", vae_folder)
+    program = [*DITMOE, "data", "encode", "--vae", str(vae_folder), "--device", "cpu"]
+    done = run_forked([*program, str(shapes), str(tmp_path / "two")], tmp_path / "output", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("encoded 30 images") == 1
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_a_worker_that_sees_other_images_or_no_gpu_is_refused(
