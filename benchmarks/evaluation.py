@@ -430,7 +430,7 @@ def main() -> None:
         )
         run, digits = write_digits_run(folder)
         tell(f"\nditmoe evaluate, digits of 8×8 in 4 steps, --processes {cores}: the whole command")
-        first = evaluate(run, digits, folder / "cache", 64, cores)  # trains the classifiers
+        first = evaluate(run, digits, folder / "cache", 40, cores)  # trains the classifiers
         tell(f"  {'images':>8}{'seconds':>10}{'images/s':>10}{'MiB of the largest process':>30}{'of all':>10}")
         found["evaluate"] = {"first": first._asdict()}
         for count in (options.few, options.many):
@@ -440,7 +440,7 @@ def main() -> None:
                 f"  {count:>8,}{whole.seconds:>10.1f}{count / whole.seconds:>10.1f}{whole.most / 2**20:>30,.0f}"
                 f"{whole.together / 2**20:>10,.0f}"
             )
-        tell(f"  the first command, of 64 images, took {first.seconds:.1f} s: it trained the classifiers")
+        tell(f"  the first command, of 40 images, took {first.seconds:.1f} s: it trained the classifiers")
     tell(f"\nin all {time.monotonic() - begun:.0f} s")
     if options.text is not None:
         options.text.write_text("\n".join(lines) + "\n", encoding="utf-8")
