@@ -195,7 +195,7 @@ def test_a_signal_ends_the_sweep(cells: list[ReadyCell], tmp_path: Path, code: i
 def evaluation(run: Path, step: int, fid: float, count: int = 100) -> None:
     """What `ditmoe evaluate` leaves."""
     shared = {"which": "ema", "sampler": {"steps": 5}, "count": count, "labels": "balanced"}
-    result = {"network": {"fingerprint": "n"}, "real": {"fingerprint": "r"}, "fid": fid}
+    result = {"network": {"name": "classifier", "fingerprint": "n"}, "real": {"fingerprint": "r"}, "fid": fid}
     content = {"evaluation": {"weights": "w-ema", "step": step, **shared}, "results": {"classifier": result}}
     file = run / "evaluations" / f"step-{step:08d}-ema-euler-{count}-abcd" / "metrics.json"
     file.parent.mkdir(parents=True)

@@ -43,7 +43,7 @@ def evaluation(run: Path, path: Path, seconds: int, count: int = 100, **figures:
     """What `ditmoe evaluate` leaves of a checkpoint."""
     info = read_info(path)
     shared = {"which": "ema", "sampler": {"steps": 5}, "count": count, "labels": "balanced"}
-    result = {"network": {"fingerprint": "n"}, "real": {"fingerprint": "r"}, **figures}
+    result = {"network": {"name": "classifier", "fingerprint": "n"}, "real": {"fingerprint": "r"}, **figures}
     content = {
         "evaluation": {"weights": f"{info.fingerprint}-ema", "step": info.step, **shared},
         "results": {"classifier": result},
