@@ -54,8 +54,9 @@ def stored_evaluations(evaluations: Path) -> Iterator[StoredEvaluation]:
             with open_regular(file) as stored:
                 content = json.loads(stored.read())
             evaluation, written = content["evaluation"], file.stat().st_mtime
-            for _, result in sorted(content["results"].items()):
-                features = str(result["network"]["name"])
+            for key, result in sorted(content["results"].items()):
+                # Several results of one network have keys of their own.
+                features = str(result["network"].get("name", key))
                 yield StoredEvaluation(
                     id=file.parent.name,
                     written=written,
