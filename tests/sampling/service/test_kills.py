@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,8 +25,9 @@ from tests.sampling.small_run import write_digits, write_noise_classifier, write
 KILLS = number_of("DITMOE_KILLS", 25)
 SERVICE_SHARE = 0.4
 """Of the signals; the others go to processes of evaluations."""
-LONGEST_REST = 10.0
-"""Seconds at most between two signals."""
+LONGEST_REST = 4.0
+LONGEST_WAIT = 60.0
+"""Seconds at most between two signals, and for images between them."""
 CHAINS = {"sampler": "dlg:euler", "steps": 4, "dlg": {"skip": 4, "samples_per_chain": 40, "initial_steps": 4}}
 SCORED = {"reference": "own.safetensors", "recogniser": False}
 JOBS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -46,16 +48,30 @@ def made(client: Client, job_id: str, kind: str) -> tuple[list[bytes], str]:
     return images, json.dumps(figures, sort_keys=True)
 
 
-class Round:
-    """Jobs of one copy of the run: an evaluation of another would be there already."""
+@dataclass
+class Given:
+    """Jobs that were given: the place of each in `JOBS`, and its id."""
 
-    def __init__(self, client: Client, runs: Path, number: int) -> None:
-        name = f"digits-{number}"
-        shutil.copytree(runs.parent / "run", runs / name)
-        self.jobs = [(kind, client.give(kind, model=name, **fields)) for kind, fields in JOBS]
+    client: Client
+    runs: Path
+    jobs: list[tuple[int, str]] = field(default_factory=list)
+    copies: int = 0
 
-    def finished(self, client: Client) -> bool:
-        return all(client.job(job_id)["status"] == "completed" for _, job_id in self.jobs)
+    def more(self, kind: str) -> None:
+        """All of a kind, of another copy of the run: an evaluation of the same would be there already."""
+        self.copies += 1
+        name = f"digits-{self.copies}"
+        shutil.copytree(self.runs.parent / "run", self.runs / name)
+        for place, (of, fields) in enumerate(JOBS):
+            if of == kind:
+                self.jobs.append((place, self.client.give(kind, model=name, **fields)))
+
+    def unfinished(self, kind: str) -> list[str]:
+        found = [job_id for place, job_id in self.jobs if JOBS[place][0] == kind]
+        return [job_id for job_id in found if self.client.job(job_id)["status"] != "completed"]
+
+    def images(self) -> int:
+        return sum(int(self.client.job(job_id)["progress"]["done"]) for _, job_id in self.jobs)
 
 
 @pytest.fixture
@@ -79,8 +95,13 @@ class Killer:
         self._unanswered: dict[str, tuple[int, int]] = {}
         """Evaluation → its images when its process was last met, and how often since they grew."""
 
-    def rest(self) -> float:
-        return self._random.uniform(0.0, LONGEST_REST)
+    def rest(self, given: Given) -> None:
+        """For a moment; half of the times not before there are more images, where some come soon."""
+        if self._random.random() < 0.5:
+            before, end = given.images(), time.monotonic() + LONGEST_WAIT
+            while given.images() == before and time.monotonic() < end:
+                time.sleep(0.3)
+        time.sleep(self._random.uniform(0.0, LONGEST_REST))
 
     def once(self, client: Client, jobs: list[str]) -> None:
         """To the service, which is started again; or to the process of an evaluation, if there is one."""
@@ -119,26 +140,30 @@ class Killer:
 def test_no_kill_loses_a_job_or_changes_an_image_or_a_figure(runs: Path, tmp_path: Path) -> None:
     served = Served(runs, tmp_path / "calm")
     with Client(served.start()) as client:
-        calm = Round(client, runs, 0)
-        for _, job_id in calm.jobs:
+        calm = Given(client, runs)
+        calm.more("draw")
+        calm.more("evaluate")
+        known = {}
+        for place, job_id in calm.jobs:
             client.wait(job_id)
-        known = [made(client, job_id, kind) for kind, job_id in calm.jobs]
+            known[place] = made(client, job_id, JOBS[place][0])
     served.kill()
     served = Served(runs, tmp_path / "wild")
     killer = Killer(served, tmp_path / "signals.txt")
     with Client(served.start()) as client:
-        rounds = [Round(client, runs, 1)]
+        given = Given(client, runs, copies=calm.copies)
         while sum(killer.sent.values()) < KILLS:
-            if rounds[-1].finished(client):
-                rounds.append(Round(client, runs, len(rounds) + 1))
-            time.sleep(killer.rest())
-            killer.once(client, [job_id for kind, job_id in rounds[-1].jobs if kind == "evaluate"])
-        given = [job for each in rounds for job in each.jobs]
-        for _, job_id in given:
+            for kind in ("draw", "evaluate"):
+                if not given.unfinished(kind):
+                    given.more(kind)
+            killer.rest(given)
+            killer.once(client, given.unfinished("evaluate"))
+        for place, job_id in given.jobs:
             client.wait(job_id)
-        for place, (kind, job_id) in enumerate(given):
-            assert made(client, job_id, kind) == known[place % len(JOBS)], (place, kind, job_id)
-        assert {job["id"] for job in client.jobs(200)} == {job_id for _, job_id in given}
-        assert not any(processes_of(job_id) for _, job_id in given)
+            assert made(client, job_id, JOBS[place][0]) == known[place], (place, job_id)
+        assert {job["id"] for job in client.jobs(200)} == {job_id for _, job_id in given.jobs}
+        assert not any(processes_of(job_id) for _, job_id in given.jobs)
     served.kill()
-    print(f"{sum(killer.sent.values())} signals: {dict(killer.sent)}; {len(given)} jobs, none lost or changed")
+    print(
+        f"{sum(killer.sent.values())} signals: {dict(killer.sent)}; {len(given.jobs)} jobs, none lost or changed"
+    )
