@@ -54,9 +54,8 @@ def stored_evaluations(evaluations: Path) -> Iterator[StoredEvaluation]:
             with open_regular(file) as stored:
                 content = json.loads(stored.read())
             evaluation, written = content["evaluation"], file.stat().st_mtime
-            for key, result in sorted(content["results"].items()):
-                # Several results of one network have keys of their own.
-                features = str(result["network"].get("name", key))
+            for _, result in sorted(content["results"].items()):
+                features = str(result["network"]["name"])  # a key may be longer: a network may have several results
                 yield StoredEvaluation(
                     id=file.parent.name,
                     written=written,
