@@ -45,8 +45,9 @@ test-page: venv ## the page of the service in headless Chromium; needs Debian's 
 test-slurm: venv ## jobs on a Slurm of two virtual nodes on this machine; needs root and Debian's Slurm
 	@$(BIN)/python -m pytest -m slow tests/slurm $(PYTEST_ARGS)
 
-test-crew: venv ## a hundred random kills and stops of the workers of a crew
-	@$(BIN)/python -m pytest -m slow tests/data/crew tests/sampling/evaluation/test_evaluate_crew.py tests/launcher/watch tests/launcher/commands/test_work_of_crews.py $(PYTEST_ARGS)
+test-crew: venv ## random kills and stops of the workers of a crew, of who leads and who keeps them
+	@$(BIN)/python -m pytest -m slow tests/data/crew tests/sampling/evaluation/test_evaluate_crew.py \
+		tests/sampling/evaluation/test_evaluate_kills.py tests/launcher/watch tests/launcher/commands/test_work_of_crews.py $(PYTEST_ARGS)
 
 test-metrics: venv ## Fréchet distances of 2,048 features against 70 digits; three minutes
 	@$(BIN)/python -m pytest -m slow tests/sampling/metrics $(PYTEST_ARGS)
