@@ -1,6 +1,7 @@
 """The workers that a process has on its machine: each watched by a nanny, which is replaced where it gives up."""
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ from distributed.security import Security
 
 from ditmoe.data.crew.roles import nanny_options
 
+_WORKERS_NAME: Final = "Dask Worker process"
 _AGAIN_SECONDS: Final = 1.0
 _LOOK_SECONDS: Final = 2.0
 _ALONE_SECONDS: Final = 60.0
@@ -53,6 +55,10 @@ class Keeper:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*map(_close, self._nannies.values()))
+        for child in multiprocessing.active_children() if self._options else ():
+            # One that was stopped while it started hears of no request, and this process would wait for its end.
+            if child.name.startswith(_WORKERS_NAME):
+                child.kill()
 
     async def _keep(self, place: int, options: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
         while await asyncio.to_thread(wanted):

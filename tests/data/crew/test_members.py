@@ -1,8 +1,11 @@
 """Who joins whom: addresses, programs, and crews whose leader has died elsewhere."""
 
 import json
+import multiprocessing
 import os
+import signal
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -93,6 +96,24 @@ def test_a_leader_that_was_taken_for_dead_leaves_the_next_ones_file_alone(tmp_pa
             claim.unlink()
         (folder / SCHEDULER_FILE).write_text('{"address": "tls://192.0.2.9:1"}')
     assert read_object(folder / SCHEDULER_FILE) == {"address": "tls://192.0.2.9:1"}
+
+
+def test_a_worker_that_was_stopped_while_it_started_keeps_nobody_from_ending(tmp_path: Path) -> None:
+    def workers() -> list[BaseProcess]:
+        return [child for child in multiprocessing.active_children() if child.name.startswith("Dask Worker")]
+
+    with lead_crew(tmp_path / "crew", [{"OMP_NUM_THREADS": "1"}]):
+        end = time.monotonic() + 60
+        while not (found := workers()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        [pid] = [child.pid for child in found]
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+    end = time.monotonic() + 60
+    while workers():
+        assert time.monotonic() < end, "it would be waited for"
+        time.sleep(0.05)
 
 
 def test_each_part_that_a_worker_made_is_on_its_tally(
