@@ -55,7 +55,7 @@ def stored_evaluations(evaluations: Path) -> Iterator[StoredEvaluation]:
                 content = json.loads(stored.read())
             evaluation, written = content["evaluation"], file.stat().st_mtime
             for _, result in sorted(content["results"].items()):
-                features = str(result["network"]["name"])  # a key may be longer: a network may have several results
+                features = str(result["network"]["name"])  # of a network there may be several results
                 yield StoredEvaluation(
                     id=file.parent.name,
                     written=written,
