@@ -15,6 +15,8 @@ from ditmoe.parallel.ranks import this_process
 
 MOST_PROCESSES: Final = 16
 """Processes that decode for one that describes: more would wait for it."""
+FEWEST_PROCESSES: Final = 3
+"""One that decodes and hands its images over has 0.55 of the rate of the process that reads, and two 0.8."""
 WORTH_PROCESSES: Final = 1024
 """Images; fewer are decoded before processes are started."""
 
@@ -57,7 +59,8 @@ def decoding_processes(images: int) -> int:
     if images < WORTH_PROCESSES:
         return 0
     cores = len(os.sched_getaffinity(0)) // this_process().processes_here
-    return max(0, min(MOST_PROCESSES, cores - 1))
+    found = min(MOST_PROCESSES, cores - 1)
+    return found if found >= FEWEST_PROCESSES else 0
 
 
 def read_undecoded(shard: Shard, member: int, index: DatasetIndex, number: int) -> UndecodedSample:

@@ -320,6 +320,9 @@ class Pixels:
 def test_processes_decode_where_there_are_enough_images_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     assert [decoding_processes(images) for images in (0, 1023, 1024)] == [0, 0, 11]
+    for cores, processes in ((1, 0), (2, 0), (3, 0), (4, 3)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert decoding_processes(10**6) == processes
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
     assert decoding_processes(10**6) == 16
     monkeypatch.setattr(decoding, "this_process", lambda: ThisProcess(rank=3, ranks=32, processes_here=16))
