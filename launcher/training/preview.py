@@ -1,4 +1,4 @@
-"""The grid of images that a run draws of itself while it trains."""
+"""The grid of images that a run draws of itself while it trains, each with the name of its class."""
 
 import numpy as np
 import torch
@@ -12,19 +12,20 @@ from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.processes import gather_objects
-from ditmoe.sampling.drawing.generate import generate_float
+from ditmoe.sampling.drawing.generate import default_labels, generate_float
 from ditmoe.sampling.drawing.picture import image_grid
 from ditmoe.sampling.network.load import LoadedModel
 
 
 def draw_preview(
-    config: RunConfig, network: nn.Module, layout: Layout, index: DatasetIndex, device: torch.device
+    config: RunConfig, network: nn.Module, layout: Layout, index: DatasetIndex, device: torch.device, step: int
 ) -> Image.Image | None:
     """Draw the images of `config.preview`, each data rank its share; a collective call.
 
     Args:
         network: with the weights to draw from, in the layout that trains.
         index: of the data, for the class names and the VAE of latents.
+        step: of the training, for the line over the picture.
 
     Returns:
         The picture on rank 0, None on the others.
@@ -43,4 +44,21 @@ def draw_preview(
         return None
     of_first_stage = gathered[: layout.data * layout.tensor : layout.tensor]
     images_NHWC = np.concatenate(of_first_stage)[: preview.images].transpose(0, 2, 3, 1)
-    return image_grid(images_NHWC, columns=min(8, preview.images))
+    labels = default_labels(range(preview.images), len(index.class_names)).tolist()
+    return image_grid(
+        images_NHWC,
+        columns=min(8, preview.images),
+        captions=[index.class_names[label] for label in labels],
+        title=preview_title(config, step),
+    )
+
+
+def preview_title(config: RunConfig, step: int) -> str:
+    """What is said over the pictures; what matters most comes first, for a long line is cut."""
+    sampler = config.preview.sampler.resolved(config.objective)
+    told = [f"step {step:,}", f"seed {sampler.seed}", "EMA", str(sampler.sampler)]
+    if sampler.integrator != "rk45":
+        told.append(f"{sampler.steps} steps")
+    if sampler.cfg_scale != 1:
+        told.append(f"guidance {sampler.cfg_scale:g}")
+    return " · ".join(told)

@@ -355,7 +355,9 @@ class Trainer:
     def _preview(self) -> None:
         """Draw the grid of fixed seeds and classes from the EMA."""
         with self.engine.ema_weights() as network:
-            picture = draw_preview(self.config, network, self.layout, self.dataset.index, self.device)
+            picture = draw_preview(
+                self.config, network, self.layout, self.dataset.index, self.device, self.engine.step
+            )
         if self.report is not None and picture is not None:
             save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
             self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)

@@ -1,5 +1,6 @@
 """Training end to end, with real processes: kills, signals, full disks and bad data lose nothing."""
 
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -546,6 +548,18 @@ def test_drawing_previews_changes_nothing(make_config: Callable[..., Path], layo
     assert sorted(path.name for path in (config.with_suffix("") / "samples").iterdir()) == [
         f"preview-step-{step:08d}.png" for step in (2, 4, 6)
     ]
+    # A line over the images says the step, one below each its class; TensorBoard has the same picture.
+    board = EventAccumulator(str(config.with_suffix("") / "tensorboard"), size_guidance={"images": 0})
+    board.Reload()
+    assert [event.step for event in board.Images("samples from the EMA")] == [2, 4, 6]
+    titles = []
+    for event in board.Images("samples from the EMA"):
+        path = config.with_suffix("") / "samples" / f"preview-step-{event.step:08d}.png"
+        picture = np.asarray(Image.open(path))
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+        assert len(picture) == 20 + 96 + 2 + 15 + 2 and (picture[-17:] < 128).any()
+        titles.append(picture[:20].tobytes())
+    assert len(set(titles)) == 3
 
 
 @pytest.mark.timeout(60)

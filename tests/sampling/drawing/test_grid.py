@@ -51,3 +51,19 @@ def test_saving_is_whole_or_nothing(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="could not be made"):
         save_picture(image_grid(images(1, 8, 1), columns=1), tmp_path / "file" / "grid.png")
+
+
+def test_each_image_has_its_lines_below_it_and_a_title_stands_over_all():
+    shown = images(3, 24, 3)
+    picture = np.asarray(
+        image_grid(shown, 2, captions=["cat\nseed 1", "", "a very long name of a class"], title="step 7")
+    )
+    assert picture.shape == (2 + 18 + 2 * (96 + 2 + 30 + 2), 2 + 2 * 98, 3)  # enlarged four times, to 96 pixels
+    for number, lines in ((0, 2), (1, 0), (2, 1)):
+        row, column = divmod(number, 2)
+        y, x = 20 + row * 130, 2 + column * 98
+        assert np.array_equal(picture[y : y + 96 : 4, x : x + 96 : 4], shown[number])
+        below = picture[y + 98 : y + 128, x : x + 96]
+        assert [(part < 128).any() for part in (below[:15], below[15:])] == [lines > 0, lines > 1]
+    assert (picture[:18] < 128).any()
+    assert (picture[:20, 98:] == 255).all()  # the title begins at the left
