@@ -1,14 +1,14 @@
-"""Maps each top-level folder to the subpackage `ditmoe.<folder>`; the rest is in pyproject.toml.
+"""Maps each top-level folder to the subpackage `ditmoe.<folder>`, and `package/` to `ditmoe` itself.
 
-The list is computed, so that a new subpackage cannot be forgotten.
+The list is computed, so that a new subpackage cannot be forgotten. The rest is in pyproject.toml.
 """
 
 from setuptools import find_namespace_packages, find_packages, setup
 
 CODE_FOLDERS = ("launcher", "model", "parallel", "data", "sampling", "slurm")
-RESOURCE_FOLDERS = ("configs",)
+RESOURCE_FOLDERS = ("configs", "docs")
 
-packages = []
+packages = ["ditmoe"]
 for folder in CODE_FOLDERS:
     packages += [f"ditmoe.{folder}", *(f"ditmoe.{folder}.{name}" for name in find_packages(folder))]
 for folder in RESOURCE_FOLDERS:
@@ -16,5 +16,8 @@ for folder in RESOURCE_FOLDERS:
 
 setup(
     packages=packages,
-    package_dir={f"ditmoe.{folder}": folder for folder in CODE_FOLDERS + RESOURCE_FOLDERS},
+    package_dir={
+        "ditmoe": "package",
+        **{f"ditmoe.{folder}": folder for folder in CODE_FOLDERS + RESOURCE_FOLDERS},
+    },
 )

@@ -18,7 +18,7 @@ from ditmoe.data.storage.files import make_folder, replacing
 from ditmoe.model.errors import UserError
 
 PARTS: Final = ("configs", "data", "launcher", "model", "parallel", "sampling", "slurm")
-"""The subpackages of ditmoe: all of it."""
+"""The subpackages of ditmoe: all of it, beside the modules of the package itself."""
 COMMIT: Final = "COMMIT.json"
 _GIT_SECONDS: Final = 60
 
@@ -34,19 +34,21 @@ def take_snapshot(code: Path) -> dict[str, Any]:
         UserError: the file system refuses.
     """
     digest = hashlib.sha256()
+    own = folder_of_package()
     folders = {part: folder_of(part) for part in PARTS}
     try:
         shutil.rmtree(code, ignore_errors=False) if code.is_dir() else code.unlink(missing_ok=True)
+        files = [(Path("ditmoe", file.name), file) for file in sorted(own.glob("*.py"))]
         for part, folder in folders.items():
-            for file in files_of(folder):
-                name = Path("ditmoe", part, file.relative_to(folder))
-                content = file.read_bytes()
-                digest.update(f"{name}\0{len(content)}\0".encode() + content)
-                make_folder((code / name).parent)
-                (code / name).write_bytes(content)
+            files += [(Path("ditmoe", part, file.relative_to(folder)), file) for file in files_of(folder)]
+        for name, file in files:
+            content = file.read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+            make_folder((code / name).parent)
+            (code / name).write_bytes(content)
     except OSError as error:
         raise UserError(f"{error.filename or code}: the code could not be copied: {error.strerror}") from error
-    facts = {**commit_of(list(folders.values())), "version": _version(), "sha256": digest.hexdigest()}
+    facts = {**commit_of([*folders.values()]), "version": _version(), "sha256": digest.hexdigest()}
     with replacing(code / COMMIT) as file_:
         file_.write(json.dumps(facts, indent=1).encode() + b"\n")
     return facts
@@ -57,6 +59,16 @@ def folder_of(part: str) -> Path:
     spec = find_spec(f"ditmoe.{part}")
     assert spec is not None and spec.submodule_search_locations, part
     return Path(next(iter(spec.submodule_search_locations))).resolve()
+
+
+def folder_of_package() -> Path:
+    """Where the modules of the package itself lie.
+
+    Without its `__init__.py` a copy would be a namespace, which gives way to a package that is installed.
+    """
+    spec = find_spec("ditmoe")
+    assert spec is not None and spec.origin is not None, "ditmoe is no package"
+    return Path(spec.origin).resolve().parent
 
 
 def files_of(folder: Path) -> Iterator[Path]:

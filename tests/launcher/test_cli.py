@@ -3,13 +3,14 @@
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import yaml
 
+import ditmoe as package
 from ditmoe.launcher.cli import VERBS
 from ditmoe.launcher.configuration.reference import render
 
@@ -56,7 +57,10 @@ def test_help_lists_every_verb() -> None:
 
 
 def test_version() -> None:
-    assert ditmoe("--version").stdout == f"ditmoe {version('ditmoe')}\n"
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["version"]
+    assert ditmoe("--version").stdout == f"ditmoe {declared}\n"
+    assert package.__version__ == declared
 
 
 def test_unknown_verb_and_option() -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_every_subpackage_is_copied() -> None:
-    assert sorted(PARTS) == sorted(path.name for path in (ROOT / ".typing" / "ditmoe").iterdir())
+    assert sorted(PARTS) == sorted(path.name for path in (ROOT / ".typing" / "ditmoe").iterdir() if path.is_dir())
 
 
 def test_the_copy_is_exact_and_runs_by_itself(tmp_path: Path) -> None:
@@ -30,7 +30,8 @@ def test_the_copy_is_exact_and_runs_by_itself(tmp_path: Path) -> None:
         ]
         assert all((there / file.relative_to(here)).read_bytes() == file.read_bytes() for file in files_of(here))
     program = (
-        "import importlib, sys, ditmoe.slurm.submission.script as script\n"
+        "import importlib, sys, ditmoe, ditmoe.slurm.submission.script as script\n"
+        "assert ditmoe.__file__.startswith(sys.argv[1])  # a namespace would give way to an installed package\n"
         f"for part in {PARTS}:\n"
         "    module = importlib.import_module(f'ditmoe.{part}')\n"
         "    assert next(iter(module.__path__)).startswith(sys.argv[1]), module.__path__\n"

@@ -73,7 +73,7 @@ def test_a_job_is_whole_when_it_is_handed_in(tmp_path: Path, queue: OwnQueue) ->
     assert queue.scripts == [render(made)] and folder.script == tmp_path / "run" / "submit.sbatch"
     assert read_job(folder) == made.job
     assert folder.config.read_text() == "seed: 1\n" and stat.S_IMODE(folder.config.stat().st_mode) == 0o600
-    assert sorted(path.name for path in (folder.code / "ditmoe").iterdir()) == ["configs", "slurm"]
+    assert sorted(path.name for path in (folder.code / "ditmoe").iterdir()) == ["__init__.py", "configs", "slurm"]
     assert "commit" in json.loads((folder.code / COMMIT).read_text())
     assert [each.job for each in read_attempts(folder.path).submissions] == ["1"]
 
