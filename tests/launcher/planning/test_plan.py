@@ -234,11 +234,13 @@ def test_every_shipped_run_is_held_to_what_its_header_says() -> None:
         "demo",
         "shapes",
         "photos",
+        "photos-cpu",
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "channels", "classes"), [("demo", 8, 1, 10), ("shapes", 32, 3, 10), ("photos", 64, 3, 1000)]
+    ("name", "side", "channels", "classes"),
+    [("demo", 8, 1, 10), ("shapes", 32, 3, 10), ("photos", 64, 3, 1000), ("photos-cpu", 32, 3, 10)],
 )
 def test_headers_of_the_small_runs(name: str, side: int, channels: int, classes: int) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
