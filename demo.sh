@@ -18,7 +18,7 @@ command -v ditmoe >/dev/null || {
 }
 
 interrupted=no
-trap 'interrupted=yes' INT # training ends with a checkpoint and exit code 0; nothing must follow it then
+trap 'interrupted=yes' INT # whatever exit code the step has then, nothing must follow it
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
 

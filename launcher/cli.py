@@ -112,7 +112,8 @@ def _command(
 
 
 def main() -> None:
-    """Run the command line. Exit code 0: done; 2: the user's mistake; 130: Ctrl-C; 1: the program's."""
+    """Run the command line. Exit code 0: done; 2: the user's mistake; 75: asked to stop, and saved;
+    130: Ctrl-C; 1: the program's."""
     prepare_streams()
     end_with_parent()
     try:

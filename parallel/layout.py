@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from ditmoe.model.outside.text import counted
+
 Axis = Literal["pipe", "data", "tensor"]
 AXES: Final[tuple[Axis, ...]] = get_args(Axis)
 """In the order of `Layout.coordinates`, the one that counts slowest first."""
@@ -139,7 +141,7 @@ class Layout:
             stages: numbers of each stage's blocks.
         """
         lines = [
-            f"{self.processes} processes = pipe {self.pipe} × data {self.data} × tensor {self.tensor}"
+            f"{counted(self.processes, 'process')} = pipe {self.pipe} × data {self.data} × tensor {self.tensor}"
             f"; expert {self.expert} (subdivides data), ZeRO {self.zero}",
             f"batch {self.batch} = micro_batch {self.micro_batch} × data {self.data}"
             f" × accumulation {self.accumulation}",

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from ditmoe.model.errors import MissingProcessesError, UserError
 from ditmoe.model.outside.files import replacing
-from ditmoe.model.outside.text import printable
+from ditmoe.model.outside.text import counted, printable
 from ditmoe.slurm.environment import Step, rank_variables, step_of
 from ditmoe.slurm.supervision.patience import Shared
 
@@ -181,7 +181,7 @@ def device_problems(gpus: int) -> list[str]:
     expected = len(seen) or gpus
     problems = []
     if torch.cuda.device_count() < expected:
-        problems.append(f"shows {torch.cuda.device_count()} GPUs of {expected}")
+        problems.append(f"shows {counted(torch.cuda.device_count(), 'GPU')} of {expected}")
     for number in range(torch.cuda.device_count()):
         try:
             free, total = torch.cuda.mem_get_info(number)

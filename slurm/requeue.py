@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
+from ditmoe.model.outside.text import counted
 from ditmoe.slurm.attempts import Attempt, Decision, End, Outcome, Record
 
 EXIT_USER_ERROR: Final = 2
-EXIT_NO_PROGRESS: Final = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong with the command, and to repeat it now brings nothing."""
+EXIT_NO_PROGRESS: Final = 69
+"""EX_UNAVAILABLE of sysexits.h: nothing is wrong with the command, and to repeat it now brings nothing."""
 MOST_WITHOUT_PROGRESS: Final = 3
 """Attempts in a row."""
 SUSPICIOUS_SECONDS: Final = 600.0
@@ -98,12 +100,12 @@ def verdict(
     if outcome == "user-error":
         return Verdict(outcome, reason, "stop", EXIT_USER_ERROR)
     if outcome == "cancelled":
-        return Verdict(outcome, reason, "stop", seen.exit_code or 0)
+        return Verdict(outcome, reason, "stop", seen.exit_code or EXIT_STOPPED)
     suspects = _suspects(seen, outcome, attempt)
     vain = 0 if progressed(attempt.step, seen.step) else 1 + without_progress(before)
     if vain >= most_without_progress:
         return Verdict("no-progress", _in_vain(vain, reason, seen.step), "stop", EXIT_NO_PROGRESS, suspects)
-    return Verdict(outcome, reason, "requeue", seen.exit_code or 0, suspects)
+    return Verdict(outcome, reason, "requeue", seen.exit_code or EXIT_STOPPED, suspects)
 
 
 def _outcome(seen: Seen) -> tuple[Outcome, str]:
@@ -122,8 +124,11 @@ def _outcome(seen: Seen) -> tuple[Outcome, str]:
         return "node-check", f"the check before the start failed on no one host: {seen.check_failed}"
     if seen.silence is not None:
         return "hung", seen.silence.reason
-    if seen.exit_code == 0 or (seen.state == "stopped" and seen.exit_code in _STOP_CODES):
-        return "stopped", seen.state_reason or f"the program stopped early (state {seen.state})"
+    well = seen.exit_code in (0, EXIT_STOPPED)
+    if well or (seen.state == "stopped" and seen.exit_code in _STOP_CODES):
+        told = seen.state_reason or f"the program stopped early (state {seen.state})"
+        passed_on = seen.asked is not None and seen.asked not in told
+        return "stopped", f"{seen.asked} came: {told}" if passed_on else told
     if seen.asked is not None:
         return (
             "stopped",
@@ -200,7 +205,8 @@ def without_progress(attempts: Sequence[Attempt]) -> int:
 def _in_vain(count: int, reason: str, step: int | None) -> str:
     where = "an unknown step" if step is None else f"step {step}"
     return (
-        f"{count} attempts in a row brought no new checkpoint after {where}; the last: {reason}. Find the reason,"
+        f"{counted(count, 'attempt')} in a row brought no new checkpoint after {where}; the last: {reason}. "
+        f"Find the reason,"
         " then submit the job anew"
     )
 
@@ -239,10 +245,15 @@ def opening(
     closed = tuple(ends.items())
     decided = [attempt.end for attempt in since if attempt.end is not None and attempt.end.decision != "requeue"]
     if job in record.cancelled:
-        return Opening(closed, Verdict("cancelled", "the user cancelled the job", "stop", 0))
+        return Opening(closed, Verdict("cancelled", "the user cancelled the job", "stop", EXIT_STOPPED))
     if decided:
         last = decided[-1]
-        code = {"done": 0, "user-error": EXIT_USER_ERROR, "no-progress": EXIT_NO_PROGRESS, "cancelled": 0}
+        code = {
+            "done": 0,
+            "user-error": EXIT_USER_ERROR,
+            "no-progress": EXIT_NO_PROGRESS,
+            "cancelled": EXIT_STOPPED,
+        }
         exit_code = 0 if last.decision == "done" else code.get(last.outcome, last.exit_code or 1)
         return Opening(closed, Verdict(last.outcome, last.reason, last.decision, exit_code))
     before = [replace(attempt, end=attempt.end or ends[attempt.number]) for attempt in since]

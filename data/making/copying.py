@@ -20,6 +20,7 @@ from ditmoe.data.shards.writer import ReadySample
 from ditmoe.data.storage.files import open_regular
 from ditmoe.data.storage.progress import track
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 _MOST_OPEN: Final = 128
 """Tars that are open at a time."""
@@ -109,7 +110,10 @@ class SampleCopy:
         entry = self._index.shards[number]
         contents = scan(self._descriptor(number))
         if contents.problem is not None or len(contents.keys) != entry.samples:
-            found = contents.problem or f"{len(contents.keys):,} samples, and index.json says {entry.samples:,}"
+            found = (
+                contents.problem
+                or f"{counted(len(contents.keys), 'sample')}, and index.json says {entry.samples:,}"
+            )
             raise UserError(f"{self._folder / entry.file}: {found}")
         return contents
 

@@ -22,6 +22,7 @@ from ditmoe.data.storage.files import open_regular
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 
 class ShardReport(NamedTuple):
@@ -113,7 +114,9 @@ def verify_shard(
     if contents.problem is not None:
         report.problems.append(f"{path}: {contents.problem}")
     if len(contents.keys) != entry.samples:
-        report.problems.append(f"{path}: {len(contents.keys):,} samples, and {INDEX_FILE} says {entry.samples:,}")
+        report.problems.append(
+            f"{path}: {counted(len(contents.keys), 'sample')}, and {INDEX_FILE} says {entry.samples:,}"
+        )
         label_N = None
     _verify_samples(path, index, contents, label_N, report)
     return report

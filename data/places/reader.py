@@ -15,6 +15,7 @@ from ditmoe.data.shards.decode import BadSample
 from ditmoe.data.shards.index import DatasetIndex, ShardEntry
 from ditmoe.data.shards.sample import RawSample
 from ditmoe.data.shards.tar_scan import scan
+from ditmoe.model.outside.text import counted
 
 FETCHED_AHEAD: Final = 4
 """Remote shards that are held before they are read."""
@@ -36,7 +37,7 @@ class Shard:
             contents = scan(descriptor)
             problem = contents.problem
             if problem is None and len(contents.keys) != entry.samples:
-                problem = f"holds {len(contents.keys)} samples, and the index says {entry.samples}"
+                problem = f"holds {counted(len(contents.keys), 'sample')}, and the index says {entry.samples}"
             if problem is not None:
                 raise ShardFault(name, problem)
         except OSError as error:

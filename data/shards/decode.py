@@ -26,7 +26,7 @@ from ditmoe.data.shards.images import (
     upright,
 )
 from ditmoe.data.shards.index import DatasetIndex, LabelRule
-from ditmoe.model.outside.text import normal
+from ditmoe.model.outside.text import counted, normal
 
 PICTURE_FORMATS: Final = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
 """Extension → the one Pillow format that its bytes may be in."""
@@ -44,7 +44,7 @@ def image_extension(extensions: Iterable[str]) -> str:
     present = list(extensions)
     images = [extension for extension in present if extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
-        found = "no image" if not images else f"{len(images)} images"
+        found = "no image" if not images else counted(len(images), "image")
         raise BadSample(
             f"{found}: expected one of {', '.join(IMAGE_EXTENSIONS)}, found {', '.join(present) or 'nothing'}"
         )
@@ -116,7 +116,9 @@ def decode_label(data: bytes | None, index: DatasetIndex) -> int:
         raise BadSample(f"label is {text[:40]!r}, expected an integer from 0 to {index.num_classes - 1}")
     label = int(text)
     if label >= index.num_classes:
-        raise BadSample(f"label {label} is outside the {index.num_classes} classes (0 to {index.num_classes - 1})")
+        raise BadSample(
+            f"label {label} is outside the {counted(index.num_classes, 'class')} (0 to {index.num_classes - 1})"
+        )
     return label
 
 

@@ -15,6 +15,7 @@ from ditmoe.data.shards.index import INDEX_FILE, DatasetIndex, SampleTable, pars
 from ditmoe.data.storage.arrays import UNREADABLE, named_arrays
 from ditmoe.data.storage.files import is_partial, open_regular, replacing
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 TABLE_FILE: Final = "samples.npz"
 _INDEX_BEGINS: Final = b"{"
@@ -97,7 +98,7 @@ def parse_table(data: bytes, index: DatasetIndex, path: str) -> SampleColumns:
     if score_N is not None and (score_N.shape != label_N.shape or score_N.dtype != np.float32):
         raise UserError(f"{path}: expected {index.total:,} scores, one of each sample of index.json")
     if len(label_N) and not -1 <= label_N.min() <= label_N.max() < index.num_classes:
-        raise UserError(f"{path}: has labels outside the {index.num_classes} classes")
+        raise UserError(f"{path}: has labels outside the {counted(index.num_classes, 'class')}")
     return SampleColumns(label_N, score_N)
 
 

@@ -4,6 +4,7 @@ from typing import Final
 
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 BEFORE_A_RUN: Final = (
     "(before a run is begun, `ditmoe data index FOLDER --check-images --skip-unreadable` leaves it out for all)"
@@ -33,6 +34,6 @@ class LeftOut:
         self.lines += lines
         if self.count > self._config.skip_budget:
             raise UserError(
-                f"{self._config.shown}: {self.count:,} samples cannot be used, and skip_budget is "
+                f"{self._config.shown}: {counted(self.count, 'sample')} cannot be used, and skip_budget is "
                 f"{self._config.skip_budget:,}; the last of them: {self.lines[-1]}"
             )

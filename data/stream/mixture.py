@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 LONGEST_WINDOW: Final = 10_000
 """Positions after which the pattern must repeat; bounds the tables here."""
@@ -44,7 +45,7 @@ def quotas(weights: Sequence[float], window: int | None) -> tuple[int, ...]:
     if smallest > LONGEST_WINDOW:
         raise UserError(
             f"data.sources: the weights {', '.join(f'{weight:g}' for weight in weights)} hold exactly over"
-            f" {smallest:,} samples only; expected weights such as 1 and 5, that do so over at most"
+            f" {counted(smallest, 'sample')} only; expected weights such as 1 and 5, that do so over at most"
             f" {LONGEST_WINDOW:,}"
         )
     chosen = smallest if window is None else window

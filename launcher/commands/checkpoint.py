@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ditmoe.model.outside.text import counted
+
 if TYPE_CHECKING:
     from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 
@@ -64,8 +66,10 @@ def _description(info: "CheckpointInfo") -> str:
     from ditmoe.launcher.commands.models import human
 
     model = info.model
-    kind = model.preset or f"{model.depth} blocks of width {model.hidden}, patch {model.patch}"
-    experts = f"{model.experts} experts, {model.experts_per_token} per token" if model.experts else "dense"
+    kind = model.preset or f"{counted(model.depth, 'block')} of width {model.hidden}, patch {model.patch}"
+    experts = (
+        f"{counted(model.experts, 'expert')}, {model.experts_per_token} per token" if model.experts else "dense"
+    )
     parameters = human(sum(prod(shape) for shape in info.shapes.values()))
     lines = [
         str(info.path),
@@ -73,13 +77,13 @@ def _description(info: "CheckpointInfo") -> str:
         f"  images seen   {info.images:,}",
         f"  model         {kind}, {experts}; {info.objective.kind}",
         f"  parameters    {parameters} in {len(info.shapes):,} tensors",
-        f"  data          {info.dataset.get('name', 'unknown')}: {model.num_classes} classes",
+        f"  data          {info.dataset.get('name', 'unknown')}: {counted(model.num_classes or 0, 'class')}",
         f"  written by    {_layout(info)}",
         f"  fingerprint   {info.fingerprint[:16]}",
     ]
     for part in info.parts:
         sizes = [facts["bytes"] for name, facts in info.files.items() if name.startswith(f"{part}/")]
-        lines.append(f"  {part:<13} {sum(sizes) / 2**20:>12,.1f} MiB in {len(sizes)} files")
+        lines.append(f"  {part:<13} {sum(sizes) / 2**20:>12,.1f} MiB in {counted(len(sizes), 'file')}")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import typer
 
 from ditmoe.launcher.commands.shared_options import Sharing
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 if TYPE_CHECKING:
     from ditmoe.sampling.evaluation.of_run import EvaluationOptions
@@ -98,6 +99,6 @@ def evaluate_grid(options: "EvaluationOptions", path: Path, sharing: Sharing) ->
 
 
 def _announce(cells: int, repeats: int, left_out: Sequence[str]) -> None:
-    typer.echo(f"{cells} evaluations" + (f" of {repeats} seeds" if repeats > 1 else ""))
+    typer.echo(counted(cells, "evaluation") + (f" of {counted(repeats, 'seed')}" if repeats > 1 else ""))
     for line in left_out:
         typer.echo(f"left out: {line}")

@@ -14,6 +14,7 @@ from ditmoe.data.places.redaction import without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, expected_at, section_of
 from ditmoe.launcher.configuration.overrides import suggestion
 from ditmoe.launcher.configuration.yaml_reader import shortened
+from ditmoe.model.outside.text import counted
 from ditmoe.model.settings import message_of
 
 MOST_LINES: Final = 50
@@ -69,7 +70,7 @@ def _lines(model: type[BaseModel], section: str, errors: Sequence[ErrorDetails])
         lines.append(_line(model, _known(model, path, error), error))
     lines = list(dict.fromkeys(lines))  # of a value with several types, each type fails
     more = len(errors) - len(first)
-    return [*lines, f"… and {more:,} more problems of {section}"] if more else lines
+    return [*lines, f"… and {counted(more, 'more problem')} of {section}"] if more else lines
 
 
 def _known(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetails) -> tuple[str | int, ...]:

@@ -13,6 +13,7 @@ import psutil
 
 from ditmoe.launcher.local.launch import threads_per_process
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.parallel.interfaces import source_address
 from ditmoe.parallel.ranks import WORKERS_VARIABLE
 
@@ -56,7 +57,9 @@ def check_gpus(known: int) -> None:
 
     found = torch.cuda.device_count()
     if found < known:
-        raise RuntimeError(f"{socket.gethostname()} shows {found} GPUs; expected {known}, as it was said to have")
+        raise RuntimeError(
+            f"{socket.gethostname()} shows {counted(found, 'GPU')}; expected {known}, as it was said to have"
+        )
 
 
 def own_address(listen: str | None = None, towards: str | None = None) -> str:

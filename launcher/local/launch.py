@@ -14,15 +14,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
 from ditmoe.data.storage.files import open_appending
-from ditmoe.data.storage.stopping import STOP_SIGNALS
+from ditmoe.data.storage.stopping import EXIT_STOPPED, STOP_SIGNALS
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE, Failure, read_failure
-from ditmoe.launcher.local.signals import PARENT_VARIABLE, REPEAT_SECONDS
+from ditmoe.launcher.local.signals import ASKED_VARIABLE, PARENT_VARIABLE, REPEAT_SECONDS
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import message_lines, printable
 from ditmoe.parallel.ranks import MEETING_VARIABLE, NODE_TASK_VARIABLE, ThisProcess, this_process
@@ -61,8 +62,9 @@ def spawn(
         quiet: show nothing of what rank 0 prints to its standard output; its errors are shown.
 
     Returns:
-        0 when all ended well; the code of the first that failed (128 + N when signal N ended it), after its
-        message was shown and the others were ended; 128 + N when signal N to this process ended them early.
+        0 when all ended well; `EXIT_STOPPED` when they were asked to stop and have saved; the code of the first
+        that failed (128 + N when signal N ended it), after its message was shown and the others were ended;
+        128 + N when signal N to this process ended them early.
     """
     process = this_process()
     task = process if process.node_task else ThisProcess()
@@ -122,6 +124,7 @@ class _Group:
         """Start one process."""
         failure_path = self.scratch / f"failure-{rank}.json"
         own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), FAILURE_VARIABLE: str(failure_path)}
+        own[ASKED_VARIABLE] = str(self._asked_path)
         output: dict[str, Any] = {"stdout": subprocess.DEVNULL} if self.quiet else {}
         log_path, log_start = None, 0
         if rank:
@@ -144,10 +147,10 @@ class _Group:
         """Wait for all; on the first failure end the others and show its message."""
         while True:
             codes = [rank.process.poll() for rank in self.ranks]
-            if any(codes):
+            if any(code not in (None, 0, EXIT_STOPPED) for code in codes):
                 return self._fail()
-            if all(code == 0 for code in codes):
-                return 0
+            if None not in codes:
+                return EXIT_STOPPED if EXIT_STOPPED in codes else 0
             time.sleep(_POLL_SECONDS)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -160,8 +163,14 @@ class _Group:
             self.asked, self.asked_seconds = signal.Signals(number), time.monotonic()
             if number == signal.SIGINT:
                 print("\nstopping; Ctrl-C again kills all processes at once", file=sys.stderr)
+            with suppress(OSError):  # on a full disk they say which signal reached them
+                self._asked_path.write_text(self.asked.name, encoding="ascii")
         # Ranks hear the second Ctrl-C from here alone, so the first is to them an ordinary end.
         self._send(signal.SIGTERM if number == signal.SIGINT else signal.Signals(number))
+
+    @property
+    def _asked_path(self) -> Path:
+        return self.scratch / "asked"
 
     def kill(self) -> None:
         """Kill all that still run, and the processes that they started."""
@@ -177,7 +186,7 @@ class _Group:
 
     def _fail(self) -> int:
         """Find the first failure, end the others, show the message; the exit code."""
-        failed = [rank for rank in self.ranks if rank.process.poll()]
+        failed = [rank for rank in self.ranks if rank.process.poll() not in (None, 0, EXIT_STOPPED)]
         # A rank may have written its failure and not have ended yet.
         failures = [read_failure(rank.failure_path) for rank in self.ranks]
         self._end_others()

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
@@ -16,6 +17,9 @@ from ditmoe.data.storage.stopping import STOP_SIGNALS
 
 PARENT_VARIABLE: Final = "DITMOE_PARENT"
 """Environment variable of a started process: the process that it ends with."""
+ASKED_VARIABLE: Final = "DITMOE_ASKED"
+"""Environment variable of a started process: the file where the starting one names the signal that it got, before
+it passes it on: Ctrl-C becomes SIGTERM."""
 
 REPEAT_SECONDS: Final = 0.5
 """A second Ctrl-C sooner than this is the first one again: `timeout` and some terminals send it twice."""
@@ -31,7 +35,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        """Name of the first signal that came, such as SIGTERM; None: no stop is asked for."""
+        """Name of the first signal that came, here or to the starting process; None: no stop is asked for."""
         self._before: dict[int, Any] = {}
         self._seconds = 0.0
 
@@ -53,9 +57,27 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.name is None:
-            self.name, self._seconds = signal.Signals(number).name, time.monotonic()
+            self.name, self._seconds = _passed_on() or signal.Signals(number).name, time.monotonic()
         elif number == signal.SIGINT and time.monotonic() - self._seconds > REPEAT_SECONDS:
             raise KeyboardInterrupt
+
+
+def keep_exit_code() -> None:
+    """Let no signal change how this process ends: srun sends one to the others as soon as one task has ended."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _passed_on() -> str | None:
+    """Name of the signal that the starting process got; None: it got none, and this one came from elsewhere."""
+    file = os.environ.get(ASKED_VARIABLE)
+    if file is None:
+        return None
+    try:
+        name = Path(file).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    return name if name in signal.Signals.__members__ else None
 
 
 def end_with_parent() -> None:

@@ -10,6 +10,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.planning.train_dry_run import largest_stage
 from ditmoe.launcher.submission.request import job_request
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.parallel.planner.estimate import Machine
 from ditmoe.parallel.planner.gpus import GPUS
 from ditmoe.parallel.stages import stage_blocks
@@ -49,7 +50,7 @@ def training_job(path: Path, overrides: list[str], settings: JobSettings) -> Tra
     """
     ranks = _ranks_of_node(path, overrides, settings)
     processes = settings.nodes * ranks
-    origin = f"{path} on {settings.nodes} nodes × {ranks} processes"
+    origin = f"{path} on {counted(settings.nodes, 'node')} × {counted(ranks, 'process')}"
     raw = load_config(path, [*overrides, f"launch.processes={processes}"])
     dataset = open_dataset(raw.data, raw.seed)
     dataset.check_files()

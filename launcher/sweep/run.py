@@ -1,18 +1,14 @@
 """Training the cells of a sweep one after another, each in processes of its own."""
 
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
-from ditmoe.data.storage.stopping import STOP_SIGNALS
+from ditmoe.data.storage.stopping import was_stopped
 from ditmoe.launcher.local.launch import spawn
 from ditmoe.launcher.sweep.cells import ReadyCell
 from ditmoe.launcher.training.progress import read_progress
 from ditmoe.launcher.training.run_folder import RunFolder
-
-STOPPED: Final = 128 + signal.SIGTERM
-"""Exit code of a sweep whose training was asked to stop: it has saved, and says no signal."""
+from ditmoe.model.outside.text import counted
 
 Spawn = Callable[..., int]
 
@@ -35,8 +31,8 @@ def run_cells(
         start: as `spawn`.
 
     Returns:
-        0 when all cells are complete and scored; 2 or 1 where some failed, 2 if each by a user's mistake; 128 + N
-        after signal N.
+        0 when all cells are complete and scored; 2 or 1 where some failed, 2 if each by a user's mistake; what the
+        command said that was asked to stop.
     """
     failed: dict[str, int] = {}
     for place, ready in enumerate(cells):
@@ -54,9 +50,7 @@ def run_cells(
                 log_dir=folder.ranks,
                 threads=ready.config.launch.threads,
             )
-            if code == 0 and not read_progress(cell.folder).reached(ready.config.train.steps):
-                code = STOPPED
-            if code - 128 in STOP_SIGNALS:
+            if was_stopped(code):
                 return _stopped(code, heading, say)
             if code:
                 failed[cell.name] = code
@@ -64,14 +58,14 @@ def run_cells(
                 continue
         if evaluate is not None:
             code = evaluate(cell.folder)
-            if code - 128 in STOP_SIGNALS:
+            if was_stopped(code):
                 return _stopped(code, heading, say)
             if code:
                 failed[cell.name] = code
                 say(f"{heading}: could not be scored (exit code {code}); the message is above")
     if not failed:
         return 0
-    say(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}")
+    say(f"{len(failed)} of {counted(len(cells), 'cell')} failed: {', '.join(failed)}")
     return 2 if set(failed.values()) == {2} else 1
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.model.weights.untrusted import first_problem
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 from ditmoe.parallel.checkpoint.marker import MARKER
@@ -43,7 +44,9 @@ def kept_sums(info: CheckpointInfo) -> dict[str, Any]:
         load_LN = _Sums.model_validate(info.sums).expert_load
         rows = None if load_LN is None or not model.experts else [len(row) for row in load_LN]
         if rows is not None and rows != [model.experts] * model.depth:
-            raise ValueError(f"expert_load is not of {model.depth} blocks of {model.experts} experts")
+            raise ValueError(
+                f"expert_load is not of {counted(model.depth, 'block')} of {counted(model.experts, 'expert')}"
+            )
     except ValidationError as error:
         raise _refusal(info, first_problem(error)) from None
     except ValueError as error:

@@ -8,9 +8,10 @@ from typing import Final
 
 import torch.distributed as dist
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.launcher.configuration.resume import Change
 from ditmoe.launcher.configuration.run_config import RunConfig
-from ditmoe.launcher.local.signals import StopSignal
+from ditmoe.launcher.local.signals import StopSignal, keep_exit_code
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import RunState, StateFile
 from ditmoe.launcher.training.trainer import Trainer
@@ -28,7 +29,7 @@ DISK_ERRORS: Final = (*_FULL, *_REFUSED)
 
 
 def run_training(config: RunConfig) -> int:
-    """Train a resolved configuration to its last step, or to a signal; the exit code.
+    """Train a resolved configuration to its last step, or to a signal; the exit code, 0 or `EXIT_STOPPED`.
 
     Every process of the run calls it. Repeated, it resumes from the newest intact checkpoint.
 
@@ -58,14 +59,16 @@ def run_training(config: RunConfig) -> int:
                 with telling_checkpoint(folder.path):
                     if dist.get_rank() == 0:
                         trainer.open_reports(stack, changes)
-                    trainer.train()
+                    complete = trainer.train()
             except (Exception, KeyboardInterrupt) as error:
                 if state is not None:
                     state.fail(str(error) or type(error).__name__)
                 raise
             # While signals are heard: one that comes after the last checkpoint must not end the others in a wait.
             processes.leave()
-    return 0
+            if not complete:
+                keep_exit_code()
+    return 0 if complete else EXIT_STOPPED
 
 
 @contextmanager

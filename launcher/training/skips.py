@@ -7,6 +7,7 @@ from typing import Any, Final
 from ditmoe.data.stream.dataset import Dataset
 from ditmoe.data.stream.samples import Skip
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 
 SKIPS_SHOWN: Final = 20
 """Skips of one record that the log names; the others are counted."""
@@ -66,7 +67,8 @@ class SkipLedger:
             count = self._by_epoch[source.name, skip.epoch]
             if count > source.config.skip_budget:
                 raise UserError(
-                    f"{skip.where}: {skip.reason}; it is one of {count:,} samples of data.sources.{skip.source}"
+                    f"{skip.where}: {skip.reason}; it is one of {counted(count, 'sample')} of "
+                    f"data.sources.{skip.source}"
                     f" ({source.name}) skipped in its epoch {skip.epoch}, and its skip_budget is"
                     f" {source.config.skip_budget:,}"
                 )

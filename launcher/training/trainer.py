@@ -36,6 +36,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
+from ditmoe.model.outside.text import counted
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint, step_of
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
@@ -142,7 +143,9 @@ class Trainer:
         if past:
             self.report.log(f"train.skip_steps: {past} are done already; the run goes on after {self.engine.step}")
         if self.resumed is not None:
-            self.report.log(f"resumed from {self.resumed}: step {self.engine.step}, {self.images} images seen")
+            self.report.log(
+                f"resumed from {self.resumed}: step {self.engine.step}, {counted(self.images, 'image')} seen"
+            )
         else:
             self.report.text("configuration", shown_yaml(config))
         self.report.log(self.layout.picture(config.model.experts, self.stages))
@@ -152,13 +155,13 @@ class Trainer:
             for warning in noise_warnings(config.preview.sampler.resolved(config.objective)):
                 self.report.log(f"warning: previews: {warning}")
 
-    def train(self) -> None:
-        """Step until the run is complete or a stop is asked for on any rank."""
+    def train(self) -> bool:
+        """Step until the run is complete or a stop is asked for on any rank; whether it is complete."""
         steps = self.config.train.steps
         if self.engine.step >= steps:
             self._say(f"the run is complete: step {self.engine.step} of {steps}")
             self._tell_state(state="complete")
-            return
+            return True
         self._tell_state(state="training")
         rank = dist.get_rank()
         feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
@@ -186,13 +189,21 @@ class Trainer:
                 self.saver.wait()
                 self._tell_saved()
         self._tell_rest()
-        if stopped and self.engine.step < steps:
-            reason = f"stopped by {self.stop.name or 'a stop on another rank'} at step {self.engine.step}"
-            self._say(f"{reason}; saved {saved}; repeat the command to continue")
-            self._tell_state(state="stopped", reason=reason)
-        else:
+        complete = self.engine.step >= steps
+        if complete:
             self._say(f"the run is complete: step {steps}; saved {saved}")
             self._tell_state(state="complete")
+        else:
+            reason = f"stopped by {self._asked_by()} at step {self.engine.step}"
+            self._say(f"{reason}; saved {saved}; repeat the command to continue")
+            self._tell_state(state="stopped", reason=reason)
+        return complete
+
+    def _asked_by(self) -> str:
+        """The signal that stopped the run, and where it came if not here; all ranks ask."""
+        names = {rank: name for rank, name in enumerate(processes.gather_objects(self.stop.name)) if name}
+        rank, name = next(iter(names.items()))
+        return name if rank == 0 else f"{name} on rank {rank}"
 
     def _step(self, feed: Feed) -> int:
         """One step, counted and reported; how many ranks ask to stop after it."""

@@ -1,4 +1,4 @@
-"""Text that strangers wrote: which of it may be shown as it is, and how the rest is shown."""
+"""Text of messages: numbers of things, and what strangers wrote, as it may be shown."""
 
 import re
 import unicodedata
@@ -13,6 +13,12 @@ _SCHEME: Final = r"[A-Za-z][A-Za-z0-9+.-]+:/"
 """Begins an address; `pathlib.Path` keeps one slash of two."""
 _LOGIN: Final = re.compile(rf"({_SCHEME}+)[^\s'\"`]*@")
 _QUERY: Final = re.compile(rf"({_SCHEME}+[^\s'\"`?]*)\?[^\s'\"`]*[^\s'\"`:;,.)]")
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """`1 image`, `2,000 images`, `1 process`, `2 processes`."""
+    several = plural or noun + ("es" if noun.endswith(("s", "ch", "sh", "x")) else "s")
+    return f"{number:,} {noun if number == 1 else several}"
 
 
 def is_fit_to_print(text: str) -> bool:

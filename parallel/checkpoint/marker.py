@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, Validat
 from ditmoe.data.shards.index import LatentFacts
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.model.weights.untrusted import first_problem, leads_out, parse_json, read_file
 
 FORMAT: Final = 2
@@ -108,10 +109,12 @@ class Marker(_Facts):
             raise ValueError("config.model: image_size, channels or num_classes is missing")
         assert model.num_classes is not None
         if names and len(names) != model.num_classes:
-            raise ValueError(f"dataset.class_names has {len(names)}, and config.model {model.num_classes} classes")
+            raise ValueError(
+                f"dataset.class_names has {len(names)}, and config.model {counted(model.num_classes, 'class')}"
+            )
         if model.depth * max(1, model.experts) > len(self.shapes):
             raise ValueError(
-                f"config.model has depth {model.depth} and {model.experts} experts, and shapes has"
+                f"config.model has depth {model.depth} and {counted(model.experts, 'expert')}, and shapes has"
                 f" {len(self.shapes)} parameters"
             )
         return self

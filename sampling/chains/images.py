@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 from ditmoe.sampling.chains.dlg import Dlg, DlgSample, Finish
 from ditmoe.sampling.chains.state import Chains, SeededDraws, load_chains, save_chains
@@ -98,7 +99,8 @@ def check_chains(dlg: DlgConfig, posterior: NoisePosterior, num_classes: int) ->
     """UserError when no level is in a chain's range of σ, or `class_scales` has no factor for a class."""
     if dlg.class_scales is not None and len(dlg.class_scales) < num_classes:
         raise UserError(
-            f"class_scales has {len(dlg.class_scales)} numbers; expected one for each of {num_classes} classes"
+            f"class_scales has {len(dlg.class_scales)} numbers; expected one for each of "
+            f"{counted(num_classes, 'class')}"
         )
     LevelRange(posterior, dlg.sigma_min, dlg.sigma_max)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
+from ditmoe.model.outside.text import counted
 from ditmoe.model.settings import LARGEST_SEED, Settings
 from ditmoe.sampling.evaluation.job import LabelSampling
 from ditmoe.sampling.integrators.samplers import planned_nfe
@@ -202,7 +203,7 @@ class Cell:
     def name(self) -> str:
         """For people: `kar2, published, 7 steps`."""
         adaptive = self.config.integrator == _ADAPTIVE
-        length = f"tolerance {self.config.tolerance:g}" if adaptive else f"{self.config.steps} steps"
+        length = f"tolerance {self.config.tolerance:g}" if adaptive else counted(self.config.steps, "step")
         return f"{self.sampler}, {self.variant}, {length}"
 
 

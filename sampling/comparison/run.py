@@ -14,6 +14,7 @@ from typing import Any, Final
 from ditmoe.data.crew.making import Make
 from ditmoe.data.storage.files import make_folder, read_settings, replacing
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.parallel.checkpoint.folder import read_info
 from ditmoe.sampling.comparison.cells import PLAIN, Cell, ComparisonConfig, cells_of
 from ditmoe.sampling.comparison.picture import write_picture
@@ -134,7 +135,7 @@ def _title(comparison: Comparison) -> str:
     evaluation = comparison.jobs[0].evaluation
     config = comparison.config
     return (
-        f"{comparison.name}: {evaluation.which} of step {evaluation.step:,}, {config.count:,} images, "
+        f"{comparison.name}: {evaluation.which} of step {evaluation.step:,}, {counted(config.count, 'image')}, "
         f"guidance {config.cfg_scale:g}, {config.labels} labels, "
         + (f"seed {config.seed}" if config.repeats == 1 else f"seeds {config.seeds[0]} to {config.seeds[-1]}")
     )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ditmoe.data.storage.digests import sha256_of
 from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.model.randomness import generator
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 from ditmoe.sampling.evaluation.keeping import Keep
@@ -177,7 +178,7 @@ class Job:
         names = self.real.form.class_names
         if names is not None and len(names) != self.evaluation.num_classes:
             raise UserError(
-                f"{self.real.where}: has {len(names)} classes; "
+                f"{self.real.where}: has {counted(len(names), 'class')}; "
                 f"expected the network's {self.evaluation.num_classes}"
             )
 

@@ -12,6 +12,7 @@ from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
 from ditmoe.data.storage.files import replacing
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
 from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
@@ -82,7 +83,8 @@ def write_results(
         result["not_finite"] = {"images": len(not_finite), "first": not_finite[:NUMBERS_SHOWN]}
         if not_finite:
             result["warnings"].append(
-                f"{len(not_finite):,} of {store.count:,} images are not finite and take no part, such as image "
+                f"{len(not_finite):,} of {counted(store.count, 'image')} are not finite and take no part, "
+                f"such as image "
                 f"{not_finite[0]}: {NOT_FINITE}"
             )
         result["warnings"] += images_left_out(result)
@@ -255,7 +257,7 @@ def figure_lines(result: Mapping[str, Any]) -> list[str]:
         if name in result:
             floor = _figure(result[f"{name}_floor"])
             half = result[f"{name}_floor_images_per_half"]
-            note = "no floor" if half is None else f"floor {floor} (two halves of {half:,} real images)"
+            note = "no floor" if half is None else f"floor {floor} (two halves of {counted(half, 'real image')})"
             rows.append((shown, _figure(result[name]), _reach(result, name) + note + _ratio(result, name)))
     if result["kid"] is not None:
         subsets = f"{result['kid_subsets']} subsets of {result['kid_subset_images']}"
@@ -288,7 +290,7 @@ def figure_lines(result: Mapping[str, Any]) -> list[str]:
 
 
 def _images(count: int | None) -> str:
-    return "statistics" if count is None else f"{count:,} real images"
+    return "statistics" if count is None else counted(count, "real image")
 
 
 def _reach(result: Mapping[str, Any], name: str) -> str:

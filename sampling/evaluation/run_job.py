@@ -25,6 +25,7 @@ from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object, replacing
 from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.evaluation.job import Job, requests_of
 from ditmoe.sampling.evaluation.keeping import (
     KEPT_KEY,
@@ -170,7 +171,10 @@ def _run(
     # `chains` has the states of chains in chunks that are not there yet.
     workers.on_first(lambda: shutil.rmtree(job.folder / "chains", ignore_errors=True))
     if before:
-        log(f"{before} of {store.chunks} chunks of {size} images were drawn in {seconds:.1f} s")
+        log(
+            f"{before} of {counted(store.chunks, 'chunk')} of {counted(size, 'image')} were drawn in "
+            f"{seconds:.1f} s"
+        )
 
     networks = measures.networks(job, workers, log)
     places = missing_of(job, stored_results(job.folder))

@@ -20,7 +20,7 @@ from ditmoe.data.storage.parts import Progress
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.remembered import index_file
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import is_address, normal
+from ditmoe.model.outside.text import counted, is_address, normal
 from ditmoe.sampling.evaluation.job import choices_of_job, request_of, requests_of
 from ditmoe.sampling.evaluation.measures import Measures, check_reference, has_recogniser
 from ditmoe.sampling.evaluation.results import (
@@ -235,7 +235,8 @@ def score_images(
             shared = [*job.warnings]
             if left_out.count:
                 shared.append(
-                    f"{left_out.count:,} of {job.images.count:,} images cannot be used and take no part, such as "
+                    f"{left_out.count:,} of {counted(job.images.count, 'image')} cannot be used and take no "
+                    f"part, such as "
                     f"{left_out.lines[0]}"
                 )
             share = {} if recogniser is None else {"recogniser": share_recognised(described, recogniser)}

@@ -14,6 +14,7 @@ from typing import Any, Final
 from ditmoe.data.crew.making import Make
 from ditmoe.data.storage.files import make_folder, replacing
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.model.settings import LARGEST_SEED
 from ditmoe.sampling.evaluation.job import Job, requests_of
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
@@ -38,7 +39,7 @@ def seeds_of(text: str) -> tuple[int, ...]:
             raise UserError(f"--seeds {text}: expected {MOST_SEEDS} seeds at most, of {LARGEST_SEED} at most")
         seeds += range(ends[0], ends[1] + 1)
     if not 2 <= len(set(seeds)) == len(seeds) <= MOST_SEEDS:
-        raise UserError(f"--seeds {text}: {len(seeds)} seeds; expected 2 to {MOST_SEEDS}, each once")
+        raise UserError(f"--seeds {text}: {counted(len(seeds), 'seed')}; expected 2 to {MOST_SEEDS}, each once")
     return tuple(seeds)
 
 

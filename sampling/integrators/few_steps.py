@@ -12,6 +12,7 @@ what images vary by where the modes of the data do not differ, beyond their own 
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import IntegratorName, ScheduleName
 
@@ -57,6 +58,7 @@ def noise_warnings(config: SamplerConfig) -> tuple[str, ...]:
     if config.steps == 1 or config.steps >= enough:
         return ()
     return (
-        f"{config.sampler} with {config.steps} steps on the {config.schedule} schedule leaves noise in images: "
-        f"expected at least {enough} steps",
+        f"{config.sampler} with {counted(config.steps, 'step')} on the {config.schedule} schedule leaves "
+        f"noise in images: "
+        f"expected at least {counted(enough, 'step')}",
     )

@@ -16,6 +16,7 @@ from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
 from ditmoe.data.storage.claims import list_folder
 from ditmoe.data.storage.parts import DamagedPart, Parts, Progress, make_parts
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.settings.names import NOT_FINITE
 
 
@@ -125,7 +126,8 @@ class ChunkStore:
         most = max(1, int(self.count * MOST_NOT_FINITE))
         if len(numbers) > most:
             raise UserError(
-                f"{len(numbers):,} of {self.count:,} images are not finite, such as image {numbers[0]}; expected "
+                f"{len(numbers):,} of {counted(self.count, 'image')} are not finite, such as image "
+                f"{numbers[0]}; expected "
                 f"{most:,} at most: {NOT_FINITE}"
             )
 
@@ -212,7 +214,8 @@ class ChunkStore:
             raise DamagedPart(path, error) from error
         if (settings, first, len(images), len(labels)) != (self.settings, numbers[0], len(numbers), len(numbers)):
             raise UserError(
-                f"{path}: a chunk of {len(images)} images from number {first} with settings {settings}; "
+                f"{path}: a chunk of {counted(len(images), 'image')} from number {first} with settings "
+                f"{settings}; "
                 f"expected {len(numbers)} from {numbers[0]} with settings {self.settings}; "
                 "delete it, it is drawn again"
             )

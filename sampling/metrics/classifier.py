@@ -31,6 +31,7 @@ from torch.nn import functional
 
 from ditmoe.data.shards.images import to_network_range
 from ditmoe.data.storage.parts import DamagedPart, Parts, run_parts
+from ditmoe.model.outside.text import counted
 from ditmoe.model.randomness import generator, permutation
 from ditmoe.model.threads import one_thread
 from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor, in_batches
@@ -299,8 +300,8 @@ def train_classifier(
     images_seen = min(settings.passes * len(train_y), settings.most_images)
     steps = max(1, math.ceil(images_seen / _BATCH))
     log(
-        f"training the {settings.architecture} classifier on {len(train_y):,} real images "
-        f"({steps:,} steps, kept for later)"
+        f"training the {settings.architecture} classifier on {counted(len(train_y), 'real image')} "
+        f"({counted(steps, 'step')}, kept for later)"
     )
 
     with _same_everywhere(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -336,7 +337,10 @@ def train_classifier(
         "held_out_accuracy": accuracy,
         "image_size": int(image_NCHW.shape[2]),
     }
-    log(f"the {settings.architecture} classifier is right on {accuracy:.2%} of {held:,} held-out real images")
+    log(
+        f"the {settings.architecture} classifier is right on {accuracy:.2%} of "
+        f"{counted(held, 'held-out real image')}"
+    )
     return network, facts
 
 

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ditmoe.model.outside.text import counted
 from ditmoe.model.threads import MOST_THREADS, map_in_threads
 
 BLOCK: Final = 1024
@@ -57,7 +58,7 @@ class Manifold:
     ) -> Self:
         """The manifold of points, more than k. Neither device nor block is in the result."""
         if len(points_NF) <= k:
-            raise ValueError(f"{len(points_NF)} images; more than k = {k} are needed")
+            raise ValueError(f"{counted(len(points_NF), 'image')}; more than k = {k} are needed")
         space = _Space(points_NF, points_NF, device)
         parts = map_in_threads(
             lambda rows: _radii(space, rows, k, block), list(_cuts(len(points_NF), block)), device

@@ -24,6 +24,7 @@ from ditmoe.data.storage.parts import Parts, Progress
 from ditmoe.data.storage.together import together
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.floors import Floors, floors
@@ -215,7 +216,9 @@ def _merged_statistics(real: Images, folder: Path, parts: Iterable[Arrays]) -> R
                 halves = moments.setdefault(kind, {})
                 halves[half] = halves[half].merge(found) if half in halves else found
     if not moments:
-        raise UserError(f"{real.where}: none of its {real.count:,} images can be used; {left_out.lines[-1]}")
+        raise UserError(
+            f"{real.where}: none of its {counted(real.count, 'image')} can be used; {left_out.lines[-1]}"
+        )
     return RealStatistics(moments, _in_order(kept, places), left_out, splits=splits, folder=folder)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.metrics.descriptions import ChunkDescriptions
 from ditmoe.sampling.metrics.floors import NEIGHBOURS
 from ditmoe.sampling.metrics.frechet import frechet_distance
@@ -169,9 +170,9 @@ def _distances(
     """The distance to the whole set, its numerical error, and the distance between the halves of the set."""
     result: dict[str, Any] = {name: None, f"{name}_error": None, f"{name}_floor": None}
     result[f"{name}_floor_images_per_half"] = None if halves is None else halves[0].count
-    counts = {f"{drawn.count:,} drawn images": drawn.count}
+    counts = {counted(drawn.count, "drawn image"): drawn.count}
     if whole.count is not None:
-        counts[f"{whole.count:,} real images"] = whole.count
+        counts[counted(whole.count, "real image")] = whole.count
     if min(counts.values()) < 2:
         warnings.append(f"{name} needs at least 2 real and 2 drawn images")
         return result
@@ -180,7 +181,7 @@ def _distances(
     if halves is not None:
         if min(half.count for half in halves) >= 2:
             result[f"{name}_floor"] = frechet_distance(*halves).value
-        counts[f"{halves[0].count:,} images per half of the floor"] = halves[0].count
+        counts[f"{counted(halves[0].count, 'image')} per half of the floor"] = halves[0].count
     for what, count in counts.items():
         if count <= drawn.dimension:
             warnings.append(

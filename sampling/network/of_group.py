@@ -15,6 +15,7 @@ from ditmoe.model.config import ModelConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.layers import position_embedding
+from ditmoe.model.outside.text import counted
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, damaged, fill_weights
 from ditmoe.parallel.expert_group import ExpertGroup, NetworkOfGroup
 
@@ -25,7 +26,8 @@ def check_dealt(config: ModelConfig, ranks: int, option: str = "--expert-paralle
         raise UserError(f"{option} {ranks}: the network is dense, it has no experts to deal out; expected 1")
     if ranks > 1 and config.experts % ranks:
         raise UserError(
-            f"{option} {ranks}: the network has {config.experts} experts in each block; expected a number that "
+            f"{option} {ranks}: the network has {counted(config.experts, 'expert')} in each block; expected "
+            f"a number that "
             f"divides them"
         )
 

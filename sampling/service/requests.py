@@ -4,6 +4,7 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.evaluation.keeping import Keep
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.metrics.reference import OnError
@@ -231,13 +232,16 @@ def check_cost(
     """Refuse what is too much; the configuration is resolved. ServiceError."""
     if count > most_images:
         raise ServiceError(
-            400, f"{field}: {count:,} images; expected {most_images:,} at most{_OTHERWISE[field]}", param=field
+            400,
+            f"{field}: {counted(count, 'image')}; expected {most_images:,} at most{_OTHERWISE[field]}",
+            param=field,
         )
     passes = passes_of(config, count, first)
     if passes > most_passes:
         raise ServiceError(
             400,
-            f"steps: {count} images take {passes:,.0f} passes through the network; expected {most_passes:,} at "
+            f"steps: {counted(count, 'image')} take {passes:,.0f} passes through the network; expected "
+            f"{most_passes:,} at "
             f"most{_OTHERWISE[field]}",
             param="steps",
         )

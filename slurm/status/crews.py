@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from ditmoe.data.storage.claims import Claims
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import printable
+from ditmoe.model.outside.text import counted, printable
 from ditmoe.slurm.attempts import Record, read_attempts, record_cancel
 from ditmoe.slurm.client import Queue, QueuedJob, Unseen
 from ditmoe.slurm.heartbeats import Heartbeat, Terms, read_heartbeats, read_terms
@@ -118,7 +118,9 @@ def crew_text(snapshot: CrewSnapshot) -> str:
     leads = "nobody leads it" if snapshot.leader is None else f"{snapshot.leader} leads it"
     lines = [f"{printable(snapshot.folder)}: {printable(leads)}"]
     for job in snapshot.jobs:
-        lines.append(f"  {job.folder.path.name:<11} {printable(_where(job, snapshot))}; {job.parts:,} parts made")
+        lines.append(
+            f"  {job.folder.path.name:<11} {printable(_where(job, snapshot))}; {counted(job.parts, 'part')} made"
+        )
         lines += [f"    {printable(_rank(job, beat, snapshot.now))}" for beat in job.heartbeats]
     return "\n".join([*lines, *([f"  warning: {printable(snapshot.unseen)}"] if snapshot.unseen else [])])
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Final, Literal
 
+from ditmoe.model.outside.text import counted
 from ditmoe.slurm.client import Unseen
 from ditmoe.slurm.status.snapshot import Recorded, Snapshot
 from ditmoe.slurm.status.standing import Standing, last_written, quiet_seconds, standing, step_seconds
@@ -107,7 +108,7 @@ def checkpoint_late(snapshot: Snapshot, where: Standing) -> Finding | None:
     return Finding(
         "checkpoint-late",
         "problem",
-        f"{last}{age}; the run is at step {where.step}, and saves every {every} steps, which take"
+        f"{last}{age}; the run is at step {where.step}, and saves every {counted(every, 'step')}, which take"
         f" {duration(every * seconds)}",
     )
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from ditmoe.model.outside.text import counted
 from ditmoe.slurm.job_folder import PHASES
 from ditmoe.slurm.submission.values import (
     duration_seconds,
@@ -205,6 +206,6 @@ def contradictions(settings: JobSettings) -> list[str]:
     if settings.gpus_per_node and settings.tasks > settings.gpus_per_node:
         problems.append(
             f"--tasks-per-node {settings.tasks} with --gpus-per-node {settings.gpus_per_node}: each task takes a"
-            f" GPU of its own; expected at most {settings.gpus_per_node} tasks"
+            f" GPU of its own; expected at most {counted(settings.gpus_per_node, 'task')}"
         )
     return problems

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.slurm.attempts import Attempt, End, Record
 from ditmoe.slurm.requeue import (
     EXIT_NO_PROGRESS,
@@ -23,7 +24,7 @@ steps = st.none() | st.integers(0, 5)
 hosts = st.lists(st.sampled_from(HOSTS), unique=True).map(tuple)
 seen_of = st.builds(
     Seen,
-    exit_code=st.none() | st.sampled_from([0, 1, 2, 75, 128 + 9, 128 + 10, 128 + 15, 255]),
+    exit_code=st.none() | st.sampled_from([0, 1, 2, 69, 75, 128 + 9, 128 + 10, 128 + 15, 255]),
     seconds=st.floats(0, 10_000),
     step=steps,
     state=st.none() | st.sampled_from(["starting", "training", "complete", "stopped", "failed", "unknown"]),
@@ -119,6 +120,8 @@ def test_suspects(seen: Seen, before: list[Attempt], start: int | None) -> None:
         (Seen(0, 9, 4), "complete", "done", ()),
         (Seen(0, 9, 4, "stopped", "stopped by SIGUSR2 at step 4"), "stopped", "requeue", ()),
         (Seen(0, 9, 4, "unknown"), "stopped", "requeue", ()),
+        (Seen(EXIT_STOPPED, 9, 4, "stopped", "stopped by SIGUSR2 at step 4"), "stopped", "requeue", ()),
+        (Seen(EXIT_STOPPED, 9, 4, "stopped", cancelled=True), "cancelled", "stop", ()),
         (Seen(128 + 15, 9, 4, "stopped", "stopped by SIGTERM at step 4", "SIGUSR2"), "stopped", "requeue", ()),
         (Seen(128 + 15, 9, 0, "training", asked="SIGTERM"), "stopped", "requeue", ()),
         (Seen(128 + 10, 9, 0, "starting", blamed=("n1",)), "stopped", "requeue", ()),
@@ -137,6 +140,14 @@ def test_each_end(seen: Seen, outcome: str, decision: str, suspects: tuple[str, 
     found = verdict(seen, attempt(), [])
     assert (found.outcome, found.decision, found.suspects) == (outcome, decision, suspects)
     assert found.reason
+    assert (found.exit_code == 0) == (outcome == "complete"), "what waits for the end by afterok would start"
+
+
+def test_the_reason_names_the_signal_that_really_came() -> None:
+    """The tasks are asked by another one than Slurm sent."""
+    seen = Seen(EXIT_STOPPED, 9, 4, "stopped", "stopped by SIGUSR2 at step 4", asked="SIGTERM")
+    assert verdict(seen, attempt(), []).reason == "SIGTERM came: stopped by SIGUSR2 at step 4"
+    assert verdict(replace(seen, asked="SIGUSR2"), attempt(), []).reason == "stopped by SIGUSR2 at step 4"
 
 
 def test_a_job_that_was_stopped_stays_so_and_a_new_submission_starts_anew() -> None:

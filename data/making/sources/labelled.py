@@ -15,7 +15,7 @@ from ditmoe.data.making.sources.folder import FORMATS, refuse_unreadable
 from ditmoe.data.shards.images import BadImage, load_pixels, open_image, photograph_to_rgb, to_array
 from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import is_fit_to_print
+from ditmoe.model.outside.text import counted, is_fit_to_print
 
 _PROBLEMS_SHOWN: Final = 20
 
@@ -101,7 +101,7 @@ class LabelledFolder:
             for file in files:
                 path = file if below == "." else f"{below}/{file}"
                 unnamed += Path(file).suffix.lower() in FORMATS and path not in named
-        return [f"left out: {unnamed:,} images that {self._labels} does not list"] if unnamed else []
+        return [f"left out: {counted(unnamed, 'image')} that {self._labels} does not list"] if unnamed else []
 
 
 def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

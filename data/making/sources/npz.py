@@ -13,7 +13,7 @@ from ditmoe.data.shards.images import describe
 from ditmoe.data.storage.arrays import UNREADABLE, named_arrays
 from ditmoe.data.storage.files import open_regular
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import is_fit_to_print, normal, printable
+from ditmoe.model.outside.text import counted, is_fit_to_print, normal, printable
 
 
 class Npz:
@@ -90,7 +90,7 @@ class Npz:
     def remarks(self) -> list[str]:
         """Classes without images."""
         absent = np.flatnonzero(np.bincount(self._label_N, minlength=len(self.class_names)) == 0)
-        return [f"{len(absent)} classes without images, the first is {absent[0]}"] if len(absent) else []
+        return [f"{counted(len(absent), 'class')} without images, the first is {absent[0]}"] if len(absent) else []
 
 
 def _take(path: Path, arrays: Mapping[str, NDArray[Any]], *names: str) -> NDArray[Any]:

@@ -8,6 +8,7 @@ import typer
 
 from ditmoe.launcher.commands.drawing import IndexOption
 from ditmoe.launcher.commands.shared_options import PER_CORE, Sharing, shares_work
+from ditmoe.model.outside.text import counted
 
 
 class Dtype(StrEnum):
@@ -112,7 +113,7 @@ def command(
         made = load_index(out)
     if process.first:
         typer.echo(
-            f"encoded {made.total:,} images of {encoding.index.image_size}×{encoding.index.image_size}×"
+            f"encoded {counted(made.total, 'image')} of {encoding.index.image_size}×{encoding.index.image_size}×"
             f"{encoding.index.channels} into latents of {made.image_size}×{made.image_size}×{made.channels}: "
             f"{len(made.shards):,} shard{'s' if len(made.shards) > 1 else ''}, "
             f"{made.total_bytes / 2**20:,.1f} MiB"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ditmoe.launcher.commands.words import counted
+from ditmoe.model.outside.text import counted
 
 CLASSES_SHOWN = 100
 
@@ -52,12 +52,12 @@ def command(
             + (f"  ({figures.without_score:,} without a score)" if figures.without_score else "")
         )
     if index.num_classes > CLASSES_SHOWN:
-        typer.echo(f"   …  {index.num_classes - CLASSES_SHOWN:,} more classes")
+        typer.echo(f"   …  {counted(index.num_classes - CLASSES_SHOWN, 'more class')}")
     total = sum(figures.samples for figures in result.classes)
     emptied = sum(figures.samples > 0 and not figures.kept for figures in result.classes)
     typer.echo(
         f"kept {counted(index.total, 'sample')} of {total:,} "
         f"in {counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
-        + (f"; {counted(emptied, 'class', 'classes')} kept nothing" if emptied else "")
+        + (f"; {counted(emptied, 'class')} kept nothing" if emptied else "")
     )
     typer.echo(f"  dataset  {out}")

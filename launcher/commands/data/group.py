@@ -8,7 +8,7 @@ import typer
 
 from ditmoe.launcher.commands.data import encode, filter, index, reshuffle, synthesize
 from ditmoe.launcher.commands.data.index import LARGEST_IMAGE
-from ditmoe.launcher.commands.words import counted
+from ditmoe.model.outside.text import counted
 
 app = typer.Typer(help="Make shards of images, index, encode, filter and verify them.", no_args_is_help=True)
 app.command("index")(index.command)
@@ -133,7 +133,7 @@ def pack(
         typer.echo(f"{counted(len(result.skipped), 'image')} left out", err=True)
     typer.echo(
         f"packed {counted(index.total, 'image')} of {index.image_size}×{index.image_size}×{index.channels} "
-        f"in {counted(index.num_classes, 'class', 'classes')}: "
+        f"in {counted(index.num_classes, 'class')}: "
         f"{counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
     )
     typer.echo(f"  dataset  {out}")
@@ -162,14 +162,14 @@ def verify(
     for row in report.histogram()[:HISTOGRAM_ROWS]:
         typer.echo(row)
     if facts.num_classes > HISTOGRAM_ROWS:
-        typer.echo(f"   …  {facts.num_classes - HISTOGRAM_ROWS:,} more classes")
+        typer.echo(f"   …  {counted(facts.num_classes - HISTOGRAM_ROWS, 'more class')}")
     what = "images" if facts.latents is None else "latents"
     left_out = facts.total - report.labels.total()
     absent = sum(report.labels[label] == 0 for label in range(facts.num_classes))
     typer.echo(
         f"{folder}: good: {report.labels.total():,} {what} "
         f"of {facts.image_size}×{facts.image_size}×{facts.channels} "
-        f"in {counted(len(facts.shards), 'shard')}, {counted(facts.num_classes, 'class', 'classes')}"
+        f"in {counted(len(facts.shards), 'shard')}, {counted(facts.num_classes, 'class')}"
         + (f", {absent:,} of them without {what}" if absent else "")
         + (f"; {counted(left_out, 'sample')} left out" if left_out else "")
     )

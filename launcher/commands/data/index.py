@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ditmoe.launcher.commands.words import counted
+from ditmoe.model.outside.text import counted
 
 LARGEST_IMAGE = 8192
 """Pixels a side that images may be brought to; what is larger is taken for a slip of the finger."""
@@ -117,7 +117,7 @@ def command(
     typer.echo(
         f"indexed {counted(index.total - result.samples_left_out - len(result.others), 'image')}"
         f"{' to be read as' if index.crop else ' of'} {index.image_size}×{index.image_size}×{index.channels} "
-        f"in {counted(index.num_classes, 'class', 'classes')}: "
+        f"in {counted(index.num_classes, 'class')}: "
         f"{counted(len(index.shards), 'shard')}, {index.total_bytes / 2**20:,.1f} MiB"
     )
     typer.echo(f"  index    {(out or folder) / 'index.json'}")

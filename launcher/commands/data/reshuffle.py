@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ditmoe.launcher.commands.words import counted
+from ditmoe.model.outside.text import counted
 
 
 def command(
@@ -37,6 +37,6 @@ def command(
     table = read_table(out, index)
     if table is not None:
         mix = class_mix(index, table)
-        found = f"{mix.found:.0f} of {counted(mix.classes, 'class', 'classes')}"
+        found = f"{mix.found:.0f} of {counted(mix.classes, 'class')}"
         typer.echo(f"  a batch of 256 has {found} on average, and {mix.fair:.0f} in a fair draw")
     typer.echo(f"  dataset  {out}")

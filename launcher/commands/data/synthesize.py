@@ -15,7 +15,7 @@ from ditmoe.launcher.commands.drawing import (
     draws_images,
 )
 from ditmoe.launcher.commands.shared_options import PER_CORE, Sharing, shares_work
-from ditmoe.launcher.commands.words import counted
+from ditmoe.model.outside.text import counted
 
 
 @shares_work(PER_CORE)
@@ -149,7 +149,9 @@ def command(
             f"{counted(len(made.shards), 'shard')}, {made.total_bytes / 2**20:,.1f} MiB"
         )
         if made.total < count:
-            typer.echo(f"{count - made.total:,} of {count:,} images are not finite and left out", err=True)
+            typer.echo(
+                f"{count - made.total:,} of {counted(count, 'image')} are not finite and left out", err=True
+            )
         for line in _scores(out):
             typer.echo(line)
         typer.echo(f"  dataset  {out}")

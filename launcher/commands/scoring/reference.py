@@ -15,6 +15,7 @@ from ditmoe.launcher.commands.drawing import (
 )
 from ditmoe.launcher.commands.shared_options import Sharing, shares_work
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.sampling.settings.networks import choices_of
 
 app = typer.Typer(no_args_is_help=True, help="Make a file of statistics that stands for real images.")
@@ -92,5 +93,5 @@ def make(
         finally:
             workers.leave()
     if this_process().first:
-        typer.echo(f"{job.real.count:,} images of {job.real.index.name}, in features of {features}")
+        typer.echo(f"{counted(job.real.count, 'image')} of {job.real.index.name}, in features of {features}")
         typer.echo(f"  reference  {out}")

@@ -8,8 +8,8 @@ import typer
 
 from ditmoe.launcher.commands.submit.options import Asked, asks_slurm
 from ditmoe.launcher.commands.sweep import FolderOption
-from ditmoe.launcher.commands.words import counted
 from ditmoe.launcher.commands.worker import MINUTES
+from ditmoe.model.outside.text import counted
 
 if TYPE_CHECKING:
     from ditmoe.slurm.client import Queue
@@ -144,7 +144,8 @@ def sweep(
         for line in never_starting(queue, list(submitted.values())):
             typer.echo(f"warning: {line}", err=True)
     typer.echo(
-        f"{'# ' * asked.dry_run}{len(cells)} cells, of which {len(cells) - len(jobs.training)} are complete"
+        f"{'# ' * asked.dry_run}{counted(len(cells), 'cell')}, of which {len(cells) - len(jobs.training)} "
+        f"are complete"
     )
 
 

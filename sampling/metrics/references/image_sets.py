@@ -28,7 +28,7 @@ from ditmoe.data.storage.files import open_regular
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import printable
+from ditmoe.model.outside.text import counted, printable
 from ditmoe.sampling.metrics.decoding import ReferenceBatch
 from ditmoe.sampling.metrics.reference import MAX_PARTS, SHOWN, Form, Images, OnError
 
@@ -190,7 +190,7 @@ class FolderImages(ImageSet):
                 if on_error == "stop":
                     raise
         else:
-            raise UserError(f"{folder}: none of its {len(self._files):,} pictures can be used")
+            raise UserError(f"{folder}: none of its {counted(len(self._files), 'picture')} can be used")
         self._like = name, first_HWC.shape
         super().__init__(folder, len(self._files), first_HWC.shape, on_error)
 

@@ -18,6 +18,7 @@ from PIL import Image
 from ditmoe.data.storage.arrays import read_arrays
 from ditmoe.data.storage.files import read_object
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import counted
 from ditmoe.model.settings import message_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE
 from ditmoe.sampling.service.access import User, read_body, user_of
@@ -167,7 +168,9 @@ def add_jobs(
     async def image(job_id: str, number: int, user: Asks) -> Response:
         job, path = await folder(job_id, user)
         if not 0 <= number < job.total:
-            raise ServiceError(404, f"the job has {job.total} images", param="number", reason="not_found")
+            raise ServiceError(
+                404, f"the job has {counted(job.total, 'image')}", param="number", reason="not_found"
+            )
         return Response(await asyncio.to_thread(_image, job, path, number), media_type="image/png")
 
 

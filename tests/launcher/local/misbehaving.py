@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.launcher import cli
 from ditmoe.launcher.local.failures import FAILURE_VARIABLE
 from ditmoe.launcher.local.signals import StopSignal
@@ -67,6 +68,15 @@ def command(kind: str, folder: Path) -> None:
             wait_for_all(folder)
             os.kill(os.getpid(), signal.SIGKILL)
         hang_in_a_collective()
+    elif kind == "stopped-at-different-times":
+        if rank == 1:
+            time.sleep(0.5)
+            (folder / "saved-1").touch()
+        sys.exit(EXIT_STOPPED)
+    elif kind == "stopped-beside-a-failure":
+        if rank == 1:
+            time.sleep(0.5)
+        sys.exit(7 if rank else EXIT_STOPPED)
     elif kind == "exit-code":
         sys.exit(7 if rank else 0)
     elif kind == "stop":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ditmoe.data.storage.stopping import STOP_SIGNALS
+from ditmoe.data.storage.stopping import EXIT_STOPPED, STOP_SIGNALS
 from ditmoe.launcher.local.launch import spawn
 from ditmoe.launcher.local.signals import REPEAT_SECONDS, StopSignal
 
@@ -132,6 +132,13 @@ def test_a_killed_rank_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert not any(alive(pid) for pid in pids(tmp_path))
 
 
+def test_ranks_that_stopped_have_not_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first to end does not end the others, which are still saving; and a failure beside it is one."""
+    assert start("stopped-at-different-times", tmp_path) == EXIT_STOPPED
+    assert (tmp_path / "saved-1").exists() and capfd.readouterr().err == ""
+    assert start("stopped-beside-a-failure", tmp_path) == 7
+
+
 def test_exit_code_of_the_rank_that_failed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert start("exit-code", tmp_path) == 7
     assert "rank 1 failed with exit code 7" in capfd.readouterr().err
@@ -149,17 +156,15 @@ def launcher_process(kind: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(
-    ("sent", "received"),
-    [(number, "SIGTERM" if number == signal.SIGINT else number.name) for number in STOP_SIGNALS],
-)
-def test_a_stop_reaches_all_ranks_once(tmp_path: Path, sent: signal.Signals, received: str) -> None:
+@pytest.mark.parametrize("sent", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_stop_reaches_all_ranks_once_by_its_name(tmp_path: Path, sent: signal.Signals) -> None:
+    """Ctrl-C reaches them as another signal, and is told as what it was."""
     parent = launcher_process("stop", tmp_path)
     pids(tmp_path)
     os.killpg(parent.pid, sent)  # as a terminal does: to the whole group, in which the ranks are not
     _, err = parent.communicate(timeout=40)
     assert parent.returncode == 0, err
-    assert {(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)} == {received}
+    assert {(tmp_path / f"stopped-{rank}").read_text() for rank in range(2)} == {sent.name}
     assert ("Ctrl-C again" in err) == (sent == signal.SIGINT)
 
 

@@ -13,10 +13,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.launcher.commands import sweep as sweep_command
 from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.sweep.cells import Cell, ReadyCell, cells_of, name_of, ready, split_values
-from ditmoe.launcher.sweep.run import STOPPED, run_cells
+from ditmoe.launcher.sweep.run import run_cells
 from ditmoe.launcher.sweep.table import as_markdown, as_text, rows_of, write_table
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.model.errors import UserError
@@ -129,7 +130,7 @@ class Trains:
         code = self._codes.pop(0) if self._codes else 0
         if code == 0:
             finish(config.run.dir, config)
-        return max(code, 0)  # -1: it saves and ends well, before its last step
+        return code
 
 
 def finish(run: Path, config: Any, step: int = 20) -> None:
@@ -182,12 +183,12 @@ def test_a_failed_cell_stops_no_other_and_a_repeated_sweep_goes_on(cells: list[R
     assert run_cells(file, cells, said.append, lambda run: 1 if run.name == names[3] else 0, start=trains) == 1
 
 
-@pytest.mark.parametrize(("code", "result"), [(128 + 15, 128 + 15), (-1, STOPPED)])
-def test_a_signal_ends_the_sweep(cells: list[ReadyCell], tmp_path: Path, code: int, result: int) -> None:
-    """Also one after which training has saved and ended well."""
+@pytest.mark.parametrize("code", [128 + 15, EXIT_STOPPED])
+def test_a_signal_ends_the_sweep(cells: list[ReadyCell], tmp_path: Path, code: int) -> None:
+    """Also one after which training has saved."""
     said: list[str] = []
     trains = Trains([0, code])
-    assert run_cells(tmp_path / "tiny.yaml", cells, said.append, start=trains) == result
+    assert run_cells(tmp_path / "tiny.yaml", cells, said.append, start=trains) == code
     assert len(trains.started) == 2
     assert said[-1] == f"cell 2 of 4, {cells[1].cell.name}: stopped; repeat the command to continue with it"
 

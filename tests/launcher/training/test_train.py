@@ -21,6 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ditmoe.data.shards.index import load_index, write_index
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.training.throughput import PARTS
@@ -401,9 +402,9 @@ def test_the_best_checkpoints_stay(make_config: Callable[..., Path]) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGTERM"), (signal.SIGUSR1, "a stop on another rank")],
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGUSR1, "SIGUSR1 on rank 1")],
 )
-def test_a_signal_saves_and_ends_well(
+def test_a_signal_saves_and_ends_with_a_code_of_its_own(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals, reason: str
 ) -> None:
     """To the command, which passes it on; or to one rank alone, as a batch system's node may get it first."""
@@ -414,7 +415,8 @@ def test_a_signal_saves_and_ends_well(
     wait_for(reached(run, 2), process)
     os.kill(process.pid if number != signal.SIGUSR1 else process_of_rank(1, process), number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == EXIT_STOPPED, err
+    assert "error" not in err
     assert f"stopped by {reason} at step" in out and "repeat the command to continue" in out
     state, told = state_of(run)
     assert state == "stopped" and told.startswith(f"stopped by {reason} at step")
