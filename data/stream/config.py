@@ -69,5 +69,10 @@ class DataConfig(Settings):
     """Mirror each image left to right with probability ½, drawn from (seed, position)."""
     workers: int = Field(default=1, ge=0, le=1024)
     """Processes per rank that read and decode; 0: the training process itself. The order is the same."""
+    vae: Path | None = None
+    """Folder in which the VAE of latents lies now; null: where it lay when they were encoded.
+
+    Training, `sample`, `evaluate`, `serve` and `data synthesize` decode with it; the latter four read it from the
+    run's config.yaml, where it may be written at any time."""
     cache: Path | None = None
     """Folder for remote shards while they are read; null: the system's folder for temporary files."""

@@ -95,8 +95,8 @@ def _expected(path: Path | None, overrides: list[str]) -> tuple[dict[str, Any], 
     from ditmoe.launcher.configuration.overrides import apply_overrides
     from ditmoe.launcher.configuration.problems import problem_list
     from ditmoe.launcher.configuration.run_config import RunConfig
-    from ditmoe.launcher.configuration.yaml_reader import read_yaml
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.yaml_reader import read_yaml
     from ditmoe.model.presets import parse_preset
 
     values, problems = ({}, []) if path is None else read_yaml(path)

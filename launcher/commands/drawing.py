@@ -25,7 +25,7 @@ StepOption = Annotated[
 ]
 VaeOption = Annotated[
     Path | None,
-    typer.Option(help="Folder of the VAE of a network of latents. [default: where its data was encoded]"),
+    typer.Option(help="Folder of the VAE of a network of latents. [default: the run's data.vae, or where it was]"),
 ]
 
 IndexOption = Annotated[

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.validation import validate_sections
-from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.yaml_reader import read_yaml
 from ditmoe.sampling.comparison.cells import ComparisonConfig, problems_between
 
 

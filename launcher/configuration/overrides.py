@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from ditmoe.data.places.redaction import shown_place, without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, is_list, list_position, section_of, walk
-from ditmoe.launcher.configuration.yaml_reader import DEEPEST, parse_yaml, reason_of, shortened
+from ditmoe.model.outside.yaml_reader import DEEPEST, parse_yaml, reason_of, shortened
 
 
 def apply_overrides(

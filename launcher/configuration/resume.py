@@ -13,6 +13,7 @@ FREE: Final = (
     "data.sources",  # where the samples lie; a resume compares their fingerprint with the checkpoint's
     "data.workers",
     "data.cache",
+    "data.vae",  # its checksum is compared with that of the VAE which encoded the data
     "model.preset",  # the shape's own keys say what it is
     "train.steps",
     "train.micro_batch",

@@ -11,9 +11,9 @@ from ditmoe.launcher.configuration.overrides import apply_overrides
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.sections import LaunchConfig, RunSection, TrainConfig
 from ditmoe.launcher.configuration.validation import validate_sections
-from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.yaml_reader import read_yaml
 from ditmoe.model.settings import LARGEST_SEED, Settings
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 from ditmoe.sampling.settings.config import PreviewConfig

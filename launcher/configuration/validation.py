@@ -13,8 +13,8 @@ from pydantic_core import ErrorDetails
 from ditmoe.data.places.redaction import without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, expected_at, section_of
 from ditmoe.launcher.configuration.overrides import suggestion
-from ditmoe.launcher.configuration.yaml_reader import shortened
 from ditmoe.model.outside.text import counted
+from ditmoe.model.outside.yaml_reader import shortened
 from ditmoe.model.settings import message_of
 
 MOST_LINES: Final = 50

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.validation import validate_sections
-from ditmoe.launcher.configuration.yaml_reader import read_yaml, shortened
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.yaml_reader import read_yaml, shortened
 from ditmoe.slurm.job_folder import PHASES
 from ditmoe.slurm.submission.settings import JobSettings, contradictions
 from ditmoe.slurm.submission.values import raw_option

@@ -77,7 +77,7 @@ def _ranks_of_node(path: Path, overrides: list[str], settings: JobSettings) -> i
     # Whatever it is on one machine, it has to be known before the configuration can be checked on all of them.
     from ditmoe.launcher.configuration.overrides import apply_overrides
     from ditmoe.launcher.configuration.validation import validate_sections
-    from ditmoe.launcher.configuration.yaml_reader import read_yaml
+    from ditmoe.model.outside.yaml_reader import read_yaml
 
     values, _ = read_yaml(path)
     values, _ = apply_overrides(RunConfig, values, overrides)

@@ -36,7 +36,7 @@ def draw_preview(
     # Every data rank draws the same number: on many layouts the network is a collective call.
     mine = [min(number, preview.images - 1) for number in range(first, first + share)]
     # Loaded anew each time: between previews the memory belongs to training.
-    vae = None if index.latents is None else load_vae(find_vae(index.latents, preview.vae), device)
+    vae = None if index.latents is None else load_vae(find_vae(index.latents, config.data.vae), device)
     loaded = LoadedModel(network, config.model, config.objective, index.class_names, None, "preview", vae)
     images_NCHW = generate_float(loaded, None, mine, preview.sampler, batch=share).image_NCHW
     gathered = gather_objects(to_uint8(images_NCHW).numpy())

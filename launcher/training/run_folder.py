@@ -19,8 +19,8 @@ from ditmoe.launcher.configuration.resolve import config_yaml
 from ditmoe.launcher.configuration.resume import Change, changed_keys, may_change
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
-from ditmoe.launcher.configuration.yaml_reader import read_yaml
 from ditmoe.model.errors import UnwritableError, UserError
+from ditmoe.model.outside.yaml_reader import read_yaml
 from ditmoe.model.settings import message_of
 from ditmoe.model.weights.untrusted import first_problem
 from ditmoe.parallel.checkpoint.folder import (

@@ -96,7 +96,7 @@ class Trainer:
             self.dataset.check_files()
             if config.preview.every and self.dataset.index.latents is not None:
                 # Rather now than at the first preview.
-                find_vae(self.dataset.index.latents, config.preview.vae, option="preview.vae=FOLDER")
+                find_vae(self.dataset.index.latents, config.data.vae, option="data.vae=FOLDER")
         self.objective: Objective = make_objective(config.objective)
         self.stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])

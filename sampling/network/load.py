@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UnwritableError, UserError
 from ditmoe.model.layers import position_embedding
+from ditmoe.model.outside.yaml_reader import read_yaml
+from ditmoe.model.settings import check_path
 from ditmoe.parallel.checkpoint.folder import (
     CheckpointInfo,
     checked_weights,
@@ -34,6 +36,8 @@ from ditmoe.parallel.expert_group import ExpertGroup
 from ditmoe.sampling.network.of_group import network_of_group
 from ditmoe.sampling.network.shared_weights import SHARED_WEIGHTS, share_weights
 
+CONFIG: Final = "config.yaml"
+"""Of a run: its configuration, in its folder."""
 Weights = Literal["ema", "weights"]
 Precision = Literal["fp32", "bf16"]
 
@@ -237,16 +241,19 @@ def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:
     """The VAE that makes pixels of what a checkpoint's network draws; None: it draws pixels.
 
     Args:
-        vae: where it lies now. A checkpoint of published weights knows of none, and takes any that fits.
+        vae: where it lies now; None: where the run's `data.vae` says, or else where it lay when the data was
+            encoded. A checkpoint of published weights knows of none, and takes any that fits.
 
     Raises:
         UserError: it is not there, is another than encoded the data, or has other channels than the network.
     """
     stored = info.dataset.get("latents")
+    vae = vae or moved_vae(info)
     if stored is None and vae is None:
         return None
     if stored is not None:
-        facts = find_vae(LatentFacts.model_validate(stored), vae)
+        option = f"--vae FOLDER, or for all commands by data.vae in {home_of(info.path) / CONFIG}"
+        facts = find_vae(LatentFacts.model_validate(stored), vae, option)
     else:
         assert vae is not None
         facts = read_facts(vae)
@@ -257,6 +264,27 @@ def find_decoder(info: CheckpointInfo, vae: Path | None) -> VaeFacts | None:
             f"draws {channels}" + ("; expected --vae left out where it draws pixels" if stored is None else "")
         )
     return facts
+
+
+def moved_vae(info: CheckpointInfo) -> Path | None:
+    """Where the VAE of a run's latents lies now, by `data.vae`: of its config.yaml, or of the checkpoint itself.
+
+    Raises:
+        UserError: it is no path, or config.yaml cannot be read.
+    """
+    file = home_of(info.path) / CONFIG
+    values, origin = (read_yaml(file)[0], file) if file.is_file() else (info.config, info.path / MARKER)
+    section = values.get("data")
+    found = section.get("vae") if isinstance(section, dict) else None
+    if found is None:
+        return None
+    try:
+        if not isinstance(found, str):
+            raise ValueError("expected a path")
+        check_path(found)
+    except ValueError as error:
+        raise UserError(f"{origin}: data.vae = {repr(found)[:100]}: {error}") from None
+    return Path(found)
 
 
 def complete_config(config: ModelConfig, info: CheckpointInfo) -> ModelConfig:

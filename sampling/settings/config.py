@@ -1,7 +1,6 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -197,5 +196,13 @@ class PreviewConfig(Settings):
     """Images of a grid; their classes go round all classes."""
     sampler: PreviewSampler = PreviewSampler()
     """How they are drawn."""
-    vae: Path | None = None
-    """Folder in which the VAE of the data's latents lies now; null: where it lay when they were encoded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_vae(cls, values: Any) -> Any:
+        """Runs of before have the key in their config.yaml, as a rule without a value."""
+        if not isinstance(values, dict) or "vae" not in values:
+            return values
+        if values["vae"] is not None:
+            raise ValueError("vae has another place: write data.vae, which all commands read")
+        return {key: value for key, value in values.items() if key != "vae"}

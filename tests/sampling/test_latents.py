@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from ditmoe.data.encoding.encode import encode
@@ -24,6 +25,7 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.batching.models import ModelKey, Models
 from ditmoe.sampling.drawing.generate import generate, generate_float
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, prepare_job
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
@@ -32,7 +34,8 @@ from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.noise_level import training as noise_training
 from ditmoe.sampling.noise_level.classifier import load_noise_classifier, space_of
 from ditmoe.sampling.noise_level.training import NoiseTraining, train_noise_classifier, training_dataset
-from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.service.listing import Listing
+from ditmoe.sampling.settings.config import PreviewConfig, SamplerConfig
 from tests.markers import change_marker
 from tests.sampling.small_run import images_of
 
@@ -113,6 +116,50 @@ def test_the_vae_may_move_but_not_change(
     damaged = write_run(tmp_path / "damaged", dataset={"latents": {"vae": 3}})
     with pytest.raises(UserError, match=r"dataset\.latents\.vae = 3"):
         load_model(damaged)
+
+
+def test_one_key_names_the_place_of_a_vae_that_has_moved(
+    tmp_path: Path, encoded: DatasetIndex, shards: Path, vae_folder: Path, make_vae: Callable[..., Path]
+) -> None:
+    """`data.vae` of config.yaml: for sampling, an evaluation, the service, a drawn dataset, and a preview."""
+    assert encoded.latents is not None
+    gone = encoded.latents.model_copy(update={"vae": str(tmp_path / "gone")})
+    index = encoded.model_copy(update={"latents": gone})
+    run = write_run(tmp_path / "runs" / "moved", dataset=index.facts)
+    with pytest.raises(UserError, match=r"data\.vae in .*config\.yaml"):
+        load_model(run)
+    with pytest.raises(UserError, match="gone: no such folder"):
+        prepare_job(EvaluationOptions(source=run, sampler=SAMPLER, count=4))
+    (run / "config.yaml").write_text(f"data: {{vae: {vae_folder}}}\n")
+    model = load_model(run)
+    assert model.vae is not None and model.vae.facts.path == vae_folder
+    command(run, steps=1, count=1, device="cpu", out=tmp_path / "x.png")
+    job = prepare_job(EvaluationOptions(source=run, sampler=SAMPLER, count=4, data=str(shards)))
+    assert job.vae == vae_folder
+    listing = Listing(tmp_path / "runs")
+    assert [(found["id"], found["latents"]) for found in listing.described()] == [("moved", True)]
+    key = ModelKey(checkpoint_path(run, 0), "ema", "fp32")
+    with Models(torch.device("cpu"), 2**30, 4).use(key) as loaded:
+        assert loaded.model.vae is not None and loaded.model.vae.facts.path == vae_folder
+    arguments = ["synthesize", "--from", str(run), str(tmp_path / "b"), "--count", "2", "--steps", "1"]
+    drawn = CliRunner().invoke(app, [*arguments, "--score", "none", "--processes", "1"])
+    assert drawn.exit_code == 0, drawn.output
+    # What one command is told goes before, another VAE is refused there too, and a key without sense is named.
+    other = make_vae(tmp_path / "other", seed=1)
+    assert load_model(run, vae=vae_folder).vae is not None
+    (run / "config.yaml").write_text(f"data: {{vae: {other}}}\n")
+    with pytest.raises(UserError, match=f"checksum is {read_facts(other).sha256}"):
+        load_model(run)
+    (run / "config.yaml").write_text("data: {vae: [1]}\n")
+    with pytest.raises(UserError, match=r"config\.yaml: data\.vae = \[1\]: expected a path"):
+        load_model(run)
+    # A checkpoint without config.yaml has the key that it was trained with.
+    (run / "config.yaml").unlink()
+    change_marker(checkpoint_path(run, 0), lambda facts: facts["config"].update(data={"vae": str(vae_folder)}))
+    assert load_model(run).vae is not None
+    assert PreviewConfig.model_validate({"every": 3, "vae": None}) == PreviewConfig(every=3)
+    with pytest.raises(ValidationError, match=r"write data\.vae"):
+        PreviewConfig.model_validate({"vae": "sd-vae"})
 
 
 def test_a_network_of_latents_makes_a_dataset_of_images(

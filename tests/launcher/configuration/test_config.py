@@ -9,8 +9,8 @@ from ditmoe.launcher.configuration.fields import expected, walk
 from ditmoe.launcher.configuration.overrides import apply_overrides
 from ditmoe.launcher.configuration.resolve import config_yaml, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
-from ditmoe.launcher.configuration.yaml_reader import parse_yaml
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.yaml_reader import parse_yaml
 
 Write = Callable[..., Path]
 

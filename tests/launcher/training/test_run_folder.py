@@ -78,7 +78,7 @@ def stored(write_config: Write, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 def _read(path: Path) -> tuple[dict[str, object], list[str]]:
-    from ditmoe.launcher.configuration.yaml_reader import read_yaml
+    from ditmoe.model.outside.yaml_reader import read_yaml
 
     return read_yaml(path)
 

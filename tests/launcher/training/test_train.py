@@ -278,8 +278,8 @@ def test_from_images_to_latents_to_images(
     vae.rename(tmp_path / "moved")
     refused = train(config, *settings)
     assert refused.returncode == 2 and str(vae) in refused.stderr and "Traceback" not in refused.stderr
-    assert "say where it lies now with preview.vae=FOLDER" in refused.stderr
-    result = train(config, *settings, f"preview.vae={tmp_path / 'moved'}")
+    assert "say where it lies now with data.vae=FOLDER" in refused.stderr
+    result = train(config, *settings, f"data.vae={tmp_path / 'moved'}")
     assert result.returncode == 0, result.stderr
     assert curve(run) == curve(tmp_path / "whole") and len(curve(run)) == 6
     preview = Image.open(run / "samples" / "preview-step-00000006.png")
@@ -287,8 +287,7 @@ def test_from_images_to_latents_to_images(
     assert preview.tobytes() == whole.tobytes() and preview.mode == "RGB"
     sample = ditmoe(
         *("sample", str(run), "--steps", "2", "--classes", "0", "--count", "1", "--out", str(tmp_path / "p")),
-        *("--vae", str(tmp_path / "moved")),
-    )
+    )  # the run's configuration names the VAE's new place
     assert sample.returncode == 0, sample.stderr
     info = read_info(checkpoints(run)[-1])
     index = load_index(latents)
