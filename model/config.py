@@ -35,7 +35,12 @@ class ModelConfig(Settings):
     experts_per_token: int = Field(default=0, ge=0, le=2**16)
     """Routed experts K that each token goes to."""
     shared_experts: int = Field(default=2, ge=0, le=1024)
-    """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D."""
+    """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D; 0 with a GELU
+    `shared_mlp`."""
+    shared_mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """What all tokens of a mixture go through besides their experts. `swiglu`: the shared experts; `gelu`: in
+    their place the MLP of a dense block, of width 4D with biases, so that a mixture can start from a dense
+    network."""
     image_size: int | None = Field(default=None, ge=1, le=2**14)
     """Side of the network's input in pixels or latent cells; null: from the data's index."""
     channels: int | None = Field(default=None, ge=1, le=1024)
@@ -68,6 +73,8 @@ class ModelConfig(Settings):
         if not isinstance(values, dict):
             return values
         values = {**BALANCES.get(str(values.get("balance")), {}), **values}
+        if values.get("shared_mlp") == "gelu":
+            values = {"shared_experts": 0, **values}
         if values.get("preset") is None:
             return values
         try:
@@ -94,6 +101,11 @@ class ModelConfig(Settings):
             raise ValueError(
                 f"experts_per_token = {self.experts_per_token} must be between 1 and experts = {self.experts}"
             )
+        if self.shared_mlp == "gelu" and (self.shared_experts or not self.experts):
+            raise ValueError(
+                f"shared_mlp = gelu with shared_experts = {self.shared_experts} and experts = {self.experts}: it"
+                " takes the place of the shared experts of a mixture; expected shared_experts = 0, experts >= 1"
+            )
         if self.image_size is not None and self.image_size % self.patch:
             raise ValueError(f"image_size = {self.image_size} must be a multiple of patch = {self.patch}")
         if self.image_size is not None and self.image_size // self.patch > MOST_TOKENS_PER_SIDE:
@@ -106,6 +118,11 @@ class ModelConfig(Settings):
     def complete(self) -> bool:
         """Whether the input's shape and classes are known."""
         return None not in (self.image_size, self.channels, self.num_classes)
+
+    @property
+    def has_shared(self) -> bool:
+        """Whether all tokens of a mixture go through something besides their experts."""
+        return self.shared_experts > 0 or self.shared_mlp == "gelu"
 
     @property
     def tokens(self) -> int:

@@ -4,6 +4,8 @@ With `experts: 0` the blocks have a dense MLP and the network is the DiT of arXi
 the published state-dict names, except that experts are stacked (see `ditmoe.model.canonical`).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +38,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
         if config.experts:
             balance = BalanceLoss(config.experts, config.balance_weight, config.tokens, group=config.balance_group)
-            self.moe = MoE(hidden, config.experts, config.experts_per_token, config.shared_experts, balance)
+            shared: int | Literal["gelu"] = config.shared_experts if config.shared_mlp == "swiglu" else "gelu"
+            self.moe = MoE(hidden, config.experts, config.experts_per_token, shared, balance)
         else:
             self.mlp = DenseMlp(hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))

@@ -79,6 +79,7 @@ def _description(info: "CheckpointInfo") -> str:
         f"  parameters    {parameters} in {len(info.shapes):,} tensors",
         f"  data          {info.dataset.get('name', 'unknown')}: {counted(model.num_classes or 0, 'class')}",
         f"  written by    {_layout(info)}",
+        f"  started from  {info.started_from['path'] if info.started_from else 'nothing, or not said'}",
         f"  fingerprint   {info.fingerprint[:16]}",
     ]
     for part in info.parts:

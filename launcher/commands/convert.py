@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -249,13 +249,16 @@ def _write_checkpoint(path: Path, published: "PublishedWeights") -> None:
     from torch.distributed.checkpoint.api import CheckpointException
 
     from ditmoe.model.errors import UserError
+    from ditmoe.model.weights.positions import check_position_embedding
     from ditmoe.parallel.checkpoint.folder import write_weights_checkpoint
 
     objective = _required_objective(published)
     for which in ("ema", "weights"):
         state = getattr(published, which)
         if state is not None:
-            _check_position_embedding(state, published, averaged=which == "ema")
+            note = check_position_embedding(state, published.config, published.origin, averaged=which == "ema")
+            if note is not None:
+                typer.echo(note, err=True)
     weights = published.state("weights") if published.weights is not None else published.state("ema")
     try:
         write_weights_checkpoint(path, published.config, objective, weights, published.ema, published.class_names)
@@ -270,36 +273,3 @@ def _required_objective(published: "PublishedWeights") -> "ObjectiveConfig":
     if published.objective is None:
         raise UserError(f"--objective: {published.origin} does not say it; give ddpm, rectified_flow or sit")
     return published.objective
-
-
-AVERAGED: Final = 5e-4
-"""Largest departure of a position embedding that training averaged with the weights. Float32 rounds at each of the
-1 / (1 − decay) steps or so that an average remembers; 2e-4 was met at a decay of 0.9999."""
-
-
-def _check_position_embedding(state: dict[str, Any], published: "PublishedWeights", averaged: bool) -> None:
-    """A checkpoint leaves the position embedding out, so that it must be the fixed one, to rounding."""
-    import torch
-
-    from ditmoe.model.errors import UserError
-    from ditmoe.model.layers import position_embedding
-
-    held = state.get("pos_embed")
-    config = published.config
-    assert config.image_size is not None
-    if held is None:
-        return
-    fixed = position_embedding(config.hidden, config.image_size // config.patch)
-    difference = (held.float() - fixed).abs().max().item()
-    rounding = 8 * torch.finfo(held.dtype).eps
-    if averaged and rounding < difference <= AVERAGED:
-        typer.echo(
-            f"{published.origin}: pos_embed departs by {difference:.2g} from the fixed sin-cos embedding, as where"
-            " training averages it too; the fixed one is taken",
-            err=True,
-        )
-    elif not difference <= rounding:
-        raise UserError(
-            f"{published.origin}: pos_embed departs by {difference:.2g} from the fixed sin-cos embedding, "
-            "which a checkpoint does not hold; expected the fixed one"
-        )

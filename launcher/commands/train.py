@@ -40,12 +40,15 @@ def command(
     process = this_process()
     if process.starts_ranks:
         dataset.check_files()
+        from ditmoe.launcher.configuration.resolve import start_of
         from ditmoe.launcher.training.run_folder import RunFolder
+        from ditmoe.parallel.start.begin import check_start
 
         folder = RunFolder(resolved.run.dir)
         if process.first:
             # Rank 0 does the same under its own lock; here it takes no seconds of starting processes.
             folder.check(resolved)
+            check_start(folder.path, start_of(resolved))
         here = processes // process.ranks
         if here > 1:
             from ditmoe.launcher.local.launch import spawn

@@ -12,6 +12,7 @@ from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.start.source import Start
 
 
 def resolve(
@@ -59,6 +60,15 @@ def layout_of(config: RunConfig) -> Layout:
         micro_batch=train.micro_batch,
         accumulation=train.batch // (train.micro_batch * parallel.data),
     )
+
+
+def start_of(config: RunConfig) -> Start | None:
+    """Where a resolved configuration has a new run start from; None: anew."""
+    train = config.train
+    if train.start_from is None:
+        return None
+    said = train.start_objective
+    return Start(train.start_from, train.start_weights, said, config.model, config.objective)
 
 
 def config_yaml(config: RunConfig) -> str:

@@ -16,6 +16,9 @@ FREE: Final = (
     "data.vae",  # its checksum is compared with that of the VAE which encoded the data
     "model.preset",  # the shape's own keys say what it is
     "train.steps",
+    "train.start_from",  # a resume goes on from the run's own checkpoint, which says where it all began
+    "train.start_weights",
+    "train.start_objective",
     "train.micro_batch",
     "train.log_every",
     "train.checkpoint_every",

@@ -17,7 +17,7 @@ from ditmoe.data.stream.dataset import changed_facts, open_dataset
 from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
-from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml
+from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml, start_of
 from ditmoe.launcher.configuration.resume import Change
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
@@ -44,6 +44,7 @@ from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
 from ditmoe.parallel.stages import stage_blocks
+from ditmoe.parallel.start.begin import begun
 from ditmoe.sampling.drawing.picture import save_picture
 from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.slurm.heartbeats import Heart, Phase
@@ -101,23 +102,25 @@ class Trainer:
         self.stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
         network.checkpoint_blocks = config.parallel.activation_checkpointing
-        self.engine = TrainingEngine(
-            network,
-            self.objective,
-            self.layout,
-            config.optim,
-            config.ema,
-            config.train.precision,
-            config.deepspeed,
-            device,
-            partial(initial_value, seed=config.seed),
-        )
+        with begun(folder.path, start_of(config), partial(initial_value, seed=config.seed)) as self.start:
+            self.engine = TrainingEngine(
+                network,
+                self.objective,
+                self.layout,
+                config.optim,
+                config.ema,
+                config.train.precision,
+                config.deepspeed,
+                device,
+                self.start.initial,
+            )
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
         if info is not None and (changed := changed_facts(info.dataset, self.dataset.facts)):
             raise _other_data(info, changed)
         self.resumed = None if info is None else info.path
+        self.started_from = self.start.facts if info is None else info.started_from
         self.images = 0 if info is None else info.images
         sums = {} if info is None else kept_sums(info)
         load_LN = sums.pop("expert_load", None)
@@ -135,7 +138,7 @@ class Trainer:
         config = self.config
         self.report = stack.enter_context(Reporter(self.folder, config.train.steps, self.engine.step))
         for problem in self.skipped:
-            self.report.log(f"skipped a damaged checkpoint: {problem}")
+            self.report.log(f"skipped a checkpoint: {problem}")
         for key, before, now in changes:
             self.report.log(f"changed since the run was started: {key}: {shown(before)} before, {shown(now)} now")
         self.folder.store_config(config, changes, self.engine.step)
@@ -148,6 +151,10 @@ class Trainer:
             )
         else:
             self.report.text("configuration", shown_yaml(config))
+        for line in self.start.lines:
+            self.report.log(line)
+        if self.start.facts is not None:
+            self.folder.keep_in_history(self.engine.step, started_from=self.start.facts)
         self.report.log(self.layout.picture(config.model.experts, self.stages))
         if self.layout.accumulation > 1:
             self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
@@ -300,7 +307,12 @@ class Trainer:
         sums = {**self.sums.plain(), "skips": self.ledger.plain()}
         sums["expert_load"] = None if load_LN is None else load_LN.tolist()
         return self.saver.save(
-            self.engine, self.images, sums, kept_in_checkpoint(self.config.plain()), self.dataset.facts
+            self.engine,
+            self.images,
+            sums,
+            kept_in_checkpoint(self.config.plain()),
+            self.dataset.facts,
+            self.started_from,
         )
 
     def _count_skips(self) -> None:

@@ -4,13 +4,15 @@ T tokens (of all images of a micro-batch), N experts, K experts per token, D hid
 stored as three stacked tensors, so that all of them run in three grouped matrix products.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.model.experts.dispatch import assign, combine, dispatch
-from ditmoe.model.layers import SwiGlu
+from ditmoe.model.layers import DenseMlp, SwiGlu
 
 
 class Router(nn.Module):
@@ -108,14 +110,28 @@ class MoE(nn.Module):
     """Routed experts plus shared experts, all in one process."""
 
     def __init__(
-        self, hidden: int, experts: int, experts_per_token: int, shared_experts: int, balance: BalanceLoss
+        self,
+        hidden: int,
+        experts: int,
+        experts_per_token: int,
+        shared_experts: int | Literal["gelu"],
+        balance: BalanceLoss,
     ) -> None:
+        """Build the layer.
+
+        Args:
+            shared_experts: of width D each; `gelu`: the MLP of a dense block in their place.
+        """
         super().__init__()
         self.experts_per_token = experts_per_token
         self.balance = balance
         self.gate = Router(hidden, experts)
         self.experts = Experts(experts, hidden, 4 * hidden)
-        self.shared_experts = SwiGlu(hidden, shared_experts * hidden) if shared_experts else None
+        self.shared_experts: SwiGlu | DenseMlp | None = None
+        if shared_experts == "gelu":
+            self.shared_experts = DenseMlp(hidden)
+        elif shared_experts:
+            self.shared_experts = SwiGlu(hidden, shared_experts * hidden)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` → `[B, T, D]`."""

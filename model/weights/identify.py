@@ -116,6 +116,7 @@ def _shape_of(state: State, path: Path) -> dict[str, Any]:
     if experts:
         shared = _first(state, ".moe.shared_experts.gate_proj.weight")
         known["shared_experts"] = _shape(state, shared, 2, path)[0] // hidden if shared else 0
+        known["shared_mlp"] = "gelu" if _first(state, ".moe.shared_experts.fc1.weight") else "swiglu"
     else:
         known["experts_per_token"] = 0
     norm = _first(state, ".attn.q_norm.weight")

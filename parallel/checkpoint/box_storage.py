@@ -92,16 +92,19 @@ def save_pieces(
     return writer.files
 
 
-def load_pieces(folder: Path, pieces: Sequence[Piece], collective: bool = True) -> None:
+def load_pieces(
+    folder: Path, pieces: Sequence[Piece], collective: bool = True, reader: ShardReader | None = None
+) -> None:
     """Fill every piece's memory from the files.
 
     Args:
         collective: all ranks call it together, and fail together; each reads the headers of all files.
+        reader: of the folder, which has read the headers already if it was used before.
 
     Raises:
         UserError: a piece is not in the files, or a file's header is not one that `save_pieces` writes.
     """
-    reader = ShardReader(folder)
+    reader = reader or ShardReader(folder)
     try:
         with nullcontext() if collective and dist.is_initialized() else _without_a_word():
             load({}, storage_reader=reader, planner=_LoadPieces(pieces, folder), no_dist=not collective)

@@ -53,6 +53,8 @@ class CheckpointInfo:
     """Name, image_size, channels, num_classes and class_names of the training data."""
     layout: dict[str, Any] | None
     """The layout that wrote it; None for a converted one."""
+    started_from: dict[str, Any] | None
+    """Where the run's first weights are from, as `parallel/start/` tells it; None: it began anew."""
     parts: tuple[str, ...]
     """The folders it has: `weights`, `ema`, `exp_avg`, `exp_avg_sq`."""
     shapes: dict[str, tuple[int, ...]]
@@ -135,6 +137,7 @@ def read_info(path: Path) -> CheckpointInfo:
         config=facts["config"] | {name: section.model_dump(mode="json") for name, section in checked.items()},
         dataset=facts["dataset"],
         layout=facts.get("layout"),
+        started_from=facts.get("started_from"),
         parts=tuple(marker.parts),
         shapes={name: tuple(shape) for name, shape in marker.shapes.items()},
         files=files,
@@ -149,7 +152,7 @@ def weights_alone(info: CheckpointInfo) -> str | None:
         return None
     return (
         f"{info.path}: holds {' and '.join(info.parts)} without {' and '.join(missing)}, as `ditmoe convert`"
-        " writes them; training cannot go on from these"
+        " writes them; training cannot go on from these, but a new run can start from them: train.start_from"
     )
 
 

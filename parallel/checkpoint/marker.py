@@ -78,6 +78,15 @@ class LayoutFacts(BaseModel):
     zero: Count
 
 
+class StartFacts(BaseModel):
+    """What a marker says of the weights that its run was started from; a run that began anew has none."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    path: StrictStr
+    set: Literal["weights", "ema"]
+
+
 class ConfigFacts(BaseModel):
     """What a marker says of the configuration; a run's has all of its sections."""
 
@@ -97,6 +106,7 @@ class Marker(_Facts):
     config: ConfigFacts
     dataset: DatasetFacts
     layout: LayoutFacts | None = None
+    started_from: StartFacts | None = None
     parts: list[Part] = Field(min_length=1)
     shapes: dict[_Parameter, Annotated[list[_Size], Field(min_length=1, max_length=8)]] = Field(min_length=1)
     files: dict[_File, FileFacts]

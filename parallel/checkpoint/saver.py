@@ -100,6 +100,7 @@ class CheckpointSaver:
         sums: dict[str, Any],
         config: dict[str, Any],
         dataset: dict[str, Any],
+        started_from: dict[str, Any] | None = None,
     ) -> Path:
         """Save the engine's step; a collective call, which waits for the last save first.
 
@@ -107,6 +108,7 @@ class CheckpointSaver:
             images: images seen, which is the position in the global sample order.
             sums: what the run's records have summed up since the last one, plain data.
             config: the resolved configuration as plain data.
+            started_from: where the run's first weights are from.
 
         Returns:
             The folder that the checkpoint will have once it is complete.
@@ -128,6 +130,7 @@ class CheckpointSaver:
             "layout": vars(engine.layout),
             "config": config,
             "dataset": dataset,
+            **({} if started_from is None else {"started_from": started_from}),
         }
         if self._config.asynchronous:
             pieces = self._host.copy(pieces, engine.device)

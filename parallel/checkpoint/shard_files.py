@@ -113,13 +113,16 @@ class ShardReader(HuggingFaceStorageReader):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
         self._folder = folder
+        self._metadata: Metadata | None = None
 
     def read_metadata(self) -> Metadata:
-        """What the headers of all files say.
+        """What the headers of all files say; read once.
 
         Raises:
             UserError: the folder is not there, or a header is not one that `ShardWriter` writes.
         """
+        if self._metadata is not None:
+            return self._metadata
         try:
             files = sorted(file for file in self._folder.iterdir() if file.name.endswith(_SUFFIX))
         except OSError as error:
@@ -134,7 +137,10 @@ class ShardReader(HuggingFaceStorageReader):
                 known.size = torch.Size(map(max, known.size, ends))
                 index = MetadataIndex(fqn=key, offset=chunk.offsets)
                 storage[index] = _HFStorageInfo(str(file), chunk.sizes, torch.float32)
-        return Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id))
+        self._metadata = Metadata(
+            dict(tensors), storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id)
+        )
+        return self._metadata
 
 
 _FLOAT32: Final = TensorProperties(dtype=torch.float32)

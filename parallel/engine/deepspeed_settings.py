@@ -69,14 +69,14 @@ def _expert_parallel(ranks: int, model: ModelConfig) -> dict[str, Any]:
         "expert_w1": "gate_proj",
         "expert_w2": "down_proj",
         "expert_w3": "up_proj",
-        "has_shared_experts": model.shared_experts > 0,
+        "has_shared_experts": model.has_shared,
         "top_k": model.experts_per_token,
         "score_func": "softmax",
         "score_apply": "post",
         "route_norm": False,
         "use_grouped_mm": True,
     }
-    if model.shared_experts:
+    if model.has_shared:
         settings["shared_experts_pattern"] = "shared_experts"
     return settings
 

@@ -65,13 +65,13 @@ def activations(config: ModelConfig, layout: Layout, number_bytes: int, imbalanc
 
 def _mixture(config: ModelConfig, layout: Layout, imbalance: float) -> tuple[tuple[float, float], float]:
     """Widths that a mixture saves: (whole, shared out over tensor ranks), and those that arrive for each token."""
-    k, shared = config.experts_per_token, config.shared_experts
+    k, shared = config.experts_per_token, 4 * config.shared_experts if config.shared_mlp == "swiglu" else 8
     if layout.expert == 1:
         # The rows of the experts, their results; gate, SiLU, up and the product, all of width 4.
-        return (2.0 * k, 16.0 * k + 4 * shared), k
+        return (2.0 * k, 16.0 * k + shared), k
     # DeepSpeed's fused SwiGLU keeps gate and up, and the product is the input of the third matrix.
     received = k * imbalance
-    return (received + k, 12.0 * received + 4 * shared), received
+    return (received + k, 12.0 * received + shared), received
 
 
 def _routing_bytes(config: ModelConfig, layout: Layout, number_bytes: int) -> int:

@@ -14,7 +14,7 @@ from ditmoe.parallel.layout import Layout
 
 _SPLIT: Final = re.compile(
     r"attn\.(qkv|Wqkv)\.(weight|bias)|attn\.(proj|out_proj)\.weight"
-    r"|mlp\.fc1\.(weight|bias)|mlp\.fc2\.weight|moe\.(experts\.\w+|shared_experts\.\w+\.weight)"
+    r"|mlp\.fc1\.(weight|bias)|mlp\.fc2\.weight|moe\.(experts\.\w+|shared_experts\.(\w+\.weight|fc1\.bias))"
 )
 """The tensors of a block that tensor-parallel ranks share out; all others are whole on each of them."""
 

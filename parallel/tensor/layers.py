@@ -38,7 +38,7 @@ def share_out(network: nn.Module) -> None:
             _share_out_heads(module)
             module.Wqkv, module.out_proj = Column(module.Wqkv, stacked=_QKV), Row(module.out_proj)
             module.q_norm, module.k_norm = HeadNorm(module.q_norm), HeadNorm(module.k_norm)
-        elif isinstance(module, DenseMlp):
+        elif isinstance(module, DenseMlp) and isinstance(module.fc1, nn.Linear):  # not yet with its mixture
             module.fc1, module.fc2 = Column(module.fc1), Row(module.fc2)
         for name, child in list(module.named_children()):
             if isinstance(child, MoE):
@@ -86,9 +86,8 @@ class Row(RowParallelLinear):  # type: ignore[misc]
         """Take this rank's part of a linear map.
 
         Args:
-            in_region: the output is summed by who calls it, for several layers at once.
+            in_region: the output is summed by who calls it, for several layers at once, and the bias added then.
         """
-        assert linear.bias is None or not in_region
         super().__init__(
             linear.in_features,
             linear.out_features,
@@ -141,6 +140,8 @@ class TensorMoE(MoE):
         """The layer's result behind the router, `[T, D]` → `[T, D]`."""
         part_TD = super().mix(_enter(x_TD), _enter(scores_TK), selected_TK)
         summed_TD: Tensor = reduce_from_tensor_model_parallel_region(part_TD, group=_group())
+        if isinstance(self.shared_experts, DenseMlp):
+            summed_TD = summed_TD + self.shared_experts.fc2.bias
         return summed_TD
 
 
@@ -153,7 +154,10 @@ def _cut_width(experts: Experts) -> None:
         setattr(experts, name, part)
 
 
-def _cut_shared(mlp: SwiGlu) -> None:
+def _cut_shared(mlp: SwiGlu | DenseMlp) -> None:
+    if isinstance(mlp, DenseMlp):
+        mlp.fc1, mlp.fc2 = Column(mlp.fc1, in_region=True), Row(mlp.fc2, in_region=True)
+        return
     mlp.gate_proj, mlp.up_proj = Column(mlp.gate_proj, in_region=True), Column(mlp.up_proj, in_region=True)
     mlp.down_proj = Row(mlp.down_proj, in_region=True)
 

@@ -39,6 +39,8 @@ from ditmoe.parallel.engine.initial import Initial
 from ditmoe.parallel.engine.training_engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.stages import stage_blocks
+from ditmoe.parallel.start.begin import begun
+from ditmoe.parallel.start.source import Start
 
 DEFAULTS: dict[str, Any] = {
     "objective": "rectified_flow",
@@ -65,25 +67,28 @@ DEFAULTS: dict[str, Any] = {
     "save_at": None,
     "load": None,
     "skip": 0,
+    "start_from": None,
+    "model": {},
 }
 
 
 def make_config(case: dict[str, Any]) -> ModelConfig:
     """The tiny network of a case."""
-    return ModelConfig(
-        depth=case["depth"],
-        hidden=32,
-        heads=4,
-        patch=2,
-        experts=case["experts"],
-        experts_per_token=2 if case["experts"] else 0,
-        image_size=8,
-        channels=1,
-        num_classes=CLASSES,
-        balance_weight=0.05,
-        balance_group=case["balance_group"],
-        attention=case["attention"],
-    )
+    shape = {
+        "depth": case["depth"],
+        "hidden": 32,
+        "heads": 4,
+        "patch": 2,
+        "experts": case["experts"],
+        "experts_per_token": 2 if case["experts"] else 0,
+        "image_size": 8,
+        "channels": 1,
+        "num_classes": CLASSES,
+        "balance_weight": 0.05,
+        "balance_group": case["balance_group"],
+        "attention": case["attention"],
+    }
+    return ModelConfig(**{**shape, **case["model"]})
 
 
 def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
@@ -102,17 +107,20 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     config = make_config(case)
     network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
     network.checkpoint_blocks = case["checkpointing"]
-    return TrainingEngine(
-        network,
-        make_objective(ObjectiveConfig(kind=case["objective"])),
-        layout,
-        OptimConfig(lr=1.0, clip=case["clip"]),  # each step names its own
-        EmaConfig(),
-        case["precision"],
-        case["deepspeed"],
-        device,
-        initial_of(case),
-    )
+    objective = ObjectiveConfig(kind=case["objective"])
+    start = case["start_from"] and Start(Path(case["start_from"]), None, None, config, objective)
+    with begun(Path("no run"), start, initial_of(case)) as beginning:
+        return TrainingEngine(
+            network,
+            make_objective(objective),
+            layout,
+            OptimConfig(lr=1.0, clip=case["clip"]),  # each step names its own
+            EmaConfig(),
+            case["precision"],
+            case["deepspeed"],
+            device,
+            beginning.initial,
+        )
 
 
 def initial_of(case: dict[str, Any]) -> Initial:

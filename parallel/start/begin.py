@@ -1,0 +1,88 @@
+"""How a run begins: anew, or from the weights of another; a resume takes neither."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ditmoe.model.weights.transfer import Value, differences, listed, plan_transfer, transferred
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_entries, damaged
+from ditmoe.parallel.engine.initial import Initial
+from ditmoe.parallel.processes import from_first_rank, gather_objects
+from ditmoe.parallel.start.source import Source, Start, opened
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first weights of a run."""
+
+    initial: Initial
+    """The value of each parameter."""
+    facts: dict[str, Any] | None = None
+    """Where they are from, as plain data; None: from nowhere, or the run resumes."""
+    lines: tuple[str, ...] = ()
+    """What the log says of it."""
+
+
+@contextmanager
+def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginning]:
+    """The first weights of a run, which can be asked for in the body; a collective call.
+
+    Args:
+        start: where they are from; None: all are fresh.
+        fresh: the fresh value of each parameter.
+
+    Raises:
+        UserError: what the run is to start from is not there, is damaged, or does not fit: the same on all ranks.
+    """
+    if start is None:
+        yield Beginning(fresh)
+        return
+    if from_first_rank(lambda: bool(checkpoint_entries(run_dir))):
+        said = f"train.start_from = {start.path} is ignored: the run goes on from a checkpoint of its own"
+        yield Beginning(fresh, lines=(said,))
+        return
+    with opened(start, _damage_on_any_rank) as source:
+        values = plan_transfer(source.config, start.model, str(start.path))
+        yield Beginning(
+            transferred(values, source.fetch, fresh), source.facts, tuple(_lines(start, source, values))
+        )
+
+
+def check_start(run_dir: Path, start: Start | None) -> None:
+    """Find out, before any process starts, whether a run can start from what it is to start from.
+
+    Raises:
+        UserError: as `begun`, but for damage to the bytes of a checkpoint's files.
+    """
+    if start is None or checkpoint_entries(run_dir):
+        return
+    with opened(start, lambda info, names: []) as source:
+        plan_transfer(source.config, start.model, str(start.path))
+
+
+def _damage_on_any_rank(info: CheckpointInfo, names: list[str]) -> list[str]:
+    """Check files, each by one rank; every rank gets the same answer."""
+    found = gather_objects(damaged(info, names[dist.get_rank() :: dist.get_world_size()]))
+    return [problem for problems in found for problem in problems]
+
+
+def _lines(start: Start, source: Source, values: dict[str, Value]) -> Iterator[str]:
+    """What the log says of a start from other weights: the fresh parts by name, and what else is different."""
+    parts = [part for name, value in values.items() if (part := value.fresh_part(name)) is not None]
+    where = f"{source.facts['checkpoint']} of {start.path}" if "checkpoint" in source.facts else str(start.path)
+    copied = len(values) - len(parts)
+    yield f"started from the {source.facts['set']} of {where}: {copied} of {len(values)} tensors are copied"
+    for part in listed(parts):
+        yield f"started fresh: {part}"
+    yield from source.notes
+    if source.objective is not None and source.objective.kind != start.objective.kind:
+        yield (
+            f"warning: the source was trained on {source.objective.kind}, and objective.kind ="
+            f" {start.objective.kind}: the loss does not begin where its loss was"
+        )
+    for line in differences(source.config, start.model):
+        yield f"differs from the source: {line}"

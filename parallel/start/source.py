@@ -1,0 +1,183 @@
+"""Weights that a run starts from: those of a run, of a checkpoint, or of a published file.
+
+A parameter is read when it is asked for, so that a rank reads what it holds. Nothing is unpickled.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.errors import UserError
+from ditmoe.model.weights.positions import check_position_embedding
+from ditmoe.model.weights.published import PublishedWeights, read_published
+from ditmoe.model.weights.sit import could_be_sit, from_sit
+from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, newest_checkpoint, read_info
+from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.parallel.checkpoint.shard_files import ShardReader
+
+Set = Literal["ema", "weights"]
+Damage = Callable[[CheckpointInfo, list[str]], list[str]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What is asked for."""
+
+    path: Path
+    """A run, a checkpoint, or a published file."""
+    which: Set | None
+    """None: the EMA if there is one."""
+    said: Literal["ddpm", "rectified_flow", "sit"] | None
+    """What it was trained to predict, where it does not say so."""
+    model: ModelConfig
+    """The network that starts from it, complete."""
+    objective: ObjectiveConfig
+    """Of that network."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that are open."""
+
+    config: ModelConfig
+    """Of their network, complete."""
+    objective: ObjectiveConfig | None
+    """What it was trained to predict; None: nobody says."""
+    fetch: Callable[[str], Tensor]
+    """Reads a parameter by its canonical name."""
+    facts: dict[str, Any]
+    """What is kept of where they are from, as plain data."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of them."""
+
+
+@contextmanager
+def opened(start: Start, damage: Damage | None = None) -> Iterator[Source]:
+    """Open the weights that a run starts from, which stay where they are for the body.
+
+    Args:
+        damage: finds damage to the bytes of a checkpoint's files; None: each of them is read.
+
+    Raises:
+        UserError: they are not there, damaged, no weights of a network of this family, or what they were trained
+            to predict has to be known and is not.
+    """
+    checkpoint = _checkpoint(start.path)
+    if checkpoint is None:
+        yield _of_file(start)
+        return
+    info = read_info(checkpoint)
+    which: Set = start.which or ("ema" if "ema" in info.parts else "weights")
+    with checked_weights(checkpoint, which, damage):
+        yield _of_checkpoint(start, info, which)
+
+
+def _checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a path stands for; None where it is a file, or a folder of published files."""
+    if not path.is_dir():
+        return None
+    if (path / MARKER).is_file():
+        return path
+    if not (path / "checkpoints").is_dir():
+        return None
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise UserError(f"train.start_from = {path}: the run has no complete checkpoint")
+    return newest
+
+
+def _of_checkpoint(start: Start, info: CheckpointInfo, which: Set) -> Source:
+    if start.said not in (None, info.objective.kind):
+        raise UserError(
+            f"train.start_objective = {start.said}, but {info.path} says {info.objective.kind}; expected it left"
+            " out"
+        )
+    reader = ShardReader(info.path / which)
+
+    def fetch(name: str) -> Tensor:
+        tensor = torch.empty(info.shapes[name])
+        load_pieces(info.path / which, [whole_piece(name, tensor)], collective=False, reader=reader)
+        return tensor
+
+    facts = {
+        "path": str(start.path),
+        "set": which,
+        "objective": info.objective.kind,
+        "checkpoint": info.path.name,
+        "step": info.step,
+        "images": info.images,
+        "fingerprint": info.fingerprint,
+    }
+    return Source(_completed(info), info.objective, fetch, facts)
+
+
+def _completed(info: CheckpointInfo) -> ModelConfig:
+    """The network's configuration, with what it left to the data."""
+    left_out = ("image_size", "channels", "num_classes")
+    found = {key: info.dataset[key] for key in left_out if getattr(info.model, key) is None}
+    return info.model.model_copy(update=found)
+
+
+def _of_file(start: Start) -> Source:
+    published = _with_objective(start, _read(start))
+    which: Set = start.which or ("ema" if published.ema is not None else "weights")
+    state = published.state(which)
+    note = check_position_embedding(state, published.config, published.origin, averaged=which == "ema")
+    objective = published.objective
+    facts = {
+        "path": str(start.path),
+        "set": which,
+        "objective": None if objective is None else objective.kind,
+        "bytes": start.path.stat().st_size if start.path.is_file() else None,
+    }
+    notes = [note] if note else []
+    if objective is None:
+        notes.append(f"{start.path} does not say what it was trained to predict; train.start_objective does")
+    return Source(published.config, objective, lambda name: state[name], facts, tuple(notes))
+
+
+def _read(start: Start) -> PublishedWeights:
+    """Read a file. What its weights do not say of their network is taken from the one that starts from it."""
+    try:
+        return read_published(start.path)
+    except UserError:
+        model = start.model
+        expected = {
+            "heads": model.heads,
+            "image_size": model.image_size,
+            "experts_per_token": model.experts_per_token,
+        }
+        return read_published(start.path, config={key: value for key, value in expected.items() if value})
+
+
+def _with_objective(start: Start, published: PublishedWeights) -> PublishedWeights:
+    """The weights with what they were trained to predict, as our networks predict it."""
+    said, origin = start.said, published.origin
+    if published.objective is not None:
+        if said not in (None, published.objective.kind):
+            raise UserError(
+                f"train.start_objective = {said}, but {origin} says {published.objective.kind}; expected it left"
+                " out"
+            )
+        return published
+    if said == "sit":
+        states = [
+            None if state is None else from_sit(state, published.config, origin)
+            for state in (published.ema, published.weights)
+        ]
+        flow = ObjectiveConfig(kind="rectified_flow")
+        return replace(published, ema=states[0], weights=states[1], objective=flow)
+    if said is None and could_be_sit(published.config) and start.objective.kind == "rectified_flow":
+        raise UserError(
+            f"train.start_objective is left out, and {origin} does not say what it was trained to predict: DiT's"
+            " files (ddpm) and SiT's, whose time runs the other way, look alike; expected ddpm, sit, or"
+            " rectified_flow where t = 1 is noise"
+        )
+    return published if said is None else replace(published, objective=ObjectiveConfig(kind=said))
