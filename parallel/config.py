@@ -49,6 +49,15 @@ class OptimConfig(Settings):
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the global gradient; null: no clipping."""
 
+    def learning_rate(self, step: int, steps: int) -> float:
+        """Of a step (from 1) of a run of `steps`: linear warm-up, constant, linear decay."""
+        rate = self.lr
+        if step <= self.warmup_steps:
+            rate *= step / self.warmup_steps
+        if step > steps - self.decay_steps:
+            rate *= (steps - step + 1) / self.decay_steps
+        return rate
+
 
 class CheckpointConfig(Settings):
     """How checkpoints are written, and which are kept: the union of what the keys below name."""

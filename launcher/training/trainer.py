@@ -41,7 +41,6 @@ from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint, step_of
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import load_training_state
-from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.start.begin import begun
@@ -59,16 +58,6 @@ def _other_data(info: CheckpointInfo, changed: list[str]) -> UserError:
         f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
         f" (another {', '.join(changed)}); expected the same, indexed alike, or another run.dir"
     )
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step (from 1) of a run of `steps`: linear warm-up, constant, linear decay."""
-    rate = config.lr
-    if step <= config.warmup_steps:
-        rate *= step / config.warmup_steps
-    if step > steps - config.decay_steps:
-        rate *= (steps - step + 1) / config.decay_steps
-    return rate
 
 
 class Trainer:
@@ -220,7 +209,7 @@ class Trainer:
             batch = feed.next_step()
         self.unreported += batch.skips
         self.heart.beat(self.phase, step, "computes")
-        rate = learning_rate(self.config.optim, step, steps)
+        rate = self.config.optim.learning_rate(step, steps)
         # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
         stop = self.stop.requested or self.saver.failed
         result = None

@@ -25,7 +25,6 @@ from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.training.throughput import PARTS
-from ditmoe.launcher.training.trainer import learning_rate
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
@@ -158,7 +157,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str], se
 )
 def test_learning_rate(warmup: int, decay: int, expected: list[float]) -> None:
     config = OptimConfig(lr=2.0, warmup_steps=warmup, decay_steps=decay)
-    assert [learning_rate(config, step, 5) / 2 for step in range(1, 6)] == pytest.approx(expected)
+    assert [config.learning_rate(step, 5) / 2 for step in range(1, 6)] == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
