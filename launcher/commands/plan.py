@@ -1,7 +1,7 @@
 """`ditmoe plan`: which layout a run should have on a number of GPUs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,9 +18,28 @@ def command(
     ] = None,
     gpus: Annotated[
         int | None,
-        typer.Option(min=1, max=2**20, help="GPUs of the whole run. [default: the configuration's layout]"),
+        typer.Option(
+            min=1,
+            max=2**20,
+            help="GPUs of the whole run. [default: the configuration's, else the fewest that hold it]",
+        ),
     ] = None,
-    gpu: Annotated[str, typer.Option(help="h100, h200, b200, a100-40, a100-80, l40s or rtx4090.")] = "h100",
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="h100, h200, b200, a100-40, a100-80, l40s, rtx4090 or cpu, a core of one."
+            " [default: h100; cpu with launch.device=cpu]"
+        ),
+    ] = None,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, help="Dense peak of one GPU in the run's precision, TFLOP/s; any GPU, with --memory."
+        ),
+    ] = None,
+    memory_bandwidth: Annotated[
+        float | None, typer.Option(min=0.001, help="GB/s of a GPU's own memory. [default: of its kind]")
+    ] = None,
     memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU. [default: of its kind]")] = None,
     bandwidth: Annotated[
         float | None, typer.Option(min=0.001, help="GB/s from a GPU to others of its machine.")
@@ -42,38 +61,39 @@ def command(
     ] = False,
     rank: Annotated[int, typer.Option(min=0, help="The rank that --dry-run runs.")] = 0,
 ) -> None:
-    """Estimate memory, traffic and speed of every layout of a configuration, and name the fastest that fits.
+    """Estimate memory, traffic, speed and length of every layout of a run, and name the fastest that fits.
 
+    Where none fits it proposes the nearest number of GPUs, batch, or offload.
     With --dry-run the real network of one rank makes a step of the configuration's own layout, without memory.
     """
-    from dataclasses import replace
-
+    from ditmoe.launcher.planning.plan import answer, report
     from ditmoe.launcher.planning.plan import as_json as plain
-    from ditmoe.launcher.planning.plan import plans, report
     from ditmoe.parallel.planner.estimate import Machine
 
     run = _complete(config, overrides or [])
     given = {
         "memory_gib": memory,
+        "memory_bandwidth": memory_bandwidth,
         "bandwidth": bandwidth,
         "node_bandwidth": node_bandwidth,
         "gpus_per_node": gpus_per_node,
     }
-    kind = replace(_gpu(gpu), **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+    kind = _gpu(run, gpu, peak_tflops, {key: value for key, value in given.items() if value is not None})
     machine = Machine(kind, efficiency)
+    configured = _configured_gpus(run)
     if dry_run:
         from ditmoe.launcher.planning.plan_dry_run import dry_run_report
 
-        typer.echo(dry_run_report(run, _number_of_gpus(run, gpus), rank, imbalance, as_json))
+        typer.echo(dry_run_report(run, _number_of_gpus(gpus or configured), rank, imbalance, as_json))
         return
-    found = plans(run, _number_of_gpus(run, gpus), machine, imbalance)
+    found = answer(run, gpus, machine, imbalance, configured)
+    shown = None if every else SHOWN
     if as_json:
         import json
 
-        shown = found if every else [plan for plan in found if machine.fits(plan.memory)][:SHOWN]
-        typer.echo(json.dumps([plain(plan, machine) for plan in shown], indent=1))
+        typer.echo(json.dumps(plain(found, shown), indent=1))
         return
-    typer.echo(report(run, found, machine, None if every else SHOWN))
+    typer.echo(report(found, shown))
 
 
 SHOWN = 12
@@ -93,22 +113,40 @@ def _complete(path: Path, overrides: list[str]) -> "RunConfig":
     return run.model_copy(update={"model": with_input_of(run.model, index)})
 
 
-def _gpu(name: str) -> "Gpu":
+def _gpu(run: "RunConfig", name: str | None, peak: float | None, given: dict[str, Any]) -> "Gpu":
+    """The GPU that is meant: a known one, or one that is described, with what is given in place of its own."""
+    from dataclasses import replace
+
     from ditmoe.model.errors import UserError
-    from ditmoe.parallel.planner.gpus import GPUS
+    from ditmoe.parallel.planner.gpus import CPU_CORE, GPUS, described_gpu
 
-    if name not in GPUS:
-        raise UserError(f"--gpu {name}: not known; expected one of {', '.join(GPUS)}")
-    return GPUS[name]
+    kinds = {**GPUS, "cpu": CPU_CORE}
+    if name is None and peak is not None:
+        if "memory_gib" not in given:
+            raise UserError("--peak-tflops without --memory: expected the GiB of one GPU too, or a known --gpu")
+        return replace(described_gpu(peak, given["memory_gib"]), **given)
+    name = name or ("cpu" if run.launch.device == "cpu" else "h100")
+    if name not in kinds:
+        raise UserError(
+            f"--gpu {name}: not known; expected one of {', '.join(kinds)}, or --peak-tflops and --memory"
+        )
+    kind = replace(kinds[name], **given)
+    return kind if peak is None else replace(kind, bf16_tflops=peak, fp32_tflops=peak)
 
 
-def _number_of_gpus(run: "RunConfig", gpus: int | None) -> int:
+def _configured_gpus(run: "RunConfig") -> int | None:
+    """The GPUs, or processes, of the configuration, where it says how many."""
     from ditmoe.launcher.processes import known_processes
-    from ditmoe.model.errors import UserError
 
     parallel = run.parallel
-    of_layout = parallel.data and parallel.data * parallel.pipe * parallel.tensor
-    number = gpus or of_layout or known_processes(run.launch.processes, run.launch.device)
+    if parallel.data is not None:
+        return parallel.data * parallel.pipe * parallel.tensor
+    return known_processes(run.launch.processes, run.launch.device)
+
+
+def _number_of_gpus(number: int | None) -> int:
+    from ditmoe.model.errors import UserError
+
     if number is None:
         raise UserError("--gpus is missing: the configuration does not say how many processes there are")
     return number

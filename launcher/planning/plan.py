@@ -1,192 +1,275 @@
-"""`ditmoe plan`: every layout of a configuration on a number of GPUs, and the best one explained."""
+"""`ditmoe plan`: every layout of a configuration on a number of GPUs, the best explained, and its own ranked."""
 
-from collections.abc import Callable
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
-from pydantic import ValidationError
-
-from ditmoe.launcher.configuration.checks import layout_problems
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.run_config import RunConfig
-from ditmoe.launcher.configuration.sections import TrainConfig
+from ditmoe.launcher.planning.explanation import explanation, limit, table
+from ditmoe.launcher.planning.nearest import Proposal, find_plans, least_gpus, proposals
+from ditmoe.launcher.planning.needs import Sample, needs, needs_lines, sample_of, span
+from ditmoe.launcher.planning.workload import legality, own_layout, workload_of
 from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
-from ditmoe.model.settings import message_of
-from ditmoe.parallel.config import ParallelConfig
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.planner.estimate import Machine, Plan
-from ditmoe.parallel.planner.links import spreads
-from ditmoe.parallel.planner.memory import Workload
-from ditmoe.parallel.planner.search import candidates, left_out, search
-from ditmoe.parallel.planner.zero import ZeroSettings
+from ditmoe.parallel.planner.estimate import Machine, Plan, plan
+from ditmoe.parallel.planner.search import left_out
 
-GIB = 2**30
+GIB: Final = 2**30
+
+
+@dataclass(frozen=True)
+class Answer:
+    """All that `ditmoe plan` says."""
+
+    config: RunConfig
+    machine: Machine
+    gpus: int
+    why_gpus: str
+    """Who says that it is so many."""
+    plans: list[Plan]
+    """Of all layouts that can run: those that fit first, by falling throughput."""
+    own: Plan | list[str]
+    """The configuration's own layout, or what keeps it from running on so many GPUs."""
+    nearest: list[Proposal]
+    """Where none fits."""
+    least: int | None
+    """The fewest GPUs that hold the run, where their number was not given and one was found."""
+    sample: Sample
+
+    @property
+    def fitting(self) -> list[Plan]:
+        """The plans that fit."""
+        return [found for found in self.plans if self.machine.fits(found.memory)]
+
+    @property
+    def own_place(self) -> int | None:
+        """Place of the own layout among those that fit, from 1; None where it does not."""
+        own = self.own
+        if isinstance(own, list) or not self.machine.fits(own.memory):
+            return None
+        same = (number for number, each in enumerate(self.fitting, 1) if _key(each) == _key(own))
+        faster = sum(each.images_per_second > own.images_per_second for each in self.fitting)
+        return next(same, faster + 1)
+
+
+def answer(
+    config: RunConfig,
+    gpus: int | None,
+    machine: Machine,
+    imbalance: float = 1.0,
+    configured: int | None = None,
+) -> Answer:
+    """Plan a configuration with a complete model.
+
+    Args:
+        gpus: of the whole run, as asked for.
+        imbalance: the fullest expert rank gets this many times the mean.
+        configured: those of the configuration, where it says.
+
+    Raises:
+        UserError: no layout can run, for a reason that the checks of a configuration name.
+    """
+    least = None if gpus else least_gpus(config, machine)
+    number = gpus or configured or least
+    if number is None:
+        raise UserError(
+            f"no number of {machine.gpu.name} ({machine.gpu.memory_gib:g} GiB) was found that holds the run;"
+            " expected GPUs with more memory (--memory, --gpu), or --gpus to see what it lacks"
+        )
+    why = "as asked for" if gpus else "as the configuration says" if configured else "the fewest that hold the run"
+    found = plans(config, number, machine, imbalance)
+    fits = machine.fits(found[0].memory)
+    return Answer(
+        config=config,
+        machine=machine,
+        gpus=number,
+        why_gpus=why,
+        plans=found,
+        own=_own(config, number, machine, imbalance),
+        nearest=[] if fits else proposals(config, number, machine, imbalance),
+        least=least,
+        sample=sample_of(config),
+    )
 
 
 def plans(config: RunConfig, gpus: int, machine: Machine, imbalance: float = 1.0) -> list[Plan]:
     """The plans of all layouts that can run: those that fit first, by falling throughput.
 
-    Args:
-        config: with a complete model.
-        imbalance: the fullest expert rank gets this many times the mean.
-
     Raises:
-        UserError: there is none, for a reason that the checks of a configuration name.
+        UserError: there is none, for a reason that the checks of a configuration name; with the nearest that fits.
     """
-    zero = ZeroSettings.from_extra(config.deepspeed)
-    workloads = [Workload(config.train.precision, recompute, imbalance, zero) for recompute in (False, True)]
-    legal = _legality(config)
-    layouts = candidates(config.model, gpus, config.train.batch, config.parallel.offload)
-    found = search(config.model, layouts, workloads, machine, lambda *tried: not legal(*tried))
-    if not found:
-        problems = legal(Layout(1, gpus, 1, 1, 1, max(1, config.train.batch // gpus), 1), workloads[0])
-        raise UserError(problem_list(f"--gpus {gpus}: no layout can run, the plainest because of", problems))
-    return found
+    found = find_plans(config, gpus, machine, imbalance)
+    if found:
+        return found
+    plainest = Layout(1, gpus, 1, 1, 1, max(1, config.train.batch // gpus), 1)
+    problems = legality(config)(plainest, workload_of(config, False, imbalance))
+    text = problem_list(f"--gpus {gpus}: no layout can run, the plainest because of", problems)
+    changes = [proposal.change for proposal in proposals(config, gpus, machine, imbalance)]
+    raise UserError(text + (f"\nnearest that fit: {', or '.join(changes)}" if changes else ""))
 
 
-def _legality(config: RunConfig) -> Callable[[Layout, Workload], list[str]]:
-    """What `ditmoe train` would say to a layout of this configuration: nothing, if it can run."""
-    sections = {name: getattr(config, name) for name in RunConfig.model_fields}
-
-    def problems(layout: Layout, workload: Workload) -> list[str]:
-        try:
-            parallel = ParallelConfig(
-                pipe=layout.pipe,
-                tensor=layout.tensor,
-                expert=layout.expert,
-                data=layout.data,
-                zero=layout.zero,
-                offload=layout.offload,
-                activation_checkpointing=workload.recompute,
-            )
-        except ValidationError as error:
-            return [f"parallel.{'.'.join(map(str, e['loc']))}: {message_of(e)}" for e in error.errors()]
-        train: TrainConfig = config.train.model_copy(update={"micro_batch": layout.micro_batch})
-        return layout_problems({**sections, "parallel": parallel, "train": train}, layout.processes)
-
-    return problems
+def _own(config: RunConfig, gpus: int, machine: Machine, imbalance: float) -> Plan | list[str]:
+    layout = own_layout(config, gpus)
+    if isinstance(layout, list):
+        return layout
+    return plan(config.model, layout, workload_of(config, imbalance=imbalance), machine)
 
 
-def report(config: RunConfig, found: list[Plan], machine: Machine, shown: int | None) -> str:
-    """The table of the best plans and the first of them in words."""
-    fitting = [plan for plan in found if machine.fits(plan.memory)]
-    model, gpu = config.model, machine.gpu
+def _key(found: Plan) -> tuple[Layout, bool]:
+    return found.layout, found.workload.recompute
+
+
+def report(found: Answer, shown: int | None) -> str:
+    """The table of the best plans, the first of them in words, and where the own layout ranks."""
+    config, machine = found.config, found.machine
+    model, gpu, fitting = config.model, machine.gpu, found.fitting
     parameters = count(model)
-    first = found[0].layout
+    missed = left_out(model, found.gpus, config.train.batch)
     lines = [
         f"{model.preset or 'the network'}: {parameters.total:,} parameters, {parameters.activated:,} activated,"
         f" {model.tokens} tokens, {config.train.precision}",
-        f"{first.processes} × {gpu.name} ({gpu.memory_gib:g} GiB), batch {config.train.batch}:"
-        f" {len(found)} layouts can run, {len(fitting)} of them fit",
-        *_left_out(config, first),
+        f"{found.gpus} × {gpu.name} ({gpu.memory_gib:g} GiB), {found.why_gpus}, batch {config.train.batch}:"
+        f" {len(found.plans)} layouts can run, {len(fitting)} of them fit",
+        *(
+            [f"{missed:,} more layouts were not tried: of each axis only sizes that are evenly spread"]
+            if missed
+            else []
+        ),
+        *([f"the fewest that hold the run: {found.least}"] if found.least else []),
         "",
-        *_table((fitting or found)[:shown], machine),
+        *table((fitting or found.plans)[:shown], machine),
+        "",
     ]
     if fitting:
-        lines += ["", *explanation(fitting[0], machine)]
+        lines += [*explanation(fitting[0], machine), *_to_the_end(found, fitting[0])]
+        lines += ["To use it, put after the configuration:", "  " + " ".join(fitting[0].overrides())]
     else:
-        lines += ["", "No layout fits. The one above that needs least memory is a beginning: more GPUs, or"]
-        lines[-1] += " GPUs with more memory, are needed."
+        lines += _nothing_fits(found)
+    lines += ["", *_own_words(found), "All figures are estimates; none was measured on a GPU."]
     return "\n".join(lines)
 
 
-def _left_out(config: RunConfig, layout: Layout) -> list[str]:
+def _left_out(missed: int) -> list[str]:
     """A line where not every layout was tried."""
-    number = left_out(config.model, layout.processes, config.train.batch)
-    return (
-        [f"{number:,} more layouts were not tried: of each axis only sizes that are evenly spread"]
-        if number
-        else []
-    )
+    words = f"{missed:,} more layouts were not tried: of each axis only sizes that are evenly spread"
+    return [words] if missed else []
 
 
-def _table(rows: list[Plan], machine: Machine) -> list[str]:
-    lines = [
-        "pipe tensor expert  data ZeRO micro recompute |"
-        "  weights   grads   optim     EMA activat buffers    peak GiB | bubble  step s  images/s    MFU"
+def _to_the_end(found: Answer, chosen: Plan) -> list[str]:
+    needed = needs(found.config, chosen, found.machine, found.sample)
+    return [
+        f"The whole run, {found.config.train.steps:,} steps:",
+        *(f"  {line}" for line in needs_lines(needed, found.machine)),
     ]
-    for plan in rows:
-        layout, memory = plan.layout, plan.memory
-        parts = (
-            memory.weights,
-            memory.gradients,
-            memory.optimizer,
-            memory.ema,
-            memory.activations,
-            memory.buffers,
-            memory.peak,
-        )
-        lines.append(
-            f"{layout.pipe:>4} {layout.tensor:>6} {layout.expert:>6} {layout.data:>5} {layout.zero:>4}"
-            f" {layout.micro_batch:>5} {'yes' if plan.workload.recompute else 'no':>9} |"
-            + "".join(f"{part / GIB:>8.2f}" for part in parts)
-            + ("    " if machine.fits(memory) else "  !  ")
-            + f" | {plan.bubble:>6.1%} {plan.step_seconds:>7.3f} {plan.images_per_second:>9,.0f} {plan.mfu:>6.1%}"
-        )
+
+
+def _nothing_fits(found: Answer) -> list[str]:
+    gpu, least = found.machine.gpu, found.plans[0]
+    lines = [
+        f"No layout fits: the one that needs least takes {least.memory.peak / GIB:.1f} GiB, and 92% of"
+        f" {gpu.memory_gib:g} GiB are for a run."
+    ]
+    if not found.nearest:
+        return [*lines, "Nothing near it was found that fits: GPUs with more memory are needed."]
+    lines.append("Nearest that fit:")
+    for proposal in found.nearest:
+        plan, needed = proposal.plan, needs(found.config, proposal.plan, found.machine, found.sample)
+        lines += [
+            f"  {proposal.change}: {plan.memory.peak / GIB:.1f} GiB a rank, {needed.host_of_machine / GIB:.1f} GiB"
+            f" of host memory a machine, {plan.images_per_second:,.0f} images/s, {span(needed.hours)}",
+            "    " + " ".join(plan.overrides()),
+        ]
     return lines
 
 
-def explanation(plan: Plan, machine: Machine) -> list[str]:
-    """Why a plan's axes are as they are, what it sends, and how to ask for it."""
-    layout, memory, gpu = plan.layout, plan.memory, machine.gpu
-    longest = sorted(plan.seconds.items(), key=lambda part: -part[1])
-    sent = [f"  {kind:<15}{payload / GIB:>10.3f} GiB" for kind, payload in plan.traffic.most_common()]
-    return [
-        f"The best: {plan.images_per_second:,.0f} images/s, {plan.step_seconds:.3f} s a step, MFU {plan.mfu:.1%}",
-        f"  {_why_pipe(plan)}",
-        f"  {_why_expert(plan, machine)}",
-        f"  {_why_zero(layout)}",
-        f"  {_why_micro_batch(plan)}",
-        f"  memory: {memory.peak / GIB:.1f} of {gpu.memory_gib:g} GiB on a rank of stage {plan.stage}",
-        "  time: " + ", ".join(f"{name} {part:.3f} s" for name, part in longest if part >= 0.0005),
-        "Sent by a rank in one step (payloads):",
-        *(sent or ["  nothing"]),
-        "To use it, put after the configuration:",
-        "  " + " ".join(plan.overrides()),
-        "All figures are estimates; none was measured on a GPU.",
+def _own_words(found: Answer) -> list[str]:
+    """Where the configuration's own layout ranks among those that fit, and why there."""
+    own, machine = found.own, found.machine
+    if isinstance(own, list):
+        return [f"The configuration's own layout cannot run on {found.gpus}:", *(f"  {line}" for line in own)]
+    size = f"{own.memory.peak / GIB:.1f} GiB"
+    if found.own_place is None:
+        return [
+            f"The configuration's own layout does not fit: it takes {size} of {machine.gpu.memory_gib:g},"
+            f" most of it {_largest_part(own)}."
+        ]
+    best, hours = found.fitting[0], needs(found.config, own, machine, found.sample).hours
+    lines = [
+        f"The configuration's own layout is number {found.own_place} of {len(found.fitting)} that fit:"
+        f" {own.images_per_second:,.0f} images/s, {own.step_seconds:.3f} s a step, {size}, {span(hours)}",
+        f"  limited by {limit(own)}",
     ]
+    if found.own_place > 1:
+        lines.append(f"  {_why_behind(own, best)}")
+    return lines
 
 
-def _why_pipe(plan: Plan) -> str:
-    layout = plan.layout
-    if layout.pipe == 1:
-        return "pipe 1: the network fits without stages, and stages would wait for one another"
-    return f"pipe {layout.pipe}: stages hold a part of the blocks each; {plan.bubble:.1%} of the time is bubble"
-
-
-def _why_expert(plan: Plan, machine: Machine) -> str:
-    layout = plan.layout
-    if layout.expert == 1:
-        return "expert 1: every rank holds all experts, so no token travels"
-    crossed = any(spread.machines > 1 for spread in spreads(layout, "expert", machine.gpu.gpus_per_node))
-    where = "also between machines" if crossed else "within a machine"
-    return f"expert {layout.expert}: experts are dealt out, which saves their memory; tokens travel {where}"
-
-
-def _why_zero(layout: Layout) -> str:
-    words = {
-        0: "nothing is sharded, which sends least",
-        1: "the optimiser and the EMA are sharded; gradients are averaged once a step",
-        2: "gradients are sharded too, and averaged in every micro-step",
-        3: "weights are sharded too, and gathered for each pass",
+def _largest_part(own: Plan) -> str:
+    memory = own.memory
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "the optimiser": memory.optimizer,
+        "the EMA": memory.ema,
+        "activations": memory.activations,
+        "buffers": memory.buffers,
     }
-    return f"ZeRO {layout.zero} over {layout.data} data ranks: {words[layout.zero]}"
+    name = max(parts, key=lambda part: parts[part])
+    return f"{name}, {parts[name] / GIB:.1f} GiB"
 
 
-def _why_micro_batch(plan: Plan) -> str:
-    layout = plan.layout
-    text = f"micro-batch {layout.micro_batch}, {layout.accumulation} of them a step"
-    if plan.workload.recompute:
-        return f"{text}; blocks are computed again in the backward pass, because their activations do not fit"
-    return f"{text}; activations are kept, so nothing is computed twice"
+def _why_behind(own: Plan, best: Plan) -> str:
+    """What the own layout loses its time with, or what is better in the best where they are equally fast."""
+    slower = own.step_seconds / best.step_seconds - 1
+    losses = {part: own.seconds[part] - best.seconds[part] for part in own.seconds}
+    part = max(losses, key=lambda name: losses[name])
+    if slower < 0.005:
+        return (
+            f"as fast as the best, which has {best.layout.accumulation} micro-steps and takes"
+            f" {best.memory.peak / GIB:.1f} GiB; it has {own.layout.accumulation}"
+        )
+    return f"{slower:.1%} slower than the best: {part} takes {losses[part]:.3f} s more"
 
 
-def as_json(plan: Plan, machine: Machine) -> dict[str, Any]:
+def as_json(found: Answer, shown: int | None) -> dict[str, Any]:
+    """The same as plain data, numbers exact.
+
+    Args:
+        shown: plans at most, of those that fit; None: all, also those that do not fit.
+    """
+    config, machine, own = found.config, found.machine, found.own
+    parameters = count(config.model)
+    chosen = found.plans if shown is None else found.fitting[:shown]
+    return {
+        "gpus": found.gpus,
+        "gpu": asdict(machine.gpu),
+        "efficiency": machine.efficiency,
+        "fewest_gpus": found.least,
+        "parameters": parameters.total,
+        "activated_parameters": parameters.activated,
+        "batch": config.train.batch,
+        "steps": config.train.steps,
+        "layouts": {
+            "can_run": len(found.plans),
+            "fit": len(found.fitting),
+            "not_tried": left_out(config.model, found.gpus, config.train.batch),
+        },
+        "plans": [_plain(each, found) for each in chosen],
+        "own": {"problems": own} if isinstance(own, list) else {"place": found.own_place, **_plain(own, found)},
+        "nearest": [
+            {"change": each.change, "gpus": each.gpus, **_plain(each.plan, found)} for each in found.nearest
+        ],
+    }
+
+
+def _plain(plan: Plan, found: Answer) -> dict[str, Any]:
     """A plan as plain data."""
+    part, share = plan.limit
     return {
         "layout": vars(plan.layout),
         "activation_checkpointing": plan.workload.recompute,
-        "fits": machine.fits(plan.memory),
+        "fits": found.machine.fits(plan.memory),
         "memory_bytes": vars(plan.memory),
         "sent_bytes": dict(plan.traffic),
         "bubble": plan.bubble,
@@ -194,5 +277,7 @@ def as_json(plan: Plan, machine: Machine) -> dict[str, Any]:
         "step_seconds": plan.step_seconds,
         "images_per_second": plan.images_per_second,
         "mfu": plan.mfu,
+        "limited_by": {"part": part, "share": share, "compute_waits_for": plan.pace},
+        "run": needs(found.config, plan, found.machine, found.sample).plain(),
         "overrides": plan.overrides(),
     }

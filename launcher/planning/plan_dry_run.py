@@ -5,11 +5,11 @@ from typing import Any
 
 from ditmoe.launcher.configuration.resolve import layout_of, resolve
 from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.planning.workload import workload_of
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.planner.dry_run import DryRun, dry_run
-from ditmoe.parallel.planner.memory import RankMemory, Workload, rank_memory
+from ditmoe.parallel.planner.memory import RankMemory, rank_memory
 from ditmoe.parallel.planner.traffic import step_traffic
-from ditmoe.parallel.planner.zero import ZeroSettings
 from ditmoe.parallel.stages import stage_blocks
 
 GIB = 2**30
@@ -33,12 +33,7 @@ def dry_run_report(config: RunConfig, processes: int, rank: int, imbalance: floa
         raise UserError(
             f"--imbalance {imbalance:g}: expected at most parallel.expert = {layout.expert}, one rank getting all"
         )
-    work = Workload(
-        resolved.train.precision,
-        resolved.parallel.activation_checkpointing,
-        imbalance,
-        ZeroSettings.from_extra(resolved.deepspeed),
-    )
+    work = workload_of(resolved, imbalance=imbalance)
     found = dry_run(resolved.model, resolved.objective, layout, work, rank)
     expected = rank_memory(resolved.model, layout, found.blocks, found.stage, work)
     traffic = step_traffic(resolved.model, layout, found.blocks, work)

@@ -4,11 +4,12 @@ from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.stream.dataset import open_index
 from ditmoe.launcher.configuration.resolve import layout_of, resolve, shown_yaml
 from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.planning.workload import workload_of
 from ditmoe.launcher.processes import process_count
 from ditmoe.model.count import count
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.planner.memory import RankMemory, Workload, rank_memory
-from ditmoe.parallel.planner.zero import ZeroSettings
+from ditmoe.parallel.planner.estimate import fullest_stage
+from ditmoe.parallel.planner.memory import RankMemory
 from ditmoe.parallel.ranks import this_process
 from ditmoe.parallel.stages import stage_blocks
 
@@ -59,18 +60,7 @@ def dry_run(raw: RunConfig, origin: str) -> str:
 
 def largest_stage(config: RunConfig) -> tuple[int, RankMemory]:
     """The pipeline stage of a resolved configuration that needs most memory, and what it needs."""
-    layout = layout_of(config)
-    work = Workload(
-        config.train.precision,
-        config.parallel.activation_checkpointing,
-        zero=ZeroSettings.from_extra(config.deepspeed),
-    )
-    memories = [
-        rank_memory(config.model, layout, blocks, stage, work)
-        for stage, blocks in enumerate(stage_blocks(config.model, layout.pipe))
-    ]
-    fullest = max(range(layout.pipe), key=lambda stage: memories[stage].peak)
-    return fullest, memories[fullest]
+    return fullest_stage(config.model, layout_of(config), workload_of(config))
 
 
 def _index(config: RunConfig) -> tuple[DatasetIndex | None, list[str]]:

@@ -77,11 +77,19 @@ class Plan:
     images_per_second: float
     mfu: float
     """3 × forward FLOPs of the batch / (step × peak of all GPUs)."""
+    pace: str
+    """What the compute waits for: matrix products, the GPU's memory, or the host that starts kernels."""
 
     @cached_property
     def step_seconds(self) -> float:
         """Of one optimiser step."""
         return sum(self.seconds.values())
+
+    @property
+    def limit(self) -> tuple[str, float]:
+        """The part that takes longest, and its share of the step."""
+        part = max(self.seconds, key=lambda name: self.seconds[name])
+        return part, self.seconds[part] / self.step_seconds
 
     def overrides(self) -> list[str]:
         """The layout as keys of a configuration."""
@@ -103,24 +111,37 @@ def plan(config: ModelConfig, layout: Layout, workload: Workload, machine: Machi
     stages = stage_blocks(config, layout.pipe)
     macs = macs_of_parts(config)
     distinct = _distinct(config, stages)
-    memories = {number: rank_memory(config, layout, blocks, number, workload) for number, blocks in distinct}
-    fullest = max(memories, key=lambda number: memories[number].peak)
+    fullest, memory = fullest_stage(config, layout, workload)
     busiest = max((step_traffic(config, layout, blocks, workload) for _, blocks in distinct), key=_total)
-    seconds = _seconds(config, layout, [blocks for _, blocks in distinct], memories[fullest], workload, machine)
+    slowest = max((blocks for _, blocks in distinct), key=lambda found: _stage_macs(macs, config, found))
+    compute = _compute(config, layout, slowest, workload, machine)
+    every = [blocks for _, blocks in distinct]
+    seconds = _seconds(config, layout, every, slowest, memory, max(compute.values()), workload, machine)
     step = sum(seconds.values())
     flops = 2 * TRAINING_PASSES * _stage_macs(macs, config, range(config.depth)) * layout.batch
     peak = machine.gpu.tflops(workload.precision) * 1e12 * layout.processes
     return Plan(
         layout=layout,
         workload=workload,
-        memory=memories[fullest],
+        memory=memory,
         stage=fullest,
         traffic=busiest,
         bubble=(layout.pipe - 1) / (layout.accumulation + layout.pipe - 1),
         seconds=seconds,
         images_per_second=layout.batch / step,
         mfu=flops / (step * peak),
+        pace=max(compute, key=lambda name: compute[name]),
     )
+
+
+def fullest_stage(config: ModelConfig, layout: Layout, workload: Workload) -> tuple[int, RankMemory]:
+    """The pipeline stage that needs most memory, and what a rank of it needs."""
+    memories = {
+        number: rank_memory(config, layout, blocks, number, workload)
+        for number, blocks in _distinct(config, stage_blocks(config, layout.pipe))
+    }
+    fullest = max(memories, key=lambda number: memories[number].peak)
+    return fullest, memories[fullest]
 
 
 def _distinct(config: ModelConfig, stages: tuple[range, ...]) -> list[tuple[int, range]]:
@@ -140,29 +161,42 @@ def _total(traffic: Traffic) -> int:
     return sum(traffic.values())
 
 
-def _seconds(
-    config: ModelConfig,
-    layout: Layout,
-    stages: list[range],
-    memory: RankMemory,
-    workload: Workload,
-    machine: Machine,
+def _compute(
+    config: ModelConfig, layout: Layout, blocks: range, workload: Workload, machine: Machine
 ) -> dict[str, float]:
-    """One step's time by part, each at the pace of the stage that it takes longest on."""
-    gpu, micro_steps, macs = machine.gpu, layout.accumulation, macs_of_parts(config)
-    blocks = max(stages, key=lambda found: _stage_macs(macs, config, found))
+    """Seconds of one micro-step on a stage, by what they might be waiting for; the longest is what it takes."""
+    gpu, macs = machine.gpu, macs_of_parts(config)
     passes = TRAINING_PASSES + workload.recompute
     flops = 2 * passes * _stage_macs(macs, config, blocks) * layout.micro_batch / layout.tensor
     # The fullest expert rank computes its share of the routed experts while the others wait.
     flops *= 1 + (workload.imbalance - 1) * _routed_share(config, macs)
     saved = len(blocks) * activations(config, layout, workload.number_bytes, workload.imbalance).block
-    on_gpu = flops / (gpu.tflops(workload.precision) * 1e12 * machine.efficiency)
-    on_gpu += saved * ELEMENT_PASSES / (gpu.memory_bandwidth * 1e9)
+    products = flops / (gpu.tflops(workload.precision) * 1e12 * machine.efficiency)
+    moved = saved * ELEMENT_PASSES / (gpu.memory_bandwidth * 1e9)
     on_host = len(blocks) * KERNELS_PER_BLOCK * KERNEL_SECONDS * passes / TRAINING_PASSES
     if layout.zero == 3:
         on_host += len(list(anatomy(config).stage(blocks))) * (passes - 1) * ZERO_3_SECONDS
-    compute = max(on_gpu, on_host)
+    device = "matrix products" if products >= moved else "memory bandwidth"
+    return {device: products + moved, "starting kernels on the host": on_host}
 
+
+def _seconds(
+    config: ModelConfig,
+    layout: Layout,
+    stages: list[range],
+    blocks: range,
+    memory: RankMemory,
+    compute: float,
+    workload: Workload,
+    machine: Machine,
+) -> dict[str, float]:
+    """One step's time by part, each at the pace of the stage that it takes longest on.
+
+    Args:
+        blocks: of the stage that computes longest.
+        compute: its seconds for a micro-step.
+    """
+    gpu, micro_steps = machine.gpu, layout.accumulation
     expert = expert_traffic(config, layout, blocks, workload)["all-to-all"] / micro_steps
     exchange = link_seconds("all-to-all", expert, layout, "expert", gpu)
     exchange += len(blocks) * (3 * (1 + workload.recompute) + 2) * COLLECTIVE_SECONDS if layout.expert > 1 else 0

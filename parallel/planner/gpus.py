@@ -1,4 +1,4 @@
-"""GPUs that are known, from their vendor's data sheets."""
+"""GPUs that are known, from their vendor's data sheets; a CPU core; and those that somebody describes."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +24,16 @@ class Gpu:
     """GB/s that one GPU can send to other machines: its share of the network cards."""
     gpus_per_node: int
 
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is a core of a CPU, on which a run without GPUs has a process each."""
+        return self is CPU_CORE or self.name == CPU_CORE.name
+
+    @property
+    def unit(self) -> str:
+        """What one of them is called where they are counted."""
+        return "CPU core" if self.is_cpu else "GPU"
+
     def tflops(self, precision: str) -> float:
         """Dense peak in a precision."""
         return self.bf16_tflops if precision == "bf16" else self.fp32_tflops
@@ -40,6 +50,31 @@ GPUS: Final = {
 }
 """By the name that `--gpu` takes. NVLink where the GPU has it, PCIe otherwise; networks of 400, 200, 100 and 25
 Gb/s per GPU are what such machines usually have, and should be given where they differ."""
+
+CPU_CORE: Final = Gpu("CPU core", "", 0.19, 0.19, 2, 10, 5, 1, 64)
+"""A core with AVX-512 and its share of a laptop's memory; a run without GPUs has a process on each."""
+
+PCIE_BANDWIDTH: Final = 32.0
+"""GB/s to others of a machine where nobody says otherwise: PCIe 4."""
+NETWORK_BANDWIDTH: Final = 12.5
+"""GB/s to other machines where nobody says otherwise: 100 Gb/s."""
+BYTES_PER_FLOP: Final = 4e-3
+"""Memory bandwidth where nobody says otherwise, as a share of the peak; the known ones have 0.0024 to 0.0065."""
+
+
+def described_gpu(peak_tflops: float, memory_gib: float) -> Gpu:
+    """A GPU of which no more is known than its peak, TFLOP/s in the run's precision, and its memory."""
+    return Gpu(
+        f"GPU of {peak_tflops:g} TFLOP/s",
+        "",
+        peak_tflops,
+        peak_tflops,
+        memory_gib,
+        peak_tflops * 1e3 * BYTES_PER_FLOP,
+        PCIE_BANDWIDTH,
+        NETWORK_BANDWIDTH,
+        8,
+    )
 
 
 def tflops_of_device(name: str, precision: str) -> float | None:

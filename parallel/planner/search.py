@@ -87,6 +87,10 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(number // candidate for candidate in small)}))
 
 
+EQUAL: Final = 0.005
+"""Layouts whose throughput differs by less, as a share, are taken for equal: no estimate is that exact."""
+
+
 def search(
     config: ModelConfig,
     layouts: Iterable[Layout],
@@ -94,7 +98,10 @@ def search(
     machine: Machine,
     legal: Callable[[Layout, Workload], bool],
 ) -> list[Plan]:
-    """The plans of all legal layouts: those that fit first, each part by falling throughput, then by memory.
+    """The plans of all legal layouts: those that fit first, each part by falling throughput.
+
+    Among equals the one with the fewest micro-steps comes first, which has the fewest calls and messages that
+    nothing here prices, and of those the one that needs least memory. Plans that do not fit go by memory.
 
     Args:
         legal: whether a layout can run.
@@ -106,6 +113,19 @@ def search(
         for workload in choices
         if legal(layout, workload)
     ]
-    return sorted(
-        plans, key=lambda found: (not machine.fits(found.memory), -found.images_per_second, found.memory.peak)
-    )
+    fitting = [found for found in plans if machine.fits(found.memory)]
+    others = [found for found in plans if not machine.fits(found.memory)]
+    return [*_by_speed(fitting), *sorted(others, key=lambda found: found.memory.peak)]
+
+
+def _by_speed(plans: list[Plan]) -> list[Plan]:
+    """Fastest first; runs of equals, each counted from its fastest, by micro-steps and then by memory."""
+    ordered: list[Plan] = []
+    equals: list[Plan] = []
+    for found in [*sorted(plans, key=lambda found: -found.images_per_second), None]:
+        if found is None or (equals and found.images_per_second < (1 - EQUAL) * equals[0].images_per_second):
+            ordered += sorted(equals, key=lambda each: (each.layout.accumulation, each.memory.peak))
+            equals = []
+        if found is not None:
+            equals.append(found)
+    return ordered
