@@ -2,18 +2,24 @@
 
 All its noise comes from streams keyed by (seed, image number, step), so that neither the batch size nor who draws
 the other images has a say in it beyond rounding. Every batch has the same shape (the last one is filled up),
-because a matrix product of another shape may round otherwise.
+because a matrix product of another shape may round otherwise. A CPU draws a batch in shards of one thread each,
+whose size is a matter of batch and network alone: so images do not tell how many threads there were, and threads
+do not wait for one another within layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ditmoe.data.shards.images import to_uint8
+from ditmoe.model.config import ModelConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.threads import map_in_threads, threads_of
+from ditmoe.parallel.expert_group import NetworkOfGroup
 from ditmoe.sampling.chains.images import ChainImages, StateFile, draw_chain_images, find_posterior
 from ditmoe.sampling.drawing.noise import ImageNoise, noise_threads
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
@@ -23,6 +29,9 @@ from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.levels import NoisePosterior
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import NOT_FINITE
+
+SHARD_TOKENS: Final = 1024
+"""Tokens, about, of the images that a thread of a CPU draws at once."""
 
 
 class GeneratedFloats(NamedTuple):
@@ -116,9 +125,9 @@ def generate(
         image_BHWC, finite_B = as_bytes(x_BCHW if vae is None else vae.decode(x_BCHW))
         return image_BHWC.cpu(), finite_B.cpu()
 
-    with _evaluating(model, config) as (denoiser, shape), torch.inference_mode():
+    with _evaluating(model, config) as (denoisers, shape), torch.inference_mode(), threads_of(device):
         drawn = draw_chain_images(
-            denoiser,
+            denoisers(),
             posterior,
             config,
             labels.to(device),
@@ -185,39 +194,72 @@ def _draw_batches(
     batches = [
         list(range(first, min(first + batch, len(image_numbers)))) for first in range(0, len(image_numbers), batch)
     ]
-    filled = [wanted + [wanted[-1]] * (batch - len(wanted)) for wanted in batches]
-    with (
-        _evaluating(model, config) as (denoiser, shape),
-        torch.inference_mode(),
-        noise_threads() as threads,
-    ):
-        noises = [
-            ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device, threads)
-            for rows in filled
-        ]
-        for number, (wanted, rows, noise) in enumerate(zip(batches, filled, noises, strict=True)):
-            initial_BCHW = noise.initial()
-            for following in noises[number + 1 : number + 2]:
-                following.prepare()
-            drawn = draw(denoiser, labels[rows].to(device), initial_BCHW, noise, config)
-            noise.forget()
+    size = shard_size(model.model_config, batch, device)
+    # Ranks of a group meet within layers: each draws one shard after the other.
+    apart = not isinstance(model.network, NetworkOfGroup)
+    with _evaluating(model, config) as (denoisers, shape), noise_threads() as threads:
+
+        def shards_of(wanted: list[int]) -> list[_Shard]:
+            cuts = (wanted[first : first + size] for first in range(0, len(wanted), size))
+            filled = (rows + [rows[-1]] * (size - len(rows)) for rows in cuts)
+            return [
+                _Shard(rows, ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device, threads))
+                for rows in filled
+            ]
+
+        @torch.inference_mode()
+        def draw_shard(shard: _Shard) -> tuple[Tensor, Tensor]:
+            label_B = labels[shard.rows].to(device)
+            drawn = draw(denoisers(), label_B, shard.noise.initial(), shard.noise, config)
+            shard.noise.forget()
             pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
-            nfe_B = torch.full((len(rows),), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
+            nfe_B = torch.full((size,), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
+            return pixels_BCHW, nfe_B
+
+        shards = [shards_of(wanted) for wanted in batches]
+        for number, wanted in enumerate(batches):
+            for shard in shards[number]:
+                shard.noise.prepare()
+            for shard in (shard for following in shards[number + 1 : number + 2] for shard in following):
+                shard.noise.prepare()
+            with nullcontext() if apart else threads_of(device):
+                found = map_in_threads(draw_shard, shards[number], device)
+            pixels_BCHW, nfe_B = (torch.cat(parts) for parts in zip(*found, strict=True))
             take(pixels_BCHW[: len(wanted)], nfe_B[: len(wanted)])
             if progress is not None:
                 progress(wanted[-1] + 1)
 
 
+class _Shard(NamedTuple):
+    """Images that are drawn at once."""
+
+    rows: list[int]
+    """Of the labels; the last one again where the shard is filled up."""
+    noise: ImageNoise
+
+
+def shard_size(config: ModelConfig, batch: int, device: torch.device) -> int:
+    """Images of a batch that are drawn at once: all on a GPU, some of equal number on a CPU."""
+    if device.type != "cpu":
+        return batch
+    assert config.image_size is not None
+    fitting = max(1, SHARD_TOKENS // (config.image_size // config.patch) ** 2)
+    return -(-batch // -(-batch // fitting))
+
+
 @contextmanager
-def _evaluating(model: LoadedModel, config: SamplerConfig) -> Iterator[tuple[Denoiser, tuple[int, int, int]]]:
-    """The model's denoiser and the (C, H, W) of what it draws, with the network in evaluation mode."""
+def _evaluating(
+    model: LoadedModel, config: SamplerConfig
+) -> Iterator[tuple[Callable[[], Denoiser], tuple[int, int, int]]]:
+    """Makes denoisers of the model, one for each thread; and the (C, H, W) of what it draws. The network is in
+    evaluation mode."""
     network, model_config = model.network_in(config.precision), model.model_config
     assert model_config.channels and model_config.image_size
     training = network.training
     network.eval()
     try:
         yield (
-            make_denoiser(network, model_config, model.objective_config, config),
+            partial(make_denoiser, network, model_config, model.objective_config, config),
             (model_config.channels, model_config.image_size, model_config.image_size),
         )
     finally:

@@ -106,11 +106,7 @@ def drawer(synthesis: Synthesis, device: torch.device, *, several: bool = False)
             generate(model, labels, numbers, sampler, batch, posterior=posterior, state_file=state_file)
         )
 
-    def draw_alike(numbers: list[int], label_N: NDArray[np.int64]) -> DrawnImages:
-        with threads_of(device):
-            return draw(numbers, label_N)
-
-    return draw_alike
+    return draw
 
 
 def synthesize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.launcher.local.launch import free_port
 from tests.forked import DITMOE, run_forked
 from tests.slurm.cluster import Cluster
@@ -161,7 +162,7 @@ def test_signals_to_all_processes_of_a_step_stop_the_run_in_order(
         out, err = process.communicate(timeout=SECONDS)
     finally:
         process.kill()
-    assert process.returncode == 0, err
+    assert process.returncode == EXIT_STOPPED, err
     assert "reading process" not in err and "rank" not in err, err
     assert "stopped by " in out, out
     found, expected = records(run)[:5], records(local)

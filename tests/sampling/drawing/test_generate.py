@@ -264,3 +264,25 @@ def test_the_noise_of_a_batch_is_begun_before_the_batch_before_is_drawn(model, m
         "drawn [2, 3]",
         "drawn [4, 4]",
     ]
+
+
+@pytest.mark.parametrize("sampler", [SAMPLERS[2], SAMPLERS[3]])
+def test_a_cpu_draws_shards_of_one_thread_however_many_it_has(model, sampler, monkeypatch):
+    """The network never splits a sum among threads, and their number has no say in what is drawn at once."""
+    monkeypatch.setattr("ditmoe.sampling.drawing.generate.SHARD_TOKENS", 3 * 16)
+    seen: list[tuple[int, int]] = []
+    watch = model.network.register_forward_pre_hook(
+        lambda _, inputs: seen.append((torch.get_num_threads(), len(inputs[0])))
+    )
+    before, images = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            images.append(generate_float(model, None, range(10), sampler, batch=7).image_NCHW)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+        watch.remove()
+    guided = 2 if sampler.cfg_scale != 1 else 1
+    assert set(seen) == {(1, 3 * guided)}, "shards of 3, 3 and 1 of a batch of 7, filled up"
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])

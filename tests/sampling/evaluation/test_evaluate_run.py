@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
+from ditmoe.launcher import cli
 from ditmoe.launcher.commands.evaluate import command
 from ditmoe.launcher.training.best import evaluated
 from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
+from ditmoe.sampling.evaluation.job import Job
 from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.of_run import (
     EvaluationOptions,
@@ -299,3 +303,32 @@ def test_the_real_images_are_decoded_once_for_all_classifiers(
     assert len(passes) == 2
     Measures().networks(job, Workers(), lambda line: None)
     assert len(passes) == 2
+
+
+def test_figures_do_not_tell_how_many_threads_there_were(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the command: classifiers, images in several shards of a batch, statistics, what it prints."""
+    quick = {"feature_classifier": replace(FEATURE_CLASSIFIER, passes=1)}
+    quick |= {"recogniser_classifier": replace(RECOGNISER, passes=0.2)}
+    monkeypatch.setattr("ditmoe.sampling.evaluation.of_run.Job", partial(Job, **quick))
+    monkeypatch.setattr("ditmoe.sampling.drawing.generate.SHARD_TOKENS", 8)
+    before, printed, found = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            run = write_run(tmp_path / f"run-{threads}")
+            options = ["--count=60", "--batch=8", "--steps=3", f"--reference={shards}", f"--cache={run / 'cache'}"]
+            result = CliRunner().invoke(cli.app, ["evaluate", str(run), *options])
+            assert result.exit_code == 0, result.output
+            assert torch.get_num_threads() == threads
+            printed.append(result.stdout.replace(str(run), "RUN"))
+            (folder,) = (run / "evaluations").glob("step-*")
+            with np.load(folder / "samples.npz") as samples:
+                images = samples["arr_0"].tobytes()
+            found.append((images, json.loads((folder / "metrics.json").read_text())["results"]))
+    finally:
+        torch.set_num_threads(before)
+    assert "FID" in printed[0] and "recognised" in printed[0]
+    assert printed[0] == printed[1] == printed[2]
+    assert found[0] == found[1] == found[2]
