@@ -23,6 +23,8 @@ from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.checkpoint.shard_files import ShardReader
 
 Set = Literal["ema", "weights"]
+Objective = Literal["ddpm", "rectified_flow", "sit"]
+"""What a file may be said to have been trained to predict."""
 Damage = Callable[[CheckpointInfo, list[str]], list[str]]
 
 
@@ -34,7 +36,7 @@ class Start:
     """A run, a checkpoint, or a published file."""
     which: Set | None
     """None: the EMA if there is one."""
-    said: Literal["ddpm", "rectified_flow", "sit"] | None
+    said: Objective | None
     """What it was trained to predict, where it does not say so."""
     model: ModelConfig
     """The network that starts from it, complete."""
@@ -126,7 +128,7 @@ def _completed(info: CheckpointInfo) -> ModelConfig:
 
 
 def _of_file(start: Start) -> Source:
-    published = _with_objective(start, _read(start))
+    published = with_objective(_read(start), start.said, start.objective, "train.start_objective")
     which: Set = start.which or ("ema" if published.ema is not None else "weights")
     state = published.state(which)
     note = check_position_embedding(state, published.config, published.origin, averaged=which == "ema")
@@ -157,15 +159,23 @@ def _read(start: Start) -> PublishedWeights:
         return read_published(start.path, config={key: value for key, value in expected.items() if value})
 
 
-def _with_objective(start: Start, published: PublishedWeights) -> PublishedWeights:
-    """The weights with what they were trained to predict, as our networks predict it."""
-    said, origin = start.said, published.origin
+def with_objective(
+    published: PublishedWeights, said: Objective | None, wanted: ObjectiveConfig | None, key: str
+) -> PublishedWeights:
+    """Weights with what they were trained to predict, as our networks predict it.
+
+    Args:
+        said: what a user says of it.
+        wanted: what they are to be trained on; None: they are not.
+        key: where a user says it, for messages.
+
+    Raises:
+        UserError: the file says something else, or nobody says whether its time runs the other way.
+    """
+    origin = published.origin
     if published.objective is not None:
         if said not in (None, published.objective.kind):
-            raise UserError(
-                f"train.start_objective = {said}, but {origin} says {published.objective.kind}; expected it left"
-                " out"
-            )
+            raise UserError(f"{key} = {said}, but {origin} says {published.objective.kind}; expected it left out")
         return published
     if said == "sit":
         states = [
@@ -174,10 +184,11 @@ def _with_objective(start: Start, published: PublishedWeights) -> PublishedWeigh
         ]
         flow = ObjectiveConfig(kind="rectified_flow")
         return replace(published, ema=states[0], weights=states[1], objective=flow)
-    if said is None and could_be_sit(published.config) and start.objective.kind == "rectified_flow":
+    flows = wanted is None or wanted.kind == "rectified_flow"
+    if said is None and could_be_sit(published.config) and flows:
         raise UserError(
-            f"train.start_objective is left out, and {origin} does not say what it was trained to predict: DiT's"
-            " files (ddpm) and SiT's, whose time runs the other way, look alike; expected ddpm, sit, or"
-            " rectified_flow where t = 1 is noise"
+            f"{key} is left out, and {origin} does not say what it was trained to predict: DiT's files (ddpm) and"
+            " SiT's, whose time runs the other way, look alike; expected ddpm, sit, or rectified_flow where t = 1"
+            " is noise"
         )
     return published if said is None else replace(published, objective=ObjectiveConfig(kind=said))

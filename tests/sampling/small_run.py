@@ -43,6 +43,19 @@ def write_run(path: Path) -> Path:
     return path
 
 
+def write_photos(path: Path) -> Path:
+    """A run of three classes with names."""
+    model = MODEL.model_copy(update={"num_classes": 3})
+    torch.manual_seed(1)
+    network = DiT(model)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.1)
+    names = ["cat", "dog", "garden spider"]
+    state = canonical_state(network)
+    write_weights_checkpoint(checkpoint_path(path, 0), model, ObjectiveConfig(), state, None, names)
+    return path
+
+
 def write_checkpoint(run: Path, step: int) -> Path:
     """A checkpoint of a step, with weights of its own."""
     torch.manual_seed(step)
