@@ -1,9 +1,12 @@
 """`ditmoe train`: train, or resume, the run of a configuration."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ditmoe.parallel.ranks import Device
 
 
 def command(
@@ -38,6 +41,14 @@ def command(
     processes = process_count(raw.launch.processes, raw.launch.device)
     resolved = resolve(raw, dataset.index, processes, origin=str(config))
     process = this_process()
+    # Ranks that we started were looked at before; those of torchrun and srun look themselves.
+    if resolved.launch.check_memory and (process.starts_ranks or process.meeting is None):
+        from ditmoe.launcher.planning.room import check_room, room_here
+
+        room = room_here(on_cpu=_computes_on_cpu(resolved.launch.device))
+        ranks_here = processes // process.ranks if process.starts_ranks else process.processes_here
+        # A launcher that does not say how many ranks are here has at most one for each GPU.
+        check_room(resolved, str(config), min(ranks_here, len(room.gpus) or ranks_here), room)
     if process.starts_ranks:
         dataset.check_files()
         from ditmoe.launcher.configuration.resolve import start_of
@@ -63,3 +74,11 @@ def command(
     from ditmoe.launcher.training.program import run_training
 
     raise typer.Exit(run_training(resolved))
+
+
+def _computes_on_cpu(device: "Device") -> bool:
+    if device != "auto":
+        return device == "cpu"
+    import torch
+
+    return torch.cuda.device_count() == 0

@@ -33,6 +33,9 @@ class LaunchConfig(Settings):
     do the tasks of srun where a node has several."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is a GPU, otherwise the CPU."""
+    check_memory: bool = True
+    """Before anything starts, refuse a run that this machine's GPUs or memory cannot hold by the planner's count;
+    false: start it all the same."""
     threads: int | None = Field(default=None, ge=1, le=4096)
     """Threads of each process; null: OMP_NUM_THREADS where it is set, otherwise cores / processes."""
 

@@ -8,7 +8,7 @@ overlapped with compute; of ZeRO 3's, half the compute's time is. Stages run 1F1
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final
+from typing import ClassVar, Final
 
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.count import PartMacs, macs_of_parts
@@ -53,9 +53,12 @@ class Machine:
     efficiency: float = 0.4
     """Share of the peak that matrix products reach."""
 
+    USABLE: ClassVar[float] = 0.92
+    """Share of a GPU's memory that is for a run: the rest is the CUDA context's, NCCL's, and lost in fragments."""
+
     def fits(self, memory: RankMemory) -> bool:
-        """Whether a rank's memory is there: 92% of it, for the CUDA context, NCCL and fragmentation."""
-        return memory.peak <= 0.92 * self.gpu.memory_gib * 2**30
+        """Whether a rank's memory is there."""
+        return memory.peak <= self.USABLE * self.gpu.memory_gib * 2**30
 
 
 @dataclass(frozen=True)

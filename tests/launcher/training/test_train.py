@@ -24,6 +24,7 @@ from ditmoe.data.shards.index import load_index, write_index
 from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
+from ditmoe.launcher.planning.room import room_here
 from ditmoe.launcher.training.throughput import PARTS
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
@@ -724,3 +725,13 @@ def test_bad_data_that_are_skipped(make_config: Callable[..., Path], shards: Pat
     result = train(config, skipping, "train.steps=40")
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"{shard}: truncated: " in result.stderr and f"its skip_budget is {skipped[-1] + 5}" in result.stderr
+
+
+def test_a_run_too_large_for_this_machine_ends_at_once(make_config: Callable[..., Path], tmp_path: Path) -> None:
+    """By the memory of wherever the tests run: before any process starts, and before the run has a folder."""
+    huge = ["model.depth=1000", "model.hidden=8192", "model.experts=0", "parallel.expert=1"]
+    done = run_forked([*DITMOE, "train", str(make_config()), *huge], tmp_path / "output")
+    assert done.returncode == 2 and "cannot hold the run" in done.stderr, done.stderr
+    assert f"the machine has {room_here(on_cpu=True).host / 2**30:.1f}" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
+    assert not (tmp_path / "run").exists()
