@@ -1,6 +1,6 @@
 """A configuration with all that follows from the data and the number of processes filled in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -62,13 +62,17 @@ def layout_of(config: RunConfig) -> Layout:
     )
 
 
-def start_of(config: RunConfig) -> Start | None:
-    """Where a resolved configuration has a new run start from; None: anew."""
+def start_of(config: RunConfig, class_names: Sequence[str] = ()) -> Start | None:
+    """Where a resolved configuration has a new run start from; None: anew.
+
+    Args:
+        class_names: of the data, where they are known.
+    """
     train = config.train
     if train.start_from is None:
         return None
     said = train.start_objective
-    return Start(train.start_from, train.start_weights, said, config.model, config.objective)
+    return Start(train.start_from, train.start_weights, said, config.model, config.objective, tuple(class_names))
 
 
 def config_yaml(config: RunConfig) -> str:

@@ -2,7 +2,7 @@
 
 from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.stream.dataset import open_index
-from ditmoe.launcher.configuration.resolve import layout_of, resolve, shown_yaml
+from ditmoe.launcher.configuration.resolve import layout_of, resolve, shown_yaml, start_of
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.planning.workload import workload_of
 from ditmoe.launcher.processes import process_count
@@ -12,6 +12,7 @@ from ditmoe.parallel.planner.estimate import fullest_stage
 from ditmoe.parallel.planner.memory import RankMemory
 from ditmoe.parallel.ranks import this_process
 from ditmoe.parallel.stages import stage_blocks
+from ditmoe.parallel.start.begin import check_start
 
 _GIB = 2**30
 
@@ -43,6 +44,7 @@ def dry_run(raw: RunConfig, origin: str) -> str:
     facts = "\n".join(
         [
             *missing,
+            *_start(config, index),
             "rank grid",
             layout.picture(config.model.experts, stage_blocks(config.model, layout.pipe)),
             "",
@@ -56,6 +58,13 @@ def dry_run(raw: RunConfig, origin: str) -> str:
     )
     # As comments, so that all of the output is YAML.
     return shown_yaml(config) + "\n" + "\n".join(f"# {line}".rstrip() for line in facts.splitlines())
+
+
+def _start(config: RunConfig, index: DatasetIndex | None) -> list[str]:
+    """What the run starts from, where that is not nothing."""
+    start = start_of(config, () if index is None else index.class_names)
+    lines = check_start(config.run.dir, start)
+    return ["first weights", *lines, ""] if lines else []
 
 
 def largest_stage(config: RunConfig) -> tuple[int, RankMemory]:

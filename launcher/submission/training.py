@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ditmoe.data.places.redaction import has_secrets
 from ditmoe.data.stream.dataset import open_dataset
-from ditmoe.launcher.configuration.resolve import config_yaml, layout_of, resolve
+from ditmoe.launcher.configuration.resolve import config_yaml, layout_of, resolve, start_of
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.planning.train_dry_run import largest_stage
 from ditmoe.launcher.submission.request import job_request
@@ -14,6 +14,7 @@ from ditmoe.model.outside.text import counted
 from ditmoe.parallel.planner.estimate import Machine
 from ditmoe.parallel.planner.gpus import GPUS
 from ditmoe.parallel.stages import stage_blocks
+from ditmoe.parallel.start.begin import check_start
 from ditmoe.slurm.job_folder import training_folder
 from ditmoe.slurm.submission.script import Request
 from ditmoe.slurm.submission.settings import JobSettings
@@ -55,6 +56,7 @@ def training_job(path: Path, overrides: list[str], settings: JobSettings) -> Tra
     dataset = open_dataset(raw.data, raw.seed)
     dataset.check_files()
     config = resolve(raw, dataset.index, processes, origin=origin)
+    check_start(config.run.dir, start_of(config))
     device = "cuda" if settings.gpus_per_node else "cpu"
     if config.launch.device not in ("auto", device):
         raise UserError(

@@ -1,9 +1,11 @@
-"""What a checkpoint keeps of the records of its run, checked: it may be damaged, or a stranger's."""
+"""What a checkpoint keeps of its run's records and data, checked: it may be damaged, or a stranger's."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StrictInt, ValidationError
 
+from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import counted
 from ditmoe.model.weights.untrusted import first_problem
@@ -58,3 +60,17 @@ def _refusal(info: CheckpointInfo, problem: str) -> UserError:
     return UserError(
         f"{info.path / MARKER}: sums cannot be read ({problem}); remove this checkpoint to go on from an older one"
     )
+
+
+def check_same_data(info: CheckpointInfo, facts: Mapping[str, Any]) -> None:
+    """UserError where a run's position in the sample order would now stand for other samples.
+
+    Args:
+        facts: of the data that there is now.
+    """
+    changed = changed_facts(info.dataset, facts)
+    if changed:
+        raise UserError(
+            f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
+            f" (another {', '.join(changed)}); expected the same, indexed alike, or another run.dir"
+        )

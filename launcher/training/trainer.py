@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ditmoe.data.encoding.vae import find_vae
 from ditmoe.data.storage.files import replacing
-from ditmoe.data.stream.dataset import changed_facts, open_dataset
+from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
@@ -24,7 +24,7 @@ from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.best import BestCheckpoints
 from ditmoe.launcher.training.feed import Feed, StepBatch
-from ditmoe.launcher.training.kept_sums import kept_sums
+from ditmoe.launcher.training.kept_sums import check_same_data, kept_sums
 from ditmoe.launcher.training.preview import draw_preview
 from ditmoe.launcher.training.report import Reporter
 from ditmoe.launcher.training.run_folder import RunFolder
@@ -38,7 +38,7 @@ from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.model.outside.text import counted
 from ditmoe.parallel import processes
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, newest_checkpoint, step_of
+from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
@@ -50,14 +50,6 @@ from ditmoe.slurm.heartbeats import Heart, Phase
 
 SHORTEST_WAIT_LOGGED: Final = 0.1
 """Seconds of waiting for checkpoints, or for what follows the last record, from which on the log says so."""
-
-
-def _other_data(info: CheckpointInfo, changed: list[str]) -> UserError:
-    """The message of a run whose position in the sample order would now stand for other samples."""
-    return UserError(
-        f"data.sources: the samples, or their order, are not those that {info.path} was trained on"
-        f" (another {', '.join(changed)}); expected the same, indexed alike, or another run.dir"
-    )
 
 
 class Trainer:
@@ -91,7 +83,8 @@ class Trainer:
         self.stages = stage_blocks(config.model, self.layout.pipe)
         network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
         network.checkpoint_blocks = config.parallel.activation_checkpointing
-        with begun(folder.path, start_of(config), partial(initial_value, seed=config.seed)) as self.start:
+        start = start_of(config, self.dataset.index.class_names)
+        with begun(folder.path, start, partial(initial_value, seed=config.seed)) as self.start:
             self.engine = TrainingEngine(
                 network,
                 self.objective,
@@ -106,8 +99,8 @@ class Trainer:
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
-        if info is not None and (changed := changed_facts(info.dataset, self.dataset.facts)):
-            raise _other_data(info, changed)
+        if info is not None:
+            check_same_data(info, self.dataset.facts)
         self.resumed = None if info is None else info.path
         self.started_from = self.start.facts if info is None else info.started_from
         self.images = 0 if info is None else info.images

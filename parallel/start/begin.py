@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ditmoe.model.outside.text import counted
 from ditmoe.model.weights.transfer import Value, differences, listed, plan_transfer, transferred
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_entries, damaged
 from ditmoe.parallel.engine.initial import Initial
@@ -42,8 +43,7 @@ def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginn
         yield Beginning(fresh)
         return
     if from_first_rank(lambda: bool(checkpoint_entries(run_dir))):
-        said = f"train.start_from = {start.path} is ignored: the run goes on from a checkpoint of its own"
-        yield Beginning(fresh, lines=(said,))
+        yield Beginning(fresh, lines=(_ignored(start),))
         return
     with opened(start, _damage_on_any_rank) as source:
         values = plan_transfer(source.config, start.model, str(start.path))
@@ -52,16 +52,25 @@ def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginn
         )
 
 
-def check_start(run_dir: Path, start: Start | None) -> None:
+def check_start(run_dir: Path, start: Start | None) -> list[str]:
     """Find out, before any process starts, whether a run can start from what it is to start from.
+
+    Returns:
+        What the log will say of it.
 
     Raises:
         UserError: as `begun`, but for damage to the bytes of a checkpoint's files.
     """
-    if start is None or checkpoint_entries(run_dir):
-        return
+    if start is None:
+        return []
+    if checkpoint_entries(run_dir):
+        return [_ignored(start)]
     with opened(start, lambda info, names: []) as source:
-        plan_transfer(source.config, start.model, str(start.path))
+        return list(_lines(start, source, plan_transfer(source.config, start.model, str(start.path))))
+
+
+def _ignored(start: Start) -> str:
+    return f"train.start_from = {start.path} is ignored: the run goes on from a checkpoint of its own"
 
 
 def _damage_on_any_rank(info: CheckpointInfo, names: list[str]) -> list[str]:
@@ -86,3 +95,11 @@ def _lines(start: Start, source: Source, values: dict[str, Value]) -> Iterator[s
         )
     for line in differences(source.config, start.model):
         yield f"differs from the source: {line}"
+    pairs = zip(source.class_names, start.class_names, strict=False)
+    renamed = [(number, there, here) for number, (there, here) in enumerate(pairs) if there != here]
+    if renamed and source.config.num_classes == start.model.num_classes:
+        number, there, here = renamed[0]
+        yield (
+            f"differs from the source: the names of {counted(len(renamed), 'class')}, whose rows of the label"
+            f" table are copied by their numbers; class {number} is {here!r:.60} here and {there!r:.60} there"
+        )

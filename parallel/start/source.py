@@ -42,6 +42,8 @@ class Start:
     """The network that starts from it, complete."""
     objective: ObjectiveConfig
     """Of that network."""
+    class_names: tuple[str, ...] = ()
+    """Of its data; none: they are not known."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Source:
     """Reads a parameter by its canonical name."""
     facts: dict[str, Any]
     """What is kept of where they are from, as plain data."""
+    class_names: tuple[str, ...] = ()
+    """Of its classes; none: nobody says."""
     notes: tuple[str, ...] = ()
     """What a user should know of them."""
 
@@ -117,7 +121,8 @@ def _of_checkpoint(start: Start, info: CheckpointInfo, which: Set) -> Source:
         "images": info.images,
         "fingerprint": info.fingerprint,
     }
-    return Source(_completed(info), info.objective, fetch, facts)
+    names = tuple(info.dataset.get("class_names") or ())
+    return Source(_completed(info), info.objective, fetch, facts, names)
 
 
 def _completed(info: CheckpointInfo) -> ModelConfig:
@@ -142,7 +147,8 @@ def _of_file(start: Start) -> Source:
     notes = [note] if note else []
     if objective is None:
         notes.append(f"{start.path} does not say what it was trained to predict; train.start_objective does")
-    return Source(published.config, objective, lambda name: state[name], facts, tuple(notes))
+    names = tuple(published.class_names or ())
+    return Source(published.config, objective, lambda name: state[name], facts, names, tuple(notes))
 
 
 def _read(start: Start) -> PublishedWeights:

@@ -1,16 +1,25 @@
 """`train.start_from` by the command: what the log, the run folder and its checkpoints say of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+from ditmoe.launcher.commands import train
 from ditmoe.launcher.commands.checkpoint import _description
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.initialise import initialise
-from ditmoe.parallel.checkpoint.folder import newest_checkpoint, read_info, write_weights_checkpoint
+from ditmoe.parallel.checkpoint.folder import (
+    checkpoint_path,
+    newest_checkpoint,
+    read_info,
+    write_weights_checkpoint,
+)
 from tests.forked import DITMOE, packed_digits, run_forked
 
 CONFIG = """
@@ -20,6 +29,12 @@ model: {{depth: 1, hidden: 16, heads: 2, patch: 4, experts: 4, experts_per_token
 data: {{sources: [{{path: {shards}}}], workers: 0}}
 train: {{steps: 1, batch: 4, precision: fp32, log_every: 1, checkpoint_every: 1, start_from: {source}}}
 """
+
+
+def train_app() -> typer.Typer:
+    app = typer.Typer()
+    app.command()(train.command)
+    return app
 
 
 @pytest.mark.timeout(240)
@@ -49,6 +64,9 @@ def test_a_run_starts_from_weights_once(tmp_path: Path) -> None:
     assert "model.hidden = 32, found hidden = 16" in refused.stderr
     assert "Traceback" not in refused.stderr
 
+    plan = CliRunner().invoke(train_app(), [str(file), "--dry-run"])
+    assert f"# started from the ema of weights of {source}: 31 of 33 tensors are copied" in plan.output
+
     done = run_forked([*DITMOE, "train", str(file)], tmp_path / "output")
     assert done.returncode == 0, done.stderr
     log = (run / "log.txt").read_text()
@@ -64,6 +82,7 @@ def test_a_run_starts_from_weights_once(tmp_path: Path) -> None:
     assert facts["fingerprint"] == read_info(source).fingerprint
     assert f"started from  {source}" in _description(read_info(path))
 
+    shutil.copytree(source, run / "checkpoints" / "step-00000009")
     again = run_forked(
         [*DITMOE, "train", str(file), "train.steps=2", "train.start_from=nothing"], tmp_path / "output"
     )
@@ -72,7 +91,8 @@ def test_a_run_starts_from_weights_once(tmp_path: Path) -> None:
         "train.start_from = nothing is ignored: the run goes on from a checkpoint of its own"
         in (run / "log.txt").read_text()
     )
-    newest = newest_checkpoint(run)
-    assert newest is not None and newest != path
-    assert read_info(newest).started_from == facts
-    assert read_info(newest).step == 2
+    later = read_info(checkpoint_path(run, 2))
+    assert later.started_from == facts and later.step == 2
+    # Weights alone in the run's folder are passed over, and it is said.
+    assert "skipped a checkpoint: " in (run / "log.txt").read_text()
+    assert "step-00000009: holds weights and ema without exp_avg" in (run / "log.txt").read_text()
