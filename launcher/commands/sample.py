@@ -1,4 +1,4 @@
-"""`ditmoe sample`: a picture of images drawn from a run's network."""
+"""`ditmoe sample`: images drawn from a run's network, as a picture, as files, or as they come out of the noise."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,13 +15,8 @@ from ditmoe.launcher.commands.drawing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from ditmoe.sampling.drawing.generate import Generated
     from ditmoe.sampling.settings.config import SamplerConfig
-
-MOST_DEFAULT_CLASSES = 16
-LONGEST_LIST = 60
-"""Characters of a file's name that may list classes, or settings of chains."""
 
 
 @draws_images(steps=50)
@@ -35,37 +30,85 @@ def command(
     count: Annotated[
         int | None, typer.Option(min=1, help="Images; they take the classes in turn. [default: 8 of each class]")
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANGES", help="In place of --count and --seed: every class with each seed, 0-63 or 1,5,9-12."
+        ),
+    ] = None,
     drawing: Drawing,
-    batch: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images drawn at once. [default: 64, or all if they are fewer]")
+    ] = None,
     step: StepOption = None,
     weights: WeightsOption = "ema",
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
     vae: VaeOption = None,
     expert_parallel: ExpertParallelOption = 1,
     out: Annotated[
-        Path | None, typer.Option(help="PNG to write. [default: under RUN/samples, named by the settings]")
+        str | None,
+        typer.Option(
+            metavar="FILE|FOLDER/",
+            help="A picture of all images (png, jpg, webp), an animation (gif, apng, mp4), an array (npz, npy) "
+            "or a folder for a file of each. [default: a picture under RUN/samples, named by the settings]",
+        ),
     ] = None,
+    format: Annotated[  # as the option is called
+        str | None, typer.Option(help="Of the files in a folder. [default: png; webp with --animate]")
+    ] = None,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Images in a row. [default: a column for each class, or 8]")
+    ] = None,
+    labels: Annotated[
+        bool | None,
+        typer.Option(
+            "--labels/--no-labels", help="Class and seed under each image, or no text. [default: classes on top]"
+        ),
+    ] = None,
+    animate: Annotated[
+        bool, typer.Option("--animate", help="Show how the images come out of the noise, step by step.")
+    ] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of an animation.")] = 4.0,
+    fps: Annotated[float, typer.Option(min=0.1, max=60, help="At most so many of its frames in a second.")] = 12.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")] = False,
 ) -> None:
-    """Draw images from a run's network into one picture, a column per class.
+    """Draw images from a run's network: one picture, a file for each image, or an animation of the denoising.
 
     With --expert-parallel it starts so many processes, or joins those of torchrun or srun.
+
+    Examples:
+
+      ditmoe sample runs/demo --classes 3,7 --seeds 0-7 --labels --out threes-and-sevens.png
+
+      ditmoe sample runs/demo --classes 3 --seeds 0-63 --out imgs/
+
+      ditmoe sample runs/demo --seeds 0-3 --out denoising.gif
     """
     import time
 
     import torch
 
+    from ditmoe.launcher.commands.pictures.choice import choose_classes, choose_seeds, image_numbers
+    from ditmoe.launcher.commands.pictures.naming import picture_name
+    from ditmoe.launcher.commands.pictures.output import Drawn, Looks, file_names, write_images
+    from ditmoe.launcher.commands.pictures.progress import DrawingProgress
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.checkpoint.folder import read_info
     from ditmoe.parallel.ranks import this_process
+    from ditmoe.sampling.drawing.files import check_free, find_target
     from ditmoe.sampling.drawing.generate import check_finite, generate
-    from ditmoe.sampling.drawing.picture import image_grid, save_picture
     from ditmoe.sampling.drawing.together import generate_together
     from ditmoe.sampling.integrators.few_steps import noise_warnings
+    from ditmoe.sampling.integrators.samplers import planned_nfe
     from ditmoe.sampling.jobs.workers import join_workers
     from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
     from ditmoe.sampling.network.of_group import check_dealt
 
     config = drawing.config()
+    chosen_seeds = None if seeds is None else choose_seeds(seeds)
+    target = None if out is None else find_target(str(out), moves=animate, extension=format)
+    if target is None and format is not None:
+        raise UserError(f"--format {format}: goes with --out FOLDER/, whose files it is of")
     if expert_parallel > 1 and this_process().starts_ranks:
         from ditmoe.launcher.local.launch import spawn
 
@@ -74,10 +117,18 @@ def command(
                 f"--device {device}: expected without --expert-parallel, whose processes have one each"
             )
         check_dealt(read_info(find_checkpoint(run, step)).model, expert_parallel)
-        arguments = ["sample", *drawing.arguments(), "--batch", str(batch), "--weights", weights]
-        arguments += ["--expert-parallel", str(expert_parallel)]
-        for option, value in (("--classes", classes), ("--count", count), ("--vae", vae), ("--out", out)):
-            arguments += [f"{option}={value}"] if value is not None else []
+        given: dict[str, object] = {
+            "--classes": classes,
+            "--count": count,
+            "--seeds": seeds,
+            "--batch": batch,
+            "--vae": vae,
+        }
+        given |= {"--out": out, "--format": format, "--columns": columns, "--seconds": seconds, "--fps": fps}
+        arguments = ["sample", *drawing.arguments(), "--weights", weights, f"--expert-parallel={expert_parallel}"]
+        arguments += [f"{option}={value}" for option, value in given.items() if value is not None]
+        arguments += ["--animate"] * animate + ["--overwrite"] * overwrite
+        arguments += [] if labels is None else ["--labels" if labels else "--no-labels"]
         # The checkpoint is named: training may write a newer one before the processes look.
         raise typer.Exit(spawn([*arguments, "--", str(find_checkpoint(run, step))], expert_parallel))
     group = None
@@ -97,166 +148,105 @@ def command(
             "picture; if they are latents, give their VAE with --vae"
         )
     config = config.resolved(model.objective_config)
+    moves = animate or (target is not None and target.moves)
+    check_possible(config, moves=moves, seeds=seeds, count=count)
     for warning in noise_warnings(config):
         typer.echo(f"warning: {warning}", err=True)
     chosen = choose_classes(classes, model.class_names)
+    usual = count is None
+    if chosen_seeds is not None:
+        usual, count = True, len(chosen) * len(chosen_seeds)
     count = 8 * len(chosen) if count is None else count
     if config.chains and not any(setting.startswith("samples") for setting in drawing.values["dlg"]):
         rows = -(-count // len(chosen))
         dlg = config.dlg.model_copy(update={"samples_per_chain": min(rows, config.dlg.samples_per_chain)})
         config = config.model_copy(update={"dlg": dlg})
-    labels = torch.tensor([chosen[image % len(chosen)] for image in range(count)])
-    numbers = image_numbers(count, len(chosen), config.images_per_unit)
+    label_of = [chosen[image % len(chosen)] for image in range(count)]
+    if chosen_seeds is None:
+        seed_of = [config.seed] * count
+        numbers = image_numbers(count, len(chosen), config.images_per_unit)
+    else:
+        # Image 0 of each seed, whatever its class: what `--seed` with `--count 1` draws.
+        seed_of, numbers = [seed for seed in chosen_seeds for _ in chosen], [0] * count
+    if target is None:
+        assert model.info is not None
+        name = picture_name(
+            *(model.info.step, weights, chosen if classes else None, None if usual else count, config),
+            *(chosen_seeds, "webp" if moves else "png"),
+        )
+        # Equal settings have an equal name, and it is said where a picture of before is replaced.
+        target = find_target(str(home_of(model.info.path) / "samples" / name), moves=moves)
+        overwrite = overwrite or target.path.exists()
+    names = file_names(target, model.class_names, label_of, seed_of, numbers)
+    check_free(names, overwrite=overwrite)
+    replaced = sum(path.exists() for path in names)
 
     start = time.perf_counter()
+    # A batch of the size that is asked for is filled up, so that an image has the same bits beside any others.
+    rows = min(batch or 64, count) if chosen_seeds is None or batch is None else batch
+    shown = DrawingProgress(count, rows, None if config.chains else planned_nfe(config))
     images = (generate if group is None else generate_together)(
-        model, labels, numbers, config, min(batch, count), progress_on_terminal(count)
+        model,
+        torch.tensor(label_of),
+        numbers,
+        config,
+        rows,
+        shown.drawn,
+        seeds=None if chosen_seeds is None else seed_of,
+        frames=max(2, round(seconds * fps)) if moves else None,
+        on_evaluation=None if config.chains else shown.evaluated,
     )
     if group is not None:
         workers.leave()
         if not group.first:
             return
-    seconds = time.perf_counter() - start
+    took = time.perf_counter() - start
     check_finite(images.finite_N, numbers)
-
-    columns = min(len(chosen), count) if len(chosen) > 1 else min(count, 8)
-    captions = [model.class_names[label] for label in chosen[:columns]] if len(chosen) > 1 else []
-    picture = image_grid(images.image_NHWC.numpy(), columns, captions)
-    assert model.info is not None
-    if out is None:
-        usual = count == 8 * len(chosen)
-        name = picture_name(
-            model.info.step, weights, chosen if classes else None, None if usual else count, config
-        )
-        out = home_of(model.info.path) / "samples" / name
-    save_picture(picture, out)
-    typer.echo(f"{out}")
-    typer.echo(
-        f"{count} images, {config.sampler}, "
-        + (f"{config.steps} steps, " if config.integrator != "rk45" else "")
-        + f"NFE {images.nfe:g} per image"
-        + (
-            f" ({images.network_evaluations:g} network evaluations)"
-            if images.network_evaluations != images.nfe
-            else ""
-        )
-        + f", {seconds / count:.3g} s per image"
+    looks = Looks(columns, labels, seconds, fps, len(chosen), chosen_seeds)
+    write_images(
+        target,
+        names,
+        Drawn(model, weights, config, images, label_of, seed_of, numbers),
+        looks,
+        overwrite=overwrite,
     )
+    typer.echo(f"{target.path}" + (f" ({replaced} replaced)" if replaced else ""))
+    typer.echo(told(images, config, took / count))
 
 
-def choose_classes(text: str | None, names: tuple[str, ...]) -> list[int]:
-    """The labels that `--classes` stands for.
-
-    A part that is a class's name is that class before it is a number. A name may have commas in it: the longest
-    name that the next parts make is taken.
-
-    Raises:
-        UserError: a part is neither; names all such parts.
-    """
+def check_possible(config: "SamplerConfig", *, moves: bool, seeds: str | None, count: int | None) -> None:
+    """UserError where options contradict each other, or the sampler cannot do what is asked for."""
     from ditmoe.model.errors import UserError
-    from ditmoe.model.outside.text import normal
 
-    if text is None:
-        total = len(names)
-        shown = min(total, MOST_DEFAULT_CLASSES)
-        return [place * total // shown for place in range(shown)]
-    chosen, wrong = [], []
-    label_of = {normal(name): label for label, name in reversed(list(enumerate(names)))}
-    longest = max(name.count(",") for name in names) + 1
-    parts = text.split(",")
-    while parts:
-        for length in range(min(longest, len(parts)), 0, -1):
-            part = normal(",".join(parts[:length]).strip())
-            if part in label_of:
-                break
-        del parts[:length]
-        if part in label_of:
-            chosen.append(label_of[part])
-        elif part.isascii() and part.isdigit() and int(part) < len(names):
-            chosen.append(int(part))
-        else:
-            wrong.append(part)
-    if wrong:
-        listed = ", ".join(names[:MOST_DEFAULT_CLASSES]) + (", …" if len(names) > MOST_DEFAULT_CLASSES else "")
+    if moves and config.chains:
+        raise UserError(f"--animate with --sampler {config.sampler}: chains have no steps from noise to image")
+    if moves and config.integrator == "rk45":
         raise UserError(
-            f"--classes: {', '.join(map(repr, wrong))} found; expected numbers from 0 to {len(names) - 1}, "
-            f"or names: {listed}"
+            "--animate with --sampler rk45: each image takes steps of its own; expected another, such as heun"
         )
-    return chosen
-
-
-def image_numbers(count: int, classes: int, images_per_unit: int) -> list[int]:
-    """The numbers of images that take the classes in turn: 0, 1, … for independent ones.
-
-    Of chains, the samples of one stand below each other in the column of its class: row r of column c is sample
-    r mod S of chain (r div S)·classes + c.
-    """
-    numbers = []
-    for place in range(count):
-        row, column = divmod(place, classes)
-        block, sample = divmod(row, images_per_unit)
-        numbers.append((block * classes + column) * images_per_unit + sample)
-    return numbers
-
-
-def picture_name(
-    step: int, weights: str, classes: list[int] | None, count: int | None, config: "SamplerConfig"
-) -> str:
-    """A file name that states how the picture came about; `classes` and `count` where they were asked for."""
-    parts = [f"step-{step:08d}", *sampler_words(config)]
-    parts.append(f"cfg{config.cfg_scale:g}")
-    if config.cfg_channels is not None and config.cfg_scale != 1:
-        parts.append(f"on{config.cfg_channels}channels")
-    parts.append(f"seed{config.seed}")
-    if weights != "ema":
-        parts.append(weights)
-    if config.precision != "fp32":
-        parts.append(config.precision)
-    if classes is not None:
-        parts.append(f"classes-{_shortened('-'.join(map(str, classes)), str(len(classes)))}")
+    if seeds is None:
+        return
     if count is not None:
-        parts.append(f"{count}images")
-    return "_".join(parts) + ".png"
-
-
-def _shortened(text: str, stead: str) -> str:
-    """A part of a file's name, or where it is long, what stands for it with a hash."""
-    import hashlib
-
-    if len(text) <= LONGEST_LIST:
-        return text
-    return f"{stead}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def sampler_words(config: "SamplerConfig") -> list[str]:
-    """The sampler, its steps, and those of its settings that depart from their defaults."""
-    from ditmoe.sampling.settings.config import SamplerConfig, default_schedule
-
-    assert config.sampler is not None
-    words: list[str] = [config.sampler.replace(":", "-")]
-    if config.integrator == "rk45":
-        words.append(f"tolerance{config.tolerance:g}")
-    else:
-        words.append(f"{config.steps}steps")
-        if config.schedule != default_schedule(config.integrator):
-            words.append(f"schedule-{config.schedule}")
-    if config.integrator == "ddim" and config.ddim_eta:
-        words.append(f"eta{config.ddim_eta:g}")
-    if config.integrator == "kar2":
-        for key in ("churn", "churn_min", "churn_max", "churn_noise"):
-            value = getattr(config, key)
-            if value != SamplerConfig.model_fields[key].default:
-                words.append(f"{key.replace('_', '-')}{value:g}")
-    if config.corrector_steps:
-        words.append(f"{config.corrector_steps}corrections-snr{config.corrector_snr:g}")
-    if config.tweedie:
-        words.append("tweedie")
+        raise UserError(f"--seeds {seeds} with --count {count}: each class is drawn with each seed; expected one")
+    if config.seed:
+        raise UserError(f"--seeds {seeds} with --seed {config.seed}: expected one of them")
     if config.chains:
-        fields = type(config.dlg).model_fields
-        chosen = {key: value for key, value in config.dlg if key != "preset" and value != fields[key].default}
-        chain_words = "_".join(f"{key.replace('_', '-')}-{value}" for key, value in chosen.items())
-        words += [_shortened(chain_words, "dlg")] if chain_words else []
-    return words
+        raise UserError(
+            f"--seeds {seeds} with --sampler {config.sampler}: images of chains have numbers, no seeds of "
+            "their own; expected --seed and --count"
+        )
+
+
+def told(images: "Generated", config: "SamplerConfig", seconds: float) -> str:
+    """How many images were drawn, how, and in which time each."""
+    steps = f"{config.steps} steps, " if config.integrator != "rk45" else ""
+    doubled = images.network_evaluations != images.nfe
+    evaluations = f" ({images.network_evaluations:g} network evaluations)" if doubled else ""
+    count = len(images.image_NHWC)
+    return (
+        f"{count} image{'s' if count != 1 else ''}, {config.sampler}, {steps}NFE {images.nfe:g} per image"
+        f"{evaluations}, {seconds:.3g} s per image"
+    )
 
 
 def check_device(name: str) -> str:
@@ -275,21 +265,3 @@ def check_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise UserError(f"--device {name}: not usable here ({reason}); expected cpu, cuda or cuda:N") from None
     return name
-
-
-def progress_on_terminal(count: int) -> "Callable[[int], None] | None":
-    """A progress bar where standard error is a terminal; otherwise nothing."""
-    import sys
-
-    from tqdm import tqdm
-
-    if not sys.stderr.isatty():
-        return None
-    bar = tqdm(total=count, unit="image", dynamic_ncols=True)
-
-    def advance(drawn: int) -> None:
-        bar.update(drawn - bar.n)
-        if drawn == count:
-            bar.close()
-
-    return advance

@@ -21,6 +21,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.threads import map_in_threads, threads_of
 from ditmoe.parallel.expert_group import NetworkOfGroup
 from ditmoe.sampling.chains.images import ChainImages, StateFile, draw_chain_images, find_posterior
+from ditmoe.sampling.drawing.frames import Film, watched
 from ditmoe.sampling.drawing.noise import ImageNoise, noise_threads
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
 from ditmoe.sampling.integrators.samplers import integrate, start_of
@@ -56,6 +57,9 @@ class Generated(NamedTuple):
     """Of chains also the way to each image."""
     finite_N: Tensor | None = None
     """False where an image had NaN or infinity in it, and is plain grey instead; None: all are finite."""
+    frames_NFHWC: Tensor | None = None
+    """uint8 on the CPU: what the network took each image for on the way, the last frame the image; None: not
+    asked for."""
 
     @property
     def nfe(self) -> float:
@@ -83,6 +87,9 @@ def generate(
     *,
     posterior: NoisePosterior | None = None,
     state_file: StateFile | None = None,
+    seeds: Sequence[int] | None = None,
+    frames: int | None = None,
+    on_evaluation: Callable[[int], None] | None = None,
 ) -> Generated:
     """Draw images as bytes, independent ones or those of chains.
 
@@ -94,26 +101,41 @@ def generate(
         progress: called after each batch with the images drawn so far.
         posterior: of chains; None: the noise-level classifier of the model's run.
         state_file: where unfinished chains are kept; None: nowhere.
+        seeds: of each image one of its own; None: all have that of the configuration. Of independent images.
+        frames: so many of the steps, or all where they are fewer, are kept as the frames of an animation; None: no
+            frames. Of independent images whose steps are the same, as those of all samplers but `rk45` are.
+        on_evaluation: called, by any thread, after an evaluation, with the images that it was of; also those that
+            fill up a batch. Of independent images.
 
     Raises:
         UserError: as `generate_float`; there is no classifier for chains, or what was kept is of others.
     """
     config = config.resolved(model.objective_config)
     passes = 1 if config.cfg_scale == 1 else 2
+    assert not (config.chains and (seeds or frames)) and not (frames and config.integrator == "rk45")
     if not config.chains:
         channels, height, width = model.image_shape
         images = [torch.empty(0, height, width, channels, dtype=torch.uint8)]
         nfe = [torch.empty(0, dtype=torch.int64)]
         finite = [torch.empty(0, dtype=torch.bool)]
+        filmed: list[Tensor] = []
 
-        def take(pixels_BCHW: Tensor, nfe_B: Tensor) -> None:
+        def take(pixels_BCHW: Tensor, nfe_B: Tensor, frames_BFHWC: Tensor | None) -> None:
             image_BHWC, finite_B = as_bytes(pixels_BCHW)
             images.append(image_BHWC.cpu())
             finite.append(finite_B.cpu())
             nfe.append(nfe_B)
+            if frames_BFHWC is not None:
+                filmed.append(frames_BFHWC)
 
-        _draw_batches(model, labels, image_numbers, config, batch, take, progress)
-        return Generated(torch.cat(images), torch.cat(nfe), passes, finite_N=torch.cat(finite))
+        _draw_batches(
+            *(model, labels, image_numbers, config, batch, take, progress),
+            seeds=seeds,
+            frames=frames,
+            on_evaluation=on_evaluation,
+        )
+        frames_NFHWC = torch.cat(filmed) if filmed else None
+        return Generated(torch.cat(images), torch.cat(nfe), passes, None, torch.cat(finite), frames_NFHWC)
     labels = _checked_labels(model, labels, image_numbers, config)
     device = next(model.network.parameters()).device
     if posterior is None:
@@ -166,7 +188,7 @@ def generate_float(
     images: list[Tensor] = [torch.empty(0, *model.image_shape)]
     nfe: list[Tensor] = [torch.empty(0, dtype=torch.int64)]
 
-    def take(pixels_BCHW: Tensor, nfe_B: Tensor) -> None:
+    def take(pixels_BCHW: Tensor, nfe_B: Tensor, _: Tensor | None) -> None:
         images.append(pixels_BCHW.float().cpu())
         nfe.append(nfe_B)
 
@@ -180,14 +202,19 @@ def _draw_batches(
     image_numbers: Sequence[int],
     config: SamplerConfig,
     batch: int,
-    take: Callable[[Tensor, Tensor], None],
+    take: Callable[[Tensor, Tensor, Tensor | None], None],
     progress: Callable[[int], None] | None,
+    *,
+    seeds: Sequence[int] | None = None,
+    frames: int | None = None,
+    on_evaluation: Callable[[int], None] | None = None,
 ) -> None:
     """Draw independent images, a batch at a time, while threads draw the noise that comes next.
 
     Args:
-        take: gets the pixels of each batch, `[B, C, H, W]` on the network's device, and their NFE, int64 `[B]` on
-            the CPU.
+        take: gets the pixels of each batch, `[B, C, H, W]` on the network's device; their NFE, int64 `[B]` on
+            the CPU; and their frames, uint8 `[B, F, H, W, C]` on the CPU, where there are any.
+        seeds: as of `generate`, and so are `frames` and `on_evaluation`.
     """
     labels = _checked_labels(model, labels, image_numbers, config)
     device = next(model.network.parameters()).device
@@ -203,18 +230,37 @@ def _draw_batches(
             cuts = (wanted[first : first + size] for first in range(0, len(wanted), size))
             filled = (rows + [rows[-1]] * (size - len(rows)) for rows in cuts)
             return [
-                _Shard(rows, ImageNoise(config.seed, [image_numbers[row] for row in rows], shape, device, threads))
+                _Shard(
+                    rows,
+                    ImageNoise(
+                        config.seed,
+                        [image_numbers[row] for row in rows],
+                        shape,
+                        device,
+                        threads,
+                        None if seeds is None else [seeds[row] for row in rows],
+                    ),
+                )
                 for rows in filled
             ]
 
         @torch.inference_mode()
-        def draw_shard(shard: _Shard) -> tuple[Tensor, Tensor]:
+        def draw_shard(shard: _Shard) -> tuple[Tensor, ...]:
             label_B = labels[shard.rows].to(device)
-            drawn = draw(denoisers(), label_B, shard.noise.initial(), shard.noise, config)
+            # Latents are small, and are decoded when the shard is done, a frame at a time; pixels become bytes.
+            keep = _bytes_on_cpu if model.vae is None else Tensor.cpu
+            film = None if frames is None else Film(config.steps, frames, keep)
+            denoiser = watched(denoisers(), film, on_evaluation)
+            drawn = draw(denoiser, label_B, shard.noise.initial(), shard.noise, config)
             shard.noise.forget()
-            pixels_BCHW = drawn.x_BCHW if model.vae is None else model.vae.decode(drawn.x_BCHW)
+            pixels_BCHW = _pixels(model, drawn.x_BCHW)
             nfe_B = torch.full((size,), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
-            return pixels_BCHW, nfe_B
+            if film is None:
+                return pixels_BCHW, nfe_B
+            shown = film.cut()
+            if model.vae is not None:
+                shown = [_bytes_on_cpu(_pixels(model, x0_BCHW.to(device))) for x0_BCHW in shown]
+            return pixels_BCHW, nfe_B, torch.stack(shown, dim=1)
 
         shards = [shards_of(wanted) for wanted in batches]
         for number, wanted in enumerate(batches):
@@ -224,10 +270,19 @@ def _draw_batches(
                 shard.noise.prepare()
             with nullcontext() if apart else threads_of(device):
                 found = map_in_threads(draw_shard, shards[number], device)
-            pixels_BCHW, nfe_B = (torch.cat(parts) for parts in zip(*found, strict=True))
-            take(pixels_BCHW[: len(wanted)], nfe_B[: len(wanted)])
+            pixels_BCHW, nfe_B, *filmed = (torch.cat(parts)[: len(wanted)] for parts in zip(*found, strict=True))
+            take(pixels_BCHW, nfe_B, filmed[0] if filmed else None)
             if progress is not None:
                 progress(wanted[-1] + 1)
+
+
+def _pixels(model: LoadedModel, x_BCHW: Tensor) -> Tensor:
+    """What the network draws, as pixels."""
+    return x_BCHW if model.vae is None else model.vae.decode(x_BCHW)
+
+
+def _bytes_on_cpu(image_NCHW: Tensor) -> Tensor:
+    return as_bytes(image_NCHW)[0].cpu()
 
 
 class _Shard(NamedTuple):

@@ -43,6 +43,8 @@ class ImageNoise:
     device: torch.device
     threads: ThreadPoolExecutor | None = None
     """None: noise is drawn when it is asked for."""
+    seeds: Sequence[int] | None = None
+    """Of each image one of its own; None: all have `seed`."""
     _ahead: dict[str, "_Pending"] = field(default_factory=dict, init=False, repr=False)
 
     def prepare(self) -> None:
@@ -74,9 +76,18 @@ class ImageNoise:
         self._begin(purpose)
         out_BCHW = self._ahead.pop(purpose).result() if self.threads is not None else self._empty()
         if self.threads is None:
-            fill_normal(out_BCHW, self.seed, purpose, self.image_numbers)
+            self.fill(out_BCHW, slice(None), purpose)
         # From pinned memory, which is not used anew before the copy is done.
         return out_BCHW.to(self.device, non_blocking=True)
+
+    def fill(self, out_RCHW: Tensor, rows: slice, purpose: str) -> None:
+        """Draw the noise of some of the images."""
+        numbers = self.image_numbers[rows]
+        if self.seeds is None:
+            fill_normal(out_RCHW, self.seed, purpose, numbers)
+            return
+        for row, (seed, number) in enumerate(zip(self.seeds[rows], numbers, strict=True)):
+            fill_normal(out_RCHW[row : row + 1], seed, purpose, [number])
 
     def _empty(self) -> Tensor:
         return torch.empty(len(self.image_numbers), *self.shape, pin_memory=self.device.type == "cuda")
@@ -89,13 +100,7 @@ class _Pending:
         self._out_BCHW = noise._empty()
         share = -(-len(noise.image_numbers) // MOST_THREADS)
         self.futures: list[Future[None]] = [
-            threads.submit(
-                fill_normal,
-                self._out_BCHW[first : first + share],
-                noise.seed,
-                purpose,
-                noise.image_numbers[first : first + share],
-            )
+            threads.submit(noise.fill, self._out_BCHW[first : first + share], slice(first, first + share), purpose)
             for first in range(0, len(noise.image_numbers), share)
         ]
 

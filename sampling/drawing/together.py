@@ -27,6 +27,9 @@ def generate_together(
     *,
     posterior: NoisePosterior | None = None,
     state_file: StateFile | None = None,
+    seeds: Sequence[int] | None = None,
+    frames: int | None = None,
+    on_evaluation: Callable[[int], None] | None = None,
 ) -> Generated:
     """As `generate`, by all ranks of a group, which call it with the same arguments.
 
@@ -49,7 +52,17 @@ def generate_together(
     if rows:
         numbers = [image_numbers[row] for row in rows]
         drawn = generate(
-            model, labels[rows], numbers, config, batch, progress, posterior=posterior, state_file=state_file
+            model,
+            labels[rows],
+            numbers,
+            config,
+            batch,
+            progress,
+            posterior=posterior,
+            state_file=state_file,
+            seeds=None if seeds is None else [seeds[row] for row in rows],
+            frames=frames,
+            on_evaluation=on_evaluation,
         )
     network.finish()
     parts = [part for part in group.gather(None if drawn is None else (rows, drawn)) if part is not None]
@@ -78,10 +91,12 @@ def _joined(parts: Sequence[tuple[list[int], Generated]]) -> Generated:
         fields = zip(*(each.chains for each in drawn if each.chains is not None), strict=True)
         chains = ChainImages(*map(join, fields))
     finite_N = None if drawn[0].finite_N is None else join([each.finite_N for each in drawn])
+    frames_NFHWC = None if drawn[0].frames_NFHWC is None else join([each.frames_NFHWC for each in drawn])
     return Generated(
         join([each.image_NHWC for each in drawn]),
         join([each.nfe_N for each in drawn]),
         drawn[0].passes_per_evaluation,
         chains,
         finite_N,
+        frames_NFHWC,
     )

@@ -100,6 +100,15 @@ def test_sample_makes_a_picture_in_pixels(run: Path, tmp_path: Path) -> None:
         assert np.asarray(picture)[2:66, 2:66].std() > 0
 
 
+def test_frames_of_latents_are_decoded_as_the_images_are(run: Path) -> None:
+    model = load_model(run)
+    images = generate(model, None, range(5), SAMPLER, batch=2, frames=50)
+    frames_NFHWC = images.frames_NFHWC
+    assert frames_NFHWC is not None and frames_NFHWC.shape == (5, SAMPLER.steps, 16, 16, 3)
+    assert torch.equal(frames_NFHWC[:, -1], images.image_NHWC)
+    assert not torch.equal(frames_NFHWC[:, 0], images.image_NHWC)
+
+
 def test_the_vae_may_move_but_not_change(
     tmp_path: Path, encoded: DatasetIndex, vae_folder: Path, make_vae: Callable[..., Path]
 ) -> None:

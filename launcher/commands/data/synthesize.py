@@ -82,7 +82,7 @@ def command(
     import sys
 
     from ditmoe.data.storage.progress import show_progress
-    from ditmoe.launcher.commands.sample import choose_classes
+    from ditmoe.launcher.commands.pictures.choice import choose_classes
     from ditmoe.model.errors import UserError
     from ditmoe.model.outside.text import is_fit_to_print
     from ditmoe.parallel.checkpoint.folder import read_info

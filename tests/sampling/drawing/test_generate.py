@@ -214,9 +214,9 @@ class Recorded(ThreadPoolExecutor):
         super().__init__(threads)
         self.log = log
 
-    def submit(self, function, out, seed, purpose, positions):
-        self.log.append(f"begun {purpose} of {positions}")
-        return super().submit(function, out, seed, purpose, positions)
+    def submit(self, function, out, rows, purpose):
+        self.log.append(f"begun {purpose} of {function.__self__.image_numbers[rows]}")
+        return super().submit(function, out, rows, purpose)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from ditmoe.launcher.commands.evaluate import command as evaluate
 from ditmoe.launcher.commands.sample import command as sample
@@ -155,16 +155,18 @@ def test_batches_are_dealt_in_turn() -> None:
     assert [dealt_rows(numbers, 3, 1, rank, 2) for rank in range(2)] == [[0, 2, 3, 5, 6, 8], [1, 4, 7]]
 
 
-def test_sample_by_two_processes_is_the_picture_of_one(run: Path, tmp_path: Path) -> None:
+def test_sample_by_two_processes_is_the_animation_of_one(run: Path, tmp_path: Path) -> None:
     pictures = []
     for name, more in (("alone.png", []), ("together.png", ["--expert-parallel", "2"])):
         out = tmp_path / name
-        program = [*DITMOE, "sample", str(run), "--count", "12", "--batch", "4", "--steps", "2", "--out", str(out)]
+        program = [*DITMOE, "sample", str(run), "--classes", "0,1", "--seeds", "0-4,9", "--batch", "4"]
+        program += ["--steps", "2", "--animate", "--out", str(out)]
         done = run_forked([*program, *more], tmp_path / name.partition(".")[0], seconds=240)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("12 images, euler, 2 steps") == 1
         with Image.open(out) as picture:
-            pictures.append(np.asarray(picture))
+            assert picture.n_frames == 2
+            pictures.append([np.asarray(frame) for frame in ImageSequence.Iterator(picture)])
     np.testing.assert_array_equal(*pictures)
 
 

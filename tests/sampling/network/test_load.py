@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ditmoe.launcher.commands.sample import choose_classes, command, image_numbers, picture_name
+from ditmoe.launcher.commands.pictures.choice import choose_classes, image_numbers
+from ditmoe.launcher.commands.pictures.naming import picture_name
+from ditmoe.launcher.commands.sample import command
 from ditmoe.model.canonical import canonical_state, load_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
