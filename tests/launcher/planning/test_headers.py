@@ -15,6 +15,7 @@ from ditmoe.parallel.planner.gpus import CPU_CORE, GPUS
 
 ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
+GRIDS = sorted((ROOT / "configs" / "grids").glob("*.yaml"))
 KEYS = ("hardware", "memory", "hours", "result", "data", "command")
 """Of a header, in this order, a line each; a sentence stands before them, and what else is to say after them."""
 BAND = 0.05
@@ -25,11 +26,11 @@ SMALL = {"demo": (8, 1), "shapes": (32, 3), "photos": (64, 3), "photos-cpu": (32
 """Side and channels of the images that the other runs take from their data."""
 
 
-def header(text: str) -> dict[str, str]:
+def header(text: str, keys: tuple[str, ...] = KEYS) -> dict[str, str]:
     """The lines of a header by key, `what` being the first."""
     lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
     found = {"what": lines[0]}
-    for key, line in zip(KEYS, lines[1:], strict=False):
+    for key, line in zip(keys, lines[1:], strict=False):
         name, _, value = line.partition(": ")
         assert name == key and value, f"{line!r}: expected a line that begins with {key}:"
         found[key] = value
@@ -90,6 +91,19 @@ def test_a_header_is_what_the_planner_says(path: Path) -> None:
     assert config.data.sources[0].path in shlex.split(said["data"])
     if size := re.search(r"--image-size (\d+)", said["data"]):
         assert int(size[1]) == config.model.image_size and f"{size[1]}×{size[1]}" in said["what"]
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
+def test_the_header_of_an_evaluation_s_grid(path: Path) -> None:
+    """The planner does not count evaluations: so there is no memory, and hours say how they are known."""
+    said = header(path.read_text(encoding="utf-8"), tuple(key for key in KEYS if key != "memory"))
+    assert re.fullmatch(r"\d+ × CPU core \(2 GiB each\)", said["hardware"]) and said["what"].endswith(".")
+    assert re.match(r"[\d.]+, (measured|reckoned)", said["hours"]) and len(said["result"]) > 20
+    words, classifier = shlex.split(said["command"]), shlex.split(said["data"])
+    assert words[:2] == ["ditmoe", "evaluate"] and words[4] == f"configs/grids/{path.name}"
+    assert classifier[:3] == ["ditmoe", "noise-classifier", "train"] and classifier[3] == words[2]
+    run = load_config(ROOT / "configs" / f"{Path(words[2]).name}.yaml", [])
+    assert run.run.dir == Path(words[2])
 
 
 def test_a_header_that_is_wrong_is_noticed() -> None:
