@@ -50,12 +50,10 @@ VERBS: Final[dict[str, Verb]] = {
     "noise-classifier": Verb(
         "ditmoe.launcher.commands.noise_classifier", "Train the noise-level classifier that DLG chains need."
     ),
-    "checkpoint": Verb(
-        "ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and write its weights out."
-    ),
+    "checkpoint": Verb("ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and check every byte."),
     "plan": Verb("ditmoe.launcher.commands.plan", "Estimate every layout of a run on a number of GPUs."),
     "models": Verb("ditmoe.launcher.commands.models", "List the presets, their parameters and FLOPs."),
-    "convert": Verb("ditmoe.launcher.commands.convert", "Turn published weights into ours, and back."),
+    "convert": Verb("ditmoe.launcher.commands.convert", "Bring weights in, and take them out again."),
 }
 
 

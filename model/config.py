@@ -49,6 +49,9 @@ class ModelConfig(Settings):
     """Classes, without the null class; null: from the data's index."""
     attention: Literal["plain", "qk_norm"] = "plain"
     """`qk_norm`: per-head LayerNorm with affine on queries and keys, as the published XL and G weights have."""
+    timestep_frequencies: Literal["dit", "diffusers"] = "dit"
+    """ω_i of the timestep's features cos ωt and sin ωt, i = 0 … 127: 10000^(−i/128), as DiT, SiT and DiT-MoE have
+    them, or 10000^(−i/127), as diffusers' own DiT computes them. Stock diffusers draws exactly the latter."""
     learn_sigma: bool = True
     """The network puts out 2·channels; DDPM reads the second half as the variance, flow ignores it."""
     label_dropout: float = Field(default=0.1, ge=0, lt=1)

@@ -84,7 +84,7 @@ class DiT(nn.Module):
         """Recompute each block in the backward pass instead of keeping its activations."""
         if self.has_first:
             self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch)
-            self.t_embedder = TimestepEmbedder(config.hidden)
+            self.t_embedder = TimestepEmbedder(config.hidden, config.timestep_frequencies)
             self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
             embedding = position_embedding(config.hidden, config.image_size // config.patch)
             self.register_buffer("pos_embed", embedding)

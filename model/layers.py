@@ -4,6 +4,7 @@ B images, T tokens, D hidden, H heads; tensors carry their axes in their names.
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +35,25 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Timesteps to vectors: 256 sinusoidal features, then a two-layer MLP."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, hidden: int, spacing: Literal["dit", "diffusers"] = "dit") -> None:
         super().__init__()
+        self.spacing: Literal["dit", "diffusers"] = spacing
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
 
     def forward(self, timestep_B: Tensor) -> Tensor:
         """`[B]` → `[B, D]`."""
-        angle = timestep_B.float()[:, None] * timestep_frequencies(timestep_B.device)
+        angle = timestep_B.float()[:, None] * timestep_frequencies(timestep_B.device, self.spacing)
         features = torch.cat((angle.cos(), angle.sin()), dim=-1)
         embedding: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedding
 
 
-def timestep_frequencies(device: torch.device) -> Tensor:
-    """ω of the features cos ωt and sin ωt, float32 `[128]`."""
+def timestep_frequencies(device: torch.device, spacing: Literal["dit", "diffusers"] = "dit") -> Tensor:
+    """ω of the features cos ωt and sin ωt, float32 `[128]`: from 1 to 10000^(−127/128), or to 10000^−1."""
     half = TIMESTEP_FEATURES // 2
     index = torch.arange(half, dtype=torch.float32, device=device)
+    if spacing == "diffusers":
+        return torch.exp(-math.log(MAX_PERIOD) * index / (half - 1))  # in its order, to round as it does
     return torch.exp(-math.log(MAX_PERIOD) / half * index)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from ditmoe.launcher.commands.convert import command as convert
 from ditmoe.model import presets
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.count import preset_config
@@ -43,6 +44,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_photos(folder / "runs" / "photos")
     write_noise_classifier(folder / "runs" / "demo")
     write_digits(folder / "shards" / "photos")
+    convert(folder / "runs" / "photos", folder / "mine-diffusers", to="diffusers")
     return folder
 
 

@@ -1,7 +1,7 @@
-"""`ditmoe checkpoint`: look into a checkpoint, and write its weights out."""
+"""`ditmoe checkpoint`: look into a checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +10,13 @@ from ditmoe.model.outside.text import counted
 if TYPE_CHECKING:
     from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 
-app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint, and write its weights out.")
+app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint.")
+
+
+@app.callback()
+def _checkpoint() -> None:
+    """Look into a checkpoint."""
+
 
 Source = Annotated[
     Path, typer.Argument(help="A run folder (its newest checkpoint) or a checkpoint folder.", metavar="PATH")
@@ -32,31 +38,6 @@ def inspect(source: Source, step: Step = None) -> None:
         raise UserError("\n".join(problems))
     typer.echo("\n".join(_cuts(info)))
     typer.echo("whole: each parameter is there once, and every file has its checksum")
-
-
-@app.command("export")
-def export(
-    source: Source,
-    destination: Annotated[Path, typer.Argument(help="NAME.safetensors.", metavar="DST")],
-    step: Step = None,
-    weights: Annotated[Literal["ema", "weights"], typer.Option(help="Which set.")] = "ema",
-    shard_size: Annotated[float, typer.Option(min=0.0001, help="Cut into files of at most this many GiB.")] = 5.0,
-) -> None:
-    """Write the EMA or the weights as safetensors, holding one file's tensors in memory at a time."""
-    from ditmoe.parallel.checkpoint.export import export_weights
-    from ditmoe.parallel.checkpoint.folder import read_info
-    from ditmoe.sampling.network.load import find_checkpoint
-
-    info = read_info(find_checkpoint(source, step))
-    files = export_weights(
-        info,
-        destination,
-        weights,
-        int(shard_size * 2**30),
-        lambda done: typer.echo(f"{done / 2**20:,.1f} MiB", err=True),
-    )
-    for file in files:
-        typer.echo(str(file))
 
 
 def _description(info: "CheckpointInfo") -> str:

@@ -10,7 +10,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -23,11 +23,14 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import replacing
+from ditmoe.model.weights.lazy import read, sizes_of
 from ditmoe.model.weights.untrusted import first_problem, leads_out, parse_json, read_file, regular_file_bytes
 
 PT_SUFFIXES = (".pt", ".pth", ".ckpt")
 SAFETENSORS = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+DIFFUSERS_FILES: Final = ("diffusion_pytorch_model" + SAFETENSORS, "diffusion_pytorch_model" + INDEX_SUFFIX)
+"""The weights of a model in diffusers' folders."""
 SHARD_BYTES = 5 * 2**30
 """Largest safetensors file written, unless one tensor alone is larger."""
 
@@ -93,8 +96,16 @@ def _check_archive(path: Path, size: int) -> None:
         raise UserError(f"{path}: its members are larger than the file; it is damaged")
 
 
-def write_pt(path: Path, content: Mapping[str, Any], description: str | None = None) -> None:
-    """Write a dictionary of tensors (or of such dictionaries) for `torch.load`, atomically."""
+def write_pt(
+    path: Path, content: Mapping[str, Any], description: str | None = None, *, overwrite: bool = False
+) -> None:
+    """Write a dictionary of tensors (or of such dictionaries) for `torch.load`, atomically.
+
+    Raises:
+        UserError: something has the name, and is not to be overwritten.
+    """
+    if os.path.lexists(path) and not overwrite:
+        raise UserError(f"{path}: exists already; give --overwrite, or choose another name")
     whole = dict(content) if description is None else {**content, _DESCRIPTION_KEY: description}
     with _writing(path) as file:
         torch.save(whole, file)
@@ -132,62 +143,79 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def write_safetensors(
-    path: Path, state: Mapping[str, Tensor], description: str | None = None, shard_bytes: int = SHARD_BYTES
+    path: Path,
+    state: Mapping[str, Tensor],
+    description: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write tensors to one safetensors file, or to numbered files and an index when they exceed `shard_bytes`.
 
     Each file is written atomically and the index last, so that an interrupted export is never read as a whole one.
+    Of `LazyTensors` no more than one file's are held.
+
+    Args:
+        overwrite: in place of what has the name; its other files go too.
+        progress: called with the bytes written so far after each file.
 
     Returns:
         the files written; the last is the one to read.
+
+    Raises:
+        UserError: something has the name, or the name of another of the files.
     """
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in state.items()}
-    return write_safetensors_in_pieces(
-        path, sizes, lambda names: {name: state[name] for name in names}, description, shard_bytes
-    )
-
-
-def write_safetensors_in_pieces(
-    path: Path,
-    sizes: Mapping[str, int],
-    fetch: Callable[[list[str]], Mapping[str, Tensor]],
-    description: str | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> list[Path]:
-    """As `write_safetensors`, asking for the tensors of one file at a time, so that no more are held.
-
-    Args:
-        sizes: bytes of each tensor, in the order of writing.
-        fetch: gives the named tensors.
-    """
-    metadata = {"format": "pt"} if description is None else {"format": "pt", _DESCRIPTION_KEY: description}
+    sizes = sizes_of(state)
     shards = _cut(sizes, shard_bytes)
-    if len(shards) == 1:
-        _write_safetensors_file(path, fetch(shards[0]), metadata)
-        return [path]
-    files = [
-        path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{SAFETENSORS}")
-        for number in range(1, len(shards) + 1)
-    ]
-    for file in files:
-        if os.path.lexists(file):
-            raise UserError(f"{file}: exists already; remove it, or choose another name than {path.name}")
+    index_file = path.with_name(path.stem + INDEX_SUFFIX)
+    files = [path]
+    if len(shards) > 1:
+        files = [
+            path.with_name(f"{path.stem}-{number:05d}-of-{len(shards):05d}{SAFETENSORS}")
+            for number in range(1, len(shards) + 1)
+        ]
+    if overwrite:
+        _remove_export(path, index_file)
+    for file in dict.fromkeys((path, index_file, *files)):
+        if os.path.lexists(file) and not (overwrite and file == path):
+            raise UserError(f"{file}: exists already; give --overwrite, or choose another name than {path.name}")
+    metadata = {"format": "pt"} if description is None else {"format": "pt", _DESCRIPTION_KEY: description}
+    written = 0
     for file, names in zip(files, shards, strict=True):
-        _write_safetensors_file(file, fetch(names), {"format": "pt"})
+        _write_safetensors_file(file, read(state, names), metadata if len(shards) == 1 else {"format": "pt"})
+        written += sum(sizes[name] for name in names)
+        if progress is not None:
+            progress(written)
+    if len(shards) == 1:
+        return files
     index = {
         "metadata": {**metadata, "total_size": sum(sizes.values())},
         "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
     }
-    index_file = path.with_name(path.stem + INDEX_SUFFIX)
     with _writing(index_file) as stream:
         stream.write(json.dumps(index, indent=1).encode())
     return [*files, index_file]
+
+
+def _remove_export(path: Path, index_file: Path) -> None:
+    """Remove the several files of an earlier export, the index first; a single file is replaced when written."""
+    if not os.path.lexists(index_file):
+        return
+    held, _ = _read_index(index_file)
+    with suppress(FileNotFoundError):
+        index_file.unlink()
+    for file in set(held.values()):
+        path.with_name(file).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _locate_safetensors(path: Path) -> Path:
     """The file or index that a path stands for."""
     if path.is_dir():
         found = sorted(path.glob("*" + INDEX_SUFFIX)) or sorted(path.glob("*" + SAFETENSORS))
+        # diffusers keeps a file of each precision in one folder.
+        found = [file for file in found if file.name in DIFFUSERS_FILES] or found
         if len(found) != 1:
             raise UserError(
                 f"{path}: expected one {SAFETENSORS} file or one {INDEX_SUFFIX} in it, found {len(found)}"

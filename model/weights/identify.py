@@ -37,7 +37,8 @@ def identify(
         UserError: the state is not a DiT's, contradicts what is wanted, or leaves heads or K unknown.
     """
     wanted = _wanted(path, preset, config, described)
-    return _identify(state, wanted, _all_fields(config or described or {}), path)
+    base = described.model_dump() if described is not None else {}
+    return _identify(state, wanted, base | _given_fields(config or {}), path)
 
 
 def _wanted(
@@ -51,15 +52,15 @@ def _wanted(
         except ValueError as error:
             raise UserError(str(error)) from error
     if config is not None:
-        given = config.model_fields_set if isinstance(config, ModelConfig) else config
-        wanted.append(("the configuration", {key: _all_fields(config)[key] for key in given}))
+        wanted.append(("the configuration", _given_fields(config)))
     if described is not None:
         wanted.append((f"the description in {path.name}", described.model_dump()))
     return wanted
 
 
-def _all_fields(config: Expected) -> dict[str, Any]:
-    return config.model_dump() if isinstance(config, ModelConfig) else dict(config)
+def _given_fields(config: Expected) -> dict[str, Any]:
+    """Those that are not left at their default."""
+    return config.model_dump(exclude_unset=True) if isinstance(config, ModelConfig) else dict(config)
 
 
 def _identify(

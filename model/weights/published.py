@@ -1,25 +1,25 @@
 """Published DiT and DiT-MoE weights: reading the layouts in use, checking them against a network, writing them.
 
 A `.pt` file holds the weights bare, under `ema` or under `model`; a `.safetensors` file (or an index of several)
-holds one set. Names are the published ones, which are also our canonical ones; a `module.` prefix that a
-data-parallel wrapper left is dropped. The network's shape is read from names and shapes. Two numbers leave no
-trace there, heads (with plain attention) and experts per token: they come from the preset, from a configuration,
-or from the description that `save_published` puts into its files.
+holds one set, and so does a folder of diffusers. Names are the published ones, which are also our canonical ones;
+a `module.` prefix that a data-parallel wrapper left is dropped. The network's shape is read from names and shapes.
+Two numbers leave no trace there, heads (with plain attention) and experts per token: they come from the preset,
+from a configuration, or from the description that `save_published` puts into its files.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from ditmoe.model.canonical import canonical_shapes, check_canonical
+from ditmoe.model.canonical import canonical_items, canonical_shapes, check_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.description import Description, Which, parse_description
+from ditmoe.model.weights.diffusers import NETWORK, diffusers_folder, read_diffusers
 from ditmoe.model.weights.files import (
     INDEX_SUFFIX,
     PT_SUFFIXES,
@@ -31,9 +31,7 @@ from ditmoe.model.weights.files import (
     write_safetensors,
 )
 from ditmoe.model.weights.identify import Expected, State, identify
-from ditmoe.model.weights.untrusted import first_problem, parse_json
-
-Which = Literal["ema", "weights"]
+from ditmoe.model.weights.lazy import read
 
 _PT_KEYS: dict[Which, str] = {"ema": "ema", "weights": "model"}
 _DEEPSPEED_KEY = "module"
@@ -41,7 +39,6 @@ _DEEPSPEED_KEY = "module"
 _WRAPPER = "module."
 _INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts that torch.compile, FSDP and recomputation add to names, wherever they wrapped a module."""
-_DESCRIPTION_FORMAT = "ditmoe weights 1"
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class PublishedWeights:
     """One or two sets of weights by canonical name, and the network that they fit."""
 
     config: ModelConfig
-    ema: State | None = None
+    ema: Mapping[str, Tensor] | None = None
     """The averaged weights. A bare file's weights count as these: published bare files hold the average."""
-    weights: State | None = None
+    weights: Mapping[str, Tensor] | None = None
     """The weights that training goes on from (`model` in a `.pt` file)."""
     objective: ObjectiveConfig | None = None
     """What the network was trained to predict, where the file says it."""
@@ -59,7 +56,7 @@ class PublishedWeights:
     origin: str = "the weights"
     """Where they are from, for messages."""
 
-    def state(self, which: Which | None = None) -> State:
+    def state(self, which: Which | None = None) -> Mapping[str, Tensor]:
         """One set of weights: the one named, or without a name the EMA if there is one.
 
         Raises:
@@ -70,6 +67,14 @@ class PublishedWeights:
             other = "weights" if which == "ema" else "ema"
             raise UserError(f"{self.origin}: has no set {which!r}, only {other!r}")
         return chosen
+
+    def description(self, which: Which | None) -> Description:
+        """What the weights do not say of themselves.
+
+        Args:
+            which: the set that a file holds alone; None: it says so itself.
+        """
+        return Description(self.config, self.objective, self.class_names, which)
 
     def only(self, which: Which) -> "PublishedWeights":
         """The same with one set of weights, which must be there."""
@@ -108,7 +113,7 @@ def load_published(
         UserError: the file cannot be read, or does not fit; the message names the file and what is wrong.
     """
     published = read_published(path, preset, config=config)
-    return published.config, published.state(which)
+    return published.config, dict(published.state(which))
 
 
 def read_published(
@@ -116,8 +121,14 @@ def read_published(
 ) -> PublishedWeights:
     """Read every set of weights in a published file; arguments and errors as for `load_published`."""
     path = Path(path)
-    sets, description = _read_sets(path)
-    described = _parse_description(description, path)
+    folder = diffusers_folder(path)
+    sets: dict[Which, Mapping[Any, Any]]
+    described: Description | None
+    if folder is not None:
+        state, described = read_diffusers(folder)
+        sets = {described.which or "ema": state}
+    else:
+        sets, described = _read_sets(path)
     states = {which: _clean(state, path) for which, state in sets.items()}
     first = next(iter(states.values()))
     complete = identify(first, path, preset, config, described.config if described else None)
@@ -139,7 +150,13 @@ def read_published(
 
 
 def save_published(
-    published: PublishedWeights, path: str | Path, *, bare: bool = False, shard_bytes: int = SHARD_BYTES
+    published: PublishedWeights,
+    path: str | Path,
+    *,
+    bare: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
     """Write weights in a published layout, atomically.
 
@@ -148,15 +165,18 @@ def save_published(
         path: ends with `.pt` (`{"ema": …, "model": …}`, or the bare set) or `.safetensors`.
         bare: write a `.pt` file that is nothing but the set of weights.
         shard_bytes: cut a larger safetensors file into numbered ones with an index.
+        overwrite: replace what has the name.
+        progress: of safetensors: called with the bytes written so far after each file.
 
     Returns:
         the files written, the one to read last.
 
     Raises:
-        UserError: the suffix is another, two sets for a file that takes one, or the disk refuses.
+        UserError: the suffix is another, two sets for a file that takes one, something has the name, or the disk
+            refuses.
     """
     path = Path(path)
-    sets: dict[Which, State] = {}
+    sets: dict[Which, Mapping[str, Tensor]] = {}
     if published.ema is not None:
         sets["ema"] = published.ema
     if published.weights is not None:
@@ -170,23 +190,27 @@ def save_published(
         raise UserError(f"{path}: a {'bare' if bare else SAFETENSORS} file takes one set of weights, found two")
     which, state = next(iter(sets.items()))
     if path.suffix == SAFETENSORS:
-        return write_safetensors(path, state, _describe(published, which), shard_bytes)
+        description = published.description(which).text()
+        return write_safetensors(path, state, description, shard_bytes, overwrite=overwrite, progress=progress)
     if bare:
-        write_pt(path, state)
+        write_pt(path, read(state), overwrite=overwrite)
     else:
-        write_pt(path, {_PT_KEYS[name]: held for name, held in sets.items()}, _describe(published, None))
+        content = {_PT_KEYS[name]: read(held) for name, held in sets.items()}
+        write_pt(path, content, published.description(None).text(), overwrite=overwrite)
     return [path]
 
 
 # --- the sets of weights in a file -----------------------------------------------------------------------------
 
 
-def _read_sets(path: Path) -> tuple[dict[Which, Mapping[Any, Any]], str | None]:
-    """The sets in a file, unchecked, and its description."""
+def _read_sets(path: Path) -> tuple[dict[Which, Mapping[Any, Any]], Description | None]:
+    """The sets in a file, unchecked, and its description. A safetensors file without one counts as the average."""
     if path.is_dir() or path.suffix == SAFETENSORS or path.name.endswith(INDEX_SUFFIX):
-        state, description = read_safetensors(path)
-        return {_described_set(description): state}, description
-    content, description = read_pt(path)
+        state, text = read_safetensors(path)
+        description = parse_description(text, path)
+        return {(description and description.which) or "ema": state}, description
+    content, text = read_pt(path)
+    description = parse_description(text, path)
     sets: dict[Which, Mapping[Any, Any]] = {}
     for which, key in _PT_KEYS.items():
         held = content.get(key)
@@ -222,59 +246,14 @@ def _clean(state: Mapping[Any, Any], path: Path) -> State:
                 " DeepSpeed's zero_to_fp32.py"
             )
     names = {name: _unwrapped(name) for name in state}
-    while names and all(name.startswith(_WRAPPER) for name in names.values()):
-        names = {stored: name.removeprefix(_WRAPPER) for stored, name in names.items()}
+    for wrapper in (_WRAPPER, NETWORK):
+        while names and all(name.startswith(wrapper) for name in names.values()):
+            names = {stored: name.removeprefix(wrapper) for stored, name in names.items()}
     if len(set(names.values())) < len(names):
         raise UserError(f"{path}: holds some weights twice, with and without the names of wrappers")
-    return {name: state[stored].detach() for stored, name in names.items()}
+    # Networks of ours have the experts of a block in one tensor each.
+    return dict(canonical_items((name, state[stored].detach()) for stored, name in names.items()))
 
 
 def _unwrapped(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _INNER_WRAPPERS)
-
-
-# --- the description that our own files carry -------------------------------------------------------------------
-
-
-def _describe(published: PublishedWeights, which: Which | None) -> str:
-    """What the weights do not say of themselves, as JSON."""
-    return json.dumps(
-        {
-            "format": _DESCRIPTION_FORMAT,
-            "model": published.config.model_dump(),
-            "objective": published.objective.model_dump() if published.objective else None,
-            "class_names": published.class_names,
-            "set": which,
-        }
-    )
-
-
-def _described_set(description: str | None) -> Which:
-    """The set that a safetensors file holds; one without a description counts as the average."""
-    try:
-        held = parse_json(description or "{}")
-    except ValueError:
-        return "ema"  # `_parse_description` refuses it
-    return "weights" if isinstance(held, dict) and held.get("set") == "weights" else "ema"
-
-
-def _parse_description(description: str | None, path: Path) -> PublishedWeights | None:
-    """Read a description back; the weights themselves are not in it."""
-    if description is None:
-        return None
-    try:
-        held = parse_json(description)
-        if not isinstance(held, dict) or held.get("format") != _DESCRIPTION_FORMAT:
-            raise ValueError(f"expected {_DESCRIPTION_FORMAT!r}")
-        names, objective = held.get("class_names"), held.get("objective")
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise ValueError("class_names must be a list of texts")
-        return PublishedWeights(
-            ModelConfig(**held["model"]),
-            objective=ObjectiveConfig(**objective) if objective else None,
-            class_names=cast(list[str] | None, names),
-        )
-    except ValidationError as error:
-        raise UserError(f"{path}: its description cannot be read ({first_problem(error)})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its description cannot be read ({str(error)[:200]})") from error

@@ -28,8 +28,8 @@ LAST: Final = ("final_layer.linear.weight", "final_layer.linear.bias")
 
 
 def could_be_sit(config: ModelConfig) -> bool:
-    """Whether SiT has networks of this form: dense, with plain attention."""
-    return config.experts == 0 and config.attention == "plain"
+    """Whether SiT has networks of this form: dense, with plain attention and DiT's features of time."""
+    return config.experts == 0 and config.attention == "plain" and config.timestep_frequencies == "dit"
 
 
 def from_sit(state: Mapping[str, Tensor], config: ModelConfig, origin: str) -> dict[str, Tensor]:
@@ -44,7 +44,11 @@ def from_sit(state: Mapping[str, Tensor], config: ModelConfig, origin: str) -> d
     """
     if not could_be_sit(config):
         found = f"{config.experts} experts and {config.attention} attention"
-        raise UserError(f"{origin}: has {found}; SiT's networks are dense, with plain attention")
+        if config.timestep_frequencies != "dit":
+            found += f", and {config.timestep_frequencies}' frequencies of time"
+        raise UserError(
+            f"{origin}: has {found}; SiT's networks are dense, with plain attention, and DiT's frequencies"
+        )
     omega = timestep_frequencies(torch.device("cpu")).double()
     of_cosine, of_sine = state[TIME].double().chunk(2, dim=1)
     turned = (

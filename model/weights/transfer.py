@@ -31,7 +31,16 @@ ROUTER_SHARE: Final = 1e-4
 LABELS: Final = "y_embedder.embedding_table.weight"
 _SHOWN: Final = 5
 """Parameters of another shape that a message lists."""
-_ALIKE: Final = ("depth", "hidden", "heads", "patch", "channels", "learn_sigma", "attention")
+_ALIKE: Final = (
+    "depth",
+    "hidden",
+    "heads",
+    "patch",
+    "channels",
+    "learn_sigma",
+    "attention",
+    "timestep_frequencies",
+)
 """Fields of the network that must be the source's."""
 _MLP: Final = re.compile(r"(blocks\.\d+\.)moe\.shared_experts\.(fc[12]\.(?:weight|bias))")
 _EXPERT: Final = re.compile(r"(blocks\.\d+\.moe\.experts\.)\d+(\.(\w+)\.weight)")

@@ -1,8 +1,7 @@
-"""Writing a checkpoint's weights or EMA as safetensors, one file's worth of tensors in memory at a time."""
+"""A checkpoint's weights by their published names, read as they are asked for."""
 
-import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,58 +9,44 @@ from torch import Tensor
 
 from ditmoe.model.errors import UserError
 from ditmoe.model.layers import position_embedding
-from ditmoe.model.weights.files import SAFETENSORS, SHARD_BYTES, write_safetensors_in_pieces
+from ditmoe.model.weights.lazy import LazyTensors
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, damaged, incomplete
 from ditmoe.parallel.checkpoint.holds import reading
 
-BYTES = 4
 
+@contextmanager
+def open_weights(info: CheckpointInfo, sets: Sequence[Literal["ema", "weights"]]) -> Iterator[list[LazyTensors]]:
+    """Sets of a checkpoint's parameters, float32, with the position embedding that published files have.
 
-def export_weights(
-    info: CheckpointInfo,
-    destination: Path,
-    which: Literal["ema", "weights"] = "ema",
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int], None] | None = None,
-) -> list[Path]:
-    """Export one set of a checkpoint's parameters by their published names, fp32.
-
-    Args:
-        destination: NAME.safetensors; cut into NAME-00001-of-….safetensors and an index beyond `shard_bytes`.
-        progress: called with the bytes written after each file's tensors are read.
-
-    Returns:
-        the files written; the last is the one to read.
+    Nothing is read before it is asked for, and the checkpoint stays where it is for the body.
 
     Raises:
-        UserError: the checkpoint has no such set, is damaged or incomplete, or the files cannot be written.
+        UserError: the checkpoint has no such set, or is damaged or incomplete.
     """
-    if destination.suffix != SAFETENSORS:
-        raise UserError(f"{destination}: expected a name that ends in {SAFETENSORS}")
-    if which not in info.parts:
-        raise UserError(f"{info.path}: has no {which} (found: {', '.join(info.parts)})")
-    problems = damaged(info, [name for name in info.files if name.startswith(f"{which}/")]) or incomplete(info)
-    if problems:
-        raise UserError("\n".join(problems))
-    model = info.model
-    assert model.image_size is not None
-    embedding = position_embedding(model.hidden, model.image_size // model.patch)
-    shapes = {"pos_embed": tuple(embedding.shape), **info.shapes}
-    written = 0
+    for which in sets:
+        if which not in info.parts:
+            raise UserError(f"{info.path}: has no {which} (found: {', '.join(info.parts)})")
+    with reading(info.path):
+        names = [name for name in info.files if name.partition("/")[0] in sets]
+        problems = damaged(info, names) or incomplete(info, sets)
+        if problems:
+            raise UserError("\n".join(problems))
+        yield [_lazy(info, which) for which in sets]
 
-    def fetch(names: list[str]) -> dict[str, Tensor]:
-        nonlocal written
+
+def _lazy(info: CheckpointInfo, which: str) -> LazyTensors:
+    model = info.model
+    size = model.image_size or info.dataset["image_size"]
+    embedding = position_embedding(model.hidden, size // model.patch)
+    shapes = {"pos_embed": tuple(embedding.shape), **info.shapes}
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
         tensors = {name: torch.empty(shapes[name]) for name in names}
-        stored = [name for name in names if name != "pos_embed"]
         if "pos_embed" in tensors:
             tensors["pos_embed"].copy_(embedding)
+        stored = [name for name in names if name != "pos_embed"]
         load_pieces(info.path / which, [whole_piece(name, tensors[name]) for name in stored], collective=False)
-        written += sum(tensor.numel() * BYTES for tensor in tensors.values())
-        if progress is not None:
-            progress(written)
         return tensors
 
-    sizes = {name: BYTES * math.prod(shape) for name, shape in shapes.items()}
-    with reading(info.path):
-        return write_safetensors_in_pieces(destination, sizes, fetch, shard_bytes=shard_bytes)
+    return LazyTensors(shapes, read)

@@ -336,10 +336,14 @@ def write_weights_checkpoint(
     weights: Mapping[str, Tensor],
     ema: Mapping[str, Tensor] | None,
     class_names: Sequence[str] | None = None,
+    latents: Mapping[str, Any] | None = None,
 ) -> None:
     """Write canonical weights (and EMA) as a checkpoint that sampling can use, without a process group.
 
     It is written under a name that nothing else has; when that fails, nothing is left.
+
+    Args:
+        latents: how what the network draws becomes pixels; None: it draws pixels, or nobody knows.
 
     Raises:
         UserError: the folder exists already.
@@ -349,7 +353,7 @@ def write_weights_checkpoint(
     partial = temporary_beside(path)
     partial.mkdir(parents=True)
     try:
-        _write_weights(partial, path, model, objective, weights, ema, class_names)
+        _write_weights(partial, path, model, objective, weights, ema, class_names, latents)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -363,6 +367,7 @@ def _write_weights(
     weights: Mapping[str, Tensor],
     ema: Mapping[str, Tensor] | None,
     class_names: Sequence[str] | None,
+    latents: Mapping[str, Any] | None,
 ) -> None:
     parts = {WEIGHTS: weights, EMA: weights if ema is None else ema}
     files: dict[str, dict[str, Any]] = {}
@@ -383,6 +388,7 @@ def _write_weights(
             "channels": model.channels,
             "num_classes": model.num_classes,
             "class_names": list(class_names or map(str, range(model.num_classes or 0))),
+            **({} if latents is None else {"latents": dict(latents)}),
         },
         "shapes": {name: list(tensor.shape) for name, tensor in weights.items() if name != "pos_embed"},
     }

@@ -430,7 +430,7 @@ def test_a_description_that_contradicts_the_weights(tmp_path: Path) -> None:
     wrong = PublishedWeights(MOE.model_copy(update={"experts": 5}), ema=make_state(MOE))
     save_published(wrong, tmp_path / "weights.pt")
     assert "experts = 3 in the weights, 5 in the description" in error_of(tmp_path / "weights.pt")
-    save_published(make_published(MOE, ema=make_state(MOE)), tmp_path / "weights.pt")
+    save_published(make_published(MOE, ema=make_state(MOE)), tmp_path / "weights.pt", overwrite=True)
     other = MOE.model_copy(update={"experts_per_token": 1})
     message = error_of(tmp_path / "weights.pt", config=other)
     assert "experts_per_token = 1 in the configuration, 2 in the description" in message
@@ -464,6 +464,6 @@ def test_a_failing_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr("ditmoe.model.weights.files.os.fsync", full)
     with pytest.raises(UserError, match=r"could not be written.*No space left"):
-        save_published(make_published(DENSE, ema=make_state(DENSE, seed=5)), tmp_path / name)
+        save_published(make_published(DENSE, ema=make_state(DENSE, seed=5)), tmp_path / name, overwrite=True)
     assert [file.name for file in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_bytes() == before
