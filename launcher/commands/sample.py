@@ -88,7 +88,7 @@ def command(
 
     import torch
 
-    from ditmoe.launcher.commands.pictures.choice import choose_classes, choose_seeds, image_numbers
+    from ditmoe.launcher.commands.pictures.choice import choose_classes, choose_seeds
     from ditmoe.launcher.commands.pictures.naming import picture_name
     from ditmoe.launcher.commands.pictures.output import Drawn, Looks, file_names, write_images
     from ditmoe.launcher.commands.pictures.progress import DrawingProgress
@@ -103,6 +103,7 @@ def command(
     from ditmoe.sampling.jobs.workers import join_workers
     from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
     from ditmoe.sampling.network.of_group import check_dealt
+    from ditmoe.sampling.python.choices import image_numbers
 
     config = drawing.config()
     chosen_seeds = None if seeds is None else choose_seeds(seeds)

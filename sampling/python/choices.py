@@ -18,15 +18,17 @@ MOST_DEFAULT_CLASSES: Final = 16
 MOST_SEEDS: Final = 100_000
 
 
-def labels_of(classes: Classes | None, names: Sequence[str]) -> list[int]:
+def labels_of(classes: Classes | None, names: Sequence[str], told: str = "classes") -> list[int]:
     """The labels that classes stand for, in their order.
 
-    A text that is a class's name is that class; otherwise a number, or several of either with commas between, as
-    `ditmoe sample --classes` takes them. Capitals do not matter where only one class has the name.
+    A text that is a class's name is that class, before it is a number; it may be several of either with commas
+    between. A name may have commas in it: the longest name that the next parts make is taken. Capitals do not
+    matter where only one class has the name.
 
     Args:
         classes: None: all, or 16 spread over them.
         names: of all classes.
+        told: what the user calls them, for messages.
 
     Raises:
         UserError: one is neither; names all such, and the nearest name.
@@ -35,20 +37,23 @@ def labels_of(classes: Classes | None, names: Sequence[str]) -> list[int]:
         shown = min(len(names), MOST_DEFAULT_CLASSES)
         return [place * len(names) // shown for place in range(shown)]
     labels: list[int] = []
-    wrong: list[str] = []
+    wrong: list[str | SupportsIndex] = []
     table = _Table(names)
     for each in _each(classes):
-        found = table.of_text(each) if isinstance(each, str) else table.of_number(each)
+        found, lost = table.of_text(each) if isinstance(each, str) else table.of_number(each)
         labels += found
-        wrong += [] if found else [repr(each)]
+        wrong += lost
     if wrong:
-        close = [near for text in wrong for near in difflib.get_close_matches(text.strip("'"), names, n=1)]
-        meant = f". Did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
+        texts = [part for part in wrong if isinstance(part, str)]
+        close = [near for text in texts for near in difflib.get_close_matches(text, names, n=1)]
+        meant = f" Did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
         listed = ", ".join(names[:MOST_DEFAULT_CLASSES]) + (", …" if len(names) > MOST_DEFAULT_CLASSES else "")
-        numbers = f"numbers from 0 to {len(names) - 1}"
-        raise UserError(f"classes: {', '.join(wrong)} found; expected {numbers}, or names: {listed}{meant}")
+        raise UserError(
+            f"{told}: {', '.join(map(repr, wrong))} found; expected numbers from 0 to {len(names) - 1}, or names:"
+            f" {listed}.{meant}"
+        )
     if not labels:
-        raise UserError("classes: none found; expected one at least, or None for all")
+        raise UserError(f"{told}: none found; expected one at least, or None for all")
     return labels
 
 
@@ -78,28 +83,30 @@ class _Table:
         self._folded = {name: labels[0] for name, labels in folded.items() if len(labels) == 1}
         self._longest = max(name.count(",") for name in names) + 1
 
-    def of_number(self, number: SupportsIndex) -> list[int]:
-        """The label, or nothing where it is none."""
+    def of_number(self, number: SupportsIndex) -> tuple[list[int], list[SupportsIndex]]:
+        """The label, or the number where it is none."""
         try:
             label = operator.index(number)
         except TypeError:
-            return []
-        return [label] if not isinstance(number, bool) and 0 <= label < self._count else []
+            return [], [number]
+        fits = not isinstance(number, bool) and 0 <= label < self._count
+        return ([label], []) if fits else ([], [number])
 
-    def of_text(self, text: str) -> list[int]:
-        """The labels of a text; nothing where a part of it is no class."""
+    def of_text(self, text: str) -> tuple[list[int], list[str]]:
+        """The labels of a text, and its parts that are no class."""
         labels: list[int] = []
+        wrong: list[str] = []
         parts = text.split(",")
         while parts:
             for length in range(min(self._longest, len(parts)), 0, -1):
                 label = self._of_name(",".join(parts[:length]))
                 if label is not None:
+                    labels.append(label)
                     break
             else:
-                return []
-            labels.append(label)
+                wrong.append(normal(parts[0].strip()))
             del parts[:length]
-        return labels
+        return labels, wrong
 
     def _of_name(self, text: str) -> int | None:
         name = normal(text.strip())

@@ -147,7 +147,7 @@ class Model:
         sampler: SamplerName | None = None,
         steps: int = STEPS,
         guidance: float = 1.0,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = False,
         **settings: Unpack[SamplerSettings],
     ) -> list[Image]: ...
@@ -163,7 +163,7 @@ class Model:
         sampler: SamplerName | None = None,
         steps: int = STEPS,
         guidance: float = 1.0,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = False,
         **settings: Unpack[SamplerSettings],
     ) -> NDArray[np.uint8]: ...
@@ -179,7 +179,7 @@ class Model:
         sampler: SamplerName | None = None,
         steps: int = STEPS,
         guidance: float = 1.0,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = False,
         **settings: Unpack[SamplerSettings],
     ) -> Tensor: ...
@@ -194,7 +194,7 @@ class Model:
         sampler: SamplerName | None = None,
         steps: int = STEPS,
         guidance: float = 1.0,
-        batch: int = 64,
+        batch: int | None = None,
         progress: bool = False,
         **settings: Unpack[SamplerSettings],
     ) -> list[Image] | NDArray[np.uint8] | Tensor:
@@ -211,7 +211,8 @@ class Model:
             sampler: None: `ddpm` or `euler`, whichever goes with the model.
             steps: of the sampler.
             guidance: the scale of classifier-free guidance; 1: none. `ditmoe sample` calls it `--cfg-scale`.
-            batch: images drawn at once. At another size an image differs by rounding.
+            batch: images drawn at once; None: 64, or all if they are fewer. At another size an image differs by
+                rounding.
             progress: show a bar on standard error.
             settings: any other setting of the sampler (docs/sample.md).
 
@@ -237,7 +238,7 @@ class Model:
             return drawn.image_NHWC.permute(0, 3, 1, 2).contiguous()
         return [to_pillow(image) for image in drawn.image_NHWC.numpy()]
 
-    def _check(self, config: SamplerConfig, seeds: int | list[int], count: int | None, batch: int) -> None:
+    def _check(self, config: SamplerConfig, seeds: int | list[int], count: int | None, batch: int | None) -> None:
         """UserError where what is asked for does not go together."""
         channels = self._loaded.image_shape[0]
         if channels not in (1, 3):
@@ -268,7 +269,7 @@ class Model:
         config: SamplerConfig,
         chosen: list[int],
         count: int,
-        batch: int,
+        batch: int | None,
         progress: bool,
         settings: SamplerSettings,
     ) -> Generated:
@@ -282,23 +283,22 @@ class Model:
         labels = torch.tensor([chosen[image % len(chosen)] for image in range(count)])
         numbers = image_numbers(count, len(chosen), config.images_per_unit)
         with _Bar(count, progress) as bar:
-            drawn = generate(self._loaded, labels, numbers, config, min(batch, count), bar.show)
+            drawn = generate(self._loaded, labels, numbers, config, min(batch or 64, count), bar.show)
         check_finite(drawn.finite_N, numbers)
         return drawn
 
     def _draw_each(
-        self, config: SamplerConfig, chosen: list[int], seeds: list[int], batch: int, progress: bool
+        self, config: SamplerConfig, chosen: list[int], seeds: list[int], batch: int | None, progress: bool
     ) -> Generated:
-        """Image 0 of each seed, of each class."""
-        labels, numbers, drawn = torch.tensor(chosen), [0] * len(chosen), []
-        with _Bar(len(chosen) * len(seeds), progress) as bar:
-            for place, seed in enumerate(seeds):
-                one = config.model_copy(update={"seed": seed})
-                drawn.append(generate(self._loaded, labels, numbers, one, min(batch, len(chosen))))
-                check_finite(drawn[-1].finite_N, numbers)
-                bar.show(len(chosen) * (place + 1))
-        images_NHWC, nfe_N = (torch.cat(parts) for parts in zip(*(each[:2] for each in drawn), strict=True))
-        return Generated(images_NHWC, nfe_N, drawn[0].passes_per_evaluation)
+        """Image 0 of each seed, of each class: `ditmoe sample --seeds`."""
+        seed_of = [seed for seed in seeds for _ in chosen]
+        count, labels, numbers = len(seed_of), torch.tensor(chosen * len(seeds)), [0] * len(seed_of)
+        with _Bar(count, progress) as bar:
+            drawn = generate(
+                self._loaded, labels, numbers, config, batch or min(64, count), bar.show, seeds=seed_of
+            )
+        check_finite(drawn.finite_N, numbers)
+        return drawn
 
 
 def grid(

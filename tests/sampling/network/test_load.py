@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ditmoe.launcher.commands.pictures.choice import choose_classes, image_numbers
+from ditmoe.launcher.commands.pictures.choice import choose_classes
 from ditmoe.launcher.commands.pictures.naming import picture_name
 from ditmoe.launcher.commands.sample import command
 from ditmoe.model.canonical import canonical_state, load_canonical
@@ -24,6 +24,7 @@ from ditmoe.model.initialise import initialise
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info, read_weights, write_weights_checkpoint
 from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
 from ditmoe.sampling.noise_level.classifier import NoiseNetwork, classifier_folder, save_noise_classifier, space_of
+from ditmoe.sampling.python.choices import image_numbers
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.markers import change_marker
 
