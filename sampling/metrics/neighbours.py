@@ -10,6 +10,7 @@ Shapes: N, M points; F features; R, C rows and columns of a block; P pairs; G gr
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import Final, NamedTuple, Self
 
 import numpy as np
@@ -21,7 +22,10 @@ from ditmoe.model.outside.text import counted
 from ditmoe.model.threads import MOST_THREADS, map_in_threads
 
 BLOCK: Final = 1024
-"""Rows and columns of a block of distances."""
+"""Columns of a block of distances."""
+ROWS: Final = 256
+"""Rows of one, at most: a block has to fit into a core's cache, and its rows to be long, for every row of every
+block is sorted."""
 LARGEST: Final = 2 * 10**9
 """Bytes that 50,000 drawn and 50,000 real images in 2,048 features may take."""
 CPU: Final = torch.device("cpu")
@@ -36,7 +40,8 @@ _BLOCKS_HELD: Final = 8
 
 def peak_bytes(points: int, others: int, features: int, block: int = BLOCK, threads: int = MOST_THREADS) -> int:
     """Bytes that two sets of float32 features and the work on them take at most."""
-    of_thread = 4 * block * (_BLOCKS_HELD * block + 6 * features) + 4 * _PAIR_BYTES
+    rows = min(block, ROWS)
+    of_thread = 4 * (_BLOCKS_HELD * rows * block + 3 * (rows + block) * features) + 4 * _PAIR_BYTES
     return 4 * features * (points + others) + 64 * (points + others) + threads * of_thread
 
 
@@ -61,7 +66,7 @@ class Manifold:
             raise ValueError(f"{counted(len(points_NF), 'image')}; more than k = {k} are needed")
         space = _Space(points_NF, points_NF, device)
         parts = map_in_threads(
-            lambda rows: _radii(space, rows, k, block), list(_cuts(len(points_NF), block)), device
+            lambda rows: _radii(space, rows, k, block), list(_cuts(len(points_NF), min(block, ROWS))), device
         )
         return cls(points_NF, torch.cat(parts).numpy(), k)
 
@@ -76,7 +81,7 @@ class Manifold:
                 found_R = space.inside(squared_RC, error_RC, rows, columns, radii_N[columns], found_R)
             return found_R
 
-        return torch.cat(map_in_threads(of_rows, list(_cuts(len(points_MF), block)))).numpy()
+        return torch.cat(map_in_threads(of_rows, list(_cuts(len(points_MF), min(block, ROWS))))).numpy()
 
 
 class Inside(NamedTuple):
@@ -101,7 +106,9 @@ def precision_recall(real: Manifold, drawn: Manifold, device: torch.device = CPU
     space = _Space(drawn.points_NF, real.points_NF, device)
     drawn_radii, real_radii = (torch.from_numpy(each.radii_N).to(device) for each in (drawn, real))
 
-    def of_rows(rows: slice) -> tuple[Tensor, Tensor]:
+    in_drawn_N, lock = torch.zeros(len(real.points_NF), dtype=torch.bool), Lock()
+
+    def of_rows(rows: slice) -> Tensor:
         drawn_R = torch.zeros(rows.stop - rows.start, dtype=torch.bool, device=device)
         real_N = torch.zeros(len(real.points_NF), dtype=torch.bool, device=device)
         for columns in _cuts(len(real.points_NF), block):
@@ -110,11 +117,12 @@ def precision_recall(real: Manifold, drawn: Manifold, device: torch.device = CPU
             real_N[columns] = space.inside(
                 squared_RC, error_RC, rows, columns, drawn_radii[rows], real_N[columns], of_rows=False
             )
-        return drawn_R.cpu(), real_N.cpu()
+        with lock:  # one array for all rows: one for each would be a block for every 256 images
+            in_drawn_N.logical_or_(real_N.cpu())
+        return drawn_R.cpu()
 
-    found = map_in_threads(of_rows, list(_cuts(len(drawn.points_NF), block)), device)
-    real_N = torch.stack([part for _, part in found]).any(dim=0)
-    return Inside(torch.cat([part for part, _ in found]).numpy(), real_N.numpy())
+    found = map_in_threads(of_rows, list(_cuts(len(drawn.points_NF), min(block, ROWS))), device)
+    return Inside(torch.cat(found).numpy(), in_drawn_N.numpy())
 
 
 def recall_without(
@@ -133,7 +141,7 @@ def recall_without(
     groups = int(group_M.max()) + 1
     space = _Space(drawn.points_NF, drawn.points_NF, device)
     group = torch.from_numpy(group_M).to(device)
-    rows = list(_cuts(len(drawn.points_NF), block))
+    rows = list(_cuts(len(drawn.points_NF), min(block, ROWS)))
     radius_MG = torch.cat(
         map_in_threads(lambda cut: _radii_without(space, cut, drawn.k, block, group, groups), rows, device)
     )
