@@ -18,6 +18,8 @@ SUBSETS: Final = 100
 SUBSET_IMAGES: Final = 1000
 SEED: Final = 0
 """Of the choice of subsets."""
+ROWS: Final = 128
+"""Of a kernel that are in memory at a time."""
 CPU: Final = torch.device("cpu")
 
 
@@ -65,9 +67,7 @@ def kernel_distance(
             torch.from_numpy(each[row_S]).to(device, torch.float64)
             for each, row_S in zip((a_NF, b_MF), rows, strict=True)
         )
-        kernels = _kernel(x_SF, x_SF), _kernel(y_SF, y_SF), _kernel(x_SF, y_SF)
-        none = np.empty(0)
-        return _mmd2(*kernels), none if group_N is None else _without(*kernels, group_N[rows[0]], groups)
+        return _distances(x_SF, y_SF, None if group_N is None else group_N[rows[0]], groups)
 
     found = map_in_threads(of_subset, range(subsets), device)
     values = np.array([value for value, _ in found])
@@ -77,30 +77,43 @@ def kernel_distance(
 
 def unbiased_mmd2(x_NF: Tensor, y_MF: Tensor) -> float:
     """The unbiased estimate of MMD² (Gretton et al. 2012, eq. 3) with the kernel (x·y / F + 1)³; float64."""
-    return _mmd2(_kernel(x_NF, x_NF), _kernel(y_MF, y_MF), _kernel(x_NF, y_MF))
+    return _distances(x_NF, y_MF, None, 0)[0]
 
 
-def _mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> float:
-    n, m = xy.shape
-    within_x = (xx.sum() - xx.diagonal().sum()) / (n * (n - 1))
-    within_y = (yy.sum() - yy.diagonal().sum()) / (m * (m - 1))
-    return float(within_x + within_y - 2 * xy.mean())
-
-
-def _without(xx: Tensor, yy: Tensor, xy: Tensor, group_S: NDArray[np.int64], groups: int) -> NDArray[np.float64]:
-    """`_mmd2` with each group of x left out, from sums over groups; all, where it would leave less than two."""
-    n, m = xy.shape
-    of_group_SG = torch.nn.functional.one_hot(torch.from_numpy(group_S).to(xx.device), groups).double()
-    apart = xx - torch.diag(xx.diagonal())
-    rows_G, block_GG = of_group_SG.T @ apart.sum(1), of_group_SG.T @ apart @ of_group_SG
-    left_G = n - of_group_SG.sum(0)
-    within_G = (apart.sum() - 2 * rows_G + block_GG.diagonal()) / (left_G * (left_G - 1))
-    across_G = (xy.sum() - of_group_SG.T @ xy.sum(1)) / (left_G * m)
-    within_y = (yy.sum() - yy.diagonal().sum()) / (m * (m - 1))
+def _distances(
+    x_NF: Tensor, y_MF: Tensor, group_N: NDArray[np.int64] | None, groups: int
+) -> tuple[float, NDArray[np.float64]]:
+    """The unbiased MMD², and that with each group of x left out: the same, where it would leave less than two."""
+    n, m = len(x_NF), len(y_MF)
+    one_M1 = y_MF.new_ones(m, 1)
+    if group_N is None:
+        of_group_NG = x_NF.new_ones(n, 1)
+    else:
+        of_group_NG = torch.nn.functional.one_hot(torch.from_numpy(group_N).to(x_NF.device), groups).to(x_NF)
+    own_N, own_M = _kernel_of_same(x_NF), _kernel_of_same(y_MF)
+    xx_NG, xy_N = _group_sums(x_NF, x_NF, of_group_NG), _group_sums(x_NF, y_MF, one_M1)[:, 0]
+    rows_N = xx_NG.sum(1) - own_N
+    within_y = (_group_sums(y_MF, y_MF, one_M1).sum() - own_M.sum()) / (m * (m - 1))
+    value = float(rows_N.sum() / (n * (n - 1)) + within_y - 2 * xy_N.sum() / (n * m))
+    if group_N is None:
+        return value, np.empty(0)
+    left_G = n - of_group_NG.sum(0)
+    inside_G = (of_group_NG * xx_NG).sum(0) - of_group_NG.T @ own_N
+    within_G = (rows_N.sum() - 2 * (of_group_NG.T @ rows_N) + inside_G) / (left_G * (left_G - 1))
+    across_G = (xy_N.sum() - of_group_NG.T @ xy_N) / (left_G * m)
     found_G = (within_G + within_y - 2 * across_G).cpu().numpy()
-    return np.where(left_G.cpu().numpy() >= 2, found_G, _mmd2(xx, yy, xy))
+    return value, np.where(left_G.cpu().numpy() >= 2, found_G, value)
+
+
+def _group_sums(x_NF: Tensor, y_MF: Tensor, of_group_MG: Tensor) -> Tensor:
+    """The kernel of each x with all y of a group, added up, `[N, G]`; a block of rows in memory at a time."""
+    return torch.cat([_kernel(x_RF, y_MF) @ of_group_MG for x_RF in torch.split(x_NF, ROWS)])
 
 
 def _kernel(x_NF: Tensor, y_MF: Tensor) -> Tensor:
-    base_NM = (x_NF @ y_MF.T).div_(x_NF.shape[1]).add_(1)
-    return base_NM * base_NM * base_NM
+    return (x_NF @ y_MF.T).div_(x_NF.shape[1]).add_(1).pow_(3)
+
+
+def _kernel_of_same(x_NF: Tensor) -> Tensor:
+    """Of each with itself, `[N]`."""
+    return x_NF.square().sum(1).div_(x_NF.shape[1]).add_(1).pow_(3)
