@@ -15,6 +15,9 @@ from ditmoe.model.errors import UserError
 
 GRACE_SECONDS: Final = 5
 """For replies that are under way when the service ends."""
+IDLE_SECONDS: Final = 75
+"""After which a connection is closed that no request comes by: later than clients (5 s in httpx) and proxies
+(60 s) close theirs, for a request that meets a closing connection is lost."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +58,22 @@ def listen(host: str, port: int) -> Iterator[Listening]:
         yield Listening(made, f"http://[{name}]:{number}" if ":" in name else f"http://{name}:{number}")
 
 
-def serve(app: ASGIApp, listening: Listening) -> None:
-    """Serve until a signal ends it."""
-    sys.stdout.flush()
+def server_of(app: ASGIApp) -> uvicorn.Server:
+    """A server with the settings of ours."""
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
         backlog=1024,
     )
-    uvicorn.Server(config).run(sockets=[listening.socket])
+    return uvicorn.Server(config)
+
+
+def serve(app: ASGIApp, listening: Listening) -> None:
+    """Serve until a signal ends it."""
+    sys.stdout.flush()
+    server_of(app).run(sockets=[listening.socket])

@@ -12,11 +12,10 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from ditmoe.launcher.commands.serving.child import start_child
 from ditmoe.sampling.service.app import Service, ServiceSettings, make_app
-from ditmoe.sampling.service.listening import listen
+from ditmoe.sampling.service.listening import listen, server_of
 from tests.markers import change_marker
 from tests.sampling.small_run import write_checkpoint, write_run
 
@@ -43,7 +42,7 @@ def serving(runs: Path, **settings: object) -> Iterator[httpx.Client]:
     chosen |= {"device": torch.device("cpu"), "memory": 2**30, "batch": ROWS, **settings}
     service = Service(ServiceSettings(runs=runs, **chosen))  # type: ignore[arg-type]
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="critical", server_header=False))
+        server = server_of(make_app(service))
         thread = threading.Thread(target=server.run, args=([listening.socket],), daemon=True)
         thread.start()
         while not server.started:

@@ -2,6 +2,9 @@
 
 import os
 import socket
+import time
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -182,3 +185,16 @@ def test_turns_and_limits_go_by_the_token(runs: Path) -> None:
         for each in leaving:
             each.close()
         until(lambda: figure(ann, "ditmoe_images_waiting") == 0)
+
+
+def test_a_connection_is_kept_for_longer_than_clients_keep_theirs(client: httpx.Client) -> None:
+    """Else a request meets one that is just being closed, and is lost."""
+    connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=60)
+    connection.connect()
+    connection.auto_open = 0  # type: ignore[assignment]  # no other in its place
+    with closing(connection):
+        for pause in (0.0, 6.0):
+            time.sleep(pause)
+            connection.request("GET", "/health")
+            reply = connection.getresponse()
+            assert (reply.status, reply.read()) == (200, b'{"status":"ok"}')
