@@ -28,15 +28,15 @@ def port_of_nobody() -> int:
 class Served:
     """A service whose errors are kept in a file beside its state."""
 
-    def __init__(self, runs: Path, state: Path) -> None:
-        self._runs, self._state, self._port = runs, state, port_of_nobody()
+    def __init__(self, runs: Path, state: Path, *options: object) -> None:
+        self._runs, self._state, self._port, self._options = runs, state, port_of_nobody(), options
         self.errors = state.with_name(f"{state.name}-errors.txt")
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> str:
         """Its address, when it listens."""
         command = [sys.executable, "-m", "ditmoe.launcher", "serve", str(self._runs), "--state", str(self._state)]
-        command += ["--port", str(self._port), "--batch", "8"]
+        command += ["--port", str(self._port), "--batch", "8", *map(str, self._options)]
         with self.errors.open("a") as file:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=file, text=True)
         assert self.process.stdout is not None

@@ -11,10 +11,12 @@ import httpx
 import numpy as np
 import pytest
 
+from ditmoe.launcher.commands.scoring.reference import make
 from ditmoe.sampling.service.client import Client
-from tests.sampling.service.conftest import figure
-from tests.sampling.service.served import Served
+from tests.sampling.service.conftest import figure, until
+from tests.sampling.service.served import Served, processes_of
 from tests.sampling.service.test_images import ROUTE
+from tests.sampling.small_run import write_digits
 
 CLIENTS = 200
 ROUNDS = 3
@@ -59,9 +61,19 @@ async def _under_load(address: str) -> list[list[Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_hundred_clients_at_once(runs: Path, tmp_path: Path) -> None:
-    served = Served(runs, tmp_path / "state")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["draw", "evaluate"])
+def test_two_hundred_clients_at_once(
+    kind: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a job draws in the service's own process, and while an evaluation's processes have the cores."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options: tuple[object, ...] = ()
+    if kind == "evaluate":
+        reference = tmp_path / "own.safetensors"
+        make(str(write_digits(tmp_path / "real")), reference, recogniser=False, cache=tmp_path / "cache")
+        options = ("--reference", f"own={reference}", "--processes", 2)
+    served = Served(runs, tmp_path / "state", *options)
     address = served.start()
     with httpx.Client(base_url=address, timeout=60, trust_env=False) as http, Client(address) as ours:
         alone = [
@@ -72,7 +84,9 @@ def test_two_hundred_clients_at_once(runs: Path, tmp_path: Path) -> None:
             for number in range(20)
         ]
         passes, rows = figure(http, "ditmoe_pass_rows_count"), figure(http, "ditmoe_pass_rows_sum")
-        job_id = ours.give("draw", model="digits", count=2000, steps=20)
+        scored = {"reference": "own", "recogniser": False, "sampler": "heun"} if kind == "evaluate" else {}
+        job_id = ours.give(kind, model="digits", count=5000, steps=100, **scored)
+        until(lambda: ours.job(job_id)["progress"]["done"] > 0)
         paths = ("/health", f"/v1/jobs/{job_id}", "/v1/jobs", "/v1/models")
         command = [sys.executable, "-c", LOOK, address.removeprefix("http://"), *paths]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as looking:
@@ -83,7 +97,10 @@ def test_two_hundred_clients_at_once(runs: Path, tmp_path: Path) -> None:
             assert images == alone[client % 20]
         batch = (figure(http, "ditmoe_pass_rows_sum") - rows) / (figure(http, "ditmoe_pass_rows_count") - passes)
         slowest = float(np.quantile(waits, 0.95))
-        print(f"mean batch {batch:.1f}; p95 of {len(waits)} looks {1000 * slowest:.0f} ms")
+        print(f"beside {kind}: mean batch {batch:.1f}; p95 of {len(waits)} looks {1000 * slowest:.0f} ms")
+        job = ours.job(job_id)
+        assert job["status"] == "in_progress" and job["progress"]["done"] < 5000
+        assert (len(processes_of(job_id)) > 1) == (kind == "evaluate")
         ours.cancel(job_id)
         assert batch > 4
         assert slowest < 0.1
