@@ -59,6 +59,18 @@ def shell_blocks(page: str) -> list[Block]:
     return [block for block in blocks(page) if block.language in SHELL]
 
 
+def typed(block: Block) -> str:
+    """What a reader types of a block: in one that begins with `$`, those lines, and what continues them."""
+    if not block.text.startswith("$ "):
+        return block.text
+    lines, goes_on = [], False
+    for line in block.text.splitlines():
+        if line.startswith("$ ") or goes_on:
+            lines.append(line.removeprefix("$ "))
+            goes_on = line.endswith("\\")
+    return "\n".join(lines) + "\n"
+
+
 def spans(page: str) -> list[str]:
     """What stands between backticks outside of blocks, each on one line."""
     return spans_of(read(page))

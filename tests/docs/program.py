@@ -9,6 +9,7 @@ import typer
 import yaml
 
 from ditmoe.launcher.cli import app
+from ditmoe.launcher.configuration.checks import layout_problems
 from ditmoe.launcher.configuration.fields import annotation_at, item_section, section_of
 from ditmoe.launcher.configuration.overrides import apply_overrides
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
@@ -66,17 +67,22 @@ def problem_of(arguments: list[str], whole: bool = True) -> str | None:
     if path[:1] == ["submit"] and path[1:] and path[1] in PASSED_ON:
         inner = ["data"] * (path[1] != "evaluate") + [path[1], *context.args]
         return problem_of(inner, whole)
-    return _problem_of_keys(context.params) if whole else None
+    processes = (context.params.get("nodes") or 1) * (context.params.get("gpus_per_node") or 0)
+    return _problem_of_keys(context.params, processes) if whole else None
 
 
-def _problem_of_keys(parameters: dict[str, Any]) -> str | None:
+def _problem_of_keys(parameters: dict[str, Any], processes: int) -> str | None:
+    """What is wrong with the keys that are set, and with the layout on the GPUs of a job."""
     overrides = [word for word in (parameters.get("overrides") or ()) if "…" not in word]
     single = [word for word in overrides if not _varied(word)]
-    config = parameters.get("config")
-    path = ROOT / config if isinstance(config, Path) else None
+    given = parameters.get("config")
+    path = ROOT / given if isinstance(given, Path) else None
     try:
         if path is not None and path.is_file():
-            load_config(path, single)
+            config = load_config(path, single)
+            problems = layout_problems(dict(config), processes) if processes else []
+            if problems:
+                return f"on {processes} GPUs: {'; '.join(problems)}"
         else:
             _, problems = apply_overrides(RunConfig, {}, single)
             if problems:

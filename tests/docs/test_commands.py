@@ -9,11 +9,11 @@ import yaml
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.sampling.comparison.cells import ComparisonConfig
 from ditmoe.slurm.submission.settings import JobSettings
-from tests.docs.pages import SHELL, blocks, ditmoe_commands, pages, read, shell_blocks, spans
+from tests.docs.pages import SHELL, blocks, ditmoe_commands, pages, read, shell_blocks, spans, typed
 from tests.docs.program import is_key, options, problem_of, sections, unknown_keys
 
 LANGUAGES = SHELL | {"text", "yaml", "python", "json"}
-OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?![\w-]*\()")
+OPTION = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 KEY = re.compile(rf"(?<![\w./-])(?:{'|'.join(sections())})(?:\.[a-z0-9_]+)+")
 FILE = re.compile(r"\.(?:py|json|jsonl|yaml|md|png|pt|npz|safetensors|txt)$")
 
@@ -23,6 +23,14 @@ OTHERS_OPTIONS = {
     "apptainer": {"--nv"},
     "tensorboard": {"--logdir"},
     "benchmarks/": {"--compact", "--repeats"},
+    "docker": {"--ipc"},
+    "DiT, DiT-MoE": {"--data-path", "--results-dir", "--epochs", "--global-batch-size", "--global-seed", "--model"}
+    | {"--log-every", "--ckpt-every", "--ckpt", "--num_experts", "--num_experts_per_tok", "--num-sampling-steps"}
+    | {"--num-fid-samples", "--per-proc-batch-size", "--num-workers"},
+    "SiT": {"--path-type", "--prediction", "--sampling-method", "--atol", "--rtol"},
+    "EDM2": {"--outdir", "--cond", "--duration", "--batch-gpu", "--status", "--snapshot", "--checkpoint", "--lr"}
+    | {"--decay", "--fp16", "--dropout", "--net", "--gnet", "--guidance", "--class", "--rho", "--sigma_min"}
+    | {"--sigma_max", "--S_churn", "--S_min", "--S_max", "--S_noise", "--ref", "--images"},
 }
 """Options that pages name and that are other programs', by these."""
 
@@ -43,7 +51,7 @@ def test_commands_of_blocks_parse(page: str) -> None:
     wrong = [
         f"{page}:{block.line}: ditmoe {' '.join(arguments)}: {problem}"
         for block in shell_blocks(page)
-        for arguments in ditmoe_commands(block.text)
+        for arguments in ditmoe_commands(typed(block))
         if (problem := problem_of(arguments)) is not None
     ]
     assert not wrong, "\n".join(wrong)
@@ -72,7 +80,7 @@ def test_options_are_the_program_s(page: str) -> None:
 def test_keys_are_the_configuration_s(page: str) -> None:
     lost = {
         key
-        for text in [*spans(page), *(block.text for block in shell_blocks(page))]
+        for text in [*spans(page), *(typed(block) for block in shell_blocks(page))]
         for key in KEY.findall(text)
         if not FILE.search(key) and not is_key(key)
     }
