@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-drawing test-metrics test-layouts test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-drawing test-metrics test-layouts test-docs test-all lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-drawing: venv ## groups of processes that share out experts, and the benchm
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
+
+test-docs: venv ## every page's commands, in their order, as a reader would, with fewer steps and images
+	@$(BIN)/python -m pytest -m slow tests/docs -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-all: venv ## also the long matrices, and the tests that need a GPU where there is one
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -77,13 +77,16 @@ def check_room(config: RunConfig, origin: str, ranks_here: int, room: Room) -> N
             ("buffers", memory.buffers),
         )
     )
+    fitting = next(
+        (each for each in _variants(config, ranks_here, room) if not [*_lacks(each, ranks_here, room)]), None
+    )
     raise UserError(
         "\n".join(
             [
                 f"{origin}: this machine cannot hold the run, as `ditmoe plan` counts it; nothing was started",
                 *lacks,
                 f"a rank's memory, GiB: {parts}",
-                f"nearest that fits: {nearest(config, ranks_here, room)}; to start all the same: {_KEY}",
+                f"nearest that fits: {_nearest(config, fitting, room)}; to start all the same: {_KEY}",
             ]
         )
     )
@@ -152,10 +155,7 @@ def _variants(config: RunConfig, ranks_here: int, room: Room) -> Iterator[_Wante
                 yield _want(moved, words, plan.layout, plan.workload, ranks_here, room)
 
 
-def nearest(config: RunConfig, ranks_here: int, room: Room) -> str:
-    """What would fit of a resolved run on such machines, as keys with what they take; or what else would help."""
-    variants = _variants(config, ranks_here, room)
-    fitting = next((each for each in variants if not [*_lacks(each, ranks_here, room)]), None)
+def _nearest(config: RunConfig, fitting: _Wanted | None, room: Room) -> str:
     if fitting is not None:
         parts = [f"{fitting.gpu / GIB:.1f} GiB of each GPU"] if fitting.gpu else []
         parts.append(f"{fitting.host / GIB:.1f} GiB of host memory")

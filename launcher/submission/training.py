@@ -1,6 +1,5 @@
 """The job of a training run: its configuration on so many tasks, checked by the planner before anything waits."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,6 @@ from ditmoe.data.places.redaction import has_secrets
 from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.launcher.configuration.resolve import config_yaml, layout_of, resolve, start_of
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
-from ditmoe.launcher.planning.room import Room, nearest
 from ditmoe.launcher.planning.train_dry_run import largest_stage
 from ditmoe.launcher.submission.request import job_request
 from ditmoe.model.errors import UserError
@@ -114,12 +112,9 @@ def _verdict(config: RunConfig, settings: JobSettings) -> list[str]:
     gpu = GPUS[settings.gpu]
     if not Machine(gpu).fits(memory):
         gpus = settings.nodes * settings.gpus_per_node
-        # Of the memory of its nodes nothing is known here.
-        room = Room(sys.maxsize, False, (round(gpu.memory_gib * _GIB),) * settings.gpus_per_node)
         raise UserError(
             f"a rank of stage {stage} needs {memory.peak / _GIB:.1f} GiB, and a GPU has {gpu.memory_gib:g}"
-            f" ({gpu.name}), 92% of them for a run; nearest that fits:"
-            f" {nearest(config, settings.gpus_per_node, room)}; all layouts:"
-            f" `ditmoe plan … --gpus {gpus} --gpu {settings.gpu}` (--gpu none: no check)"
+            f" ({gpu.name}), 92% of them for a run; expected a layout that fits, as"
+            f" `ditmoe plan … --gpus {gpus} --gpu {settings.gpu}` lists them (--gpu none: no check)"
         )
     return [*lines, f"{need}, of {gpu.memory_gib:g} ({gpu.name}): it fits"]

@@ -292,8 +292,7 @@ def test_memory_is_checked_where_the_gpu_is_known(train: Callable[..., Any]) -> 
         UserError, match=r"a rank of stage 0 needs \d+\.\d GiB, and a GPU has 24 \(RTX 4090\)"
     ) as told:
         train(config=large, **asked, gpu="rtx4090")
-    assert "`ditmoe plan … --gpus 2 --gpu rtx4090`" in str(told.value)
-    assert re.search(r"nearest that fits: \S+=\S+.* GiB of each GPU", str(told.value)), told.value
+    assert "`ditmoe plan … --gpus 2 --gpu rtx4090` lists them" in str(told.value)
     with pytest.raises(UserError, match="--gpu v100: not known; expected one of h100"):
         train(config=large, **asked, gpu="v100")
 
