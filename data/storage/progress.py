@@ -1,7 +1,9 @@
 """Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
 
 import sys
+import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final, TypeVar
 
@@ -30,24 +32,76 @@ def track(items: Iterable[Item], total: int, what: str, unit: str) -> Iterator[I
             )
 
 
-def show_progress(title: str, total: int) -> Callable[[int], None]:
-    """A function that is told how many of `total` are done, and shows it on stderr."""
-    if sys.stderr.isatty():
-        bar = tqdm(total=total, desc=title, file=sys.stderr)
+def show_progress(title: str, total: int = 0) -> Callable[[int], None]:
+    """A function that is told how many of `total` are done, and shows it on stderr.
 
-        def move(done: int) -> None:
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
+    It says so every ten seconds also where it is told nothing, until all are done, or something else is shown.
 
-        return move
+    Args:
+        total: 0 where there are no parts; the first call says that all is done.
+    """
+    global _shown_last
+    shown = _Bar(title, total) if sys.stderr.isatty() else _Lines(title, total)
+    _shown_last = weakref.ref(shown)
+    threading.Thread(target=_tick, args=(_shown_last, shown.period), daemon=True, name="progress").start()
+    return shown
 
-    said = time.monotonic()
 
-    def say(done: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            print(f"{title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+class _Lines:
+    """A plain line now and then."""
 
-    return say
+    period = SECONDS_BETWEEN_LINES / 10
+
+    def __init__(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._begun = self._said = time.monotonic()
+        self.over = False
+
+    def __call__(self, done: int) -> None:
+        self._done, self.over = done, done >= self._total
+        self.tick()
+
+    def tick(self) -> None:
+        """Say it where nothing was said for long enough."""
+        now = time.monotonic()
+        if now - self._said < SECONDS_BETWEEN_LINES:
+            return
+        self._said = now
+        parts = f"{self._done:,} of {self._total:,}, " if self._total else ""
+        print(f"{self._title}: {parts}{now - self._begun:.0f} s so far", file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """A bar of a terminal, whose clock goes on."""
+
+    period = 1.0
+
+    def __init__(self, title: str, total: int) -> None:
+        form = None if total else "{desc}: {elapsed}"
+        self._bar = tqdm(total=total or None, desc=title, file=sys.stderr, bar_format=form)
+        self._total = total
+        self.over = False
+
+    def __call__(self, done: int) -> None:
+        self._bar.update(done - self._bar.n)
+        self.over = done >= self._total
+        if self.over:
+            self._bar.close()
+
+    def tick(self) -> None:
+        """Move the clock."""
+        self._bar.refresh()
+
+
+_shown_last: "weakref.ref[_Lines | _Bar] | None" = None
+
+
+def _tick(reference: "weakref.ref[_Lines | _Bar]", period: float) -> None:
+    """Show what was shown last again and again, as long as anybody holds it."""
+    while _shown_last is reference:
+        shown = reference()
+        if shown is None or shown.over:
+            return
+        shown.tick()
+        del shown
+        time.sleep(period)

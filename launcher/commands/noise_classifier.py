@@ -40,6 +40,7 @@ def train(
     """Train p(σ | x) on the run's own data, in the space that its network draws in; repeat to go on."""
     import torch
 
+    from ditmoe.data.storage.progress import show_progress
     from ditmoe.launcher.commands.sample import check_device
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.checkpoint.folder import read_info
@@ -68,7 +69,8 @@ def train(
     else:
         dataset = training_dataset(info, data or (), workers)
         space = space._replace(data=tuple(dataset.facts["fingerprint"]))
-        facts = train_noise_classifier(folder, dataset, space, settings, where, typer.echo)
+        shown = show_progress("steps of the noise-level classifier", steps)
+        facts = train_noise_classifier(folder, dataset, space, settings, where, typer.echo, shown)
     figures = facts["calibration"]
     typer.echo(f"{folder}")
     typer.echo(

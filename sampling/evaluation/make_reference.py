@@ -111,7 +111,9 @@ def make_reference(
     show = progress if workers.first else lambda title, total: lambda done: None
     say: Callable[[str], None] = log if workers.first else lambda line: None
     measures = Measures()
-    (network,), recogniser = measures.networks(job, workers, say)
+    (network,), recogniser = measures.networks(job, workers, say, show)
     made = make or by_ranks(workers.rank, workers.ranks)
     (statistics,) = measures.real_statistics(job, [network], made, workers.device, show)
+    shown = show("floors and file of the reference", 0)
     workers.on_first(lambda: write_reference(job.out, job.real, network, statistics, recogniser))
+    shown(0)

@@ -11,14 +11,14 @@ from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.evaluation.job import Scored, choices_of_job
 from ditmoe.sampling.jobs.workers import Workers
-from ditmoe.sampling.metrics.classifier import Classifier, classifier_file, load_classifier
+from ditmoe.sampling.metrics.classifier import Classifier, classifier_file
 from ditmoe.sampling.metrics.features import FeatureNetwork
 from ditmoe.sampling.metrics.networks.opening import open_network
 from ditmoe.sampling.metrics.real_statistics import RealStatistics, parts_of_real_alike
 from ditmoe.sampling.metrics.reference import Images, Reference, ReferenceImages
 from ditmoe.sampling.metrics.references.files import reference_statistics
 from ditmoe.sampling.metrics.references.statistics import ReferenceStatistics
-from ditmoe.sampling.metrics.references.training_images import TrainingImages
+from ditmoe.sampling.metrics.training.classifier import ShowProgress, Trainings, load_classifier
 from ditmoe.sampling.settings.networks import FROM_FILES
 
 
@@ -38,20 +38,26 @@ class Measures:
         self._networks: Networks | None = None
         self._statistics: dict[str, RealStatistics] = {}
 
-    def networks(self, job: Scored, workers: Workers, log: Callable[[str], None]) -> Networks:
+    def networks(
+        self,
+        job: Scored,
+        workers: Workers,
+        log: Callable[[str], None],
+        progress: ShowProgress = lambda title, total: lambda done: None,
+    ) -> Networks:
         """The feature networks and the recogniser, from the cache or trained now."""
         if self._networks is None:
             networks: list[FeatureNetwork] = []
-            training = _training_images(job, workers.device)
+            trainings = _trainings(job, workers.device, log, progress)
             for choice in choices_of_job(job):
                 if choice.features in FROM_FILES:
                     networks.append(open_network(choice.features, choice.path, workers.device, choice.resize))
                     continue
-                found = _classifier("features", job, workers, log, training)
+                found = _classifier("features", job, workers, log, trainings)
                 if found is None:
                     raise UserError(without_classifier(job.real))
                 networks.append(found)
-            recogniser = _classifier("recogniser", job, workers, log, training) if job.recogniser else None
+            recogniser = _classifier("recogniser", job, workers, log, trainings) if job.recogniser else None
             self._networks = Networks(tuple(networks), recogniser)
         return self._networks
 
@@ -86,18 +92,18 @@ def real_parts(job: Scored, networks: Sequence[FeatureNetwork], device: torch.de
     return parts_of_real_alike(images, networks, job.cache, device) if isinstance(images, Images) else None
 
 
-def _training_images(job: Scored, device: torch.device) -> TrainingImages | None:
-    """The images that classifiers are trained on which are not in the cache; None: there are none to train on."""
+def _trainings(
+    job: Scored, device: torch.device, log: Callable[[str], None], progress: ShowProgress
+) -> Trainings | None:
+    """The trainings of the classifiers that are not in the cache; None: there are no images to train on."""
     if not isinstance(job.real, ReferenceImages):
         return None
     of_features = any(choice.features not in FROM_FILES for choice in choices_of_job(job))
     wanted = [job.feature_classifier] if of_features else []
     wanted += [job.recogniser_classifier] if job.recogniser else []
     real, cache = job.real, job.cache
-    return TrainingImages(
-        real,
-        [settings.seed for settings in wanted if not (cache / classifier_file(settings, real, device)).exists()],
-    )
+    missing = [each for each in wanted if not (cache / classifier_file(each, real, device)).exists()]
+    return Trainings(real, missing, cache, device, log, progress)
 
 
 def _classifier(
@@ -105,7 +111,7 @@ def _classifier(
     job: Scored,
     workers: Workers,
     log: Callable[[str], None],
-    training: TrainingImages | None,
+    trainings: Trainings | None,
 ) -> Classifier | None:
     """A classifier of the real images, which comes with their statistics where these are a file."""
     if isinstance(job.real, ReferenceStatistics):
@@ -113,7 +119,7 @@ def _classifier(
     if not isinstance(job.real, ReferenceImages):
         return None
     settings = job.feature_classifier if role == "features" else job.recogniser_classifier
-    return load_classifier(settings, job.real, job.cache, workers.device, log, training)
+    return load_classifier(settings, job.real, job.cache, workers.device, log, trainings)
 
 
 def without_classifier(real: Reference) -> str:

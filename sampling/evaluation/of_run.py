@@ -221,7 +221,7 @@ def evaluate_jobs(
     )
     try:
         if len(jobs) > 1 and workers.first and any(stored_result(job) is None for job in jobs):
-            measures.networks(jobs[0], workers, _say)  # so that the first job's time is its own
+            measures.networks(jobs[0], workers, _say, show_progress)  # so that the first job's time is its own
         for place, job in enumerate(jobs):
             job.facts["device"] = device
             metrics, seconds = stored_result(job), None

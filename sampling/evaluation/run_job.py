@@ -158,7 +158,7 @@ def _run(
     # The first process trains or loads the networks before it draws: a missing file shows at once, and the others
     # draw meanwhile.
     if workers.first:
-        measures.networks(job, workers, log)
+        measures.networks(job, workers, log, progress)
     started, before = time.monotonic(), len(store.pending())
     shown = progress("chunks drawn", store.chunks)
     if workers.group is None:
@@ -176,7 +176,7 @@ def _run(
             f"{seconds:.1f} s"
         )
 
-    networks = measures.networks(job, workers, log)
+    networks = measures.networks(job, workers, log, progress)
     places = missing_of(job, stored_results(job.folder))
     described = described_of(store, networks, places)
     make("described", described.parts, on_progress=progress("chunks described", store.chunks))
@@ -194,6 +194,7 @@ def _run(
 
     def write() -> None:
         check()
+        shown = progress("figures", 0)
         nfe = store.nfe()
         if nfe is None:  # whoever drew did not count
             nfe = planned_nfe(evaluation.sampler)
@@ -231,6 +232,7 @@ def _run(
         )
         described.remove()
         drop_images(job.folder, job.keep)
+        shown(0)
 
     workers.on_first(write)
     return read_object(job.folder / METRICS_FILE)

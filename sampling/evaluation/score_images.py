@@ -221,7 +221,7 @@ def score_images(
     with alone_at(Claims(job.folder), "score", workers, busy, lambda: _begin(job)) as check:
         measures = Measures()
         requests, places = requests_of(job), missing_of(job, stored_for(job))
-        of_features, recogniser = measures.networks(job, workers, say)
+        of_features, recogniser = measures.networks(job, workers, say, show)
         networks = [of_features[place] for place in places]
         described = images_described(job, networks, recogniser)
         made = make or by_ranks(workers.rank, workers.ranks)
@@ -231,6 +231,7 @@ def score_images(
 
         def write() -> None:
             check()
+            shown = show("figures", 0)
             left_out = left_out_of(job.images, described.lost)
             shared = [*job.warnings]
             if left_out.count:
@@ -261,6 +262,7 @@ def score_images(
             with replacing(job.folder / METRICS_FILE) as file:
                 file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
             described.remove()
+            shown(0)
 
         workers.on_first(write)
     return read_object(job.folder / METRICS_FILE)

@@ -14,34 +14,24 @@ Shapes: N images, F features, K classes.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ditmoe.data.shards.images import to_network_range
-from ditmoe.data.storage.parts import DamagedPart, Parts, run_parts
-from ditmoe.model.outside.text import counted
-from ditmoe.model.randomness import generator, permutation
-from ditmoe.model.threads import one_thread
+from ditmoe.data.storage.parts import DamagedPart
 from ditmoe.sampling.metrics.features import Features, fingerprint_of, images_to_tensor, in_batches
 from ditmoe.sampling.metrics.reference import Form, ReferenceImages
-from ditmoe.sampling.metrics.references.training_images import MAX_SIZE, TrainingImages, reduced
-
-HELD_OUT: Final = 0.2
-"""Share of the images that is left out of training and gives the held-out accuracy."""
-_BATCH: Final = 64
-_HELD_OUT_BATCH: Final = 512
+from ditmoe.sampling.metrics.references.training_images import MAX_SIZE, reduced
 
 
 @dataclass(frozen=True)
@@ -94,6 +84,24 @@ class _Cells(nn.Module):
             first, end = cell * side // self._cells, -(-(cell + 1) * side // self._cells)
             windows[cell, first:end] = 1 / (end - first)
         return windows
+
+
+class Dropout(nn.Module):
+    """As torch's, which drops what the process's own generator says; this one takes another."""
+
+    share = 0.2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator: torch.Generator | None = None
+        """None: the device's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop some entries while training, and scale the others."""
+        if self.generator is None or not self.training:
+            return functional.dropout(x, self.share, self.training)
+        kept = torch.empty_like(x).bernoulli_(1 - self.share, generator=self.generator)
+        return x * kept.div_(1 - self.share)
 
 
 class PlainClassifier(nn.Module):
@@ -151,7 +159,7 @@ class ResidualClassifier(nn.Module):
             layers += [nn.Conv2d(before, width, 3, stride=2, padding=1), _Residual(width)]
         self.body = nn.Sequential(*layers, nn.GroupNorm(8, widths[-1]), nn.SiLU(), _Cells(4))
         self.hidden = nn.Linear(16 * widths[-1], dimension)
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = Dropout()
         self.head = nn.Linear(dimension, classes)
 
     def forward(self, x_NCHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,38 +223,8 @@ def classifier_file(settings: ClassifierSettings, real: ReferenceImages, device:
     return f"classifier-{settings.architecture}-{key}.safetensors"
 
 
-def load_classifier(
-    settings: ClassifierSettings,
-    real: ReferenceImages,
-    cache: Path,
-    device: torch.device,
-    log: Callable[[str], None] = lambda line: None,
-    training: TrainingImages | None = None,
-) -> Classifier:
-    """The classifier of these settings for these images: from `cache`, or trained now and kept there.
-
-    `training` has the images where several classifiers are trained, so that they are decoded once. A cached file
-    that is damaged is trained anew. UserError when a shard or a sample of the real images is damaged.
-    """
-    name = classifier_file(settings, real, device)
-
-    def write(trained: tuple[nn.Module, dict[str, Any]], file: BinaryIO) -> None:
-        network, facts = trained
-        state = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-        file.write(save(state, metadata={"facts": json.dumps(facts)}))
-
-    parts: Parts[tuple[nn.Module, dict[str, Any]], Classifier, Classifier] = Parts(
-        cache,
-        [name],
-        lambda _: train_classifier(settings, real, device, log, training),
-        write,
-        lambda _: _load(cache / name, real, settings, device),
-        lambda found: next(iter(found)),
-    )
-    return run_parts(parts)
-
-
-def _build(settings: ClassifierSettings, form: Form) -> nn.Module:
+def build_classifier(settings: ClassifierSettings, form: Form) -> nn.Module:
+    """An untrained network of these settings for images of a form, from torch's own generator."""
     make = PlainClassifier if settings.architecture == "plain" else ResidualClassifier
     assert form.image_size is not None and form.channels is not None and form.class_names is not None
     return make(min(form.image_size, MAX_SIZE), form.channels, len(form.class_names), settings.dimension)
@@ -263,14 +241,17 @@ def restored(
     Raises:
         ValueError, TypeError, KeyError, RuntimeError: they do not fit together.
     """
-    network = _build(ClassifierSettings(**facts["settings"]), form)
+    network = build_classifier(ClassifierSettings(**facts["settings"]), form)
     network.load_state_dict(state)
     if fingerprint_of(network.state_dict()) != facts["fingerprint"]:
         raise ValueError("the checksum of its weights is another")
     return Classifier(network, facts, device)
 
 
-def _load(path: Path, real: ReferenceImages, settings: ClassifierSettings, device: torch.device) -> Classifier:
+def read_classifier(
+    path: Path, real: ReferenceImages, settings: ClassifierSettings, device: torch.device
+) -> Classifier:
+    """A classifier that was kept. DamagedPart where it cannot be read, or is of other settings."""
     try:
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["facts"])
@@ -280,94 +261,3 @@ def _load(path: Path, real: ReferenceImages, settings: ClassifierSettings, devic
         return restored(state, facts, real.form, device)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError, RecursionError) as error:
         raise DamagedPart(path, error) from error
-
-
-def train_classifier(
-    settings: ClassifierSettings,
-    real: ReferenceImages,
-    device: torch.device,
-    log: Callable[[str], None] = lambda line: None,
-    training: TrainingImages | None = None,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Train on a random split of the real images: AdamW, one learning-rate cycle, random shifts.
-
-    Returns:
-        The network, and facts about it: settings, split, accuracy on the held-out images.
-    """
-    image_NCHW, label_N = (training or TrainingImages(real, [settings.seed])).take(settings.seed)
-    held = max(1, round(len(label_N) * HELD_OUT))
-    train_x, train_y = image_NCHW[held:].to(device), label_N[held:].to(device)
-    images_seen = min(settings.passes * len(train_y), settings.most_images)
-    steps = max(1, math.ceil(images_seen / _BATCH))
-    log(
-        f"training the {settings.architecture} classifier on {counted(len(train_y), 'real image')} "
-        f"({counted(steps, 'step')}, kept for later)"
-    )
-
-    with _same_everywhere(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(settings.seed)
-        network = _build(settings, real.form).to(device)
-        optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.02)
-        cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=steps + 1)
-        network.train()
-        order = np.empty(0, dtype=np.int64)
-        epoch = 0
-        for step in range(steps):
-            while len(order) < min(_BATCH, len(train_y)):
-                order = np.concatenate(
-                    [order, permutation(settings.seed, "classifier/order", epoch, len(train_y))]
-                )
-                epoch += 1
-            rows, order = torch.from_numpy(order[:_BATCH]).to(device), order[_BATCH:]
-            x = to_network_range(_shift(train_x[rows], settings.seed, step))
-            _, scores = network(x)
-            loss = functional.cross_entropy(scores, train_y[rows], label_smoothing=0.05)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            cycle.step()
-        accuracy = _accuracy(network.eval(), image_NCHW[:held], label_N[:held], device)
-    facts = {
-        "settings": asdict(settings),
-        "device": device.type,
-        "fingerprint": fingerprint_of(network.state_dict()),
-        "data": real.fingerprint,
-        "trained_on": len(train_y),
-        "held_out_images": held,
-        "held_out_accuracy": accuracy,
-        "image_size": int(image_NCHW.shape[2]),
-    }
-    log(
-        f"the {settings.architecture} classifier is right on {accuracy:.2%} of "
-        f"{counted(held, 'held-out real image')}"
-    )
-    return network, facts
-
-
-@contextmanager
-def _same_everywhere() -> Iterator[None]:
-    """One thread on a CPU; on a GPU convolutions that add in a fixed order, in full float32."""
-    with (
-        one_thread(),
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-    ):
-        yield
-
-
-def _shift(x_NCHW: Tensor, seed: int, step: int) -> Tensor:
-    """The whole batch moved by up to an eighth of the side, edges repeated, by a draw of (seed, step)."""
-    size = x_NCHW.shape[2]
-    reach = size // 8
-    down, right = generator(seed, "classifier/shift", step).integers(0, 2 * reach + 1, size=2)
-    padded = functional.pad(x_NCHW.float(), (reach, reach, reach, reach), mode="replicate")
-    return padded[:, :, down : down + size, right : right + size]
-
-
-@torch.inference_mode()
-def _accuracy(network: nn.Module, image_NCHW: Tensor, label_N: Tensor, device: torch.device) -> float:
-    right = 0
-    for start in range(0, len(label_N), _HELD_OUT_BATCH):
-        x = to_network_range(image_NCHW[start : start + _HELD_OUT_BATCH].to(device))
-        predicted = network(x)[1].argmax(1).cpu()
-        right += int((predicted == label_N[start : start + _HELD_OUT_BATCH]).sum())
-    return right / len(label_N)

@@ -22,11 +22,11 @@ from ditmoe.sampling.metrics.classifier import (
     RECOGNISER,
     Classifier,
     ClassifierSettings,
-    load_classifier,
 )
 from ditmoe.sampling.metrics.features import AT_ONCE, FeatureNetwork, describe, in_blocks
 from ditmoe.sampling.metrics.networks.opening import open_network
 from ditmoe.sampling.metrics.reference import ReferenceImages
+from ditmoe.sampling.metrics.training.classifier import load_classifier
 from ditmoe.sampling.settings.names import FeatureName
 from ditmoe.sampling.settings.networks import FROM_FILES
 

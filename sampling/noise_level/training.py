@@ -10,6 +10,7 @@ Shapes: B images, N levels.
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -17,21 +18,22 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ditmoe.data.shards.images import network_input
 from ditmoe.data.storage.claims import Claims
-from ditmoe.data.storage.files import make_folder, replacing
+from ditmoe.data.storage.files import make_folder
 from ditmoe.data.stream.config import DataConfig, SourceConfig
 from ditmoe.data.stream.dataset import Dataset, changed_facts, open_dataset
 from ditmoe.data.stream.remembered import remembered_data
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model import randomness
 from ditmoe.model.errors import UserError
+from ditmoe.model.threads import threads_of
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
+from ditmoe.sampling.metrics.training.shards import set_gradients
+from ditmoe.sampling.metrics.training.state import DamagedState, TrainingState
 from ditmoe.sampling.network.denoiser import column
 from ditmoe.sampling.noise_level.calibration import Predictions, calibration_figures, write_calibration_picture
 from ditmoe.sampling.noise_level.classifier import PICTURE_FILE, NoiseNetwork, NoiseSpace, save_noise_classifier
@@ -39,8 +41,8 @@ from ditmoe.sampling.noise_level.classifier import PICTURE_FILE, NoiseNetwork, N
 STATE_FILE: Final = "training.safetensors"
 HELD_OUT: Final = 10
 """One image in so many is left out of training."""
-SAVE_EVERY: Final = 500
-"""Steps between two states of an interrupted training."""
+TELL_EVERY: Final = 500
+"""Steps between two lines about a training."""
 CALIBRATION_DRAWS: Final = 2000
 """Noisy images that the calibration is measured on."""
 
@@ -102,12 +104,15 @@ def train_noise_classifier(
     settings: NoiseTraining,
     device: torch.device,
     log: Callable[[str], None] = lambda line: None,
+    show: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Train a classifier, or go on with an interrupted training, measure its calibration, and write both.
 
     Args:
         folder: where the classifier is kept; made where it is not there.
         space: its `data` is the dataset's.
+        log: takes lines to show.
+        show: called with the steps that are done.
 
     Returns:
         The facts that are stored with the weights.
@@ -131,8 +136,9 @@ def train_noise_classifier(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             network = NoiseNetwork(space.shape[0], space.shape[1], space.levels).to(device)
-        last_loss = _train(folder, network, dataset, space, settings, device, log)
-        predictions, held_out = _predict(network.eval(), dataset, space, settings, device)
+        last_loss = _train(folder, network, dataset, space, settings, device, log, show)
+        with threads_of(device):
+            predictions, held_out = _predict(network.eval(), dataset, space, settings, device)
         figures = calibration_figures(predictions, space.level_N)
         facts = {
             "settings": asdict(settings),
@@ -171,14 +177,20 @@ def _train(
     settings: NoiseTraining,
     device: torch.device,
     log: Callable[[str], None],
+    show: Callable[[int], None],
 ) -> float:
-    """Train in place; the mean loss in nats of the last steps that this call made."""
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate)
+    """Train in place; the mean loss in nats of the last `TELL_EVERY` steps."""
+    parameters = list(network.parameters())
+    optimiser = torch.optim.Adam(parameters, lr=settings.learning_rate)
     identity = json.dumps([space._asdict(), asdict(settings)], sort_keys=True)
-    first = _load_state(folder / STATE_FILE, network, optimiser, identity)
+    state = TrainingState(folder / STATE_FILE, identity, network, optimiser)
+    try:
+        first, more = state.load()
+    except DamagedState as error:
+        raise UserError(f"{error}; delete the file") from error
     if first:
         log(f"going on at step {first:,} of {settings.steps:,}")
-    losses: list[float] = []
+    losses: deque[float] = deque(more["losses"].tolist() if more else (), TELL_EVERY)
     network.train()
     batches = noisy_batches(dataset, space, settings, first * settings.batch)
     for step in range(first, settings.steps):
@@ -187,21 +199,39 @@ def _train(
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         used_B = ~held_out_B
         if used_B.any():
-            scores_BN = network(x_BCHW[used_B].to(device))
-            loss = functional.cross_entropy(scores_BN, level_B[used_B].to(device))
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            used_UCHW, level_U = x_BCHW[used_B].to(device), level_B[used_B].to(device)
+            losses.append(_set_gradients(network, parameters, used_UCHW, level_U, device))
             optimiser.step()
-            losses.append(loss.item())
         done = step + 1
-        if done % SAVE_EVERY == 0 or done == settings.steps:
-            recent = losses[-SAVE_EVERY:]
-            mean = sum(recent) / max(len(recent), 1)
+        if done % TELL_EVERY == 0 or done == settings.steps:
+            mean = sum(losses) / max(len(losses), 1)
             log(f"step {done:,} of {settings.steps:,}: loss {mean:.3f} of {math.log(space.levels):.3f} nats")
-            _save_state(folder / STATE_FILE, network, optimiser, done, identity)
+        show(done)
+        if done == settings.steps:
+            state.keep(done, _kept(losses))  # its calibration comes next
+        else:
+            state.keep_at_times(done, lambda: _kept(losses))
     batches.close()
-    recent = losses[-SAVE_EVERY:]
-    return sum(recent) / len(recent) if recent else float("nan")
+    return sum(losses) / len(losses) if losses else float("nan")
+
+
+def _kept(losses: Sequence[float]) -> dict[str, Tensor]:
+    return {"losses": torch.tensor(losses, dtype=torch.float64)}
+
+
+def _set_gradients(
+    network: NoiseNetwork,
+    parameters: Sequence[nn.Parameter],
+    x_UCHW: Tensor,
+    level_U: Tensor,
+    device: torch.device,
+) -> float:
+    """Those of the mean cross-entropy of some images; the loss."""
+
+    def loss_of(rows: slice) -> Tensor:
+        return functional.cross_entropy(network(x_UCHW[rows]), level_U[rows], reduction="sum") / len(level_U)
+
+    return set_gradients(parameters, len(level_U), loss_of, device)
 
 
 @torch.inference_mode()
@@ -233,36 +263,3 @@ def _predict(
 def _held_out(key: str) -> bool:
     """Whether an image is left out of training, by a hash of its shard and key."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest()) % HELD_OUT == 0
-
-
-def _save_state(path: Path, network: NoiseNetwork, optimiser: torch.optim.Adam, step: int, identity: str) -> None:
-    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    for name, parameter in network.named_parameters():
-        moments = optimiser.state[parameter]
-        tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq", "step") if moments}
-    with replacing(path) as file:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        file.write(save(whole, metadata={"step": str(step), "identity": identity}))
-
-
-def _load_state(path: Path, network: NoiseNetwork, optimiser: torch.optim.Adam, identity: str) -> int:
-    """Take up an interrupted training of the same settings; the steps it had made, 0 where there is none."""
-    if not path.is_file():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as stored:
-            facts = stored.metadata()
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        if facts["identity"] != identity:
-            return 0
-        network.load_state_dict(
-            {n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")}
-        )
-        for name, parameter in network.named_parameters():
-            optimiser.state[parameter] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else parameter.device)
-                for key in ("exp_avg", "exp_avg_sq", "step")
-            }
-        return int(facts["step"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path}: unreadable state of a training ({error}); delete the file") from error

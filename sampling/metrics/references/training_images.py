@@ -3,7 +3,7 @@
 Shapes: N images, C channels.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ditmoe.data.storage.parts import Progress
 from ditmoe.model.errors import UserError
 from ditmoe.model.randomness import permutation
 from ditmoe.sampling.metrics.features import AT_ONCE, images_to_tensor
@@ -25,12 +26,19 @@ MAX_SIZE: Final = 64
 class TrainingImages:
     """Real images that some classifiers are trained on, decoded in one pass when the first of them asks."""
 
-    def __init__(self, real: ReferenceImages, seeds: Sequence[int]) -> None:
+    def __init__(
+        self,
+        real: ReferenceImages,
+        seeds: Sequence[int],
+        progress: Callable[[str, int], Progress] = lambda title, total: lambda done: None,
+    ) -> None:
         """Read nothing yet.
 
         Args:
             seeds: of the classifiers that are to be trained.
+            progress: (title, images) → a function that is told how many are read.
         """
+        self._progress = progress
         self._real = real
         self._seeds = list(seeds)
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
@@ -58,7 +66,10 @@ class TrainingImages:
             rows_of[seed][chosen] = np.arange(len(chosen))
             image_NCHW = torch.empty(len(chosen), real.index.channels, size, size, dtype=torch.uint8)
             read[seed] = image_NCHW, torch.full((len(chosen),), -1, dtype=torch.int64)
+        shown, done = self._progress("real images read", real.count), 0
         for batch in real.read_all(AT_ONCE):
+            done += len(batch.number_N)
+            shown(done)
             for seed, row_of in rows_of.items():
                 wanted = row_of[batch.number_N] >= 0
                 if wanted.any():
@@ -67,6 +78,7 @@ class TrainingImages:
                     image_NCHW, label_N = read[seed]
                     image_NCHW[rows] = reduced(images)
                     label_N[rows] = torch.from_numpy(batch.label_N[wanted])
+        shown(real.count)
         for seed, (image_NCHW, label_N) in read.items():
             there = label_N >= 0
             if not there.any():

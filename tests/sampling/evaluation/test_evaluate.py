@@ -26,9 +26,10 @@ from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.evaluation.run_job import default_chunk, run_job, stored_result
 from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, Workers
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.features import describe
 from ditmoe.sampling.metrics.reference import open_reference
+from ditmoe.sampling.metrics.training.classifier import load_classifier
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import run_forked
 from tests.sampling.small_run import images_of

@@ -39,8 +39,9 @@ from ditmoe.sampling.evaluation.stored import key_of
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.jobs.workers import Workers
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, train_classifier
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.reference import ReferenceImages
+from ditmoe.sampling.metrics.training.classifier import Trainings
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.classifier import (
     classifier_folder,
@@ -289,7 +290,7 @@ def test_the_real_images_are_decoded_once_for_all_classifiers(
     )
     assert isinstance(job.real, ReferenceImages)
     apart = [
-        train_classifier(settings, job.real, torch.device("cpu"))[1]["fingerprint"]
+        Trainings(job.real, [settings], run / "apart", torch.device("cpu")).result(settings)[1]["fingerprint"]
         for settings in (job.feature_classifier, job.recogniser_classifier)
     ]
     monkeypatch.setattr(ReferenceImages, "read_all", counted)

@@ -28,8 +28,9 @@ from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_run, p
 from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.evaluation.row import NOTHING, rows_of
 from ditmoe.sampling.evaluation.seeds import evaluate_seeds, folder_of, prepare_seeds, seeds_of
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, load_classifier
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER
 from ditmoe.sampling.metrics.features import describe, fingerprint_of
+from ditmoe.sampling.metrics.training.classifier import load_classifier
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.markers import change_marker
 from tests.obedient import Obedient

@@ -3,6 +3,7 @@
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,19 +16,19 @@ from ditmoe.data.shards.writer import ShardLimits
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.classifier import (
     FEATURE_CLASSIFIER,
-    HELD_OUT,
     RECOGNISER,
     Classifier,
     ClassifierSettings,
     PlainClassifier,
     ResidualClassifier,
     _Cells,
-    load_classifier,
 )
 from ditmoe.sampling.metrics.features import describe
 from ditmoe.sampling.metrics.quality import class_means
 from ditmoe.sampling.metrics.real_statistics import real_statistics
 from ditmoe.sampling.metrics.reference import ReferenceImages
+from ditmoe.sampling.metrics.training.classifier import HELD_OUT, Trainings, load_classifier, state_file
+from ditmoe.sampling.metrics.training.state import TrainingState
 from tests.sampling.small_run import images_of
 
 CPU = torch.device("cpu")
@@ -163,3 +164,76 @@ def test_classifiers_take_any_size_and_channels(make: type, size: int, channels:
     network = make(size, channels, 7, 16).eval()
     features, scores = network(torch.randn(2, channels, size, size))
     assert features.shape == (2, 16) and scores.shape == (2, 7)
+
+
+@pytest.fixture
+def kept_at_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditmoe.sampling.metrics.training.state.KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("ditmoe.sampling.metrics.training.state.KEEP_SHARE", 0)
+
+
+@pytest.mark.usefixtures("kept_at_each_step")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_interrupted_trainings_go_on_and_end_with_the_same_bits(
+    digits: ReferenceImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    """One after the other, and both at once in threads of their own; each start does a few steps more."""
+    both = [replace(FEATURE_CLASSIFIER, passes=0.2), replace(RECOGNISER, passes=0.2)]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for settings in both:
+        load_classifier(settings, digits, whole, CPU)
+    written = 0
+
+    def interrupted_now_and_then(self: TrainingState, *arguments: Any) -> None:
+        nonlocal written
+        keep(self, *arguments)
+        written += 1
+        if written % 3 == 0:
+            raise KeyboardInterrupt
+
+    keep, before, starts = TrainingState.keep, torch.get_num_threads(), 0
+    monkeypatch.setattr(TrainingState, "keep", interrupted_now_and_then)
+    try:
+        torch.set_num_threads(threads)
+        while starts < 20:
+            starts += 1
+            trainings = Trainings(digits, both, cut, CPU)
+            try:
+                for settings in both:
+                    load_classifier(settings, digits, cut, CPU, trainings=trainings)
+                break
+            except KeyboardInterrupt:
+                continue
+    finally:
+        torch.set_num_threads(before)
+    assert 3 <= starts < 20
+    names = sorted(path.name for path in whole.glob("classifier-*"))
+    assert len(names) == 2 and sorted(path.name for path in cut.glob("classifier-*")) == names
+    for name in names:
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.usefixtures("kept_at_each_step")
+def test_a_state_that_is_damaged_or_of_another_training_is_passed_over(
+    digits: ReferenceImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(FEATURE_CLASSIFIER, passes=0.1)
+    whole = load_classifier(settings, digits, tmp_path, CPU).fingerprint
+    state = state_file(settings, digits, tmp_path, CPU)
+    assert not state.exists()
+    other = replace(settings, seed=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ditmoe.sampling.metrics.training.classifier._accuracy", interrupted)
+        load_classifier(other, digits, tmp_path, CPU)
+    kept = state_file(other, digits, tmp_path, CPU).read_bytes()
+    for content, word in ((kept, ""), (kept[:-10], "begins anew"), (b"", "begins anew")):
+        state.write_bytes(content)
+        state.with_suffix(".safetensors").unlink()
+        lines: list[str] = []
+        assert load_classifier(settings, digits, tmp_path, CPU, lines.append).fingerprint == whole
+        assert any(word in line for line in lines) and not any("goes on" in line for line in lines)
+        assert not state.exists()
+
+
+def interrupted(*_: object) -> float:
+    raise KeyboardInterrupt

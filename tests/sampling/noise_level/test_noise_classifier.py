@@ -18,6 +18,7 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_path, read_info, write_weights_checkpoint
+from ditmoe.sampling.metrics.training.state import TrainingState
 from ditmoe.sampling.network.denoiser import DdpmDenoiser
 from ditmoe.sampling.noise_level import classifier as noise_classifier
 from ditmoe.sampling.noise_level import training as noise_training
@@ -97,27 +98,37 @@ def test_it_learns_and_is_calibrated(info, shards, tmp_path, monkeypatch):
 
 
 def test_it_goes_on_where_it_stopped(info, shards, tmp_path, monkeypatch):
+    """Whatever it had kept last, and on any number of threads: all files are those of an undisturbed training."""
     settings = NoiseTraining(steps=12, batch=20)
-    monkeypatch.setattr(noise_training, "SAVE_EVERY", 5)
+    monkeypatch.setattr("ditmoe.sampling.metrics.training.shards.SHARD_ROWS", 5)
+    monkeypatch.setattr(noise_training, "TELL_EVERY", 5)
     monkeypatch.setattr(noise_training, "CALIBRATION_DRAWS", 50)
     train(info, shards, tmp_path / "whole", settings)
+    monkeypatch.setattr("ditmoe.sampling.metrics.training.state.KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("ditmoe.sampling.metrics.training.state.KEEP_SHARE", 0)
     seen = []
 
-    def killed(*arguments):
-        real_save(*arguments)
-        seen.append(arguments[3])
-        if arguments[3] == 10:
+    def killed(self, step, more):
+        keep(self, step, more)
+        seen.append(step)
+        if step in (3, 7, 12):
             raise KeyboardInterrupt
 
-    real_save = noise_training._save_state
-    monkeypatch.setattr(noise_training, "_save_state", killed)
-    with pytest.raises(KeyboardInterrupt):
+    keep = TrainingState.keep
+    monkeypatch.setattr(TrainingState, "keep", killed)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            with pytest.raises(KeyboardInterrupt):
+                train(info, shards, tmp_path / "cut", settings)
+            assert not (tmp_path / "cut/classifier.safetensors").exists()
         train(info, shards, tmp_path / "cut", settings)
-    assert seen == [5, 10] and not (tmp_path / "cut/classifier.safetensors").exists()
-    train(info, shards, tmp_path / "cut", settings)
-    assert seen == [5, 10, 12] and not (tmp_path / "cut/training.safetensors").exists()
-    one, other = (load_noise_classifier(tmp_path / name, space_of(info)) for name in ("whole", "cut"))
-    assert one.fingerprint == other.fingerprint
+    finally:
+        torch.set_num_threads(before)
+    assert seen == list(range(1, 13)) and not (tmp_path / "cut/training.safetensors").exists()
+    for name in ("classifier.safetensors", "classifier.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_another_space_is_refused(info, shards, tmp_path, monkeypatch):

@@ -41,8 +41,9 @@ from ditmoe.sampling.drawing import generate as generate_module
 from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, Workers
-from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER, load_classifier
+from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.quality import FeatureScore, ScoreSettings, class_means, make_scorer
+from ditmoe.sampling.metrics.training.classifier import load_classifier
 from ditmoe.sampling.network.load import LoadedModel, load_model
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.synthesis import make as synthesize_module

@@ -1,0 +1,1 @@
+"""Trainings of small networks, which go on where they were killed."""
