@@ -13,6 +13,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.start.source import Start
+from ditmoe.sampling.exchange.hub import local_folder
 
 
 def resolve(
@@ -72,7 +73,15 @@ def start_of(config: RunConfig, class_names: Sequence[str] = ()) -> Start | None
     if train.start_from is None:
         return None
     said = train.start_objective
-    return Start(train.start_from, train.start_weights, said, config.model, config.objective, tuple(class_names))
+    return Start(
+        train.start_from,
+        train.start_weights,
+        said,
+        config.model,
+        config.objective,
+        tuple(class_names),
+        local_folder,
+    )
 
 
 def config_yaml(config: RunConfig) -> str:

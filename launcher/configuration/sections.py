@@ -46,8 +46,9 @@ class TrainConfig(Settings):
     steps: int = Field(default=400_000, ge=1, le=MOST_STEPS)
     """Optimiser steps after which the run is complete."""
     start_from: Path | None = None
-    """Weights that a new run starts from: a run (its newest checkpoint), a checkpoint, or a published file as
-    `ditmoe convert` reads it (docs/fine-tuning.md). Weights and EMA both start from them; a resume ignores it."""
+    """Weights that a new run starts from: a run (its newest checkpoint), a checkpoint, or a file, folder or name
+    on the hub as `ditmoe convert` reads it (docs/fine-tuning.md). Weights and EMA both start from them; a resume
+    ignores it."""
     start_weights: Literal["ema", "weights"] | None = None
     """Which set of them: the EMA or the weights themselves; null: the EMA if there is one."""
     start_objective: Literal["ddpm", "rectified_flow", "sit"] | None = None

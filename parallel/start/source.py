@@ -44,6 +44,8 @@ class Start:
     """Of that network."""
     class_names: tuple[str, ...] = ()
     """Of its data; none: they are not known."""
+    locate: Callable[[Path], Path] = Path
+    """Where on this machine the path lies: it may be a name on a hub."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def opened(start: Start, damage: Damage | None = None) -> Iterator[Source]:
         UserError: they are not there, damaged, no weights of a network of this family, or what they were trained
             to predict has to be known and is not.
     """
-    checkpoint = _checkpoint(start.path)
+    path = start.locate(start.path)
+    checkpoint = _checkpoint(path)
     if checkpoint is None:
-        yield _of_file(start)
+        yield _of_file(start, path)
         return
     info = read_info(checkpoint)
     which: Set = start.which or ("ema" if "ema" in info.parts else "weights")
@@ -132,8 +135,8 @@ def _completed(info: CheckpointInfo) -> ModelConfig:
     return info.model.model_copy(update=found)
 
 
-def _of_file(start: Start) -> Source:
-    published = with_objective(_read(start), start.said, start.objective, "train.start_objective")
+def _of_file(start: Start, path: Path) -> Source:
+    published = with_objective(_read(start.model, path), start.said, start.objective, "train.start_objective")
     which: Set = start.which or ("ema" if published.ema is not None else "weights")
     state = published.state(which)
     note = check_position_embedding(state, published.config, published.origin, averaged=which == "ema")
@@ -142,7 +145,7 @@ def _of_file(start: Start) -> Source:
         "path": str(start.path),
         "set": which,
         "objective": None if objective is None else objective.kind,
-        "bytes": start.path.stat().st_size if start.path.is_file() else None,
+        "bytes": path.stat().st_size if path.is_file() else None,
     }
     notes = [note] if note else []
     if objective is None:
@@ -151,18 +154,13 @@ def _of_file(start: Start) -> Source:
     return Source(published.config, objective, lambda name: state[name], facts, names, tuple(notes))
 
 
-def _read(start: Start) -> PublishedWeights:
+def _read(model: ModelConfig, path: Path) -> PublishedWeights:
     """Read a file. What its weights do not say of their network is taken from the one that starts from it."""
     try:
-        return read_published(start.path)
+        return read_published(path)
     except UserError:
-        model = start.model
-        expected = {
-            "heads": model.heads,
-            "image_size": model.image_size,
-            "experts_per_token": model.experts_per_token,
-        }
-        return read_published(start.path, config={key: value for key, value in expected.items() if value})
+        keys = ("heads", "image_size", "experts_per_token")
+        return read_published(path, config={key: getattr(model, key) for key in keys if getattr(model, key)})
 
 
 def with_objective(

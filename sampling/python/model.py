@@ -22,6 +22,7 @@ from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.start.source import Objective
 from ditmoe.sampling.drawing.generate import Generated, check_finite, generate
 from ditmoe.sampling.drawing.picture import image_grid
+from ditmoe.sampling.exchange.hub import local_folder
 from ditmoe.sampling.integrators.few_steps import noise_warnings
 from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, load_model
 from ditmoe.sampling.python.choices import Classes, Seeds, image_numbers, labels_of, seeds_of
@@ -59,35 +60,40 @@ def load(
     precision: Precision = "fp32",
     vae: str | PathLike[str] | None = None,
     preset: str | None = None,
+    model: Mapping[str, Any] | None = None,
     objective: Objective | None = None,
 ) -> "Model":
     """Read a trained model.
 
     Args:
-        source: a run folder (its newest checkpoint), a checkpoint, or a file that `ditmoe convert` reads or wrote.
+        source: a run folder (its newest checkpoint), a checkpoint, a file or folder of diffusers that `ditmoe
+            convert` reads or wrote, or a name on the hub such as facebook/DiT-XL-2-256.
         weights: `ema`, the moving average, or `weights` themselves; None: the average if there is one.
         step: the checkpoint of a run; None: the newest.
         device: where it computes; None: `cuda` if there is one, else `cpu`.
         precision: of the network's weights and arithmetic, `fp32` or `bf16`.
-        vae: folder of the VAE of a network of latents; None: the one that encoded the data of the run.
+        vae: folder of the VAE of a network of latents; None: the one that encoded the data of the run, or lies in
+            the pipeline of diffusers.
         preset: the network of a file whose weights do not say all of it, such as DiT-XL/2-8E2A.
+        model: fields of its configuration that neither says, such as {"heads": 8, "experts_per_token": 2}.
         objective: what the network of a file predicts, where the file does not say it.
 
     Raises:
         ditmoe.UserError: it is not there, cannot be read or is damaged; the text says what is wrong.
     """
-    path, decoder = Path(source), None if vae is None else Path(vae)
+    path, decoder = local_folder(Path(source)), None if vae is None else Path(vae)
     place = _device(device)
     if path.is_dir() and ((path / MARKER).is_file() or (path / "checkpoints").is_dir()):
-        for name, value in (("preset", preset), ("objective", objective)):
+        for name, value in (("preset", preset), ("model", model), ("objective", objective)):
             if value is not None:
                 raise UserError(f"{name} = {value}: {path} is a run or a checkpoint, which says it; expected None")
-        return Model(load_model(path, weights or "ema", step, place, precision, decoder), path)
+        return Model(load_model(path, weights or "ema", step, place, precision, decoder), Path(source))
     if not path.exists():
         raise UserError(f"{path}: not found; expected a run folder, a checkpoint, or a file of weights")
     if step is not None:
         raise UserError(f"step = {step}: {path} is no run, whose checkpoints have steps; expected None")
-    return Model(load_file(path, weights, preset, objective, place, precision, decoder), path)
+    loaded = load_file(path, weights, preset, model, objective, place, precision, decoder)
+    return Model(loaded, Path(source))
 
 
 class Model:

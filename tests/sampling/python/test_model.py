@@ -14,12 +14,19 @@ from typer.testing import CliRunner
 
 import ditmoe
 from ditmoe.launcher.commands import sample
+from ditmoe.launcher.commands.convert import command as convert
 from ditmoe.model.canonical import canonical_state
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.weights.published import PublishedWeights, save_published
 from ditmoe.parallel.checkpoint.folder import newest_checkpoint, read_weights
+from ditmoe.parallel.start.begin import check_start
+from ditmoe.parallel.start.source import Start
+from ditmoe.sampling.exchange.hub import local_folder
+from tests.sampling.exchange.test_hub import NAME, cache, put
 from tests.sampling.small_run import MODEL, write_checkpoint, write_noise_classifier, write_photos, write_run
+
+__all__ = ["cache"]  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +132,8 @@ def test_every_kind_of_source(run: Path, tmp_path: Path) -> None:
         model = ditmoe.load(tmp_path / name, device="cpu")
         assert model.classes == tuple("abcdefghij") and model.step is None
         assert np.array_equal(model.sample("d", steps=2, output="numpy"), images)
+    convert(run, tmp_path / "diffusers", to="diffusers")
+    assert np.array_equal(ditmoe.load(tmp_path / "diffusers").sample("3", steps=2, output="numpy"), images)
     for source, options in ((newest, {}), (run, {"step": 0, "weights": "weights"})):
         assert np.array_equal(ditmoe.load(source, **options).sample(3, steps=2, output="numpy"), images)  # type: ignore[arg-type]
     assert not np.array_equal(ditmoe.load(other).sample(3, steps=2, output="numpy"), images)
@@ -146,6 +155,28 @@ def test_every_kind_of_source(run: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_one_message(model: ditmoe.Model, asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ditmoe.UserError, match=message):
         model.sample(**asked)
+
+
+def test_a_name_on_the_hub_is_read_out_of_its_cache(cache: Path, tmp_path: Path) -> None:
+    """By `ditmoe.load` and as what a run starts from."""
+    snapshot = put(cache)
+    by_name, by_path = (ditmoe.load(source, device="cpu", objective="ddpm") for source in (NAME, snapshot))
+    assert by_name.config == by_path.config and NAME in repr(by_name)
+    with pytest.raises(ditmoe.UserError, match=r"draws 4 channels.*vae=FOLDER"):
+        by_name.sample(0)
+    ddpm = ObjectiveConfig(kind="ddpm")
+    start = Start(Path(NAME), None, "ddpm", by_name.config, ddpm, locate=local_folder)
+    (line,) = check_start(tmp_path / "run", start)
+    assert line.startswith(f"started from the ema of {NAME}: ")
+    with pytest.raises(ditmoe.UserError, match="HF_HUB_OFFLINE forbids"):
+        ditmoe.load("some-org/other", device="cpu")
+
+
+def test_what_the_weights_do_not_say_can_be_said(tmp_path: Path) -> None:
+    bare = tmp_path / "bare.pt"
+    save_published(PublishedWeights(MODEL, canonical_state(DiT(MODEL))), bare, bare=True)
+    model = ditmoe.load(bare, model={"heads": 2, "experts_per_token": 1}, objective="rectified_flow", device="cpu")
+    assert (model.config.heads, model.config.experts_per_token) == (2, 1)
 
 
 def test_what_cannot_be_loaded_is_one_message(run: Path, tmp_path: Path) -> None:
