@@ -39,7 +39,7 @@ test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the pla
 test-service: venv ## the service under load, and its processes killed again and again (DITMOE_KILLS=25)
 	@$(BIN)/python -m pytest -m slow tests/sampling/service --ignore tests/sampling/service/page $(PYTEST_ARGS)
 
-test-page: venv ## the page of the service in headless Chromium; needs Debian's chromium
+test-page: venv ## the page of the service and the gallery in headless Chromium; needs Debian's chromium
 	@$(BIN)/python -m pytest -m slow tests/sampling/service/page $(PYTEST_ARGS)
 
 test-slurm: venv ## jobs on a Slurm of two virtual nodes on this machine; needs root and Debian's Slurm

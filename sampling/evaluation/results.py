@@ -15,7 +15,9 @@ from ditmoe.data.storage.files import replacing
 from ditmoe.model.outside.text import counted
 from ditmoe.sampling.diagnostics.figures import chain_lines
 from ditmoe.sampling.diagnostics.results import CHAINS_FILE, chain_results
-from ditmoe.sampling.evaluation.gallery import Sheets, write_gallery
+from ditmoe.sampling.evaluation.gallery.page import write_gallery
+from ditmoe.sampling.evaluation.gallery.real import real_side
+from ditmoe.sampling.evaluation.gallery.sheets import Sheets
 from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
 from ditmoe.sampling.evaluation.row import write_rows
 from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, stored_results
@@ -103,7 +105,8 @@ def write_results(
         results[keys[-1]] = result | share
 
     metrics = {"format": METRICS_FORMAT, "evaluation": evaluation, "results": results}
-    write_gallery(folder / "gallery", sheets, metrics, keys[0])
+    shown = real_side(real, measured[0].statistics, measured[0].descriptions, sheets)
+    write_gallery(folder / "gallery", sheets, metrics, keys[0], shown)
     write_rows(folder, metrics)
     with replacing(folder / METRICS_FILE) as file:
         file.write(json.dumps(metrics, indent=1, ensure_ascii=False).encode() + b"\n")
@@ -117,7 +120,7 @@ def _share_recognised(
     of_class = np.zeros(len(sheets.class_names), dtype=np.int64)
     for chunk in range(store.chunks):
         drawn = store.read(chunk)
-        sheets.add(drawn.image_NHWC, drawn.label_N)
+        sheets.add(drawn.image_NHWC, drawn.label_N, chunk)
         of_class += np.bincount(drawn.label_N, minlength=len(of_class))
         if judged is not None and len(drawn.label_N):
             hits = judged.read(chunk)["predicted"] == drawn.label_N

@@ -125,6 +125,27 @@ def precision_recall(real: Manifold, drawn: Manifold, device: torch.device = CPU
     return Inside(torch.cat(found).numpy(), in_drawn_N.numpy())
 
 
+def nearest(
+    points_MF: NDArray[np.floating], others_NF: NDArray[np.floating], k: int, *, block: int = BLOCK
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The k nearest of some points to a few others: Euclidean distances and places `[M, k]`, the nearest first.
+
+    In float64, and for few points: a block of `others_NF` is in memory at a time.
+    """
+    point_MF = torch.from_numpy(np.ascontiguousarray(points_MF)).double()
+    squared_MK = torch.empty(len(point_MF), 0, dtype=torch.float64)
+    place_MK = torch.empty(len(point_MF), 0, dtype=torch.int64)
+    for columns in _cuts(len(others_NF), block):
+        other_CF = torch.from_numpy(np.ascontiguousarray(others_NF[columns])).double()
+        # Without the difference of two large squares, which would leave little of a small distance.
+        squared_MC = torch.cdist(point_MF, other_CF, compute_mode="donot_use_mm_for_euclid_dist").square()
+        squared_MK = torch.cat((squared_MK, squared_MC), 1)
+        place_MK = torch.cat((place_MK, torch.arange(columns.start, columns.stop).expand_as(squared_MC)), 1)
+        best = squared_MK.topk(min(k, squared_MK.shape[1]), dim=1, largest=False)
+        squared_MK, place_MK = best.values, place_MK.gather(1, best.indices)
+    return squared_MK.sqrt().numpy(), place_MK.numpy()
+
+
 def recall_without(
     real: Manifold,
     drawn: Manifold,

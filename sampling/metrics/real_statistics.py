@@ -59,6 +59,8 @@ class RealStatistics:
     """Sums of the Inception Score of the images of `features_NF`; None: not known, or of a network without."""
     folder: Path | None = None
     """Where what is computed of `features_NF` is kept; None: nowhere."""
+    numbers_N: NDArray[np.int64] | None = None
+    """The image of each row of `features_NF`, by its number among the real images; None: not known."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -219,7 +221,9 @@ def _merged_statistics(real: Images, folder: Path, parts: Iterable[Arrays]) -> R
         raise UserError(
             f"{real.where}: none of its {counted(real.count, 'image')} can be used; {left_out.lines[-1]}"
         )
-    return RealStatistics(moments, _in_order(kept, places), left_out, splits=splits, folder=folder)
+    numbers_N = permutation(0, "evaluate/halves", 0, real.count)[np.sort(np.concatenate(places))]
+    features_NF = _in_order(kept, places)
+    return RealStatistics(moments, features_NF, left_out, splits=splits, folder=folder, numbers_N=numbers_N)
 
 
 def _in_order(kept: list[NDArray[np.floating]], places: list[NDArray[np.int64]]) -> NDArray[np.floating]:

@@ -94,4 +94,10 @@ def reference_statistics(
     stated = real.statistics(network)
     if computed is None:
         return replace(stated, folder=cache / f"file-{real.fingerprint}-{network.fingerprint}")
-    return replace(stated, features_NF=computed.features_NF, splits=computed.splits, folder=computed.folder)
+    return replace(
+        stated,
+        features_NF=computed.features_NF,
+        splits=computed.splits,
+        folder=computed.folder,
+        numbers_N=computed.numbers_N,
+    )

@@ -148,11 +148,25 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
         expected = Copyist(shards)(list(range(200)), labels).image_NHWC
         np.testing.assert_array_equal(samples["arr_0"][..., :1], expected)
 
+    expected_labels = np.concatenate([batch.label_N for batch in job.real.read_all(500)])
     page = (job.folder / "gallery" / "index.html").read_text()
     assert "&lt;b&gt;one&lt;/b&gt;" in page and "<b>one" not in page
     assert sorted(p.name for p in (job.folder / "gallery").iterdir())[:2] == ["class-00000.png", "class-00001.png"]
-    with Image.open(job.folder / "gallery" / "class-00003.png") as sheet:
-        assert sheet.mode == "L" and sheet.width > 300
+    for name in ("class-00003.png", "real-00003.png"):
+        with Image.open(job.folder / "gallery" / name) as sheet:
+            assert sheet.mode == "LA" and sheet.width == 6 * 50 - 2
+    # Each image is a real one: it is found again, and told to be as near as a copy is.
+    near = json.loads((job.folder / "gallery" / "neighbours.json").read_text())["drawn"]
+    assert len(near) == 20 and [each["class"] for each in near] == [label for label in range(10) for _ in range(2)]
+    for each in near:
+        first = each["nearest"][0]
+        assert (
+            first["distance"] < 1e-3 < first["its_own_nearest"]
+            and first["distance"] <= each["nearest"][1]["distance"]
+        )
+        assert expected_labels[first["real"]] == each["class"]
+    assert "20 of 20 are nearer than half of it: they may be copies" in page and "times the floor" in page
+    assert list(job.cache.rglob("gallery-*.npz"))  # once for all evaluations
 
 
 def test_results_are_written_when_no_process_looks_for_descriptions_any_more(
