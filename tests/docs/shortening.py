@@ -28,6 +28,7 @@ LEFT_OUT: Final = (
     LeftOut(r"\bpython3? -m venv\b|/bin/activate", "the walk runs the program of this checkout"),
     LeftOut(r"^make (venv|demo|lint|test|slurm-demo)", "installs everything first; .ci/run runs it"),
     LeftOut(r"^(docker|apptainer) ", "needs a runtime of containers"),
+    LeftOut(r"scontrol requeue", "queues again the job of Slurm in which it is called"),
     LeftOut(r"--nodes 16 --gpus-per-node 8", "needs 128 GPUs; test_commands.py holds its layout to them"),
     LeftOut(r"\b(hf|huggingface-cli) download\b|^(curl|wget) .*https://(?!127)", "fetches files from the network"),
 )
@@ -43,7 +44,6 @@ REPLACED: Final = (
     Replaced("", r"--gpus-per-node \d+", "--tasks-per-node 1", "the virtual nodes have no GPUs"),
     Replaced("", r"partition: \w+", "partition: ci", "the name of the virtual cluster's"),
     Replaced("docs/evaluate.md", r"--processes 0\b", "--processes 1", "the workers of a dry run never come"),
-    Replaced("docs/evaluate.md", r" runs/s2\b", " runs/published", "made again from a smaller file"),
     Replaced("docs/service.md", r"count=5000, steps=50", "count=24, steps=2", "an evaluation of minutes"),
     Replaced("docs/sample.md", r"--nproc-per-node 8", "--nproc-per-node 2", "the machine has two cores"),
     Replaced("docs/sample.md", r"--expert-parallel [48]", "--expert-parallel 2", "likewise"),

@@ -67,7 +67,6 @@ def write_stand_ins(folder: Path, make_vae: Callable[..., Path]) -> None:
     _run(folder, "train", "configs/photos.yaml")
     for name in ("a", "large", "mine", "shapes", "s-sweep/optim.lr=1e-4"):
         shutil.copytree(folder / "runs/demo", folder / "runs" / name)
-    _run(folder, "convert", "dit_moe_s_8E2A.pt", "runs/published", "--objective", "ddpm")
     np.savez(folder / "samples.npz", arr_0=random.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8))
 
 
