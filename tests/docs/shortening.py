@@ -30,6 +30,7 @@ LEFT_OUT: Final = (
     LeftOut(r"^(docker|apptainer) ", "needs a runtime of containers"),
     LeftOut(r"scontrol requeue", "queues again the job of Slurm in which it is called"),
     LeftOut(r"--nodes 16 --gpus-per-node 8", "needs 128 GPUs; test_commands.py holds its layout to them"),
+    LeftOut(r"convert facebook/", "fetches files from the network"),
     LeftOut(r"\b(hf|huggingface-cli) download\b|^(curl|wget) .*https://(?!127)", "fetches files from the network"),
 )
 

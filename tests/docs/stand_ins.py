@@ -35,6 +35,7 @@ LATENT: Final = ModelConfig(
     num_classes=1000,
     learn_sigma=True,
 )
+DENSE: Final = {"experts": 0, "experts_per_token": 0, "shared_experts": 0}
 GRID: Final = {"count": 24, "repeats": 1, "nfe": [6], "tolerances": [0.1]}
 """What a shortened grid has in place of its own."""
 
@@ -67,6 +68,8 @@ def write_stand_ins(folder: Path, make_vae: Callable[..., Path]) -> None:
     _run(folder, "train", "configs/photos.yaml")
     for name in ("a", "large", "mine", "shapes", "s-sweep/optim.lr=1e-4"):
         shutil.copytree(folder / "runs/demo", folder / "runs" / name)
+    _run(folder, "convert", "dense.pt", "runs/dense", "--objective", "ddpm", "--vae", "sd-vae")
+    _run(folder, "convert", "runs/dense", "sd-dit", "--to", "diffusers", "--stock")
     np.savez(folder / "samples.npz", arr_0=random.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8))
 
 
@@ -105,12 +108,12 @@ def _write_published(folder: Path, random: np.random.Generator) -> None:
     """As test_first_row does: files of their publishers, which are far larger."""
     from tests.sampling.metrics.networks.test_inception import Scripted
 
-    torch.manual_seed(0)
-    network = DiT(LATENT)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, 0, 0.1)
-    weights = PublishedWeights(LATENT, canonical_state(network), None, ObjectiveConfig(kind="ddpm"))
-    for name in ("dit_moe_s_8E2A.pt", "published.pt"):
+    for name, config in (("dit_moe_s_8E2A.pt", LATENT), ("dense.pt", LATENT.model_copy(update=DENSE))):
+        torch.manual_seed(0)
+        network = DiT(config)
+        for parameter in network.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.1)
+        weights = PublishedWeights(config, canonical_state(network), None, ObjectiveConfig(kind="ddpm"))
         save_published(weights, folder / name)
     torch.jit.script(Scripted()).save(folder / "inception-2015-12-05.pt")
     moments: dict[str, Any] = {}
