@@ -1,6 +1,6 @@
-"""The `ditmoe` command: its verbs, and what a user sees when something goes wrong.
+"""The `ditmoe` command: its commands, and what a user sees when something goes wrong.
 
-Modules of verbs are imported when their verb is used, so that `ditmoe --help` answers at once.
+Their modules are imported when they are used, so that `ditmoe --help` answers at once.
 """
 
 import importlib
@@ -11,8 +11,10 @@ from contextlib import suppress
 from typing import Any, Final, NamedTuple, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
+from ditmoe.launcher.command_line.completion import SHELL
+from ditmoe.launcher.command_line.groups import Group, single_command
+from ditmoe.launcher.command_line.wrong_usage import words_of
 from ditmoe.launcher.local.failures import record_failure, refusal
 from ditmoe.launcher.local.signals import end_with_parent
 from ditmoe.launcher.local.terminal import let_go, prepare_streams
@@ -27,38 +29,64 @@ FAILED: Final = 1
 
 
 class Verb(NamedTuple):
-    """A verb: the module that has it as `command` or `app`, and its line of help."""
+    """A command: the module that has it as `command` or `app`, and its line of help."""
 
     module: str
     help: str
 
 
-VERBS: Final[dict[str, Verb]] = {
-    "data": Verb("ditmoe.launcher.commands.data.group", "Pack images into shards, and verify shards."),
-    "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
-    "submit": Verb("ditmoe.launcher.commands.submit.group", "Hand training and other verbs to Slurm."),
-    "sweep": Verb("ditmoe.launcher.commands.sweep", "Train every combination of some keys' values."),
-    "status": Verb("ditmoe.launcher.commands.jobs.status", "Show where runs stand, and what is wrong with them."),
-    "logs": Verb("ditmoe.launcher.commands.jobs.logs", "Print what a run printed."),
-    "cancel": Verb("ditmoe.launcher.commands.jobs.cancel", "End a run, with a checkpoint."),
-    "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
-    "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
-    "score": Verb("ditmoe.launcher.commands.scoring.score", "Score images that others drew."),
-    "worker": Verb("ditmoe.launcher.commands.worker", "Make parts for the commands that lead a crew."),
-    "reference": Verb("ditmoe.launcher.commands.scoring.reference", "Make a file that stands for real images."),
-    "serve": Verb("ditmoe.launcher.commands.serving.serve", "Draw images for many users, over HTTP."),
-    "noise-classifier": Verb(
-        "ditmoe.launcher.commands.noise_classifier", "Train the noise-level classifier that DLG chains need."
-    ),
-    "checkpoint": Verb("ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and check every byte."),
-    "plan": Verb("ditmoe.launcher.commands.plan", "Estimate every layout of a run on a number of GPUs."),
-    "models": Verb("ditmoe.launcher.commands.models", "List the presets, their parameters and FLOPs."),
-    "convert": Verb("ditmoe.launcher.commands.convert", "Bring weights in, and take them out again."),
+SECTIONS: Final[dict[str, dict[str, Verb]]] = {
+    "Prepare": {
+        "configs": Verb("ditmoe.launcher.commands.lookup.configs", "List the configurations that are shipped."),
+        "data": Verb("ditmoe.launcher.commands.data.group", "Make shards of your images, and check them."),
+        "models": Verb("ditmoe.launcher.commands.models", "List the presets, their parameters and FLOPs."),
+        "plan": Verb("ditmoe.launcher.commands.plan", "Estimate every layout of a run on a number of GPUs."),
+    },
+    "Train": {
+        "train": Verb("ditmoe.launcher.commands.train", "Train, or resume, the run of a configuration."),
+        "status": Verb(
+            "ditmoe.launcher.commands.jobs.status", "Show where runs stand, and what is wrong with them."
+        ),
+        "logs": Verb("ditmoe.launcher.commands.jobs.logs", "Print what a run printed."),
+        "cancel": Verb("ditmoe.launcher.commands.jobs.cancel", "End a run, with a checkpoint."),
+        "sweep": Verb("ditmoe.launcher.commands.sweep", "Train every combination of some keys' values."),
+    },
+    "Draw": {
+        "sample": Verb("ditmoe.launcher.commands.sample", "Draw images from a run's network."),
+        "serve": Verb("ditmoe.launcher.commands.serving.serve", "Draw images for many users, over HTTP."),
+        "noise-classifier": Verb(
+            "ditmoe.launcher.commands.noise_classifier", "Train the noise-level classifier that DLG chains need."
+        ),
+    },
+    "Score": {
+        "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
+        "score": Verb("ditmoe.launcher.commands.scoring.score", "Score images that others drew."),
+        "reference": Verb(
+            "ditmoe.launcher.commands.scoring.reference", "Make a file that stands for real images."
+        ),
+    },
+    "Weights": {
+        "checkpoint": Verb("ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and check every byte."),
+        "convert": Verb("ditmoe.launcher.commands.convert", "Bring weights in, and take them out again."),
+    },
+    "Many machines": {
+        "submit": Verb("ditmoe.launcher.commands.submit.group", "Run training and other commands as Slurm jobs."),
+        "worker": Verb("ditmoe.launcher.commands.worker", "Make parts for the commands that lead a crew."),
+    },
+    "Look up": {
+        "keys": Verb("ditmoe.launcher.commands.lookup.keys", "List the keys of a configuration."),
+        "docs": Verb("ditmoe.launcher.commands.lookup.docs", "Show the documentation."),
+        "completion": Verb(
+            "ditmoe.launcher.commands.lookup.completion", "Let bash, zsh or fish complete all of this."
+        ),
+    },
 }
+"""Every command, in the order of use."""
+VERBS: Final[dict[str, Verb]] = {name: verb for verbs in SECTIONS.values() for name, verb in verbs.items()}
 
 
-class LazyGroup(TyperGroup):
-    """The group of all verbs; the table above stands in for their modules."""
+class LazyGroup(Group):
+    """The group of all commands; the table above stands in for their modules."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(VERBS)
@@ -68,29 +96,29 @@ class LazyGroup(TyperGroup):
             return None
         module = importlib.import_module(VERBS[cmd_name].module)
         app: typer.Typer | None = getattr(module, "app", None)
-        if app is None:
-            app = typer.Typer(add_completion=False)
-            app.command(cmd_name)(module.command)
-        # Plain help: rich would take a third of the time that help may take.
-        app.rich_markup_mode = None
-        app._add_completion = False
-        command = typer.main.get_command(app)
+        command = single_command(cmd_name, module.command) if app is None else typer.main.get_command(app)
         command.name = cmd_name
         return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
+        width = max(map(len, VERBS)) + 2
+        for title, verbs in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(f"{name:<{width - 2}}", verb.help) for name, verb in verbs.items()])
 
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        # The base class looks for near names in its own table, which only needs the names.
-        names: dict[str, Any] = dict.fromkeys(VERBS)
-        self.commands = names
-        return super().resolve_command(ctx, args)
+    def shell_complete(self, ctx: Any, incomplete: str) -> Any:
+        """The names come from the table: no module is imported for its line of help."""
+        from typer._click.shell_completion import CompletionItem
+
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        found = {name: verb for name, verb in VERBS.items() if name.startswith(incomplete)}
+        return [CompletionItem(name, help=verb.help) for name, verb in found.items()]
 
 
 app = typer.Typer(
     cls=LazyGroup,
+    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -101,7 +129,16 @@ app = typer.Typer(
 def _command(
     version: bool = typer.Option(False, "--version", help="Show the version and exit."),
 ) -> None:
-    """Train, sample and evaluate Mixture-of-Experts diffusion transformers."""
+    """Train, sample and evaluate Mixture-of-Experts diffusion transformers.
+
+    `ditmoe COMMAND --help` shows the options of a command, and examples.
+
+    Examples:
+        ditmoe data pack PHOTOS shards/photos --image-size 64
+        ditmoe train photos
+        ditmoe sample runs/photos
+        ditmoe evaluate runs/photos --count 5000
+    """
     if version:
         from importlib.metadata import version as installed_version
 
@@ -157,15 +194,20 @@ def _end(code: int) -> NoReturn:
 
 
 def _run() -> int:
-    """Run the verb; its exit code."""
+    """Run the command; its exit code."""
     command = typer.main.get_command(app)
+    if os.environ.get(SHELL):
+        from ditmoe.launcher.command_line.completion import answer
+
+        typer.echo(answer(command, os.environ))
+        return 0
     try:
         code = command.main(prog_name="ditmoe", standalone_mode=False)
     except typer.TyperException as error:
-        show = getattr(error, "show", None)
-        assert show is not None
-        show()
-        return error.exit_code
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(error.format_message(), err=True)
+            return USER_ERROR
+        raise UserError(words_of(error)) from None
     except typer.Abort:
         return INTERRUPTED
     if code == INTERRUPTED:

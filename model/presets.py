@@ -6,6 +6,8 @@ A name is `DiT-SIZE/PATCH` for a dense network, with `-NeKa` for N experts of wh
 import re
 from dataclasses import dataclass
 
+from ditmoe.model.outside.nearest import meant
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -56,7 +58,8 @@ def parse_preset(name: str) -> Preset:
     match = _NAME.fullmatch(name)
     form = f"DiT-SIZE/PATCH or DiT-SIZE/PATCH-NeKa with SIZE of {', '.join(SIZES)} and PATCH of 2, 4, 8"
     if match is None or int(match["patch"]) not in PATCHES:
-        raise ValueError(f"{name[:60]!r} is not a preset; expected {form}, such as DiT-S/2-8E2A or DiT-XL/2")
+        examples = "such as DiT-S/2-8E2A or DiT-XL/2"
+        raise ValueError(f"{name[:60]!r} is not a preset; expected {form}, {examples}{meant(name, PUBLISHED)}")
     depth, hidden, heads = SIZES[match["size"]]
     experts, active = int(match["experts"] or 0), int(match["active"] or 0)
     if match["experts"] is not None and not 1 <= active <= experts:

@@ -11,6 +11,7 @@ from ditmoe.data.shards.index import DatasetIndex
 from ditmoe.data.shards.sample_table import SampleColumns
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import meant
 from ditmoe.model.outside.text import counted, normal
 from ditmoe.model.randomness import permutation
 
@@ -50,6 +51,7 @@ def map_classes(
         if isinstance(label, str):
             problems.append(
                 f"{key}.classes.{name}: {label} of the source; expected one of {_list(index.class_names)}"
+                f"{meant(str(name), index.class_names)}"
             )
         else:
             named[label] = target
@@ -65,6 +67,7 @@ def map_classes(
         elif label in named:
             problems.append(
                 f"{key}.classes.{name} = {target}: {found}; expected one of {_list(run_names)}, or null"
+                f"{meant(str(target), run_names)}"
             )
         else:
             problems.append(f"{key}.classes: has no entry for {name}, and it is {found} of the first source")

@@ -5,12 +5,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ditmoe.launcher.command_line.groups import Commands
 from ditmoe.model.outside.text import counted
 
 if TYPE_CHECKING:
     from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 
-app = typer.Typer(no_args_is_help=True, help="Look into a checkpoint.")
+app = Commands(
+    """Look into a checkpoint.
+
+    Examples:
+        ditmoe checkpoint inspect runs/photos
+    """
+)
 
 
 @app.callback()
@@ -24,9 +31,14 @@ Source = Annotated[
 Step = Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step of a run.")]
 
 
-@app.command("inspect")
+@app.command("inspect", short_help="Show what it holds, and check every byte.")
 def inspect(source: Source, step: Step = None) -> None:
-    """Print what a checkpoint holds, its sizes and the layout that wrote it, and check every byte of it."""
+    """Print what a checkpoint holds, its sizes and the layout that wrote it, and check every byte of it.
+
+    Examples:
+        ditmoe checkpoint inspect runs/photos
+        ditmoe checkpoint inspect runs/photos --step 20000
+    """
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.checkpoint.folder import damaged, incomplete, read_info
     from ditmoe.sampling.network.load import find_checkpoint

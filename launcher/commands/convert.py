@@ -1,10 +1,11 @@
 """`ditmoe convert`: weights of others into ours, and ours into theirs."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from ditmoe.launcher.command_line.arguments import complete_config, overrides_argument
 
 
 def command(
@@ -22,10 +23,7 @@ def command(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="Keys of model that the weights do not say, such as model.experts_per_token=2.",
-            metavar="KEY=VALUE",
-        ),
+        overrides_argument("Keys of model that the weights do not say, such as model.experts_per_token=2."),
     ] = None,
     to: Annotated[
         Literal["checkpoint", "diffusers"] | None,
@@ -41,6 +39,7 @@ def command(
             help="A run's YAML file, a run's folder, or the name of a shipped configuration: its `model`, and its"
             " `objective` if it has one, are expected.",
             metavar="FILE|RUN|NAME",
+            autocompletion=complete_config,
         ),
     ] = None,
     objective: Annotated[
@@ -85,12 +84,10 @@ def command(
     """Convert weights between published files, diffusers, safetensors and checkpoints of ours, bit for bit.
 
     Examples:
-
-      ditmoe convert runs/photos photos.safetensors
-
-      ditmoe convert runs/photos photos-diffusers --to diffusers
-
-      ditmoe convert DiT-XL-2-256x256.pt runs/xl --preset DiT-XL/2 --objective ddpm
+        ditmoe convert runs/photos photos.safetensors
+        ditmoe convert runs/photos photos-diffusers --to diffusers
+        ditmoe convert sit.pt runs/sit --preset DiT-XL/2 --objective sit
+        ditmoe convert DiT-XL-2-256x256.pt runs/xl --preset DiT-XL/2 --objective ddpm
     """
     from dataclasses import replace
 
@@ -129,10 +126,11 @@ def _progress(done: int) -> None:
 
 def _configuration_file(path: Path) -> Path:
     """The file that a run's folder, or the name of a shipped configuration, stands for."""
-    if path.is_dir():
+    from ditmoe.launcher.configuration.shipped import find_config
+
+    if (path / "config.yaml").is_file():
         return path / "config.yaml"
-    shipped = Path(__file__).resolve().parents[2] / "configs" / f"{path.name.removesuffix('.yaml')}.yaml"
-    return shipped if not os.path.lexists(path) and path.parent == Path() and shipped.is_file() else path
+    return find_config(path, say=lambda line: typer.echo(line, err=True))
 
 
 def _expected(path: Path | None, overrides: list[str]) -> tuple[dict[str, Any], str | None]:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from ditmoe.launcher.command_line.arguments import GridOption
 from ditmoe.launcher.commands.drawing import (
     CacheOption,
     Drawing,
@@ -37,13 +38,7 @@ def command(
     *,
     count: Annotated[int, typer.Option(min=1, help="Images to draw.")] = 50_000,
     sharing: Sharing,
-    grid: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="YAML file of samplers to compare, which then says how images are drawn; see docs/evaluate.md.",
-        ),
-    ] = None,
+    grid: GridOption = None,
     drawing: Drawing,
     seeds: Annotated[
         str | None,
@@ -115,9 +110,11 @@ def command(
     Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it
     joins their processes. With the file of a grid it compares samplers, each an evaluation of its own.
 
-    Examples: ditmoe evaluate runs/photos --count 50000 --processes 8
-
-    ditmoe evaluate runs/photos --watch --count 5000 --steps 50
+    Examples:
+        ditmoe evaluate runs/photos --count 50000 --processes 8
+        ditmoe evaluate runs/photos --watch --count 5000 --steps 50
+        ditmoe evaluate runs/photos --grid dmcmc
+        ditmoe evaluate runs/photos --features inception --features-path inception.pth --reference VIRTUAL.npz
     """
     from ditmoe.launcher.local.signs import signs_of_work
     from ditmoe.parallel.ranks import this_process

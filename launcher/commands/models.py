@@ -16,7 +16,13 @@ def command(
     every: Annotated[bool, typer.Option("--all", help="Also dense DiT and patches 4 and 8.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Exact numbers, as JSON.")] = False,
 ) -> None:
-    """Print each preset's total and activated parameters and its FLOPs per image at 256² and 512²."""
+    """Print each preset's total and activated parameters and its FLOPs per image at 256² and 512².
+
+    Examples:
+        ditmoe models
+        ditmoe models DiT-S/2-32E4A
+        ditmoe models 'DiT-B/*' --json
+    """
     from ditmoe.model.count import count, preset_config
 
     rows = []

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Train the noise-level classifier that DLG chains need.")
+from ditmoe.launcher.command_line.groups import Commands
+
+app = Commands(
+    """Train the noise-level classifier that DLG chains need.
+
+    Examples:
+        ditmoe noise-classifier train runs/photos
+    """
+)
 
 
 @app.callback()
@@ -13,7 +21,7 @@ def _group() -> None:
     """Train the noise-level classifier that DLG chains need."""
 
 
-@app.command("train")
+@app.command("train", short_help="Train it, or go on.")
 def train(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of Adam, at a rate of 1e-3 going to 0.")] = 5000,
@@ -37,7 +45,12 @@ def train(
         bool, typer.Option("--overwrite", help="Replace a classifier of other settings.")
     ] = False,
 ) -> None:
-    """Train p(σ | x) on the run's own data, in the space that its network draws in; repeat to go on."""
+    """Train p(σ | x) on the run's own data, in the space that its network draws in; repeat to go on.
+
+    Examples:
+        ditmoe noise-classifier train runs/photos
+        ditmoe noise-classifier train runs/demo --steps 1500 --sigma-min 0.05
+    """
     import torch
 
     from ditmoe.data.storage.progress import show_progress

@@ -5,16 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ditmoe.launcher.command_line.arguments import ConfigArgument, overrides_argument
+
 if TYPE_CHECKING:
     from ditmoe.launcher.configuration.run_config import RunConfig
     from ditmoe.parallel.planner.gpus import Gpu
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")],
+    config: ConfigArgument,
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Keys to set, such as train.batch=2048 train.precision=fp32.", metavar="KEY=VALUE"),
+        list[str] | None, overrides_argument("Keys to set, such as train.batch=2048 train.precision=fp32.")
     ] = None,
     gpus: Annotated[
         int | None,
@@ -65,6 +66,11 @@ def command(
 
     Where none fits it proposes the nearest number of GPUs, batch, or offload.
     With --dry-run the real network of one rank makes a step of the configuration's own layout, without memory.
+
+    Examples:
+        ditmoe plan dit-g-2-16e2a-512-128gpus --gpus 128
+        ditmoe plan dit-xl-2-8e2a-256 train.batch=2048 --gpus 16 --gpu a100-80
+        ditmoe plan dit-g-2-16e2a-512-128gpus --dry-run --rank 3
     """
     from ditmoe.launcher.planning.plan import answer, report
     from ditmoe.launcher.planning.plan import as_json as plain
@@ -118,6 +124,7 @@ def _gpu(run: "RunConfig", name: str | None, peak: float | None, given: dict[str
     from dataclasses import replace
 
     from ditmoe.model.errors import UserError
+    from ditmoe.model.outside.nearest import meant
     from ditmoe.parallel.planner.gpus import CPU_CORE, GPUS, described_gpu
 
     kinds = {**GPUS, "cpu": CPU_CORE}
@@ -129,6 +136,7 @@ def _gpu(run: "RunConfig", name: str | None, peak: float | None, given: dict[str
     if name not in kinds:
         raise UserError(
             f"--gpu {name}: not known; expected one of {', '.join(kinds)}, or --peak-tflops and --memory"
+            f"{meant(name, kinds)}"
         )
     kind = replace(kinds[name], **given)
     return kind if peak is None else replace(kind, bf16_tflops=peak, fp32_tflops=peak)

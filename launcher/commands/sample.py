@@ -77,12 +77,11 @@ def command(
     With --expert-parallel it starts so many processes, or joins those of torchrun or srun.
 
     Examples:
-
-      ditmoe sample runs/demo --classes 3,7 --seeds 0-7 --labels --out threes-and-sevens.png
-
-      ditmoe sample runs/demo --classes 3 --seeds 0-63 --out imgs/
-
-      ditmoe sample runs/demo --seeds 0-3 --out denoising.gif
+        ditmoe sample runs/photos
+        ditmoe sample runs/photos --classes cat,dog --cfg-scale 1.5 --seed 3
+        ditmoe sample runs/demo --classes 3,7 --seeds 0-7 --labels --out threes-and-sevens.png
+        ditmoe sample runs/demo --classes 3 --seeds 0-63 --out imgs/
+        ditmoe sample runs/demo --seeds 0-3 --out denoising.gif
     """
     import time
 

@@ -6,6 +6,10 @@ from typing import Annotated
 
 import typer
 
+from ditmoe.launcher.command_line.arguments import config_argument, overrides_argument
+from ditmoe.launcher.command_line.groups import single_command
+from ditmoe.launcher.command_line.wrong_usage import words_of
+
 FolderOption = Annotated[
     Path | None,
     typer.Option("--dir", metavar="FOLDER", help="Gets a run folder for each cell. [default: runs/CONFIG-sweep]"),
@@ -13,13 +17,13 @@ FolderOption = Annotated[
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The YAML file of every cell's run.", metavar="CONFIG")],
+    config: Annotated[Path, config_argument("The YAML file of every cell's run, or the name of a shipped one.")],
     overrides: Annotated[
         list[str],
-        typer.Argument(
-            help="Keys to vary, such as optim.lr=1e-4,2e-4 model.depth=2,4, and to set for all, such as"
+        overrides_argument(
+            "Keys to vary, such as optim.lr=1e-4,2e-4 model.depth=2,4, and to set for all, such as"
             " train.steps=2000.",
-            metavar="KEY=VALUE[,VALUE…]",
+            "KEY=VALUE[,VALUE…]",
         ),
     ],
     folder: FolderOption = None,
@@ -41,9 +45,10 @@ def command(
     A cell that fails does not keep the others from their turn; the exit code is then not 0. Commas in brackets,
     braces and quotes belong to a value.
 
-    Examples: ditmoe sweep configs/photos.yaml optim.lr=1e-4,2e-4 model.depth=2,4 train.steps=5000
-
-    ditmoe sweep configs/photos.yaml optim.betas=[0.9,0.95],[0.9,0.99] --evaluate '--count 5000 --steps 50'
+    Examples:
+        ditmoe sweep photos optim.lr=1e-4,2e-4 model.depth=2,4 train.steps=5000
+        ditmoe sweep photos 'optim.betas=[0.9,0.95],[0.9,0.99]' --evaluate '--count 5000 --steps 50'
+        ditmoe sweep photos optim.lr=1e-4,2e-4 --table
     """
     from ditmoe.launcher.sweep.cells import cells_of, default_folder, ready
     from ditmoe.launcher.sweep.run import run_cells
@@ -83,14 +88,13 @@ def scorer(options: str) -> Callable[[Path], int]:
     from ditmoe.launcher.commands.shared_options import Sharing, start_leader
     from ditmoe.model.errors import UserError
 
-    app = typer.Typer(add_completion=False)
-    app.command("evaluate")(evaluate)
     try:
         arguments = shlex.split(options)
-        with typer.main.get_command(app).make_context("evaluate", [*arguments, "--", "RUN"]) as context:
+        reader = single_command("evaluate", evaluate)
+        with reader.make_context("ditmoe evaluate", [*arguments, "--", "RUN"]) as context:
             given = context.params
     except (typer.TyperException, ValueError) as error:
-        words = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        words = words_of(error) if isinstance(error, typer.TyperException) else str(error)
         raise UserError(
             f"--evaluate {options!r}: {words.rstrip('.')}; expected options of `ditmoe evaluate`"
         ) from None

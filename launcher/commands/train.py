@@ -1,19 +1,19 @@
 """`ditmoe train`: train, or resume, the run of a configuration."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ditmoe.launcher.command_line.arguments import ConfigArgument, overrides_argument
 
 if TYPE_CHECKING:
     from ditmoe.parallel.ranks import Device
 
 
 def command(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")],
+    config: ConfigArgument,
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Keys to set, such as parallel.expert=4 optim.lr=2e-4.", metavar="KEY=VALUE"),
+        list[str] | None, overrides_argument("Keys to set, such as parallel.expert=4 optim.lr=2e-4.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved configuration and its needs; start nothing.")
@@ -23,6 +23,11 @@ def command(
 
     Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun and srun it joins their processes; where srun
     starts one on each node, that one starts the others of its node.
+
+    Examples:
+        ditmoe train photos
+        ditmoe train photos train.batch=128 optim.lr=2e-4
+        ditmoe train photos parallel.expert=4 --dry-run
     """
     from ditmoe.data.stream.dataset import open_dataset
     from ditmoe.launcher.configuration.resolve import resolve

@@ -30,7 +30,9 @@ def command(
     Whoever can read the folder's key belongs to the crew: it is made for its owner alone, and must stay so.
     `ditmoe submit workers` starts it as a job of Slurm.
 
-    Example: ditmoe worker runs/crew --processes 8
+    Examples:
+        ditmoe worker runs/crew --processes 8
+        ditmoe worker runs/crew --idle 60 --listen ib0
     """
     import os
 

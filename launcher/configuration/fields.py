@@ -78,6 +78,19 @@ def expected_at(model: type[BaseModel], path: Sequence[str | int]) -> str:
     return _words(annotation_at(model, path))
 
 
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values that an annotation names, `null` among them where it may be; none where it has no names."""
+    if annotation is bool:
+        return ("true", "false")
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return tuple(str(each) for each in arguments)
+    if get_origin(annotation) in (Union, types.UnionType):
+        found = tuple(name for each in arguments if each is not type(None) for name in choices(each))
+        return (*found, "null") if found and type(None) in arguments else found
+    return ()
+
+
 def expected(field: FieldInfo) -> str:
     """What a field takes, in words: type, bounds and choices."""
     bounds = []

@@ -1,7 +1,6 @@
 """Dotted overrides of the command line: `parallel.expert=4`, `optim.betas=[0.9, 0.95]`."""
 
 import copy
-import difflib
 from typing import Any
 
 import yaml
@@ -9,6 +8,7 @@ from pydantic import BaseModel
 
 from ditmoe.data.places.redaction import shown_place, without_secrets
 from ditmoe.launcher.configuration.fields import annotation_at, is_list, list_position, section_of, walk
+from ditmoe.model.outside.nearest import nearest
 from ditmoe.model.outside.yaml_reader import DEEPEST, parse_yaml, reason_of, shortened
 
 
@@ -85,20 +85,20 @@ def suggestion(model: type[BaseModel], path: list[str], known: int) -> str:
     if section is None:
         return f"{'.'.join(parent)} has no keys below it"
     siblings = list(section.model_fields)
-    if nearest := difflib.get_close_matches(path[known], siblings, n=1, cutoff=0.6):
-        return f"did you mean {shortened('.'.join([*parent, nearest[0], *path[known + 1 :]]))}?"
-    # `activation.checkpointing`, or its first word alone, for `activation_checkpointing`.
-    longer = [name for name in siblings if name.startswith(f"{path[known]}_")]
-    if (
-        joined := longer[:1]
-        if len(longer) == 1
-        else difflib.get_close_matches("_".join(path[known:]), siblings, n=1, cutoff=0.8)
-    ):
-        return f"did you mean {prefix}{joined[0]}?"
+    # `activation.checkpointing` for `activation_checkpointing`.
+    joined = "_".join(path[known:])
+    near = nearest(path[known], siblings) if len(path) == known + 1 or joined not in siblings else joined
+    if near is not None and near == joined:
+        return f"did you mean {prefix}{near}?"
+    if near is not None:
+        return f"did you mean {shortened('.'.join([*parent, near, *path[known + 1 :]]))}?"
+    if (near := nearest(joined, siblings, cutoff=0.8)) is not None:
+        return f"did you mean {prefix}{near}?"
     leaves: dict[str, list[str]] = {}
     for key, _ in walk(model):
         leaves.setdefault(key.rpartition(".")[2], []).append(key)
-    for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.8):
-        if elsewhere := [key for key in leaves[leaf] if key != ".".join(parent)]:
-            return f"did you mean {' or '.join(elsewhere[:3])}?"
+    leaf = nearest(path[-1], leaves, cutoff=0.8)
+    elsewhere = [key for key in leaves.get(leaf or "", ()) if key != ".".join(parent)]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere[:3])}?"
     return f"expected one of {', '.join(prefix + name for name in siblings)}"

@@ -4,14 +4,12 @@
 """
 
 import inspect
-from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from ditmoe.launcher.configuration.fields import expected, item_section, section_of
+from ditmoe.launcher.configuration.fields import item_section, section_of
+from ditmoe.launcher.configuration.keys import key_of
 from ditmoe.launcher.configuration.run_config import RunConfig
 
 _HEAD = """\
@@ -22,7 +20,8 @@ A run is a YAML file, and dotted keys that are set after it on the command line:
     ditmoe train configs/demo.yaml train.steps=2000 optim.betas='[0.9, 0.95]'
 
 Values are YAML (`1e-4` is a number, `yes` is a word, and a key that is given twice is an error). `ditmoe train
-CONFIG --dry-run` prints the whole configuration of a run as it would be used.
+CONFIG --dry-run` prints the whole configuration of a run as it would be used, and `ditmoe keys optim.` lists keys
+at the terminal.
 
 When a run is resumed, most keys must be as they were. Any of these may change, with all keys below them, and the
 loss curve stays what it is:
@@ -73,26 +72,13 @@ def _section(name: str, section: type[BaseModel]) -> list[str]:
     return [*lines, *below]
 
 
-def _entry(key: str, field: FieldInfo) -> str:
+def _entry(name: str, field: FieldInfo) -> str:
     """A key: what it takes, its default, and its docstring."""
-    text = inspect.cleandoc(field.description or "")
-    body = "\n".join(f"  {line}" if line else "" for line in text.splitlines())
-    return f"- **`{key}`**: {expected(field)}{_default(key, field)}\n\n{body}\n"
-
-
-def _default(key: str, field: FieldInfo) -> str:
-    """`; default 0.1`, as YAML."""
-    if key == "run.dir":
-        return "; default `runs/NAME`"
-    # The network's shape has zeros for what the preset gives.
-    if field.is_required() or (key.startswith("model.") and field.default == 0 and isinstance(field.default, int)):
-        return "; required" if field.is_required() else ""
-    value: Any = field.get_default(call_default_factory=True)
-    assert value is not PydanticUndefined
-    if isinstance(value, tuple):
-        value = list(value)
-    text = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-    return f"; default `{text}`"
+    key = key_of(name, field)
+    body = "\n".join(f"  {line}" if line else "" for line in key.text.splitlines())
+    word, _, value = key.default.partition(" ")
+    default = f"; {word} `{value}`" if value else f"; {word}" if word else ""
+    return f"- **`{name}`**: {key.takes}{default}\n\n{body}\n"
 
 
 if __name__ == "__main__":

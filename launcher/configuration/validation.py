@@ -11,8 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ditmoe.data.places.redaction import without_secrets
-from ditmoe.launcher.configuration.fields import annotation_at, expected_at, section_of
+from ditmoe.launcher.configuration.fields import annotation_at, choices, expected_at, section_of
 from ditmoe.launcher.configuration.overrides import suggestion
+from ditmoe.model.outside.nearest import meant
 from ditmoe.model.outside.text import counted
 from ditmoe.model.outside.yaml_reader import shortened
 from ditmoe.model.settings import message_of
@@ -97,7 +98,9 @@ def _line(model: type[BaseModel], path: tuple[str | int, ...], error: ErrorDetai
             return f"{key}: {message}"
         told = shown(error["input"]) in message
         return f"{key}: {message}" if told else f"{key} = {shown(error['input'])}: {message}"
-    return f"{key} = {shown(error['input'])}: expected {expected_at(model, path)}"
+    found = error["input"]
+    near = meant(found, choices(annotation_at(model, path))) if isinstance(found, str) else ""
+    return f"{key} = {shown(found)}: expected {expected_at(model, path)}{near}"
 
 
 def _truth_values(model: type[BaseModel], path: tuple[str | int, ...], value: Any) -> list[str]:

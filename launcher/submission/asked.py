@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from ditmoe.launcher.configuration.problems import problem_list
 from ditmoe.launcher.configuration.validation import validate_sections
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import expected_name
 from ditmoe.model.outside.yaml_reader import read_yaml, shortened
 from ditmoe.slurm.job_folder import PHASES
 from ditmoe.slurm.submission.settings import JobSettings, contradictions
@@ -95,7 +96,7 @@ def _of_pair(key: str, name: str, has_value: bool) -> str | None:
     if key == "limits":
         if not has_value:
             return "expected PHASE=DURATION, such as save=1h"
-        return None if name in PHASES else f"no such phase; expected {', '.join(PHASES)}"
+        return None if name in PHASES else f"no such phase; {expected_name(name, PHASES)}"
     try:
         raw_option(name)
     except ValueError as error:

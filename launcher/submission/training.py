@@ -10,6 +10,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.planning.train_dry_run import largest_stage
 from ditmoe.launcher.submission.request import job_request
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import expected_name
 from ditmoe.model.outside.text import counted
 from ditmoe.parallel.planner.estimate import Machine
 from ditmoe.parallel.planner.gpus import GPUS
@@ -108,7 +109,7 @@ def _verdict(config: RunConfig, settings: JobSettings) -> list[str]:
     if settings.gpu in (None, "none"):
         return [*lines, f"{need}; not checked: neither --gpu nor the site file says which GPU it is"]
     if settings.gpu not in GPUS:
-        raise UserError(f"--gpu {settings.gpu}: not known; expected one of {', '.join(GPUS)}, or none")
+        raise UserError(f"--gpu {settings.gpu}: not known; {expected_name(settings.gpu, [*GPUS, 'none'])}")
     gpu = GPUS[settings.gpu]
     if not Machine(gpu).fits(memory):
         gpus = settings.nodes * settings.gpus_per_node

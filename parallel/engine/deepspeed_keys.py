@@ -5,10 +5,11 @@ DeepSpeed reads more than a hundred keys. Some silently change what is trained (
 spelling. So only those pass with which tests/parallel/engine trains and compares, on each ZeRO stage named here.
 """
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
+
+from ditmoe.model.outside.nearest import nearest
 
 GOVERNED: Final = {
     "train_batch_size": "train.batch",
@@ -149,15 +150,14 @@ def _either(stages: tuple[int, ...]) -> str:
 def _suggestion(key: str) -> str:
     """The key that was probably meant, or those that exist."""
     known = [*PASSED, *GOVERNED]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    if not near:
+    near = nearest(key, known, cutoff=0.75)
+    if near is None:
         leaves = {name.rpartition(".")[2]: name for name in known}
         leaves |= {leaf.removeprefix("stage3_"): name for leaf, name in leaves.items()}
-        near = [
-            leaves[leaf] for leaf in difflib.get_close_matches(key.rpartition(".")[2], leaves, n=1, cutoff=0.8)
-        ]
-    if near:
-        instead = f"deepspeed.{near[0]}" if near[0] in PASSED else GOVERNED[near[0]]
+        leaf = nearest(key.rpartition(".")[2], leaves, cutoff=0.8)
+        near = None if leaf is None else leaves[leaf]
+    if near is not None:
+        instead = f"deepspeed.{near}" if near in PASSED else GOVERNED[near]
         return f"did you mean {instead}?"
     return "it is not known to leave the loss curve as it is; docs/training.md lists the keys that are"
 

@@ -3,7 +3,6 @@
 Shapes: N images, F frames.
 """
 
-import difflib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ditmoe.data.storage.files import make_folder, new_file, replacing
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import meant, one_of
 from ditmoe.model.outside.text import is_address
 
 PICTURES: Final = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG", "webp": "WEBP"}
@@ -68,10 +68,9 @@ def find_target(out: str, *, moves: bool = False, extension: str | None = None) 
         extension = path.suffix[1:].lower()
         single, named = False, f"--out {out}"
     if extension not in KNOWN:
-        nearest = difflib.get_close_matches(extension, KNOWN, n=1, cutoff=0.5)
-        meant = f"did you mean {nearest[0]}? Known are" if nearest else "known are"
         folder = "" if single else ", or a folder, whose name ends with /"
-        raise UserError(f"{named}: {extension!r} is no known kind of file; {meant} {', '.join(KNOWN)}{folder}")
+        near = meant(extension, KNOWN, 0.5)
+        raise UserError(f"{named}: {extension!r} is no known kind of file; expected {one_of(KNOWN)}{folder}{near}")
     moves = moves or (extension in ANIMATIONS and extension not in PICTURES)
     if moves and extension not in ANIMATIONS:
         raise UserError(f"{named}: {extension} does not move; expected one of {', '.join(ANIMATIONS)}")

@@ -1,11 +1,11 @@
 """Classes and seeds as people write them in Python: one or many, names, numbers, ranges."""
 
-import difflib
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Final, SupportsIndex
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import meant
 from ditmoe.model.outside.text import normal
 from ditmoe.model.settings import LARGEST_SEED
 
@@ -45,12 +45,10 @@ def labels_of(classes: Classes | None, names: Sequence[str], told: str = "classe
         wrong += lost
     if wrong:
         texts = [part for part in wrong if isinstance(part, str)]
-        close = [near for text in texts for near in difflib.get_close_matches(text, names, n=1)]
-        meant = f" Did you mean {', '.join(dict.fromkeys(close))}?" if close else ""
         listed = ", ".join(names[:MOST_DEFAULT_CLASSES]) + (", …" if len(names) > MOST_DEFAULT_CLASSES else "")
         raise UserError(
             f"{told}: {', '.join(map(repr, wrong))} found; expected numbers from 0 to {len(names) - 1}, or names:"
-            f" {listed}.{meant}"
+            f" {listed}{meant(texts, names, 0.6)}"
         )
     if not labels:
         raise UserError(f"{told}: none found; expected one at least, or None for all")

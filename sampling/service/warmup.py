@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import meant
 from ditmoe.sampling.batching.models import ModelKey, Models, ModelUnavailable
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.listing import Listing
@@ -32,7 +33,9 @@ class WarmUp:
         runs = listing.runs()
         for name in names:
             if name not in runs:
-                raise UserError(f"--load {name}: no such run; there are {', '.join(runs) or 'none'}")
+                raise UserError(
+                    f"--load {name}: no such run; there are {', '.join(runs) or 'none'}{meant(name, runs)}"
+                )
         self._listing, self._models = listing, models
         self._seconds = LOOK_SECONDS if seconds is None else seconds
         self._loading: dict[str, str | None] = dict.fromkeys(names)

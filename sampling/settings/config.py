@@ -7,6 +7,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import expected_name
 from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, Settings, message_of
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
@@ -149,7 +150,7 @@ def _chain_settings(given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if not equals:
             problems.append(f"--dlg {text}: expected KEY=VALUE, such as skip=10")
         elif key not in DlgConfig.model_fields:
-            problems.append(f"--dlg {text}: unknown setting; expected one of {', '.join(DlgConfig.model_fields)}")
+            problems.append(f"--dlg {text}: no such setting; {expected_name(key, DlgConfig.model_fields)}")
         elif key in settings:
             problems.append(f"--dlg {text}: {key} is given twice")
         elif value == "null":

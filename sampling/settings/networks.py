@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final, get_args
 
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import expected_name
 from ditmoe.sampling.settings.names import FeatureName, ResizeName
 
 NAMES: Final[tuple[FeatureName, ...]] = get_args(FeatureName)
@@ -40,8 +41,11 @@ def choices_of(
     for name in features.split(","):
         known: FeatureName | None = next((each for each in NAMES if each == name.strip()), None)
         if known is None or known in names:
-            problem = f"{name.strip()} is {'given twice' if known else 'no feature network'}"
-            raise UserError(f"--features {features}: {problem}; expected some of {', '.join(NAMES)}")
+            found = name.strip()
+            problem = f"given twice; expected some of {', '.join(NAMES)}"
+            if known is None:
+                problem = f"no feature network; {expected_name(found, NAMES)}"
+            raise UserError(f"--features {features}: {found} is {problem}")
         names.append(known)
     from_files = [name for name in names if name in FROM_FILES]
     files: dict[FeatureName, Path] = {}

@@ -18,6 +18,8 @@ from tests.docs.pages import ROOT
 
 PASSED_ON = ("evaluate", "encode", "synthesize")
 """What `ditmoe submit` hands on: options that are not the job's are the verb's own."""
+STAND_INS = {"COMMAND": "train", "CONFIG": "dit-s-2-8e2a-256"}
+"""Words in place of a command, and of the name of a configuration."""
 
 
 @cache
@@ -49,6 +51,8 @@ def problem_of(arguments: list[str], whole: bool = True) -> str | None:
         arguments: what follows `ditmoe`.
         whole: it is complete; otherwise arguments may be missing, and words in capitals stand for any value.
     """
+    any_configuration = "CONFIG" in arguments
+    arguments = [STAND_INS.get(word, word) for word in arguments]
     if not whole:
         arguments = ["1" if word.isupper() else word for word in arguments if word.strip("…,. ")]
     if {"--help", "-h", "--version"} & set(arguments):
@@ -56,6 +60,8 @@ def problem_of(arguments: list[str], whole: bool = True) -> str | None:
         whole = False
     try:
         context = parsed(arguments)
+    except UserError as error:  # a configuration that is neither here nor shipped
+        return None if not whole and "1" in arguments else str(error)
     except typer.TyperException as error:
         kind = type(error).__name__
         unfinished = (
@@ -63,6 +69,8 @@ def problem_of(arguments: list[str], whole: bool = True) -> str | None:
         )
         placed = kind == "BadParameter" and "1" in arguments
         return None if not whole and (unfinished or placed) else f"{kind}: {error.format_message()}"
+    if any_configuration:
+        context.params["config"] = None
     path = context.command_path.split()[1:]
     if path[:1] == ["submit"] and path[1:] and path[1] in PASSED_ON:
         inner = ["data"] * (path[1] != "evaluate") + [path[1], *context.args]

@@ -63,11 +63,20 @@ def test_version() -> None:
     assert package.__version__ == declared
 
 
-def test_unknown_verb_and_option() -> None:
+def test_an_unknown_command() -> None:
     done = ditmoe("trian")
-    assert done.returncode == 2 and "Did you mean 'train'?" in done.stderr
-    done = ditmoe("train", "x.yaml", "--dryrun")
-    assert done.returncode == 2 and "--dry-run" in done.stderr
+    assert done.returncode == 2 and done.stderr.endswith("; did you mean train?\n")
+
+
+def test_shipped_configurations_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = ditmoe("train", "dit-s-2-8e2a-256", "--dry-run", "launch.processes=8")
+    assert done.returncode == 0 and "preset: DiT-S/2-8E2A" in done.stdout, done.stderr
+    (tmp_path / "photos.yaml").write_text("nothing: 1\n")
+    done = ditmoe("train", "photos")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "note: photos is photos.yaml of the current folder; the"
+    )
 
 
 def test_a_user_error_has_no_traceback(tmp_path: Path) -> None:

@@ -74,6 +74,10 @@ def command(
 
     Repeating the command resumes it. Workers of other machines that see all folders join by --crew, or start the
     same command there. Under torchrun and srun it joins their processes.
+
+    Examples:
+        ditmoe data encode shards/photos shards/latents --vae sd-vae
+        ditmoe data encode shards/photos shards/latents --vae sd-vae --flips both --processes 8
     """
     from ditmoe.data.encoding.by_crew import made_by
     from ditmoe.data.encoding.encode import encode

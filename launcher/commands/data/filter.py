@@ -29,7 +29,12 @@ def command(
         bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
     ] = False,
 ) -> None:
-    """Copy the samples with the highest scores of each class into new shards, and say where the line was drawn."""
+    """Copy the samples with the highest scores of each class into new shards, and say where the line was drawn.
+
+    Examples:
+        ditmoe data filter shards/drawn shards/best --keep 0.5
+        ditmoe data filter shards/drawn shards/good --min-score 0.9
+    """
     from ditmoe.data.making.filtering import FilterSettings, filter_shards
     from ditmoe.data.shards.writer import ShardLimits
     from ditmoe.model.errors import UserError

@@ -6,16 +6,19 @@ from typing import Annotated
 
 import typer
 
+from ditmoe.launcher.command_line.groups import Commands
 from ditmoe.launcher.commands.data import encode, filter, index, reshuffle, synthesize
 from ditmoe.launcher.commands.data.index import LARGEST_IMAGE
 from ditmoe.model.outside.text import counted
 
-app = typer.Typer(help="Make shards of images, index, encode, filter and verify them.", no_args_is_help=True)
-app.command("index")(index.command)
-app.command("encode")(encode.command)
-app.command("synthesize")(synthesize.command)
-app.command("filter")(filter.command)
-app.command("reshuffle")(reshuffle.command)
+app = Commands(
+    """Make shards of images, index, encode, filter and verify them.
+
+    Examples:
+        ditmoe data pack PHOTOS shards/photos --image-size 64
+        ditmoe data verify shards/photos
+    """
+)
 
 HISTOGRAM_ROWS = 100
 
@@ -28,7 +31,7 @@ class ImageFormat(StrEnum):
     npy = "npy"
 
 
-@app.command()
+@app.command("pack", short_help="Pack images, a folder per class, into shards.")
 def pack(
     source: Annotated[
         str,
@@ -84,7 +87,13 @@ def pack(
         typer.Option("--skip-unreadable", help="Leave out, and list, images that cannot be used."),
     ] = False,
 ) -> None:
-    """Pack images and labels into webdataset shards with an index, and draw a contact sheet."""
+    """Pack images and labels into webdataset shards with an index, and draw a contact sheet.
+
+    Examples:
+        ditmoe data pack PHOTOS shards/photos --image-size 64
+        ditmoe data pack digits shards/digits
+        ditmoe data pack PHOTOS shards/photos --labels labels.csv --workers 4
+    """
     from ditmoe.data.making.class_names import read_class_names
     from ditmoe.data.making.pack import PackSettings, refuse_overlap
     from ditmoe.data.making.pack import pack as pack_source
@@ -140,7 +149,7 @@ def pack(
     typer.echo(f"  preview  {result.preview}")
 
 
-@app.command()
+@app.command("verify", short_help="Read every sample; list what is damaged.")
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder of shards.", metavar="FOLDER")],
     index: Annotated[
@@ -148,7 +157,12 @@ def verify(
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read shards; 0: this one.")] = 0,
 ) -> None:
-    """Read every sample, list every problem by shard and key; exit code 2 if there is any."""
+    """Read every sample, list every problem by shard and key; exit code 2 if there is any.
+
+    Examples:
+        ditmoe data verify shards/photos
+        ditmoe data verify shards/photos --workers 4
+    """
     from ditmoe.data.making.verify import verify as verify_folder
     from ditmoe.model.outside.text import printable
 
@@ -173,3 +187,10 @@ def verify(
         + (f", {absent:,} of them without {what}" if absent else "")
         + (f"; {counted(left_out, 'sample')} left out" if left_out else "")
     )
+
+
+app.command("index", short_help="Make tars of others readable where they lie.")(index.command)
+app.command("reshuffle", short_help="Deal samples out anew, so that shards mix classes.")(reshuffle.command)
+app.command("encode", short_help="Encode images into latents of a VAE.")(encode.command)
+app.command("synthesize", short_help="Draw a dataset from a run's network.")(synthesize.command)
+app.command("filter", short_help="Keep the best of each class by score.")(filter.command)

@@ -63,6 +63,10 @@ def command(
     """Index tars that others made, such as img2dataset's, to be read as they are.
 
     Lists every problem by shard and key, writes nothing then, and exits with code 2.
+
+    Examples:
+        ditmoe data index imagenet --image-size 256 --check-images
+        ditmoe data index laion --image-size 256 --label json:label --skip-unreadable
     """
     from ditmoe.data.making.class_names import read_class_names
     from ditmoe.data.making.foreign import ForeignSettings, index_foreign, remarks

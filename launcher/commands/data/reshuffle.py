@@ -19,7 +19,11 @@ def command(
         bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
     ] = False,
 ) -> None:
-    """Copy all samples, byte for byte, into new shards in a random order, so that each mixes the classes."""
+    """Copy all samples, byte for byte, into new shards in a random order, so that each mixes the classes.
+
+    Examples:
+        ditmoe data reshuffle imagenet shards/imagenet --seed 1
+    """
     from ditmoe.data.making.reshuffle import ReshuffleSettings, class_mix, reshuffle
     from ditmoe.data.shards.sample_table import read_table
     from ditmoe.data.shards.writer import ShardLimits

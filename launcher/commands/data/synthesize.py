@@ -78,6 +78,10 @@ def command(
 
     Repeating the command resumes it. Workers of other machines join by --crew. Under torchrun and srun it joins
     their processes.
+
+    Examples:
+        ditmoe data synthesize shards/drawn --from runs/photos --count 50000
+        ditmoe data synthesize shards/cats --from runs/photos --count 5000 --classes cat --score none
     """
     import sys
 

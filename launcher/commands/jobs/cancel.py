@@ -15,6 +15,10 @@ def command(
 
     It works for the jobs of a run, and for a run on this machine. The run can be resumed by the command that
     started it. Of a crew it ends the jobs of its workers, or those of CREW/slurm/workers-N alone.
+
+    Examples:
+        ditmoe cancel runs/photos
+        ditmoe cancel runs/photos --now
     """
     from ditmoe.slurm.cancel import cancel_run
     from ditmoe.slurm.client import Queue

@@ -17,7 +17,12 @@ def command(
     ] = None,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 50,
 ) -> None:
-    """Print the end of what a run printed: the output of its newest job, or its log."""
+    """Print the end of what a run printed: the output of its newest job, or its log.
+
+    Examples:
+        ditmoe logs runs/photos
+        ditmoe logs runs/photos -f -n 200
+    """
     import sys
     import time
 

@@ -21,6 +21,11 @@ def command(
 
     It reads the run folders first, then asks squeue, then sacct where there is one. What cannot be seen from here
     is called unknown.
+
+    Examples:
+        ditmoe status
+        ditmoe status runs/photos --watch --every 10
+        ditmoe status --json
     """
     import json
     import sys

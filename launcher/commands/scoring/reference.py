@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ditmoe.launcher.command_line.groups import Commands
 from ditmoe.launcher.commands.drawing import (
     CacheOption,
     FeaturesOption,
@@ -18,7 +19,13 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import counted
 from ditmoe.sampling.settings.networks import choices_of
 
-app = typer.Typer(no_args_is_help=True, help="Make a file of statistics that stands for real images.")
+app = Commands(
+    """Make a file of statistics that stands for real images.
+
+    Examples:
+        ditmoe reference make shards/photos photos.safetensors
+    """
+)
 
 
 @app.callback()
@@ -26,7 +33,7 @@ def _group() -> None:
     """Make a file of statistics that stands for real images."""
 
 
-@app.command("make")
+@app.command("make", short_help="Make the file from shards of images.")
 @shares_work()
 def make(
     shards: Annotated[str, typer.Argument(help="Where shards with the real images lie.", metavar="SHARDS")],
@@ -52,7 +59,9 @@ def make(
     Repeating the command after it was killed goes on where it was. Under torchrun and srun it joins their
     processes.
 
-    Example: ditmoe reference make data/photos photos.safetensors --processes 8
+    Examples:
+        ditmoe reference make shards/photos photos.safetensors --processes 8
+        ditmoe reference make shards/photos photos.safetensors --run runs/photos
     """
     from ditmoe.data.storage.progress import show_progress
     from ditmoe.launcher.local.signs import signs_of_work

@@ -62,7 +62,9 @@ def command(
     Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it joins
     their processes.
 
-    Example: ditmoe score samples.npz --reference photos.safetensors --processes 8
+    Examples:
+        ditmoe score samples.npz --reference photos.safetensors --processes 8
+        ditmoe score drawn/ --reference shards/photos --on-error skip
     """
     from ditmoe.data.storage.progress import show_progress
     from ditmoe.launcher.local.signs import signs_of_work

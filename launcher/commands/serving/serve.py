@@ -76,7 +76,9 @@ def command(
 ) -> None:
     """Draw images for many users at once, by HTTP: an image's bits are the same alone and in any company.
 
-    Example: ditmoe serve runs
+    Examples:
+        ditmoe serve runs
+        ditmoe serve runs --host 0.0.0.0 --port 8080 --token-file tokens --load photos
     """
     import torch
 

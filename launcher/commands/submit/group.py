@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from ditmoe.launcher.command_line.arguments import ConfigArgument, config_argument, overrides_argument
+from ditmoe.launcher.command_line.groups import Commands
 from ditmoe.launcher.commands.submit.options import Asked, asks_slurm
 from ditmoe.launcher.commands.sweep import FolderOption
 from ditmoe.launcher.commands.worker import MINUTES
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
     from ditmoe.slurm.submission.script import Request
     from ditmoe.slurm.submission.settings import JobSettings
 
-app = typer.Typer(no_args_is_help=True, help="Hand a verb to Slurm; see docs/slurm.md.")
+app = Commands(
+    """Run a command as a job of Slurm; see docs/slurm.md.
+
+    Examples:
+        ditmoe submit train photos --nodes 2 --gpus-per-node 8
+        ditmoe submit evaluate runs/photos --count 50000 --gpus-per-node 8
+    """
+)
 
 _PASSED_ON: Final[dict[str, Any]] = {"allow_extra_args": True, "ignore_unknown_options": True}
 """What is no option of the job is the verb's own."""
@@ -35,10 +44,9 @@ EvaluateOption = Annotated[
 @app.command("train", short_help="Train, or resume, a run.")
 @asks_slurm
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG")],
+    config: ConfigArgument,
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Keys to set, such as parallel.expert=4 optim.lr=2e-4.", metavar="KEY=VALUE"),
+        list[str] | None, overrides_argument("Keys to set, such as parallel.expert=4 optim.lr=2e-4.")
     ] = None,
     *,
     evaluate: EvaluateOption = None,
@@ -48,9 +56,10 @@ def train(
 
     With --evaluate a second job scores it then, on as many nodes.
 
-    Examples: ditmoe submit train configs/photos.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00
-
-    ditmoe submit train configs/photos.yaml optim.lr=2e-4 --nodes 2 --gpus-per-node 8 --dry-run
+    Examples:
+        ditmoe submit train photos --nodes 2 --gpus-per-node 8 --time 12:00:00
+        ditmoe submit train photos optim.lr=2e-4 --nodes 2 --gpus-per-node 8 --dry-run
+        ditmoe submit train photos --gpus-per-node 8 --evaluate '--count 5000 --steps 50'
     """
     import shlex
     from dataclasses import replace
@@ -94,12 +103,10 @@ def train(
 @app.command("sweep", short_help="Train every combination of some keys' values.")
 @asks_slurm
 def sweep(
-    config: Annotated[Path, typer.Argument(help="The YAML file of every cell's run.", metavar="CONFIG")],
+    config: Annotated[Path, config_argument("The YAML file of every cell's run, or the name of a shipped one.")],
     overrides: Annotated[
         list[str],
-        typer.Argument(
-            help="Keys to vary, such as optim.lr=1e-4,2e-4, and to set for all.", metavar="KEY=VALUE[,VALUE…]"
-        ),
+        overrides_argument("Keys to vary, such as optim.lr=1e-4,2e-4, and to set for all.", "KEY=VALUE[,VALUE…]"),
     ],
     *,
     folder: FolderOption = None,
@@ -113,7 +120,8 @@ def sweep(
 
     What is complete is left out. `ditmoe sweep … --table` tables the results.
 
-    Example: ditmoe submit sweep configs/photos.yaml optim.lr=1e-4,2e-4 --gpus-per-node 8 --at-once 2
+    Examples:
+        ditmoe submit sweep photos optim.lr=1e-4,2e-4 --gpus-per-node 8 --at-once 2
     """
     from ditmoe.launcher.commands.submit.other_jobs import following_evaluation
     from ditmoe.launcher.submission.sweep import array_name, array_text, submit_sweep, sweep_jobs
@@ -159,9 +167,9 @@ def sweep(
 def evaluate(context: typer.Context, *, asked: Asked) -> None:
     """Score a run as a job: RUN and the options of `ditmoe evaluate` stand among those below.
 
-    Examples: ditmoe submit evaluate runs/photos --count 50000 --nodes 2 --gpus-per-node 8
-
-    ditmoe submit evaluate runs/photos --watch --count 5000 --gpus-per-node 1 --time 12:00:00
+    Examples:
+        ditmoe submit evaluate runs/photos --count 50000 --nodes 2 --gpus-per-node 8
+        ditmoe submit evaluate runs/photos --watch --count 5000 --gpus-per-node 1 --time 12:00:00
     """
     from ditmoe.launcher.commands.submit.other_jobs import evaluation_job
 
@@ -178,7 +186,8 @@ def evaluate(context: typer.Context, *, asked: Asked) -> None:
 def encode(context: typer.Context, *, asked: Asked) -> None:
     """Encode images as a job: SHARDS, OUT and the options of `ditmoe data encode` stand among those below.
 
-    Example: ditmoe submit encode shards/photos shards/latents --vae sd-vae --nodes 4 --gpus-per-node 8
+    Examples:
+        ditmoe submit encode shards/photos shards/latents --vae sd-vae --nodes 4 --gpus-per-node 8
     """
     from ditmoe.launcher.commands.submit.other_jobs import encoding_job
 
@@ -195,7 +204,8 @@ def encode(context: typer.Context, *, asked: Asked) -> None:
 def synthesize(context: typer.Context, *, asked: Asked) -> None:
     """Draw a dataset as a job: OUT and the options of `ditmoe data synthesize` stand among those below.
 
-    Example: ditmoe submit synthesize shards/drawn --from runs/photos --count 500000 --nodes 4 --gpus-per-node 8
+    Examples:
+        ditmoe submit synthesize shards/drawn --from runs/photos --count 500000 --nodes 4 --gpus-per-node 8
     """
     from ditmoe.launcher.commands.submit.other_jobs import synthesis_job
 
@@ -228,7 +238,8 @@ def workers(
 
     Repeated, it adds workers: each call is a job of its own.
 
-    Example: ditmoe submit workers runs/crew --nodes 4 --gpus-per-node 8 --time 12:00:00
+    Examples:
+        ditmoe submit workers runs/crew --nodes 4 --gpus-per-node 8 --time 12:00:00
     """
     from ditmoe.launcher.submission.workers import workers_job
     from ditmoe.slurm.client import Queue

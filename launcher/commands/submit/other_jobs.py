@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from ditmoe.launcher.command_line.groups import single_command
 from ditmoe.launcher.submission.request import job_request
 from ditmoe.model.errors import UserError
 from ditmoe.slurm.job_folder import JobFolder, dataset_folder, evaluation_folder
@@ -127,12 +126,11 @@ def _beside(out: Path) -> JobFolder:
 
 def _parsed(verb: str, command: Callable[..., None], arguments: list[str]) -> Mapping[str, Any]:
     """The values of a verb's arguments, read as the verb itself reads them; its own message where it cannot."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(verb)(command)
-    context = typer.main.get_command(app).make_context(f"ditmoe {verb}", list(arguments))
+    context = single_command(verb, command).make_context(f"ditmoe {verb}", list(arguments))
     starts_its_own = context.params.get("watch") or context.params.get("crew") is not None
     if context.params["processes"] is not None and not starts_its_own:
         raise UserError(
             "--processes: the tasks of the job are its processes; expected --nodes and --tasks-per-node"
         )
-    return context.params
+    values: Mapping[str, Any] = context.params
+    return values

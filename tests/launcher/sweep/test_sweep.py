@@ -292,8 +292,8 @@ def test_a_cell_is_scored_with_the_options_given(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--stepz 3", "No such option: --stepz"),
-        ("--count none", "Invalid value for '--count'"),
+        ("--stepz 3", "--stepz: no such option"),
+        ("--count none", "--count none: expected an integer >= 1"),
         ("--watch", "--watch is not for a sweep"),
         ("'", "No closing quotation"),
     ],

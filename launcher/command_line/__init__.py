@@ -1,0 +1,1 @@
+"""What all commands of `ditmoe` have in common: help with examples, messages on wrong usage, completion."""

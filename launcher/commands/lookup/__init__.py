@@ -1,0 +1,1 @@
+"""Commands that tell what there is: configurations, keys, pages, and what completes a command line."""
