@@ -94,13 +94,13 @@ KEYS: Final[Mapping[str, str]] = {
 def walked(page: str, shell: str) -> tuple[str, list[str]]:
     """A block as it is walked, and the lines of it that are left out, with the reason."""
     lines, left = [], []
-    for line in shell.splitlines():
+    for line in re.split(r"(?<!\\)\n", shell):  # with what a backslash continues
         reason = next((each.reason for each in LEFT_OUT if re.search(each.pattern, line)), None)
         if reason is None:
             lines.append(line)
         else:
             left.append(f"{line}: {reason}")
-    text = "\n".join(lines)
+    text = "\n".join(lines).strip("\n")
     for each in REPLACED:
         if each.page in ("", page):
             text = re.sub(each.pattern, each.by, text, flags=re.MULTILINE)

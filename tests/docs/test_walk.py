@@ -94,6 +94,8 @@ def test_a_line_is_left_out_and_the_others_are_not() -> None:
     text, left = walked("README.md", "pip install x\nditmoe models\nditmoe plan CONFIG")
     assert text == "ditmoe models\nditmoe plan configs/dit-g-2-16e2a-512-64gpus.yaml"
     assert left == ["pip install x: fetches packages from the network"]
+    _, left = walked("README.md", "ditmoe submit train x.yaml \\\n  --nodes 16 --gpus-per-node 8\nditmoe status")
+    assert len(left) == 1 and left[0].startswith("ditmoe submit train x.yaml")
 
 
 @pytest.mark.parametrize(
