@@ -8,7 +8,7 @@ the same whatever the blocks, the threads and the device. Beside the features th
 Shapes: N, M points; F features; R, C rows and columns of a block; P pairs; G groups.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from threading import Lock
 from typing import Final, NamedTuple, Self
@@ -65,10 +65,9 @@ class Manifold:
         if len(points_NF) <= k:
             raise ValueError(f"{counted(len(points_NF), 'image')}; more than k = {k} are needed")
         space = _Space(points_NF, points_NF, device)
-        parts = map_in_threads(
-            lambda rows: _radii(space, rows, k, block), list(_cuts(len(points_NF), min(block, ROWS))), device
-        )
-        return cls(points_NF, torch.cat(parts).numpy(), k)
+        radii_N = torch.empty(len(points_NF), dtype=torch.float64)
+        _fill(radii_N, lambda rows: _radii(space, rows, k, block), block, device)
+        return cls(points_NF, radii_N.numpy(), k)
 
     def holds(self, points_MF: NDArray[np.floating], *, block: int = BLOCK) -> NDArray[np.bool_]:
         """Which points lie in a ball."""
@@ -81,7 +80,9 @@ class Manifold:
                 found_R = space.inside(squared_RC, error_RC, rows, columns, radii_N[columns], found_R)
             return found_R
 
-        return torch.cat(map_in_threads(of_rows, list(_cuts(len(points_MF), min(block, ROWS))))).numpy()
+        inside_M = torch.empty(len(points_MF), dtype=torch.bool)
+        _fill(inside_M, of_rows, block, CPU)
+        return inside_M.numpy()
 
 
 class Inside(NamedTuple):
@@ -119,10 +120,11 @@ def precision_recall(real: Manifold, drawn: Manifold, device: torch.device = CPU
             )
         with lock:  # one array for all rows: one for each would be a block for every 256 images
             in_drawn_N.logical_or_(real_N.cpu())
-        return drawn_R.cpu()
+        return drawn_R
 
-    found = map_in_threads(of_rows, list(_cuts(len(drawn.points_NF), min(block, ROWS))), device)
-    return Inside(torch.cat(found).numpy(), in_drawn_N.numpy())
+    in_real_M = torch.empty(len(drawn.points_NF), dtype=torch.bool)
+    _fill(in_real_M, of_rows, block, device)
+    return Inside(in_real_M.numpy(), in_drawn_N.numpy())
 
 
 def nearest(
@@ -163,9 +165,8 @@ def recall_without(
     space = _Space(drawn.points_NF, drawn.points_NF, device)
     group = torch.from_numpy(group_M).to(device)
     rows = list(_cuts(len(drawn.points_NF), min(block, ROWS)))
-    radius_MG = torch.cat(
-        map_in_threads(lambda cut: _radii_without(space, cut, drawn.k, block, group, groups), rows, device)
-    )
+    radius_MG = torch.empty(len(drawn.points_NF), groups, device=device)
+    _fill(radius_MG, lambda cut: _radii_without(space, cut, drawn.k, block, group, groups), block, device)
     across = _Space(drawn.points_NF, real.points_NF, device)
 
     def covered(columns: slice) -> Tensor:
@@ -271,7 +272,7 @@ def _radii(space: _Space, rows: slice, k: int, block: int) -> Tensor:
             others_K = torch.cat((torch.arange(place + rows.start), torch.arange(place + rows.start + 1, count)))
             whole_1K = _exact_rows(space, number_R[place : place + 1], others_K.to(device)[None])
             radii_R[place] = whole_1K.kthvalue(k, dim=1).values[0]
-    return radii_R.cpu()
+    return radii_R
 
 
 def _nearest(space: _Space, rows: slice, kept: int, block: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -302,6 +303,19 @@ def _exact_rows(space: _Space, number_R: Tensor, column_RK: Tensor) -> Tensor:
     at_once = max(1, _PAIR_BYTES // (8 * space.x_NF.shape[1]))
     parts = [space.exact(row_P[cut], column_P[cut]) for cut in _cuts(len(row_P), at_once)]
     return torch.cat(parts).reshape(column_RK.shape)
+
+
+def _fill(out_N: Tensor, of_rows: Callable[[slice], Tensor], block: int, device: torch.device) -> None:
+    """Write what a function says of rows into the place of each.
+
+    Results that were kept one by one would lie in between the blocks that are freed, which the allocator then
+    does not give back: so much more memory for every block.
+    """
+
+    def fill(rows: slice) -> None:
+        out_N[rows] = of_rows(rows)
+
+    map_in_threads(fill, list(_cuts(len(out_N), min(block, ROWS))), device)
 
 
 def _cuts(count: int, size: int) -> Iterator[slice]:
