@@ -53,6 +53,10 @@ def command(
         bool,
         typer.Option("--not-sit", help="Dense rectified flow in which t = 1 is noise, as ours, and not SiT's."),
     ] = False,
+    trust_objective: Annotated[
+        bool,
+        typer.Option("--trust-objective", help="Take --objective though the weights contradict it."),
+    ] = False,
     weights: Annotated[
         Literal["ema", "weights"] | None,
         typer.Option(help="Take this set alone. Default: both where the destination holds both, else the EMA."),
@@ -105,7 +109,7 @@ def command(
     target = Destination(destination, kind, bare, overwrite, stock, int(shard_size * 2**30))
     expected, configured = _expected(config, overrides or [])
     with open_source(source, preset, expected, weights or ("ema" if target.single else None), step) as found:
-        published = with_objective(found.published, objective or configured, not_sit)
+        published = with_objective(found.published, objective or configured, not_sit, trusted=trust_objective)
         if weights is not None:
             published = published.only(weights)
         elif target.single and published.ema is not None:

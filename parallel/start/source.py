@@ -15,6 +15,7 @@ from torch import Tensor
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.weights.positions import check_position_embedding
+from ditmoe.model.weights.probe import check_objective
 from ditmoe.model.weights.published import PublishedWeights, read_published
 from ditmoe.model.weights.sit import could_be_sit, from_sit
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
@@ -181,6 +182,8 @@ def with_objective(
         if said not in (None, published.objective.kind):
             raise UserError(f"{key} = {said}, but {origin} says {published.objective.kind}; expected it left out")
         return published
+    if said is not None:
+        check_objective(published.state(), published.config, said, "train.start_objective", origin)
     if said == "sit":
         states = [
             None if state is None else from_sit(state, published.config, origin)

@@ -11,6 +11,7 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.presets import parse_preset
 from ditmoe.model.weights.diffusers import PIPELINE_FILE
+from ditmoe.model.weights.probe import TRUST, check_objective
 from ditmoe.model.weights.published import PublishedWeights, read_published
 from ditmoe.model.weights.sit import could_be_sit, from_sit
 from ditmoe.parallel.checkpoint.export import open_weights
@@ -100,37 +101,45 @@ def _open_checkpoint(
         yield Source(published, info)
 
 
-def with_objective(published: PublishedWeights, kind: str | None, not_sit: bool) -> PublishedWeights:
+def with_objective(
+    published: PublishedWeights, kind: str | None, not_sit: bool, *, trusted: bool = False
+) -> PublishedWeights:
     """The weights with what they were trained to predict, as our networks predict it.
 
     Args:
         kind: ddpm, rectified_flow or sit, as the user says it.
         not_sit: the user says that t = 1 is noise.
+        trusted: what the user says is not compared with how the weights answer to noise.
 
     Raises:
-        UserError: it is another than the file says, or may be SiT's.
+        UserError: it is another than the file says, may be SiT's, or the weights contradict it.
     """
     said, origin = published.objective, published.origin
     if said is not None:
         if kind not in (None, said.kind):
             raise UserError(f"--objective: {kind} given, but {origin} says {said.kind}")
         return published
+    if kind == "sit" and not_sit:
+        raise UserError("--not-sit: given with --objective sit; expected one of them")
+    if kind == "rectified_flow" and could_be_sit(published.config) and not not_sit:
+        raise UserError(
+            f"--objective: rectified_flow given, and {origin} has dense weights, which may be SiT's: their time"
+            " runs the other way, and nothing in a file tells; give --objective sit if they are, or --not-sit"
+        )
+    if kind not in (None, "ddpm", "rectified_flow", "sit"):
+        raise UserError(f"objective.kind = {kind!r:.60}: expected ddpm or rectified_flow")
+    if kind is not None and not trusted:
+        try:
+            check_objective(published.state(), published.config, kind, "--objective", origin)
+        except UserError as error:
+            raise UserError(f"{error}; {TRUST} takes your word for it") from error
     if kind == "sit":
-        if not_sit:
-            raise UserError("--not-sit: given with --objective sit; expected one of them")
         states = [
             None if state is None else from_sit(state, published.config, origin)
             for state in (published.ema, published.weights)
         ]
         flow = ObjectiveConfig(kind="rectified_flow")
         return replace(published, ema=states[0], weights=states[1], objective=flow)
-    if kind == "rectified_flow" and could_be_sit(published.config) and not not_sit:
-        raise UserError(
-            f"--objective: rectified_flow given, and {origin} has dense weights, which may be SiT's: their time"
-            " runs the other way, and nothing in a file tells; give --objective sit if they are, or --not-sit"
-        )
-    if kind not in (None, "ddpm", "rectified_flow"):
-        raise UserError(f"objective.kind = {kind!r:.60}: expected ddpm or rectified_flow")
     if kind is None:
         return published
     return replace(published, objective=ObjectiveConfig.model_validate({"kind": kind}))
