@@ -28,13 +28,18 @@ from ditmoe.model.weights.sit import could_be_sit
 IMAGES: Final = 4
 CLEAR: Final = 0.5
 """Slope that says something; trained ones were met at about 1."""
+RELATED: Final = 0.3
+"""Correlation from which a slope counts: that of random weights may be steep by chance."""
 NOISE, MIDDLE, LAST_OF_DDPM = 0.0, 0.5, 999.0
 TRUST: Final = "--trust-objective"
 """With which a user of `ditmoe convert` says so nevertheless."""
 
 
 def slopes(state: Mapping[str, Tensor], config: ModelConfig) -> dict[float, float]:
-    """Slope of a network's prediction, without a class, on the noise that it is shown, at timesteps that tell."""
+    """Slope of a network's prediction, without a class, on the noise that it is shown, at timesteps that tell.
+
+    It is 0 where the two have little to do with each other.
+    """
     assert config.channels and config.image_size and config.num_classes is not None
     network = DiT(config)
     load_canonical(network, read(state), "the weights")
@@ -46,7 +51,9 @@ def slopes(state: Mapping[str, Tensor], config: ModelConfig) -> dict[float, floa
     for timestep in (NOISE, MIDDLE, LAST_OF_DDPM):
         shown_BCHW = z_BCHW * (0.5**0.5 if timestep == MIDDLE else 1.0)  # the deviation that images have there
         answer_BCHW = network(shown_BCHW, torch.full((IMAGES,), timestep), label_B)[:, : config.channels]
-        found[timestep] = ((answer_BCHW * shown_BCHW).sum() / shown_BCHW.square().sum()).item()
+        slope = (answer_BCHW * shown_BCHW).sum() / shown_BCHW.square().sum()
+        correlation = slope * shown_BCHW.norm() / answer_BCHW.norm().clamp(min=1e-12)
+        found[timestep] = slope.item() if correlation.abs() > RELATED else 0.0
     return found
 
 

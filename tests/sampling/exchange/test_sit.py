@@ -1,8 +1,8 @@
 """SiT's weights, whose time runs the other way, against a plain program of the paper's equations.
 
 SiT's own code is not at hand, for its licence is non-commercial. What it computes is written down here from the
-paper (Ma et al., arXiv 2401.08740, linear path, velocity): z = t·x + (1 − t)·ε, v = x − ε, and dz/dt = v from t = 0
-to 1.
+paper (Ma et al., arXiv 2401.08740, linear path, velocity): z = t·x + (1 − t)·ε, v = x − ε, and dz/dt = v from
+t = 0 to 1.
 """
 
 import math
@@ -164,9 +164,11 @@ def test_weights_that_were_not_trained_say_nothing() -> None:
     network = DiT(MODEL)
     initialise(network, seed=0)
     assert is_sit(canonical_state(network), MODEL) is None
-    for deviation in (0.02, 0.2):
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.normal_(0, deviation, generator=torch.Generator().manual_seed(1))
-        assert is_sit(canonical_state(network), MODEL) is None
+    for seed in range(5):
+        for deviation in (0.02, 0.2, 1.0):
+            random = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.normal_(0, deviation, generator=random)
+            assert is_sit(canonical_state(network), MODEL) is None
     assert math.isclose(2 * (1 - 0.25) / (1 + 0.25), 1.2)  # the slope of data of variance ¼, as the module has it
