@@ -32,6 +32,7 @@ def command(
     from ditmoe.data.stream.dataset import open_dataset
     from ditmoe.launcher.configuration.resolve import resolve
     from ditmoe.launcher.configuration.run_config import load_config
+    from ditmoe.launcher.loggers.opening import check_loggers
     from ditmoe.launcher.processes import process_count
     from ditmoe.parallel.ranks import this_process
 
@@ -45,6 +46,7 @@ def command(
     dataset = open_dataset(raw.data, raw.seed)
     processes = process_count(raw.launch.processes, raw.launch.device)
     resolved = resolve(raw, dataset.index, processes, origin=str(config))
+    check_loggers(resolved.train.loggers)
     process = this_process()
     # Ranks that we started were looked at before; those of torchrun and srun look themselves.
     if resolved.launch.check_memory and (process.starts_ranks or process.meeting is None):

@@ -21,6 +21,7 @@ FREE: Final = (
     "train.start_objective",
     "train.micro_batch",
     "train.log_every",
+    "train.loggers",
     "train.checkpoint_every",
     "train.log_samples",
     "train.peak_tflops",

@@ -8,6 +8,8 @@ from pydantic import Field, field_validator
 from ditmoe.model.outside.text import is_address
 from ditmoe.model.settings import MOST_IMAGES, MOST_STEPS, Settings
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 class RunSection(Settings):
     """Where the run's files go."""
@@ -64,7 +66,10 @@ class TrainConfig(Settings):
     """Steps (from 1) that pass without an update: their samples are consumed and their number counts, and weights,
     moments and EMA stay as they are. For a step that is not finite whenever it is repeated."""
     log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
-    """Steps between two records of stats.jsonl, log.txt and TensorBoard."""
+    """Steps between two records of stats.jsonl, log.txt and the loggers."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where figures are shown besides: `tensorboard`, `wandb` (Weights & Biases), `mlflow` (docs/training.md). The
+    last two are extras of the package."""
     log_samples: bool = False
     """Write the keys of each step's samples to samples.jsonl, in the global order: what the run has read."""
     checkpoint_every: int = Field(default=5_000, ge=1, le=MOST_STEPS)

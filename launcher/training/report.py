@@ -1,4 +1,4 @@
-"""What a run tells: the terminal, log.txt, stats.jsonl and TensorBoard. Rank 0 alone reports."""
+"""What a run tells: the terminal, log.txt, stats.jsonl and the loggers. Rank 0 alone reports."""
 
 import io
 import json
@@ -13,33 +13,16 @@ from typing import Any, Final, Self, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ditmoe.data.storage.files import open_appending, open_regular, replacing
+from ditmoe.launcher.configuration.sections import LoggerName
 from ditmoe.launcher.local.terminal import is_closed, let_go
+from ditmoe.launcher.loggers.board import Board, Outcome, named
+from ditmoe.launcher.loggers.opening import boards_aside
+from ditmoe.launcher.loggers.tensorboard import TensorBoard
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.model.errors import UserError
-
-TAGS: Final = {
-    "images": "progress/images",
-    "epoch": "progress/epoch",
-    "loss": "train/loss",
-    "balance_loss": "train/balance loss",
-    "grad_norm": "train/gradient norm",
-    "lr": "train/learning rate",
-    "images_per_second": "speed/images per second (1/s)",
-    "step_seconds": "speed/step (s)",
-    "compute_seconds": "speed/compute (s)",
-    "data_wait_seconds": "speed/wait for data (s)",
-    "record_seconds": "speed/records (s)",
-    "save_seconds": "speed/checkpoints (s)",
-    "preview_seconds": "speed/previews (s)",
-    "memory_gib": "memory/peak (GiB)",
-    "mfu": "speed/MFU (share)",
-    "expert_load": "expert load (share)",
-}
-"""Key of stats.jsonl → name in TensorBoard, with its unit; other keys go under `other/`."""
 
 Value = float | int | str | list[Any] | dict[str, Any] | None
 
@@ -52,9 +35,17 @@ class Reporter:
         steps: steps of the whole run.
         step: steps that are done; what was reported of later steps, before the resume, is dropped.
         terminal: where lines and the progress bar go.
+        loggers: where figures are shown besides.
     """
 
-    def __init__(self, folder: RunFolder, steps: int, step: int = 0, terminal: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        steps: int,
+        step: int = 0,
+        terminal: TextIO | None = None,
+        loggers: tuple[LoggerName, ...] = ("tensorboard",),
+    ) -> None:
         self._terminal: TextIO | None = terminal or sys.stdout
         folder.path.mkdir(parents=True, exist_ok=True)
         drop_after(folder.stats, step)
@@ -63,9 +54,10 @@ class Reporter:
         self._files = ExitStack()
         self._log, self._stats = self._open(folder.log), self._open(folder.stats)
         self._keys: TextIO | None = None
-        # purge_step hides what an interrupted run wrote of the steps that are now repeated; at the start that is
-        # all of it, the configuration among it, which is shown at step 0.
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else 0)
+        self.outcome: Outcome = "stopped"
+        """How the run ends, where it ends without an error."""
+        self._boards: list[Board] = [TensorBoard(folder.tensorboard, step)] if "tensorboard" in loggers else []
+        self._aside = boards_aside(loggers, folder.boards, folder.path.resolve().name)
         self._thread_failed = threading.excepthook
         threading.excepthook = self._leave_to_next_write
         self._bar: tqdm[Any] | None = None
@@ -76,6 +68,8 @@ class Reporter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *rest: object) -> None:
+        if kind is not None:
+            self.outcome = "failed"
         if isinstance(error, Exception):
             with suppress(OSError):
                 self._write_log(f"ended by an error: {str(error) or type(error).__name__}")
@@ -89,9 +83,14 @@ class Reporter:
             with self._while_read():
                 self._bar.close()
         try:
-            self._board.close()
+            for board in self._boards:
+                board.close(self.outcome)
         finally:
             threading.excepthook = self._thread_failed
+            for aside in self._aside:
+                left = aside.close(self.outcome)
+                if left is not None:
+                    self._write_log(left)
         self._files.close()
 
     def log(self, message: str) -> None:
@@ -113,25 +112,24 @@ class Reporter:
                 self._bar.update(steps)
 
     def record(self, step: int, values: Mapping[str, Value]) -> None:
-        """Report a step: a line of stats.jsonl, TensorBoard scalars, and a line of the log.
+        """Report a step: a line of stats.jsonl, figures of the loggers, and a line of the log.
 
         Args:
             step: the step's number, from 1.
-            values: numbers by the keys of `TAGS` (`loss`, `images`, …); `expert_load` is `[L][N]` shares, and
+            values: numbers by the keys of `NAMES` (`loss`, `images`, …); `expert_load` is `[L][N]` shares, and
                 `sources` numbers by source and name; other lists are not drawn. Infinite and undefined numbers
                 become null in stats.jsonl.
         """
         record = {"step": step, **{key: _json_value(value) for key, value in values.items()}}
         self._stats.write(json.dumps(record, allow_nan=False) + "\n")
         self._stats.flush()
-        for key, value in values.items():
-            if key == "expert_load" and isinstance(value, list):
-                self._draw_load(step, value)
-            elif key == "sources" and isinstance(value, dict):
-                self._draw_sources(step, value)
-            elif isinstance(value, int | float):
-                self._board.add_scalar(TAGS.get(key, f"other/{key}"), value, step)
-        self._board.flush()
+        shown = named(values)
+        for board in self._all_boards():
+            board.figures(step, shown)
+        for aside in self._aside:
+            problem = aside.problem()
+            if problem is not None:
+                self.log(problem)
         line = _line(step, values)
         self._write_log(line)
         if self._bar is None:
@@ -141,14 +139,17 @@ class Reporter:
             self._bar.set_postfix(loss=f"{loss:.4f}" if isinstance(loss, float) else "", refresh=False)
 
     def image(self, name: str, image_HWC: NDArray[np.uint8], step: int) -> None:
-        """Draw an image, uint8 `[H, W, C]` with 1 or 3 channels, in TensorBoard."""
-        self._board.add_image(name, image_HWC, step, dataformats="HWC")
-        self._board.flush()
+        """Show an image, uint8 `[H, W, C]` with 1 or 3 channels."""
+        for board in self._all_boards():
+            board.image(name, image_HWC, step)
 
     def text(self, name: str, text: str, step: int = 0) -> None:
-        """Show plain text, such as the configuration, in TensorBoard."""
-        self._board.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
-        self._board.flush()
+        """Show plain text, such as the configuration."""
+        for board in self._all_boards():
+            board.text(name, text, step)
+
+    def _all_boards(self) -> list[Board]:
+        return [*self._boards, *self._aside]
 
     def _open(self, path: Path) -> TextIO:
         # Names of files need not be text that UTF-8 has.
@@ -179,18 +180,6 @@ class Reporter:
             let_go(self._terminal)
             self._terminal = self._bar = None
             self._write_log(f"nobody reads the standard output any more ({error.strerror}); this log goes on")
-
-    def _draw_load(self, step: int, load_LN: list[Any]) -> None:
-        """Share of a layer's tokens that each expert got; all equal at 1/N."""
-        for layer, load_N in enumerate(load_LN):
-            for expert, share in enumerate(load_N):
-                self._board.add_scalar(f"{TAGS['expert_load']}/block {layer}/expert {expert}", share, step)
-
-    def _draw_sources(self, step: int, sources: dict[str, dict[str, float]]) -> None:
-        """Images, epochs and skipped samples of each source of the data."""
-        for name, numbers in sources.items():
-            for key, number in numbers.items():
-                self._board.add_scalar(f"sources/{name}/{key}", number, step)
 
     def _write_log(self, message: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -53,6 +53,8 @@ class RunFolder:
         self.sample_keys = path / "samples.jsonl"
         """One object per step: the keys of its samples. Where `train.log_samples` asks for it."""
         self.tensorboard = path / "tensorboard"
+        self.boards = path / "loggers"
+        """What W&B and MLflow call the run, and what they print and keep."""
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
         self.evaluations = path / "evaluations"

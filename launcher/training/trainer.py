@@ -118,7 +118,9 @@ class Trainer:
     def open_reports(self, stack: ExitStack, changes: list[Change]) -> None:
         """Rank 0: open the reports, say how the run starts, and keep what changed in its history."""
         config = self.config
-        self.report = stack.enter_context(Reporter(self.folder, config.train.steps, self.engine.step))
+        self.report = stack.enter_context(
+            Reporter(self.folder, config.train.steps, self.engine.step, loggers=config.train.loggers)
+        )
         for problem in self.skipped:
             self.report.log(f"skipped a checkpoint: {problem}")
         for key, before, now in changes:
@@ -148,6 +150,8 @@ class Trainer:
         """Step until the run is complete or a stop is asked for on any rank; whether it is complete."""
         steps = self.config.train.steps
         if self.engine.step >= steps:
+            if self.report is not None:
+                self.report.outcome = "complete"
             self._say(f"the run is complete: step {self.engine.step} of {steps}")
             self._tell_state(state="complete")
             return True
@@ -179,6 +183,8 @@ class Trainer:
                 self._tell_saved()
         self._tell_rest()
         complete = self.engine.step >= steps
+        if complete and self.report is not None:
+            self.report.outcome = "complete"
         if complete:
             self._say(f"the run is complete: step {steps}; saved {saved}")
             self._tell_state(state="complete")

@@ -121,9 +121,9 @@ def test_tensorboard(tmp_path: Path) -> None:
     board = EventAccumulator(str(folder.tensorboard)).Reload()
     assert set(board.Tags()["scalars"]) == {
         "train/loss",
-        "memory/peak (GiB)",
-        "expert load (share)/block 0/expert 0",
-        "expert load (share)/block 0/expert 1",
+        "memory/peak - GiB",
+        "expert load - share/block 0/expert 0",
+        "expert load - share/block 0/expert 1",
         "other/odd",
         "sources/real/images",
         "sources/real/epoch",

@@ -1,0 +1,1 @@
+"""Where a run's figures are shown: TensorBoard, Weights & Biases, MLflow."""
