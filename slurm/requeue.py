@@ -105,7 +105,7 @@ def verdict(
     vain = 0 if progressed(attempt.step, seen.step) else 1 + without_progress(before)
     if vain >= most_without_progress:
         return Verdict("no-progress", _in_vain(vain, reason, seen.step), "stop", EXIT_NO_PROGRESS, suspects)
-    return Verdict(outcome, reason, "requeue", seen.exit_code or EXIT_STOPPED, suspects)
+    return Verdict(outcome, reason, "requeue", seen.exit_code or 0, suspects)
 
 
 def _outcome(seen: Seen) -> tuple[Outcome, str]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.model.errors import UserError
 from ditmoe.slurm import supervise
 from ditmoe.slurm.attempts import End, record_cancel, record_submission
@@ -401,7 +402,7 @@ def test_a_cancelled_job(scene: Scene, how: str) -> None:
         scene.state("stopped", "stopped by SIGTERM at step 5")
         return 0
 
-    assert scene.attempt(play) == 0
+    assert scene.attempt(play) == EXIT_STOPPED
     (end,) = scene.ends()
     assert (end.outcome, end.decision, scene.slurm.orders) == ("cancelled", "stop", [])
 
