@@ -144,11 +144,11 @@ def test_nothing_is_written_over_unasked(
 
 def test_what_does_not_fit_is_told_with_the_nearest(run: Path, tmp_path: Path) -> None:
     refused: list[tuple[str, dict[str, Any], str]] = [
-        ("x.pgn", {}, "'pgn' is no known kind of file; did you mean png"),
-        ("x.exr", {}, "known are png, jpg, jpeg, webp, gif, apng, mp4, npz, npy, or a folder"),
+        ("x.pgn", {}, "; did you mean png?"),
+        ("x.exr", {}, "expected one of png, jpg, jpeg, webp, gif, apng, mp4, npz, npy, or a folder"),
         ("x.jpg", {"animate": True}, "jpg does not move; expected one of webp, gif, apng, png, mp4"),
         ("x.png", {"format": "jpg"}, "goes with --out FOLDER/"),
-        ("x/", {"format": "jepg"}, "--format jepg: 'jepg' is no known kind of file; did you mean jpg"),
+        ("x/", {"format": "jepg"}, "--format jepg: 'jepg' is no known kind of file; expected one of png, jpg"),
         ("x.gif", {"sampler": "rk45"}, "--animate with --sampler rk45"),
         ("x.gif", {"sampler": "dlg:euler"}, "--animate with --sampler dlg:euler"),
         ("x.png", {"seeds": "1", "count": 3}, "--seeds 1 with --count 3"),

@@ -332,7 +332,7 @@ def test_each_wrong_pair_of_an_option_has_its_line() -> None:
         "--sbatch 'job-name=x': job-name tells that a run's job is in the queue; expected it left out",
         "--sbatch '--exclusive': '--exclusive' is no option of sbatch; expected its long name without dashes, such"
         " as mail-type",
-        "--limit 'stp=3': no such phase; expected start, step, save, evaluation",
+        "--limit 'stp=3': no such phase; expected one of start, step, save, evaluation; did you mean step?",
     ]
 
 

@@ -225,7 +225,7 @@ def test_options_name_networks_and_their_files() -> None:
         *("--features-path", f"inception={path}", "--resize", "pytorch-fid"),
     ]
     for arguments, message in (
-        (("inception,",), "is no feature network; expected some of classifier, inception, dinov2"),
+        (("inception,",), "is no feature network; expected one of classifier, inception, dinov2"),
         (("vgg",), "vgg is no feature network"),
         (("dinov2,dinov2",), "dinov2 is given twice"),
         (("inception,dinov2", [other]), "the file of inception or of dinov2? Expected NAME=FILE for each"),

@@ -173,7 +173,7 @@ def test_chains_are_drawn_into_a_picture(run, tmp_path, capsys):
     with pytest.raises(UserError) as told:
         command(run, sampler="dlg:kar1", dlg=["skp=3", "thin", "skip=0", "step_rule=fast"])
     assert len(str(told.value).splitlines()) == 4
-    assert "--dlg skp=3: unknown setting; expected one of preset, step_size, step_rule" in str(told.value)
+    assert "--dlg skp=3: no such setting; expected one of preset, step_size, step_rule" in str(told.value)
     with pytest.raises(UserError, match="expected a sampler of chains"):
         command(run, sampler="kar1", dlg=["skip=3"])
     info = read_info(checkpoint_path(run, 10))
