@@ -179,7 +179,7 @@ class ClassifierTraining:
         if kept.step:
             log(f"the {settings.architecture} classifier goes on after step {kept.step:,}")
             self._rng = kept.more["rng"]
-            self._cycle.load_state_dict({"last_epoch": kept.step - 1, "_step_count": kept.step})
+            self._cycle.load_state_dict({"last_epoch": kept.step - 1, "_step_count": kept.step + 1})
             self._cycle.step()
 
     def _begin(self) -> TrainingState:
