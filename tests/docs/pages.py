@@ -78,7 +78,12 @@ def spans(page: str) -> list[str]:
 
 def spans_of(text: str) -> list[str]:
     """What stands between backticks in a text, outside of its blocks."""
-    return [" ".join(span.split()) for span in _SPAN.findall(_BLOCK.sub("", text))]
+    return [" ".join(span.split()) for span in _SPAN.findall(outside_blocks(text))]
+
+
+def outside_blocks(text: str) -> str:
+    """A page without its blocks."""
+    return _BLOCK.sub("", text)
 
 
 def ditmoe_commands(shell: str) -> Iterator[list[str]]:
@@ -113,8 +118,13 @@ def _simple_commands(line: str) -> Iterator[list[str]]:
     words: list[str] = []
     lexer = shlex.shlex(line, posix=True, punctuation_chars=";&|()<>")
     lexer.whitespace_split = True
+    to_a_file = False
     for word in lexer:
-        if _ENDS.fullmatch(word):
+        if to_a_file:  # the word is that file
+            to_a_file = False
+        elif word in (">", ">>", "<", ">&", "&>"):
+            to_a_file = True
+        elif _ENDS.fullmatch(word):
             if words:
                 yield words
             words = []

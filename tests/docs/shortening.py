@@ -128,7 +128,11 @@ def shortened(arguments: list[str], cluster: bool) -> list[str]:
     if arguments[:1] == ["train"]:
         return arguments if "--dry-run" in arguments else [*arguments, "--dry-run"]
     numbers = NUMBERS.get(verb, {})
-    if "--grid" in arguments:  # whose file has them
+    if "--grid" in arguments:  # whose file has them, the shortened one of the checkout
+        place = arguments.index("--grid") + 1
+        name = arguments[place]
+        grid = name if name.endswith(".yaml") else f"configs/grids/{name}.yaml"
+        arguments = [*arguments[:place], grid, *arguments[place + 1 :]]
         numbers = {name: value for name, value in numbers.items() if name not in ("--count", "--steps")}
     return _with_numbers(arguments, numbers)
 

@@ -9,7 +9,17 @@ import yaml
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.sampling.comparison.cells import ComparisonConfig
 from ditmoe.slurm.submission.settings import JobSettings
-from tests.docs.pages import SHELL, blocks, ditmoe_commands, pages, read, shell_blocks, spans, typed
+from tests.docs.pages import (
+    SHELL,
+    blocks,
+    ditmoe_commands,
+    outside_blocks,
+    pages,
+    read,
+    shell_blocks,
+    spans,
+    typed,
+)
 from tests.docs.program import is_key, options, problem_of, sections, unknown_keys
 
 LANGUAGES = SHELL | {"text", "yaml", "python", "json"}
@@ -44,6 +54,13 @@ def test_blocks_are_of_a_known_kind(page: str) -> None:
     assert read(page).count("```") == 2 * len(blocks(page)), f"{page}: a block that does not end, or is not found"
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{page}:{block.line}: a block of {block.language!r}"
+
+
+@pytest.mark.parametrize("page", pages())
+def test_commands_stand_in_fences(page: str) -> None:
+    """A block that is only indented would be neither parsed nor walked."""
+    indented = re.findall(r"^ {4,}(?:\$ )?ditmoe .*$", outside_blocks(read(page)), re.MULTILINE)
+    assert not indented, f"{page}: put between fences: {indented}"
 
 
 @pytest.mark.parametrize("page", pages())
@@ -110,6 +127,7 @@ def test_other_programs_options_are_needed() -> None:
         ("ditmoe plan a \\\n  --gpus 8 | head && ditmoe status &", [["plan", "a", "--gpus", "8"], ["status"]]),
         ("torchrun --standalone -m ditmoe.launcher sample r", [["sample", "r"]]),
         ("srun -n 2 ditmoe train 'a b'; .venv/bin/ditmoe models", [["train", "a b"], ["models"]]),
+        ("ditmoe configs a > b/ditmoe; ditmoe models 2>&1 | cat", [["configs", "a"], ["models", "2"]]),
         ("cat > x <<'END'\nditmoe nonsense\nEND\nditmoe models", [["models"]]),
         ("python -m pip install ditmoe\ncd ditmoe\necho 'ditmoe\ntrain'", []),
     ],
