@@ -27,7 +27,7 @@ from ditmoe.data.storage.files import make_folder
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import counted, is_fit_to_print, printable
+from ditmoe.model.outside.text import is_fit_to_print, printable
 
 REMARKS_SHOWN: Final = 5
 
@@ -106,7 +106,7 @@ def index_foreign(folder: Path, settings: ForeignSettings) -> ForeignResult:
     used = int((survey.label_N >= 0).sum())
     if not used:
         first = f"; {survey.problems[0]}" if survey.problems else ""
-        raise UserError(f"{folder}: none of the {counted(len(survey.label_N), 'sample')} can be used{first}")
+        raise UserError(f"{folder}: none of the {len(survey.label_N):,} samples can be used{first}")
     make_folder(out)
     size, channels = survey.form
     name = settings.name or folder.resolve().name

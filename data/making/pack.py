@@ -22,7 +22,7 @@ from ditmoe.data.shards.writer import PackedSample, ShardLimits, write_shards
 from ditmoe.data.storage.progress import track
 from ditmoe.data.storage.workers import in_order
 from ditmoe.model.errors import UserError
-from ditmoe.model.outside.text import counted, is_fit_to_print, printable
+from ditmoe.model.outside.text import is_fit_to_print, printable
 from ditmoe.model.randomness import permutation
 
 JPEG_QUALITY: Final = 95
@@ -164,7 +164,7 @@ class _Packing:
             else:
                 raise UserError(f"{problem} (--skip-unreadable leaves such images out)")
         if not self._labels:
-            raise UserError(f"none of the {counted(len(self._order), 'image')} could be used; {self.skipped[0]}")
+            raise UserError(f"none of the {len(self._order):,} images could be used; {self.skipped[0]}")
 
     def _shape_problem(self, result: _Encoded) -> str | None:
         self.shape = self.shape or result.shape

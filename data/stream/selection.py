@@ -12,7 +12,7 @@ from ditmoe.data.shards.sample_table import SampleColumns
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.nearest import meant
-from ditmoe.model.outside.text import counted, normal
+from ditmoe.model.outside.text import normal
 from ditmoe.model.randomness import permutation
 
 LEFT_OUT = -1
@@ -121,9 +121,7 @@ def select(
     if config.max_samples is not None:
         used = _cap(used, np.zeros(index.total, dtype=np.int64), config.max_samples, seed, number)
     if not used.any():
-        raise UserError(
-            f"{key}: its settings leave none of the {counted(index.total, 'sample')} of {config.shown}"
-        )
+        raise UserError(f"{key}: its settings leave none of the {index.total:,} samples of {config.shown}")
     return _by_shard(used, index.samples_per_shard, label_of)
 
 

@@ -45,7 +45,7 @@ def listed(tmp_path: Path, kind: str) -> Path:
 def test_labels_scores_and_provenance_are_packed(tmp_path: Path, folder: Path, kind: str) -> None:
     source = open_source(str(folder), seed=0, labels=listed(tmp_path, kind))
     assert len(source) == 3 and source.class_names == ("bee", "moth")
-    assert source.remarks() == [f"left out: 1 images that {tmp_path}/labels.{kind} does not list"]
+    assert source.remarks() == [f"left out: 1 image that {tmp_path}/labels.{kind} does not list"]
     out = tmp_path / "out"
     pack(source, out, PackSettings(seed=3))
     with tarfile.open(out / "drawn-00000.tar") as tar:
