@@ -99,7 +99,7 @@ def command(
     from ditmoe.model.count import count
     from ditmoe.model.errors import UserError
     from ditmoe.sampling.exchange.destination import Destination, check_destination, write
-    from ditmoe.sampling.exchange.source import name_of, open_source, with_objective
+    from ditmoe.sampling.exchange.source import name_of, of_objective, open_source
 
     kind = check_destination(destination, to, overwrite=overwrite, source=source)
     if bare and kind != ".pt":
@@ -109,7 +109,7 @@ def command(
     target = Destination(destination, kind, bare, overwrite, stock, int(shard_size * 2**30))
     expected, configured = _expected(config, overrides or [])
     with open_source(source, preset, expected, weights or ("ema" if target.single else None), step) as found:
-        published = with_objective(found.published, objective or configured, not_sit, trusted=trust_objective)
+        published = of_objective(found.published, objective or configured, not_sit, trusted=trust_objective)
         if weights is not None:
             published = published.only(weights)
         elif target.single and published.ema is not None:

@@ -31,8 +31,6 @@ CLEAR: Final = 0.5
 RELATED: Final = 0.3
 """Correlation from which a slope counts: that of random weights may be steep by chance."""
 NOISE, MIDDLE, LAST_OF_DDPM = 0.0, 0.5, 999.0
-TRUST: Final = "--trust-objective"
-"""With which a user of `ditmoe convert` says so nevertheless."""
 
 
 def slopes(state: Mapping[str, Tensor], config: ModelConfig) -> dict[float, float]:
@@ -83,4 +81,7 @@ def check_objective(state: Mapping[str, Tensor], config: ModelConfig, said: str,
     if found is None or found == (said == "sit"):
         return
     answer = "as SiT's do: expected sit" if found else "otherwise than SiT's do: expected ddpm or rectified_flow"
-    raise UserError(f"{key}: {said} given, and the weights of {origin} answer to noise {answer}")
+    raise UserError(
+        f"{key}: {said} given, and the weights of {origin} answer to noise {answer}; `ditmoe convert` with "
+        "--trust-objective takes your word for it"
+    )

@@ -5,7 +5,7 @@ A parameter is read when it is asked for, so that a rank reads what it holds. No
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.objective import with_objective
 from ditmoe.model.weights.positions import check_position_embedding
-from ditmoe.model.weights.probe import check_objective
 from ditmoe.model.weights.published import PublishedWeights, read_published
-from ditmoe.model.weights.sit import could_be_sit, from_sit
+from ditmoe.model.weights.sit import could_be_sit
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, newest_checkpoint, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
@@ -137,7 +137,7 @@ def _completed(info: CheckpointInfo) -> ModelConfig:
 
 
 def _of_file(start: Start, path: Path) -> Source:
-    published = with_objective(_read(start.model, path), start.said, start.objective, "train.start_objective")
+    published = _with_objective(start, _read(start.model, path))
     which: Set = start.which or ("ema" if published.ema is not None else "weights")
     state = published.state(which)
     note = check_position_embedding(state, published.config, published.origin, averaged=which == "ema")
@@ -164,38 +164,13 @@ def _read(model: ModelConfig, path: Path) -> PublishedWeights:
         return read_published(path, config={key: getattr(model, key) for key in keys if getattr(model, key)})
 
 
-def with_objective(
-    published: PublishedWeights, said: Objective | None, wanted: ObjectiveConfig | None, key: str
-) -> PublishedWeights:
-    """Weights with what they were trained to predict, as our networks predict it.
-
-    Args:
-        said: what a user says of it.
-        wanted: what they are to be trained on; None: they are not.
-        key: where a user says it, for messages.
-
-    Raises:
-        UserError: the file says something else, or nobody says whether its time runs the other way.
-    """
-    origin = published.origin
-    if published.objective is not None:
-        if said not in (None, published.objective.kind):
-            raise UserError(f"{key} = {said}, but {origin} says {published.objective.kind}; expected it left out")
-        return published
-    if said is not None:
-        check_objective(published.state(), published.config, said, "train.start_objective", origin)
-    if said == "sit":
-        states = [
-            None if state is None else from_sit(state, published.config, origin)
-            for state in (published.ema, published.weights)
-        ]
-        flow = ObjectiveConfig(kind="rectified_flow")
-        return replace(published, ema=states[0], weights=states[1], objective=flow)
-    flows = wanted is None or wanted.kind == "rectified_flow"
-    if said is None and could_be_sit(published.config) and flows:
+def _with_objective(start: Start, published: PublishedWeights) -> PublishedWeights:
+    """The weights with what they were trained to predict. UserError: it matters, and nobody says it."""
+    key, flows = "train.start_objective", start.objective.kind == "rectified_flow"
+    if start.said is None and published.objective is None and flows and could_be_sit(published.config):
         raise UserError(
-            f"{key} is left out, and {origin} does not say what it was trained to predict: DiT's files (ddpm) and"
-            " SiT's, whose time runs the other way, look alike; expected ddpm, sit, or rectified_flow where t = 1"
-            " is noise"
+            f"{key} is left out, and {published.origin} does not say what it was trained to predict: DiT's files"
+            " (ddpm) and SiT's, whose time runs the other way, look alike; expected ddpm, sit, or rectified_flow"
+            " where t = 1 is noise"
         )
-    return published if said is None else replace(published, objective=ObjectiveConfig(kind=said))
+    return with_objective(published, start.said, key)

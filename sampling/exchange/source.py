@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ditmoe.data.encoding.vae import CONFIG_FILE, WEIGHTS_FILE
-from ditmoe.model.config import ModelConfig, ObjectiveConfig
+from ditmoe.model.config import ModelConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.presets import parse_preset
 from ditmoe.model.weights.diffusers import PIPELINE_FILE
-from ditmoe.model.weights.probe import TRUST, check_objective
+from ditmoe.model.weights.objective import with_objective
 from ditmoe.model.weights.published import PublishedWeights, read_published
-from ditmoe.model.weights.sit import could_be_sit, from_sit
+from ditmoe.model.weights.sit import could_be_sit
 from ditmoe.parallel.checkpoint.export import open_weights
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
@@ -101,7 +101,7 @@ def _open_checkpoint(
         yield Source(published, info)
 
 
-def with_objective(
+def of_objective(
     published: PublishedWeights, kind: str | None, not_sit: bool, *, trusted: bool = False
 ) -> PublishedWeights:
     """The weights with what they were trained to predict, as our networks predict it.
@@ -114,35 +114,17 @@ def with_objective(
     Raises:
         UserError: it is another than the file says, may be SiT's, or the weights contradict it.
     """
-    said, origin = published.objective, published.origin
-    if said is not None:
-        if kind not in (None, said.kind):
-            raise UserError(f"--objective: {kind} given, but {origin} says {said.kind}")
-        return published
-    if kind == "sit" and not_sit:
-        raise UserError("--not-sit: given with --objective sit; expected one of them")
-    if kind == "rectified_flow" and could_be_sit(published.config) and not not_sit:
-        raise UserError(
-            f"--objective: rectified_flow given, and {origin} has dense weights, which may be SiT's: their time"
-            " runs the other way, and nothing in a file tells; give --objective sit if they are, or --not-sit"
-        )
-    if kind not in (None, "ddpm", "rectified_flow", "sit"):
-        raise UserError(f"objective.kind = {kind!r:.60}: expected ddpm or rectified_flow")
-    if kind is not None and not trusted:
-        try:
-            check_objective(published.state(), published.config, kind, "--objective", origin)
-        except UserError as error:
-            raise UserError(f"{error}; {TRUST} takes your word for it") from error
-    if kind == "sit":
-        states = [
-            None if state is None else from_sit(state, published.config, origin)
-            for state in (published.ema, published.weights)
-        ]
-        flow = ObjectiveConfig(kind="rectified_flow")
-        return replace(published, ema=states[0], weights=states[1], objective=flow)
-    if kind is None:
-        return published
-    return replace(published, objective=ObjectiveConfig.model_validate({"kind": kind}))
+    origin = published.origin
+    if published.objective is None:
+        if kind == "sit" and not_sit:
+            raise UserError("--not-sit: given with --objective sit; expected one of them")
+        if kind == "rectified_flow" and could_be_sit(published.config) and not not_sit:
+            raise UserError(
+                f"--objective: rectified_flow given, and {origin} has dense weights, which may be SiT's: their"
+                " time runs the other way, and nothing in a file tells; give --objective sit if they are, or"
+                " --not-sit"
+            )
+    return with_objective(published, kind, "--objective", trusted=trusted)
 
 
 def name_of(config: ModelConfig) -> str:

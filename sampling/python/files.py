@@ -11,8 +11,9 @@ from ditmoe.model.canonical import load_canonical
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.objective import with_objective
 from ditmoe.model.weights.positions import check_position_embedding
-from ditmoe.parallel.start.source import Objective, with_objective
+from ditmoe.parallel.start.source import Objective
 from ditmoe.sampling.exchange.source import open_source
 from ditmoe.sampling.network.load import LoadedModel, Precision, Weights
 
@@ -40,7 +41,7 @@ def load_file(
         UserError: it cannot be read, does not say what it was trained to predict, or its VAE does not fit.
     """
     with open_source(path, preset, model) as source:
-        published = with_objective(source.published, objective, None, "objective")
+        published = with_objective(source.published, objective, "objective")
         if published.objective is None:
             raise UserError(f"objective: {path} does not say it; expected ddpm, rectified_flow or sit")
         config = published.config
