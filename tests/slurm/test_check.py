@@ -109,7 +109,7 @@ class Gpus:
         ((79, 79), []),
         ((79, 79, 79), []),
         ((), ["shows no GPU that works"]),
-        ((79,), ["shows 1 GPUs of 2"]),
+        ((79,), ["shows 1 GPU of 2"]),
         ((79, 30), ["GPU 1: 30.0 GiB of 80.0 GiB are free"]),
         (("CUDA error: uncorrectable ECC error", 79), ["GPU 0: CUDA error: uncorrectable ECC error"]),
     ],

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "toys"))  # workers get the path of the process that starts them
+import ditmoe
+
+TOYS = Path(__file__).parent / "toys"
+sys.path.insert(0, str(TOYS))  # workers get the path of the process that starts them
+ditmoe.__path__.append(str(TOYS / "ditmoe"))  # and this process has imported the package already
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import os
 import pty
-import select
 import subprocess
 import sys
 import time
 from pathlib import Path
+from selectors import EVENT_READ, DefaultSelector
 from typing import Final, Self
 
 PROMPT: Final = "READY>"
@@ -66,7 +66,9 @@ class Shell:
         """Type keys, and wait for a text on the terminal; AssertionError with what came instead."""
         os.write(self._terminal, keys.encode())
         found, end = "", time.monotonic() + 60
-        while awaited not in found:
-            assert time.monotonic() < end, f"{keys!r}: {found!r}"
-            if select.select([self._terminal], [], [], 0.1)[0]:
-                found += os.read(self._terminal, 65536).decode(errors="replace").replace("\r", "")
+        with DefaultSelector() as selector:  # not `select`, which knows no descriptor beyond 1,023
+            selector.register(self._terminal, EVENT_READ)
+            while awaited not in found:
+                assert time.monotonic() < end, f"{keys!r}: {found!r}"
+                if selector.select(0.1):
+                    found += os.read(self._terminal, 65536).decode(errors="replace").replace("\r", "")
