@@ -109,7 +109,8 @@ def command(
     target = Destination(destination, kind, bare, overwrite, stock, int(shard_size * 2**30))
     expected, configured = _expected(config, overrides or [])
     with open_source(source, preset, expected, weights or ("ema" if target.single else None), step) as found:
-        published = of_objective(found.published, objective or configured, not_sit, trusted=trust_objective)
+        said, key = (objective, "--objective") if objective else (configured, "objective.kind")
+        published = of_objective(found.published, said, key, not_sit, trusted=trust_objective)
         if weights is not None:
             published = published.only(weights)
         elif target.single and published.ema is not None:

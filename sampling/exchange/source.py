@@ -102,12 +102,13 @@ def _open_checkpoint(
 
 
 def of_objective(
-    published: PublishedWeights, kind: str | None, not_sit: bool, *, trusted: bool = False
+    published: PublishedWeights, kind: str | None, key: str, not_sit: bool, *, trusted: bool = False
 ) -> PublishedWeights:
     """The weights with what they were trained to predict, as our networks predict it.
 
     Args:
         kind: ddpm, rectified_flow or sit, as the user says it.
+        key: where it is said, for messages.
         not_sit: the user says that t = 1 is noise.
         trusted: what the user says is not compared with how the weights answer to noise.
 
@@ -117,14 +118,14 @@ def of_objective(
     origin = published.origin
     if published.objective is None:
         if kind == "sit" and not_sit:
-            raise UserError("--not-sit: given with --objective sit; expected one of them")
+            raise UserError(f"--not-sit: given with {key} sit; expected one of them")
         if kind == "rectified_flow" and could_be_sit(published.config) and not not_sit:
             raise UserError(
-                f"--objective: rectified_flow given, and {origin} has dense weights, which may be SiT's: their"
+                f"{key}: rectified_flow given, and {origin} has dense weights, which may be SiT's: their"
                 " time runs the other way, and nothing in a file tells; give --objective sit if they are, or"
                 " --not-sit"
             )
-    return with_objective(published, kind, "--objective", trusted=trusted)
+    return with_objective(published, kind, key, trusted=trusted)
 
 
 def name_of(config: ModelConfig) -> str:

@@ -232,7 +232,12 @@ def test_a_mixture_outside_the_presets(tmp_path: Path) -> None:
         ("expected a key of model or objective", tmp_path / "bare.pt", ["optim.lr=1"], {}),
         ("no such key; did you mean model.heads", tmp_path / "bare.pt", ["model.haeds=4"], {}),
         ("no such network: heads = 'many'", tmp_path / "bare.pt", [*known, "model.heads=many"], {}),
-        ("objective.kind = 'edm': expected ddpm", tmp_path / "bare.pt", ["objective.kind=edm"], {"config": run}),
+        (
+            "objective.kind: 'edm' given, expected ddpm",
+            tmp_path / "bare.pt",
+            ["objective.kind=edm"],
+            {"config": run},
+        ),
         ("cannot be read", tmp_path / "bare.pt", [], {"config": tmp_path / "none.yaml"}),
     ]
     for message, source, overrides, options in refused:
