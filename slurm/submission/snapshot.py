@@ -55,10 +55,11 @@ def take_snapshot(code: Path) -> dict[str, Any]:
 
 
 def folder_of(part: str) -> Path:
-    """Where a subpackage of this program lies."""
-    spec = find_spec(f"ditmoe.{part}")
-    assert spec is not None and spec.submodule_search_locations, part
-    return Path(next(iter(spec.submodule_search_locations))).resolve()
+    """Where a folder of this program lies: beside this floor, in a checkout and in an installed package alike.
+
+    The import system is not asked: of an editable installation it does not find `configs`, which is no module.
+    """
+    return Path(__file__).resolve().parents[2] / part
 
 
 def folder_of_package() -> Path:
