@@ -42,8 +42,11 @@ class WorkersJob:
 
     @property
     def outcome(self) -> str:
-        """How its last attempt ended; empty: none has."""
-        end = self.record.attempts[-1].end if self.record.attempts else None
+        """How its last attempt ended, or that it was cancelled before it had one; empty: neither."""
+        if not self.record.attempts:
+            jobs = {submission.job for submission in self.record.submissions}
+            return "cancelled before it began" if jobs and jobs <= self.record.cancelled else ""
+        end = self.record.attempts[-1].end
         return "" if end is None else f"{end.outcome}: {end.reason}"
 
 

@@ -130,6 +130,14 @@ def test_a_cancelled_job_is_on_record_so_that_it_does_not_come_back(tmp_path: Pa
     assert told[2:] == ["no job of it waits or runs"]
 
 
+def test_a_job_that_was_cancelled_before_it_began_says_so(tmp_path: Path) -> None:
+    folder, queue = submitted(tmp_path, 1, "11"), OwnQueue(running("11"))
+    cancel_workers(folder.path, queue, print, poll=0)
+    assert crew_text(read_crew(tmp_path, queue)).splitlines()[1] == (
+        "  workers-1   cancelled before it began; 0 parts made"
+    )
+
+
 def test_a_queue_that_does_not_answer_or_obey_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     submitted(tmp_path, 1, "11")
     queue = OwnQueue(running("11", "n1"))
