@@ -294,9 +294,9 @@ def test_the_playground_by_keyboard_alone(site: Site) -> None:
     with site.page() as page:
         site.go(page, "playground", "Playground")
         page.keyboard.press("Tab")
-        assert page.evaluate("document.activeElement.id") == "skip"
+        expect(page.locator("#skip")).to_be_focused()
         page.keyboard.press("Enter")
-        assert page.evaluate("document.activeElement.id") == "main"
+        expect(page.locator("#main")).to_be_focused()
         tab_to("Run")
         page.keyboard.type("digits")
         tab_to("Class")
