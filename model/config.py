@@ -1,11 +1,11 @@
 """Configuration of the network (`model`), the objective (`objective`) and the EMA (`ema`)."""
 
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from ditmoe.model.presets import parse_preset
-from ditmoe.model.settings import MOST_IMAGES, Settings
+from ditmoe.model.settings import MOST_IMAGES, NO_UNIT, Settings, Unit
 
 MOST_TOKENS_PER_SIDE: Final = 256
 """Attention over the tokens of a larger square would take more memory than a GPU has."""
@@ -22,30 +22,30 @@ class ModelConfig(Settings):
 
     preset: str | None = None
     """A name such as DiT-S/2-8E2A (see `ditmoe models`); null: every field of the shape is given."""
-    depth: int = Field(default=0, ge=1, le=1000)
+    depth: Annotated[int, Unit("blocks")] = Field(default=0, ge=1, le=1000)
     """Number of blocks L; from the preset when left out."""
-    hidden: int = Field(default=0, ge=4, le=2**20, multiple_of=4)
+    hidden: Annotated[int, Unit("features")] = Field(default=0, ge=4, le=2**20, multiple_of=4)
     """Width D of the token stream (a multiple of 4 for the 2-D sin-cos position embedding)."""
-    heads: int = Field(default=0, ge=1, le=2**20)
+    heads: Annotated[int, Unit("heads")] = Field(default=0, ge=1, le=2**20)
     """Attention heads; divides `hidden`."""
-    patch: int = Field(default=0, ge=1, le=1024)
+    patch: Annotated[int, Unit("pixels or latent cells")] = Field(default=0, ge=1, le=1024)
     """Side of a patch, in pixels or latent cells; divides `image_size`."""
-    experts: int = Field(default=0, ge=0, le=2**16)
+    experts: Annotated[int, Unit("experts")] = Field(default=0, ge=0, le=2**16)
     """Routed experts N of each block; 0: a dense network with a GELU MLP of width 4D."""
-    experts_per_token: int = Field(default=0, ge=0, le=2**16)
+    experts_per_token: Annotated[int, Unit("experts")] = Field(default=0, ge=0, le=2**16)
     """Routed experts K that each token goes to."""
-    shared_experts: int = Field(default=2, ge=0, le=1024)
+    shared_experts: Annotated[int, Unit("experts")] = Field(default=2, ge=0, le=1024)
     """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D; 0 with a GELU
     `shared_mlp`."""
     shared_mlp: Literal["swiglu", "gelu"] = "swiglu"
     """What all tokens of a mixture go through besides their experts. `swiglu`: the shared experts; `gelu`: in
     their place the MLP of a dense block, of width 4D with biases, so that a mixture can start from a dense
     network."""
-    image_size: int | None = Field(default=None, ge=1, le=2**14)
+    image_size: Annotated[int | None, Unit("pixels or latent cells")] = Field(default=None, ge=1, le=2**14)
     """Side of the network's input in pixels or latent cells; null: from the data's index."""
-    channels: int | None = Field(default=None, ge=1, le=1024)
+    channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)
     """Channels of the network's input; null: from the data's index."""
-    num_classes: int | None = Field(default=None, ge=1, le=2**24)
+    num_classes: Annotated[int | None, Unit("classes")] = Field(default=None, ge=1, le=2**24)
     """Classes, without the null class; null: from the data's index."""
     attention: Literal["plain", "qk_norm"] = "plain"
     """`qk_norm`: per-head LayerNorm with affine on queries and keys, as the published XL and G weights have."""
@@ -54,14 +54,14 @@ class ModelConfig(Settings):
     them, or 10000^(−i/127), as diffusers' own DiT computes them. Stock diffusers draws exactly the latter."""
     learn_sigma: bool = True
     """The network puts out 2·channels; DDPM reads the second half as the variance, flow ignores it."""
-    label_dropout: float = Field(default=0.1, ge=0, lt=1)
+    label_dropout: Annotated[float, Unit("share")] = Field(default=0.1, ge=0, lt=1)
     """Share of training labels replaced by the null class, for classifier-free guidance."""
     balance: Literal["paper", "published-code"] = "paper"
     """What `balance_weight` and `balance_group` are where they are left out. `paper`: 0.005, over the global
     batch; `published-code`: 0.01, over 32 images, which stand for a device's batch."""
-    balance_weight: float = Field(default=0.005, ge=0)
+    balance_weight: Annotated[float, NO_UNIT] = Field(default=0.005, ge=0)
     """α of the balance loss."""
-    balance_group: int = Field(default=0, ge=0, le=MOST_IMAGES)
+    balance_group: Annotated[int, Unit("samples")] = Field(default=0, ge=0, le=MOST_IMAGES)
     """Consecutive samples of the global order over which the balance loss takes its means.
 
     0: the whole global batch, with the experts' shares of the last step that had an update, which checkpoints
@@ -150,7 +150,7 @@ class ObjectiveConfig(Settings):
 class EmaConfig(Settings):
     """The exponential moving average of the weights that sampling uses."""
 
-    decay: float = Field(default=0.9999, ge=0, lt=1)
+    decay: Annotated[float, Unit("share")] = Field(default=0.9999, ge=0, lt=1)
     """Share of the average kept at each step."""
     warmup: bool = True
     """Use min(decay, (1 + n) / (10 + n)) after n steps, so that the start is forgotten in short runs."""

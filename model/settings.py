@@ -1,6 +1,7 @@
 """The base of every section of a run's configuration."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +19,17 @@ MOST_STEPS: Final = 10**11
 """Steps of anything: times the images of a step they are still a number of 63 bits."""
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What a number of the configuration counts or measures: `Annotated[float, Unit("seconds")]`."""
+
+    name: str
+
+
+NO_UNIT: Final = Unit("")
+"""Of a plain number: a factor, a weight, a seed."""
+
+
 def message_of(problem: ErrorDetails) -> str:
     """What one of pydantic's problems says: of our own checks their words alone."""
     return problem["msg"].removeprefix("Value error, ")
@@ -26,8 +38,8 @@ def message_of(problem: ErrorDetails) -> str:
 class Settings(BaseModel):
     """A section of the configuration: unknown keys are errors, values do not change after loading.
 
-    The docstring under each field is its documentation: unit, range, and what null means. Numbers are finite
-    unless a field says otherwise, and paths are such as a file system takes.
+    The docstring under each field is its documentation: range, and what null means; numbers have a `Unit`. They
+    are finite unless a field says otherwise, and paths are such as a file system takes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)

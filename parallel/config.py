@@ -1,10 +1,10 @@
 """Configuration of the layout (`parallel`), the optimiser (`optim`) and checkpoints (`checkpoint`)."""
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from ditmoe.model.settings import MOST_STEPS, Settings
+from ditmoe.model.settings import MOST_STEPS, NO_UNIT, Settings, Unit
 
 MOST_PROCESSES: Final = 2**20
 """Of a run, on all its machines."""
@@ -13,14 +13,14 @@ MOST_PROCESSES: Final = 2**20
 class ParallelConfig(Settings):
     """The rank grid, and what of the training state is sharded over it."""
 
-    pipe: int = Field(default=1, ge=1, le=MOST_PROCESSES)
+    pipe: Annotated[int, Unit("stages")] = Field(default=1, ge=1, le=MOST_PROCESSES)
     """Pipeline stages, balanced by cost; at most `model.depth`. With several, `zero` is 0 or 1."""
-    tensor: int = Field(default=1, ge=1, le=MOST_PROCESSES)
+    tensor: Annotated[int, Unit("ranks")] = Field(default=1, ge=1, le=MOST_PROCESSES)
     """Tensor-parallel ranks: they share out the heads of attention and the width of MLPs and experts, and read the
     same samples. Divides `model.heads`; needs `expert` = 1."""
-    expert: int = Field(default=1, ge=1, le=MOST_PROCESSES)
+    expert: Annotated[int, Unit("ranks")] = Field(default=1, ge=1, le=MOST_PROCESSES)
     """Ranks that the experts of each block are dealt to; divides `data` and `model.experts`."""
-    data: int | None = Field(default=None, ge=1, le=MOST_PROCESSES)
+    data: Annotated[int | None, Unit("ranks")] = Field(default=None, ge=1, le=MOST_PROCESSES)
     """Data-parallel ranks; null: all processes. Expert ranks subdivide them."""
     zero: Literal[0, 1, 2, 3] = 1
     """ZeRO stage: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights are sharded over data ranks."""
@@ -33,20 +33,20 @@ class ParallelConfig(Settings):
 class OptimConfig(Settings):
     """AdamW, with linear warm-up to a constant learning rate."""
 
-    lr: float = Field(default=1e-4, gt=0)
+    lr: Annotated[float, Unit("learning rate")] = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
-    warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
+    warmup_steps: Annotated[int, Unit("optimiser steps")] = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps over which the learning rate rises linearly from lr / warmup_steps."""
-    decay_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
+    decay_steps: Annotated[int, Unit("optimiser steps")] = Field(default=0, ge=0, le=MOST_STEPS)
     """Last steps of the run over which the learning rate falls linearly to zero; 0: constant. They end at
     `train.steps`, so a run that is resumed with more steps goes back to the full rate until then."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Unit("share")] = (0.9, 0.999)
     """Decay of AdamW's first and second moments."""
-    eps: float = Field(default=1e-8, gt=0)
+    eps: Annotated[float, NO_UNIT] = Field(default=1e-8, gt=0)
     """AdamW's ε."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: Annotated[float, NO_UNIT] = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    clip: float | None = Field(default=None, gt=0)
+    clip: Annotated[float | None, Unit("norm of the gradient")] = Field(default=None, gt=0)
     """Largest norm of the global gradient; null: no clipping."""
 
     def learning_rate(self, step: int, steps: int) -> float:
@@ -66,11 +66,11 @@ class CheckpointConfig(Settings):
     """Training waits only for a copy of the state to host memory, which is written while training goes on. It
     takes 16 bytes for each parameter that a rank owns, until it is written (on GPUs: pinned memory, to the end of
     the run). false: training waits for the disk, and there is no copy."""
-    keep_last: int = Field(default=2, ge=1, le=MOST_STEPS)
+    keep_last: Annotated[int, Unit("checkpoints")] = Field(default=2, ge=1, le=MOST_STEPS)
     """The newest ones."""
-    keep_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    keep_every: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=MOST_STEPS)
     """Every checkpoint whose step is a multiple of this is kept too."""
-    keep_best: int = Field(default=0, ge=0, le=MOST_STEPS)
+    keep_best: Annotated[int, Unit("checkpoints")] = Field(default=0, ge=0, le=MOST_STEPS)
     """So many of the best by `best_metric` are kept too; 0: none for being good."""
     best_metric: Literal["loss", "fid", "sfid", "kid", "precision", "recall", "inception_score"] = "loss"
     """`loss`: the mean over the records of the last `train.checkpoint_every` steps, lower is better. The others:

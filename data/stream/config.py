@@ -1,12 +1,12 @@
 """Configuration of the training data (`data`)."""
 
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, field_validator
 
 from ditmoe.data.places.redaction import shown_place
-from ditmoe.model.settings import Settings, check_path
+from ditmoe.model.settings import NO_UNIT, Settings, Unit, check_path
 
 MOST_SAMPLES: Final = 10**12
 
@@ -19,25 +19,25 @@ class SourceConfig(Settings):
     (`s3://…`, `gs://…`), or `pipe:COMMAND {}`, a shell command that writes the file named `{}` to its output."""
     index: Path | None = None
     """An index.json elsewhere, for shards that lie where nothing can be written; null: in the folder."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: Annotated[float, NO_UNIT] = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources'."""
     classes: dict[str, str | int | None] = Field(default_factory=dict)
     """Class of this source, by name or number → class of the first source, or null: leave its samples out.
 
     A class that is not named here is the first source's class of the same name."""
-    min_score: float | None = None
+    min_score: Annotated[float | None, Unit("score, as the samples have it")] = None
     """Leave out samples whose quality score is lower; null: take all."""
-    max_samples: int | None = Field(default=None, ge=1, le=MOST_SAMPLES)
+    max_samples: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=MOST_SAMPLES)
     """Use at most so many samples, chosen by the seed; null: all."""
-    max_per_class: int | None = Field(default=None, ge=1, le=MOST_SAMPLES)
+    max_per_class: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=MOST_SAMPLES)
     """Use at most so many samples of each class, chosen by the seed; null: all."""
     on_error: Literal["stop", "skip"] = "stop"
     """What happens to a sample that cannot be used: the run stops, or another takes its place, up to a budget."""
-    skip_budget: int = Field(default=1000, ge=0, le=MOST_SAMPLES)
+    skip_budget: Annotated[int, Unit("samples")] = Field(default=1000, ge=0, le=MOST_SAMPLES)
     """Most samples that are skipped in one epoch of the source before the run stops."""
-    retries: int = Field(default=5, ge=0, le=1000)
+    retries: Annotated[int, Unit("tries")] = Field(default=5, ge=0, le=1000)
     """Times that fetching a remote shard is tried again, after 1, 2, 4, … seconds, at most 60."""
-    timeout: float = Field(default=30.0, gt=0, le=86_400)
+    timeout: Annotated[float, Unit("seconds")] = Field(default=30.0, gt=0, le=86_400)
     """Seconds without a byte after which fetching is given up, or tried again."""
 
     @field_validator("path")
@@ -59,15 +59,15 @@ class DataConfig(Settings):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """The folders of shards. The first one's classes are the run's."""
-    window: int | None = Field(default=None, ge=1, le=10_000)
+    window: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=10_000)
     """Samples over which the sources' weights hold exactly, in every stretch of so many; null: the fewest."""
-    lanes: int = Field(default=64, ge=1, le=2**16)
+    lanes: Annotated[int, Unit("readers")] = Field(default=64, ge=1, le=2**16)
     """Sequential readers that the order of samples is made of, dealt to ranks and workers; see docs/data.md."""
-    shuffle: int = Field(default=1024, ge=1, le=2**24)
+    shuffle: Annotated[int, Unit("samples")] = Field(default=1024, ge=1, le=2**24)
     """Neighbouring samples of a lane that are shuffled together; bounds the shards that are open at a time."""
     flip: bool = False
     """Mirror each image left to right with probability ½, drawn from (seed, position)."""
-    workers: int = Field(default=1, ge=0, le=1024)
+    workers: Annotated[int, Unit("processes")] = Field(default=1, ge=0, le=1024)
     """Processes per rank that read and decode; 0: the training process itself. The order is the same."""
     vae: Path | None = None
     """Folder in which the VAE of latents lies now; null: where it lay when they were encoded.

@@ -9,6 +9,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from ditmoe.model.settings import Unit
+
 _WORDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
@@ -76,6 +78,19 @@ def expected_at(model: type[BaseModel], path: Sequence[str | int]) -> str:
     if section is not None:
         return expected(section.model_fields[str(path[-1])])
     return _words(annotation_at(model, path))
+
+
+def unit_of(field: FieldInfo) -> Unit | None:
+    """The unit that a field's number has; None where nothing is said of it."""
+    return next((each for each in field.metadata if isinstance(each, Unit)), None)
+
+
+def is_number(annotation: Any) -> bool:
+    """Whether an annotation is that of a number, or of a list of numbers, or null; names are none."""
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list):
+        inner = [each for each in get_args(annotation) if each not in (type(None), Ellipsis)]
+        return all(is_number(each) for each in inner)
+    return annotation in (int, float)
 
 
 def choices(annotation: Any) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ditmoe.launcher.configuration.fields import choices, expected, section_of, walk
+from ditmoe.launcher.configuration.fields import choices, expected, section_of, unit_of, walk
 from ditmoe.launcher.configuration.run_config import RunConfig
 
 
@@ -24,12 +24,19 @@ class Key(NamedTuple):
     """Dotted; the items of a list of sections have the position 0."""
     takes: str
     """Its type, bounds and choices, in words."""
+    unit: str
+    """What its number counts or measures, in words; empty for a plain number, and for what is none."""
     default: str
     """`default 0.1`, as YAML; `required`; or empty where it follows from others."""
     text: str
     """Its docstring."""
     choices: tuple[str, ...]
     """The values that it may have, where they have names."""
+
+    @property
+    def line(self) -> str:
+        """All but the docstring: `an integer >= 1; unit: images; default 16`."""
+        return "; ".join(filter(None, (self.takes, self.unit and f"unit: {self.unit}", self.default)))
 
     @property
     def sentence(self) -> str:
@@ -43,6 +50,7 @@ def key_of(name: str, field: FieldInfo) -> Key:
     return Key(
         name,
         expected(field),
+        unit.name if (unit := unit_of(field)) else "",
         _default(name, field),
         inspect.cleandoc(field.description or ""),
         choices(field.annotation),

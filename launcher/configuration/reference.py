@@ -78,9 +78,10 @@ def _entry(name: str, field: FieldInfo) -> str:
     """A key: what it takes, its default, and its docstring."""
     key = key_of(name, field)
     body = "\n".join(f"  {line}" if line else "" for line in key.text.splitlines())
+    unit = f"; unit: {key.unit}" if key.unit else ""
     word, _, value = key.default.partition(" ")
     default = f"; {word} `{value}`" if value else f"; {word}" if word else ""
-    return f"- **`{name}`**: {key.takes}{default}\n\n{body}\n"
+    return f"- **`{name}`**: {key.takes}{unit}{default}\n\n{body}\n"
 
 
 if __name__ == "__main__":

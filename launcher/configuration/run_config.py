@@ -1,7 +1,7 @@
 """The run configuration: one YAML file, composed of the sections that each folder declares."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from ditmoe.launcher.configuration.validation import validate_sections
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.yaml_reader import read_yaml
-from ditmoe.model.settings import LARGEST_SEED, Settings
+from ditmoe.model.settings import LARGEST_SEED, NO_UNIT, Settings
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig, ParallelConfig
 from ditmoe.sampling.settings.config import PreviewConfig
 
@@ -47,7 +47,7 @@ class RunConfig(Settings):
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own settings, merged into the generated ones: those that docs/training.md lists, which leave the
     loss curve as it is."""
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the weights, the order of the samples, and each sample's noise, timestep, drop and flip."""
 
     def plain(self) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """The launcher's own sections of the configuration: `run`, `launch` and `train`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from ditmoe.model.outside.text import is_address
-from ditmoe.model.settings import MOST_IMAGES, MOST_STEPS, Settings
+from ditmoe.model.settings import MOST_IMAGES, MOST_STEPS, Settings, Unit
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -30,7 +30,7 @@ class RunSection(Settings):
 class LaunchConfig(Settings):
     """The processes that `ditmoe train` starts on this machine, or under srun on each node of one task."""
 
-    processes: int | None = Field(default=None, ge=1, le=2**20)
+    processes: Annotated[int | None, Unit("processes")] = Field(default=None, ge=1, le=2**20)
     """Processes of a machine; null: one per GPU, or one where there is none. Under torchrun theirs count, and so
     do the tasks of srun where a node has several."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -38,14 +38,14 @@ class LaunchConfig(Settings):
     check_memory: bool = True
     """Before anything starts, refuse a run that this machine's GPUs or memory cannot hold by the planner's count;
     false: start it all the same."""
-    threads: int | None = Field(default=None, ge=1, le=4096)
+    threads: Annotated[int | None, Unit("threads")] = Field(default=None, ge=1, le=4096)
     """Threads of each process; null: OMP_NUM_THREADS where it is set, otherwise cores / processes."""
 
 
 class TrainConfig(Settings):
     """Length, batch and rhythm of training."""
 
-    steps: int = Field(default=400_000, ge=1, le=MOST_STEPS)
+    steps: Annotated[int, Unit("optimiser steps")] = Field(default=400_000, ge=1, le=MOST_STEPS)
     """Optimiser steps after which the run is complete."""
     start_from: Path | None = None
     """Weights that a new run starts from: a run (its newest checkpoint), a checkpoint, or a file, folder or name
@@ -56,23 +56,23 @@ class TrainConfig(Settings):
     start_objective: Literal["ddpm", "rectified_flow", "sit"] | None = None
     """What a published file was trained to predict, where it does not say so itself. `sit`: SiT's files, whose
     time is turned round."""
-    batch: int = Field(default=256, ge=1, le=MOST_IMAGES)
+    batch: Annotated[int, Unit("images")] = Field(default=256, ge=1, le=MOST_IMAGES)
     """Images of one optimiser step, over all ranks and micro-steps."""
-    micro_batch: int | None = Field(default=None, ge=1, le=MOST_IMAGES)
+    micro_batch: Annotated[int | None, Unit("images")] = Field(default=None, ge=1, le=MOST_IMAGES)
     """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number type of the computation; the optimiser and the EMA are fp32 always."""
-    skip_steps: tuple[int, ...] = ()
+    skip_steps: Annotated[tuple[int, ...], Unit("optimiser steps")] = ()
     """Steps (from 1) that pass without an update: their samples are consumed and their number counts, and weights,
     moments and EMA stay as they are. For a step that is not finite whenever it is repeated."""
-    log_every: int = Field(default=100, ge=1, le=MOST_STEPS)
+    log_every: Annotated[int, Unit("optimiser steps")] = Field(default=100, ge=1, le=MOST_STEPS)
     """Steps between two records of stats.jsonl, log.txt and the loggers."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """Where figures are shown besides: `tensorboard`, `wandb` (Weights & Biases), `mlflow` (docs/training.md). The
     last two are extras of the package."""
     log_samples: bool = False
     """Write the keys of each step's samples to samples.jsonl, in the global order: what the run has read."""
-    checkpoint_every: int = Field(default=5_000, ge=1, le=MOST_STEPS)
+    checkpoint_every: Annotated[int, Unit("optimiser steps")] = Field(default=5_000, ge=1, le=MOST_STEPS)
     """Steps between two checkpoints; the last step and a stop by signal write one too."""
-    peak_tflops: float | None = Field(default=None, gt=0)
+    peak_tflops: Annotated[float | None, Unit("TFLOP/s")] = Field(default=None, gt=0)
     """Peak TFLOP/s of one device in this precision, for the MFU; null: of known GPUs, otherwise no MFU."""

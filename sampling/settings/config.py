@@ -1,14 +1,14 @@
 """Configuration of a sampler, and of the preview grid drawn while training (`sample`)."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Final, Literal, Self, cast
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.nearest import expected_name
-from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, Settings, message_of
+from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, NO_UNIT, Settings, Unit, message_of
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
 
@@ -29,36 +29,36 @@ class SamplerConfig(Settings):
     churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
     runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
     chains, which want the run's noise-level classifier."""
-    steps: int = Field(default=250, ge=1, le=10**6)
+    steps: Annotated[int, Unit("integrator steps")] = Field(default=250, ge=1, le=10**6)
     """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
     schedule: ScheduleName | None = None
     """Noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM: the
     1000 timesteps, respaced). `karras`: EDM's, ρ = 7, from the largest to the smallest σ of the range.
     Null: `own` for ddpm, ddim and euler, `karras` for the others. Not for rk45."""
-    ddim_eta: float = Field(default=0.0, ge=0, le=1)
+    ddim_eta: Annotated[float, Unit("share")] = Field(default=0.0, ge=0, le=1)
     """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
-    churn: float = Field(default=80.0, ge=0)
+    churn: Annotated[float, NO_UNIT] = Field(default=80.0, ge=0)
     """S_churn of kar2: at a step σ first grows, with fresh noise, by 1 + churn/(steps + 1), at most √2."""
-    churn_min: float = Field(default=0.1, ge=0)
+    churn_min: Annotated[float, Unit("σ")] = Field(default=0.1, ge=0)
     """S_tmin of kar2: the smallest σ that grows."""
-    churn_max: float = Field(default=2.0, ge=0)
+    churn_max: Annotated[float, Unit("σ")] = Field(default=2.0, ge=0)
     """S_tmax of kar2: the largest σ that grows."""
-    churn_noise: float = Field(default=1.007, ge=0)
+    churn_noise: Annotated[float, NO_UNIT] = Field(default=1.007, ge=0)
     """S_noise of kar2: deviation of its fresh noise."""
-    tolerance: float = Field(default=1e-5, gt=0, lt=1)
+    tolerance: Annotated[float, Unit("relative error")] = Field(default=1e-5, gt=0, lt=1)
     """Error of a step of rk45, relative to 1 + |x|, as the root of the mean square over the image."""
-    corrector_steps: int = Field(default=0, ge=0, le=10**6)
+    corrector_steps: Annotated[int, Unit("Langevin steps")] = Field(default=0, ge=0, le=10**6)
     """Langevin steps of reverse-diffusion and euler-maruyama at each level between the first and 0; 0: none."""
-    corrector_snr: float = Field(default=0.16, gt=0, lt=1)
+    corrector_snr: Annotated[float, Unit("ratio")] = Field(default=0.16, gt=0, lt=1)
     """Signal-to-noise ratio of a Langevin step; its length goes with the square. A larger one corrects more, and
     leaves the variance too large by a share of about snr²."""
     tweedie: bool = False
     """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
     evaluation more. The step to σ = 0 that each integrator ends with is of this kind already. Chains have a
     setting of their own for it."""
-    cfg_scale: float = Field(default=1.0, ge=0, le=1e38)
+    cfg_scale: Annotated[float, NO_UNIT] = Field(default=1.0, ge=0, le=1e38)
     """Classifier-free guidance; 1: none."""
-    cfg_channels: int | None = Field(default=None, ge=1, le=1024)
+    cfg_channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)
     """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
     """The timestep that a DDPM network gets at a σ between two of its 1000 levels: in between as log σ is, or
@@ -67,7 +67,7 @@ class SamplerConfig(Settings):
     """How chains move; with a sampler of chains only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's weights and arithmetic; the image between its evaluations is fp32 either way."""
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Image i is a function of (seed, i) alone; of chains, chain i div S is one of (seed, its number)."""
 
     @property
@@ -169,11 +169,11 @@ class PreviewSampler(SamplerConfig):
     """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
     churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
     runs, `euler` for flow runs."""
-    steps: int = Field(default=50, ge=1, le=10**6)
+    steps: Annotated[int, Unit("integrator steps")] = Field(default=50, ge=1, le=10**6)
     """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """To be left out: a preview is drawn by the network that trains, in `train.precision`."""
-    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Image i is a function of (seed, i) alone."""
     dlg: ClassVar[DlgConfig] = DlgConfig()  # type: ignore[misc]
 
@@ -191,9 +191,9 @@ class PreviewSampler(SamplerConfig):
 class PreviewConfig(Settings):
     """The grid of fixed seeds and classes that training draws from the EMA."""
 
-    every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    every: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between two grids; null: none."""
-    images: int = Field(default=16, ge=1, le=10_000)
+    images: Annotated[int, Unit("images")] = Field(default=16, ge=1, le=10_000)
     """Images of a grid; their classes go round all classes."""
     sampler: PreviewSampler = PreviewSampler()
     """How they are drawn."""

@@ -19,9 +19,9 @@ def command(
     ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object for each key.")] = False,
 ) -> None:
-    """List the keys of a run's configuration: what each takes, its default, and what it is for.
+    """List the keys of a run's configuration: what each takes, its unit and default, and what it is for.
 
-    Units stand in the sentence on each key. docs/configuration.md has the same, in full.
+    A number without a unit is a plain one: a factor, a weight, a seed. docs/configuration.md has all of it.
 
     Examples:
         ditmoe keys
@@ -48,6 +48,6 @@ def command(
         return
     whole = len(chosen) == 1
     for key in chosen:
-        typer.echo(f"{key.name}: {key.takes}{f'; {key.default}' if key.default else ''}")
+        typer.echo(f"{key.name}: {key.line}")
         for line in key.text.splitlines() if whole else [f"{key.sentence}."]:
             typer.echo(f"    {line}".rstrip())

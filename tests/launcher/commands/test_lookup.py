@@ -9,8 +9,11 @@ import pytest
 
 from ditmoe.launcher.command_line.groups import single_command
 from ditmoe.launcher.commands.lookup import completion, configs, docs, keys
+from ditmoe.launcher.configuration.fields import is_number, unit_of, walk
 from ditmoe.launcher.configuration.keys import all_keys
+from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.shipped import FOLDER, shipped
+from ditmoe.sampling.settings.config import SamplerConfig
 
 ROOT = Path(__file__).resolve().parents[3]
 Print = Callable[..., str]
@@ -41,6 +44,29 @@ def test_keys_by_their_beginning(printed: Print) -> None:
     names = [line.split(":")[0] for line in lines[::2]]
     assert {"train.log_every", "train.log_samples"} <= set(names)
     assert names == [key.name for key in all_keys() if key.name.startswith("train.log_")]
+
+
+def test_numbers_have_a_unit_or_are_declared_to_have_none(printed: Print) -> None:
+    page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    shown = printed(keys).splitlines()
+    units = {key.name: key.unit for key in all_keys()}
+    assert units["data.sources.0.timeout"] == "seconds" and units["optim.lr"] == "learning rate"
+    assert units["train.batch"] == "images" and units["model.label_dropout"] == "share" and not units["seed"]
+    numbers = 0
+    for model in (RunConfig, SamplerConfig):
+        for name, field in walk(model):
+            unit = unit_of(field)
+            if is_number(field.annotation):
+                assert unit is not None, f"{name}: say its unit, or NO_UNIT"
+                numbers += 1
+            else:
+                assert unit is None, f"{name} is no number, and has a unit"
+    assert numbers > 80
+    for name, unit in units.items():
+        line = next(each for each in shown if each.startswith(f"{name}: "))
+        entry = next(each for each in page.splitlines() if each.startswith(f"- **`{name}`**: "))
+        assert (f"; unit: {unit}" in line and f"; unit: {unit}" in entry) if unit else "unit:" not in line + entry
+    assert {key["name"]: key["unit"] for key in json.loads(printed(keys, "--json"))} == units
 
 
 def test_a_key_alone_shows_all_of_its_text(printed: Print) -> None:
