@@ -49,8 +49,8 @@ test-crew: venv ## random kills and stops of the workers of a crew, of who leads
 	@$(BIN)/python -m pytest -m slow tests/data/crew tests/sampling/evaluation/test_evaluate_crew.py \
 		tests/sampling/evaluation/test_evaluate_kills.py tests/launcher/watch tests/launcher/commands/test_work_of_crews.py $(PYTEST_ARGS)
 
-test-metrics: venv ## Fréchet distances of 2,048 features against 70 digits; three minutes
-	@$(BIN)/python -m pytest -m slow tests/sampling/metrics $(PYTEST_ARGS)
+test-metrics: venv ## distances of 2,048 features against 70 digits, figures on 1 to 4 threads, killed trainings
+	@$(BIN)/python -m pytest -m slow tests/sampling/metrics tests/sampling/evaluation/test_evaluate_threads.py $(PYTEST_ARGS)
 
 test-drawing: venv ## groups of processes that share out experts, and the benchmark of evaluations, small
 	@$(BIN)/python -m pytest -m slow tests/sampling/drawing tests/sampling/evaluation/test_evaluation_benchmark.py $(PYTEST_ARGS)

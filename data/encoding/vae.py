@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ditmoe.data.shards.images import to_network_range
 from ditmoe.data.shards.index import LatentFacts
+from ditmoe.data.storage.digests import sha256_of
 from ditmoe.model.errors import UserError
 from ditmoe.model.weights.untrusted import first_problem, parse_json, read_file
 
@@ -118,8 +119,7 @@ def read_facts(path: Path) -> VaeFacts:
     if parts:  # diffusers would load what it lists, under the checksum of the one file
         raise UserError(f"{path}: has {parts[0]} beside {WEIGHTS_FILE}; expected the weights in one file alone")
     try:
-        with weights.open("rb") as file:
-            weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        weights_sha256 = sha256_of(weights)
     except OSError as error:
         raise UserError(f"{weights}: could not be read: {error.strerror or error}") from error
     # What begins with _ is where and by which version it was saved, not what it computes.

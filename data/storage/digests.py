@@ -6,6 +6,7 @@ clock would not show.
 """
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from ditmoe.data.storage.files import make_folder, open_regular, replacing
+from ditmoe.data.storage.progress import show_progress
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.text import printable
 
 LARGE: Final = 1 << 26
 """Bytes; digests of larger files are kept in the user's cache, others for this process."""
+_MIB: Final = 1 << 20
 SETTLED_SECONDS: Final = 60.0
 """Since the last change: more than clocks of machines differ by."""
 
@@ -50,12 +54,31 @@ def sha256_of(path: str | Path) -> str:
         digest = _remembered(place, before)
         if digest is not None:
             return digest
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digest_of(file, Path(path).name)
         after = _Identity.of(os.fstat(file.fileno()))
     age = time.time() - max(after.changed_ns, after.facts_changed_ns) / 1e9
     if before == after and age > SETTLED_SECONDS:
         _remember(place, after, digest)
     return digest
+
+
+def digest_of(file: io.BufferedReader, name: str) -> str:
+    """The digest of the bytes of an open file, in hexadecimal; how far it is shows where the file is large.
+
+    Args:
+        name: of the file, as it is shown.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size < LARGE:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    show = show_progress(f"MiB in the checksum of {printable(name)}", max(1, size // _MIB))
+    digest, done = hashlib.sha256(), 0
+    while block := file.read(_MIB):
+        digest.update(block)
+        done += len(block)
+        show(done // _MIB)
+    show(max(1, size // _MIB))  # that all is done, also where the file has become shorter
+    return digest.hexdigest()
 
 
 def _remembered(place: str, identity: _Identity) -> str | None:

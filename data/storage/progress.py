@@ -68,7 +68,8 @@ class _Lines:
             return
         self._said = now
         parts = f"{self._done:,} of {self._total:,}, " if self._total else ""
-        print(f"{self._title}: {parts}{now - self._begun:.0f} s so far", file=sys.stderr, flush=True)
+        line = f"{self._title}: {parts}{now - self._begun:.0f} s so far\n"
+        print(line, end="", file=sys.stderr, flush=True)  # in one piece: the clock has a thread of its own
 
 
 class _Bar:

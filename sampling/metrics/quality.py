@@ -3,7 +3,6 @@
 Shapes: N images, F features, K classes.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from ditmoe.data.crew.making import ALONE, Make
 from ditmoe.data.storage.arrays import Arrays, read_arrays, write_arrays
+from ditmoe.data.storage.digests import sha256_of
 from ditmoe.data.storage.parts import Parts, Progress
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.metrics.classifier import (
@@ -202,5 +202,4 @@ def plain_settings(settings: ScoreSettings, real: ReferenceImages | None) -> dic
     if settings.features == "classifier":
         return {**plain, "classifier": asdict(settings.feature_classifier)}
     assert settings.features_path is not None
-    with settings.features_path.open("rb") as file:
-        return {**plain, "file": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
+    return {**plain, "file": sha256_of(settings.features_path)[:16]}

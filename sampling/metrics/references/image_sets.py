@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from ditmoe.data.shards.images import BadImage, ImageArray, describe, load_pixels, open_image, to_array
 from ditmoe.data.storage.digests import sha256_of
 from ditmoe.data.storage.files import open_regular
+from ditmoe.data.storage.progress import show_progress
 from ditmoe.data.stream.config import SourceConfig
 from ditmoe.data.stream.left_out import LeftOut
 from ditmoe.model.errors import UserError
@@ -198,12 +199,14 @@ class FolderImages(ImageSet):
     def fingerprint(self) -> str:
         """Of the bytes of all files, in their order."""
         digest = hashlib.sha256()
-        for name in self._files:
+        show = show_progress(f"pictures of {self._folder} in their checksum", len(self._files))
+        for done, name in enumerate(self._files, start=1):
             try:
                 with open_regular(os.path.join(self._folder, name)) as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
                 raise UserError(f"{self._folder / name}: could not be read: {error.strerror or error}") from error
+            show(done)
         return digest.hexdigest()[:16]
 
     def read(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditmoe.data.storage import digests
+from ditmoe.data.storage import digests, progress
 from ditmoe.data.storage.digests import sha256_of
 
 OLD = 1_600_000_000
@@ -18,13 +18,13 @@ OLD = 1_600_000_000
 def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The files that are read, in a cache of their own; what is 8 bytes or more is large."""
     found: list[str] = []
-    original = hashlib.file_digest
+    original = digests.digest_of
 
     def counted(file: Any, name: str) -> Any:
-        found.append(Path(file.name).name if isinstance(file.name, str) else "file")
+        found.append(name)
         return original(file, name)
 
-    monkeypatch.setattr(digests.hashlib, "file_digest", counted)
+    monkeypatch.setattr(digests, "digest_of", counted)
     monkeypatch.setattr(digests, "LARGE", 8)
     monkeypatch.setattr(digests, "_known", {})
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -1.0)
@@ -100,3 +100,18 @@ def test_a_damaged_cache_costs_time_alone(
     assert sha256_of(path) == expected
     with pytest.raises(OSError, match="No such file"):
         sha256_of(tmp_path / "none")
+
+
+def test_a_large_file_shows_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    large, small = tmp_path / "weights.pt", tmp_path / "small"
+    large.write_bytes(bytes(range(256)) * 10_000)  # 2.4 MiB
+    small.write_bytes(b"0123")
+    assert sha256_of(large) == hashlib.sha256(large.read_bytes()).hexdigest()
+    lines = capfd.readouterr().err.splitlines()
+    assert all(line.startswith("MiB in the checksum of weights.pt: ") for line in lines)
+    assert all(any(f": {done} of 2, " in line for line in lines) for done in (1, 2))
+    sha256_of(small)
+    assert not capfd.readouterr().err
