@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ditmoe.model.dit import DiT
-from ditmoe.model.experts.moe import Experts, MoE, block_rows
+from ditmoe.model.experts import paths
+from ditmoe.model.experts.dispatch import assign
+from ditmoe.model.experts.moe import Experts, MoE
 from ditmoe.parallel.layout import Layout
 
 
@@ -124,24 +126,34 @@ class DealtExperts(nn.Module):
         self._experts = experts
         self.local = Experts(len(group.experts(experts)), hidden, width)
 
-    def forward(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+    def together(self, x_TD: Tensor, assignments: int) -> None:
+        """As `Experts.together`: rows are laid out where they arrive."""
+
+    def forward(self, x_AD: Tensor, counts_N: Tensor, block: int | None = None) -> Tensor:
         """As `Experts`: expert i is applied to its `counts_N[i]` rows, wherever it is. `[A, D]` → `[A, D]`."""
+        assert block is None
         group = self._group
         sent_EH = counts_N.view(group.size, -1)
         # Beside its counts each rank says how many rows it has in all.
         rows_E1 = torch.full_like(sent_EH[:, :1], len(x_AD))
         told = group.exchange_counts(torch.cat((sent_EH, rows_E1), dim=1))
         received_EH = told[:, :-1]
-        sent_E, received_E = sent_EH.sum(1).tolist(), received_EH.sum(1).tolist()
+        # The one thing in the layer that the host waits for: NCCL wants the sizes from it.
+        sent_E, received_E, rows_E = torch.stack((sent_EH.sum(1), received_EH.sum(1), told[:, -1])).tolist()
         rows_RD = group.exchange_rows(x_AD, sent_E, received_E)
-        # They come by rank, and of each rank by expert.
-        held = torch.arange(received_EH.shape[1], device=x_AD.device).repeat(group.size)
-        order_R = held.repeat_interleave(received_EH.flatten()).argsort(stable=True)
         result_RD = torch.empty_like(rows_RD)
         if len(rows_RD):
+            # They come by rank, and of each rank by expert.
+            held = torch.arange(received_EH.shape[1], device=x_AD.device).repeat(group.size)
+            expert_R = held.repeat_interleave(received_EH.flatten(), output_size=len(rows_RD))
+            path = paths.expert_path(rows_RD, self.local.gate_proj.shape[1])
+            together = paths.rows_together(path, max(rows_E), self._experts)
+            assignments = assign(expert_R.unsqueeze(1), received_EH.shape[1], together)
             # In blocks as long as those of a process that has all experts, a token's result has the same bits.
-            block = block_rows(int(told[:, -1].max()), self._experts)
-            result_RD[order_R] = self.local(rows_RD[order_R], received_EH.sum(0), block)
+            block = together or paths.block_rows(max(rows_E), self._experts)
+            rows = rows_RD.index_select(0, assignments.token_A)
+            result = self.local(rows, assignments.counts_N, block)
+            result_RD = result.index_select(0, assignments.slot_TK[:, 0])
         return group.exchange_rows(result_RD, received_E, sent_E)
 
 

@@ -1,8 +1,9 @@
 """Sending tokens to their experts and summing what comes back, by row copies alone in both directions.
 
-T tokens, K experts per token, A = T·K assignments sorted by expert, D hidden. Each gather's gradient is another
-gather through the inverse order, so that nothing is scattered: autograd's own index gradients add row by row,
-which is slow on CPUs and in no fixed order on GPUs.
+T tokens, K experts per token, A rows sorted by expert, D hidden. Rows are the T·K assignments, and where experts'
+rows must begin at multiples of a number, some more between them, whose results nobody takes. Each gather's
+gradient is another gather through the inverse order, so that nothing is scattered: autograd's own index gradients
+add row by row, which is slow on CPUs and in no fixed order on GPUs.
 """
 
 from dataclasses import dataclass
@@ -17,28 +18,42 @@ class Assignments:
     """Which rows go where."""
 
     token_A: Tensor
-    """Token of each assignment, in the experts' order."""
+    """Token of each row; of a row between experts, any."""
     order_A: Tensor
-    """Place of each assignment in the tokens' order (token·K + k)."""
+    """Place of each row in the tokens' order (token·K + k); of a row between experts, T·K."""
     slot_TK: Tensor
-    """Place of a token's k-th assignment in the experts' order."""
+    """Row of a token's k-th assignment."""
     counts_N: Tensor
-    """Assignments of each expert."""
+    """Rows of each expert; they sum to A."""
 
 
-def assign(selected_TK: Tensor, experts: int) -> Assignments:
-    """Sort the T·K assignments by expert; those of one expert stay in the tokens' order."""
+def assign(selected_TK: Tensor, experts: int, together: int | None = None) -> Assignments:
+    """Sort the T·K assignments by expert; those of one expert stay in the tokens' order.
+
+    Args:
+        together: each expert has a multiple of so many rows, and at least one. Then A follows from T·K alone, and
+            the last expert has what is left.
+    """
     expert_A, order_A = selected_TK.flatten().sort(stable=True)
-    slot_A = torch.empty_like(order_A)
-    slot_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    numbers_A = torch.arange(len(order_A), device=order_A.device)
     # Counted where each expert's run begins: torch.bincount makes the host wait for a GPU.
     begins = torch.searchsorted(expert_A, torch.arange(experts + 1, device=expert_A.device))
-    return Assignments(
-        token_A=order_A // selected_TK.shape[1],
-        order_A=order_A,
-        slot_TK=slot_A.view_as(selected_TK),
-        counts_N=begins.diff(),
-    )
+    counts_N = begins.diff()
+    slot_A = torch.empty_like(order_A)
+    if together is None:
+        slot_A[order_A] = numbers_A
+        token_A = order_A // selected_TK.shape[1]
+        return Assignments(token_A, order_A, slot_A.view_as(selected_TK), counts_N)
+    rows_N = (counts_N.clamp(min=1) + together - 1) // together * together
+    rows = (len(order_A) // together + experts) * together
+    row_A = numbers_A + (rows_N.cumsum(0) - rows_N - begins[:-1])[expert_A]
+    slot_A[order_A] = row_A
+    order = order_A.new_full((rows,), len(order_A))
+    order[row_A] = order_A
+    # The last expert's rows go on to the end, so that each row belongs to one.
+    rows_N[-1] += rows - rows_N.sum()
+    token = order.clamp(max=len(order_A) - 1) // selected_TK.shape[1]
+    return Assignments(token, order, slot_A.view_as(selected_TK), rows_N)
 
 
 def dispatch(x_TD: Tensor, assignments: Assignments) -> Tensor:
@@ -88,5 +103,8 @@ class _Combine(torch.autograd.Function):
         result_AD, weight_TK, token_A, order_A, slot_TK = ctx.saved_tensors
         gradient_AD = gradient_TD.index_select(0, token_A)
         gradient_scores_A = torch.linalg.vecdot(gradient_AD, result_AD)
-        gradient_AD.mul_(weight_TK.flatten()[order_A].unsqueeze(1))
+        weights = weight_TK.flatten()
+        if len(order_A) > len(weights):
+            weights = torch.cat((weights, weights.new_zeros(1)))  # of the rows between experts
+        gradient_AD.mul_(weights[order_A].unsqueeze(1))
         return gradient_AD, gradient_scores_A[slot_TK].to(ctx.scores_dtype), None

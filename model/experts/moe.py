@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditmoe.model.experts import paths
 from ditmoe.model.experts.balance import BalanceLoss
+from ditmoe.model.experts.blocks import block_product
 from ditmoe.model.experts.dispatch import assign, combine, dispatch
 from ditmoe.model.layers import DenseMlp, SwiGlu
 
@@ -40,17 +42,22 @@ class Experts(nn.Module):
         """Apply expert i to its `counts_N[i]` rows; rows come sorted by expert. `[A, D]` → `[A, D]`.
 
         Args:
-            block: rows of the blocks of `in_blocks`; None: `block_rows` of these rows.
+            block: rows of a block, where the products are computed in blocks: what the rows are laid out by, if
+                `together` asks for that. None: as follows from the number of these rows.
         """
-        # Measured (benchmarks/moe_layer.py): on a CPU one expert after the other stays in cache and is as fast as
-        # or faster than grouped products; on GPUs one launch for all experts wins, and exists for bfloat16.
-        # Its kernel takes rows of a multiple of 16 bytes.
-        rows_fit = x_AD.shape[1] % 8 == 0 and self.gate_proj.shape[1] % 8 == 0
-        if x_AD.is_cuda and x_AD.dtype == torch.bfloat16 and rows_fit:
+        path = paths.expert_path(x_AD, self.gate_proj.shape[1])
+        if path == "grouped":
             return self.grouped(x_AD, counts_N)
-        if not torch.is_grad_enabled() and x_AD.device.type == "cpu" and x_AD.dtype == torch.float32:
-            return self.in_blocks(x_AD, counts_N, block or block_rows(len(x_AD), len(counts_N)))
-        return self.one_by_one(x_AD, counts_N)
+        if path == "one_by_one":
+            return self.one_by_one(x_AD, counts_N)
+        size = block or paths.block_rows(len(x_AD), len(counts_N))
+        return self.batched(x_AD, counts_N, size) if path == "batched" else self.in_blocks(x_AD, counts_N, size)
+
+    def together(self, x_TD: Tensor, assignments: int) -> int | None:
+        """What each expert's rows are to be a multiple of, for so many assignments of these tokens; None
+        where it does not matter."""
+        path = paths.expert_path(x_TD, self.gate_proj.shape[1])
+        return paths.rows_together(path, assignments, len(self.gate_proj))
 
     def grouped(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
         """All experts in three grouped matrix products; rows must be multiples of 16 bytes."""
@@ -59,8 +66,18 @@ class Experts(nn.Module):
         up = F.grouped_mm(x_AD, self.up_proj.transpose(-2, -1), offs=offsets)
         return F.grouped_mm(F.silu(gate) * up, self.down_proj.transpose(-2, -1), offs=offsets)
 
+    def batched(self, x_AD: Tensor, counts_N: Tensor, size: int) -> Tensor:
+        """Blocks of `size` rows, which all counts are multiples of, each with its expert's weights."""
+        blocks = len(x_AD) // size
+        first_G = torch.arange(blocks, device=x_AD.device) * size
+        expert_G = torch.searchsorted(counts_N.cumsum(0), first_G, right=True)
+        x_GSD = x_AD.view(blocks, size, -1)
+        gate = block_product(x_GSD, self.gate_proj, expert_G)
+        hidden = F.silu(gate) * block_product(x_GSD, self.up_proj, expert_G)
+        return block_product(hidden, self.down_proj, expert_G).view_as(x_AD)
+
     def one_by_one(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
-        """Each expert's three products in turn."""
+        """Each expert's three products in turn; on a CPU, where counts may be looked at."""
         runs = torch.split(x_AD, counts_N.tolist())
         weights = zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)
         return torch.cat(
@@ -88,11 +105,6 @@ class Experts(nn.Module):
                 out_AD[start : start + rows] = result[:rows]
             first += count
         return out_AD
-
-
-def block_rows(assignments: int, experts: int) -> int:
-    """Rows of a block: a quarter of an expert's mean share, a multiple of the 16 rows of a vector kernel."""
-    return 16 * max(1, assignments // (64 * experts))
 
 
 def route(logits_TN: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,8 +154,9 @@ class MoE(nn.Module):
 
     def mix(self, x_TD: Tensor, scores_TK: Tensor, selected_TK: Tensor) -> Tensor:
         """Send tokens through their experts, weigh and sum, and add the shared experts. `[T, D]` → `[T, D]`."""
-        assignments = assign(selected_TK, self.balance.experts)
-        result_AD = self.experts(dispatch(x_TD, assignments), assignments.counts_N)
+        together = self.experts.together(x_TD, selected_TK.numel())
+        assignments = assign(selected_TK, self.balance.experts, together)
+        result_AD = self.experts(dispatch(x_TD, assignments), assignments.counts_N, together)
         out_TD = combine(result_AD, scores_TK, assignments)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)

@@ -137,12 +137,12 @@ def _network(
     return network
 
 
-def _grouped(experts: Experts, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+def _grouped(experts: Experts, x_AD: Tensor, counts_N: Tensor, _block: int | None = None) -> Tensor:
     """As on a GPU in bf16."""
     return experts.grouped(x_AD, counts_N)
 
 
-def _in_turn(experts: Experts, x_AD: Tensor, _counts_N: Tensor) -> Tensor:
+def _in_turn(experts: Experts, x_AD: Tensor, _counts_N: Tensor, _block: int | None = None) -> Tensor:
     """As on a GPU in fp32, for which grouped products do not exist: each expert by itself, with an equal share."""
     runs = x_AD.tensor_split(len(experts.gate_proj))
     weights = zip(experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
