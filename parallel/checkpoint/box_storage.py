@@ -1,9 +1,9 @@
-"""Sharded storage of matrices in safetensors files, through torch.distributed.checkpoint.
+"""Sharded storage of matrices in safetensors files.
 
 Every canonical parameter is stored as a matrix, in boxes written by whoever owns them; a reader asks for any other
-boxes. So no rank needs more than its own share, whatever the two layouts are. The planners below say which boxes;
-torch.distributed.checkpoint moves the bytes, and its safetensors storage keeps all metadata in the files' headers
-(its default storage would keep it in a pickle).
+boxes. So no rank needs more than its own share, whatever the two layouts are. torch.distributed.checkpoint writes
+what the planner below says, through its safetensors storage, which keeps all metadata in the files' headers (its
+default storage would keep it in a pickle). Who reads needs no word with others: all is in the headers.
 
 A file's header names a tensor once, and a rank may own several boxes of one: the further ones are `name#1` and on.
 """
@@ -12,15 +12,16 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -28,23 +29,13 @@ from torch.distributed.checkpoint.metadata import (
     StorageMeta,
     TensorProperties,
 )
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
-from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.boxes import Box, matrix_shape, tiling_problems, whole
-from ditmoe.parallel.checkpoint.shard_files import ShardReader, ShardWriter
+from ditmoe.parallel.checkpoint.box_table import BoxTable, FileBoxes, Numbers
+from ditmoe.parallel.checkpoint.shard_files import SUFFIX, ShardWriter, read_box, read_header
 
 
 @dataclass(frozen=True)
@@ -92,25 +83,114 @@ def save_pieces(
     return writer.files
 
 
-def load_pieces(
-    folder: Path, pieces: Sequence[Piece], collective: bool = True, reader: ShardReader | None = None
-) -> None:
-    """Fill every piece's memory from the files.
+@dataclass(frozen=True)
+class StoredBoxes:
+    """What the headers of the files of one part of a checkpoint say."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """Their names."""
+    table: BoxTable
+    """Their boxes, with the numbers of their files."""
+
+    @classmethod
+    def of(cls, folder: Path) -> "StoredBoxes":
+        """Read the headers of all files of a folder.
+
+        Raises:
+            UserError: the folder is not there, or a header is not one that `save_pieces` writes.
+        """
+        files = shard_files(folder)
+        return cls(folder, files, BoxTable(read_header(folder / file) for file in files))
+
+    def missing(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Where these boxes do not hold every element of every parameter exactly once, one message each.
+
+        Args:
+            shapes: of each parameter that should be there.
+        """
+        problems = [f"{name} is no parameter of the model" for name in self.table.numbers if name not in shapes]
+        for name, boxes in self.table.boxes_of(self.table.untiled(shapes)).items():
+            problems += tiling_problems(name, boxes, shapes[name])
+        return [f"{self.folder}: {problem}" for problem in problems]
+
+    def plan(self, pieces: Sequence[Piece]) -> "list[Read]":
+        """What is to be read to fill every piece, file by file, each from its beginning to its end.
+
+        Raises:
+            UserError: a piece is not in the files.
+        """
+        place_W4 = _places(pieces)
+        found = self.table.overlaps([piece.name for piece in pieces], place_W4)
+        held_W = np.bincount(found.wanted_O, found.place_O4[:, 2:].prod(1), len(pieces)).astype(np.int64)
+        for number in np.flatnonzero(held_W != place_W4[:, 2:].prod(1)).tolist():
+            piece = pieces[number]
+            raise UserError(
+                f"{self.folder}: holds {held_W[number]} of the {piece.box.size} elements of {piece.name} that are "
+                "needed; expected a whole checkpoint of this model"
+            )
+        file_O, begin_O = self.table.file_T[found.stored_O], self.table.begin_T[found.stored_O]
+        order = np.lexsort((begin_O, file_O))
+        columns = (file_O, begin_O, self.table.place_T4[found.stored_O], found.wanted_O, found.place_O4)
+        return [Read(*row) for row in zip(*(column[order].tolist() for column in columns), strict=True)]
+
+    def read(self, pieces: Sequence[Piece], plan: "Sequence[Read] | None" = None) -> None:
+        """Fill every piece's memory.
+
+        Args:
+            plan: what `plan` gives for these pieces; None: it is made.
+
+        Raises:
+            UserError: a piece is not in the files, or a file cannot be read.
+        """
+        plan = self.plan(pieces) if plan is None else plan
+        for number, reads in groupby(plan, key=lambda read: read.file):
+            file = self.folder / self.files[number]
+            try:
+                with file.open("rb", buffering=0) as stream:
+                    for read in reads:
+                        piece, (row, column, rows, columns) = pieces[read.piece], read.place
+                        top, left = row - piece.box.row, column - piece.box.column
+                        target = piece.tensor.detach()[top : top + rows, left : left + columns]
+                        part = (row - read.stored[0], column - read.stored[1], rows, columns)
+                        read_box(stream, read.begin, read.stored[3], part, target)
+            except EOFError:
+                raise UserError(f"{file}: ends before what its header tells of; has it changed?") from None
+            except OSError as error:
+                raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+
+
+class Read(NamedTuple):
+    """A part of a stored box that goes to a piece; places are row, column, rows and columns in the parameter."""
+
+    file: int
+    begin: int
+    """Where the stored box begins in the file."""
+    stored: tuple[int, int, int, int]
+    """Place of the stored box."""
+    piece: int
+    place: tuple[int, int, int, int]
+    """Of the part."""
+
+
+def load_pieces(folder: Path, pieces: Sequence[Piece], stored: StoredBoxes | None = None) -> None:
+    """Fill every piece's memory from the files: each file is opened once, and of it read what is needed.
 
     Args:
-        collective: all ranks call it together, and fail together; each reads the headers of all files.
-        reader: of the folder, which has read the headers already if it was used before.
+        stored: what the headers of the folder's files say; None: they are read.
 
     Raises:
         UserError: a piece is not in the files, or a file's header is not one that `save_pieces` writes.
     """
-    reader = reader or ShardReader(folder)
+    (stored or StoredBoxes.of(folder)).read(pieces)
+
+
+def shard_files(folder: Path) -> tuple[str, ...]:
+    """The names of a folder's files of boxes. UserError: it cannot be read."""
     try:
-        with nullcontext() if collective and dist.is_initialized() else _without_a_word():
-            load({}, storage_reader=reader, planner=_LoadPieces(pieces, folder), no_dist=not collective)
-    except CheckpointException as error:
-        causes = [failure[0] for failure in error.failures.values()]
-        raise next((cause for cause in causes if isinstance(cause, UserError)), error) from None
+        return tuple(sorted(file.name for file in folder.iterdir() if file.name.endswith(SUFFIX)))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error})") from None
 
 
 def stored_boxes(folder: Path) -> dict[str, list[Box]]:
@@ -119,59 +199,47 @@ def stored_boxes(folder: Path) -> dict[str, list[Box]]:
     Raises:
         UserError: a header is not one that `save_pieces` writes.
     """
-    boxes: dict[str, list[Box]] = {}
-    for key, stored in ShardReader(folder).read_metadata().state_dict_metadata.items():
-        chunks: Sequence[ChunkStorageMetadata] = getattr(stored, "chunks", ())
-        boxes.setdefault(_name(key), []).extend(map(_box, chunks))
-    return boxes
+    return StoredBoxes.of(folder).table.boxes()
 
 
 def missing_elements(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Where the files of a folder do not hold every element of every parameter exactly once, one message each.
-
-    Reads the files' headers only.
-
-    Args:
-        shapes: of each parameter that should be there.
-    """
-    stored = stored_boxes(folder)
-    problems = [f"{name} is no parameter of the model" for name in stored if name not in shapes]
-    for name, shape in shapes.items():
-        problems += tiling_problems(name, stored.get(name, ()), shape)
-    return [f"{folder}: {problem}" for problem in problems]
+    """`StoredBoxes.missing` of a folder: reads the files' headers only."""
+    return StoredBoxes.of(folder).missing(shapes)
 
 
-def _key(name: str, number: int) -> str:
-    """Key of the box of a parameter with this number (from 0) among those in one file."""
-    return f"{name}#{number}" if number else name
+def _places(pieces: Sequence[Piece]) -> Numbers:
+    boxes = (piece.box for piece in pieces)
+    return np.array([(box.row, box.column, box.rows, box.columns) for box in boxes], np.int64).reshape(-1, 4)
 
 
-def _name(key: str) -> str:
-    return key.partition("#")[0]
-
-
-def _box(chunk: ChunkStorageMetadata) -> Box:
-    (row, column), (rows, columns) = chunk.offsets, chunk.sizes
-    return Box(row, column, rows, columns)
+def keyed(pieces: Sequence[Piece]) -> dict[str, Piece]:
+    """Pieces by the keys that they have in a file: those of one parameter are numbered."""
+    numbers: Counter[str] = Counter()
+    found: dict[str, Piece] = {}
+    for piece in sorted(pieces, key=lambda piece: (piece.name, piece.box)):
+        number = numbers[piece.name]
+        found[f"{piece.name}#{number}" if number else piece.name] = piece
+        numbers[piece.name] += 1
+    return found
 
 
 @contextmanager
 def _without_a_word() -> Iterator[None]:
-    """Without torch's warning that there is no process group: sampling and converting need none."""
+    """Without torch's warning that there is no process group: converting needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 class _SavePieces(SavePlanner):
-    """Plans to write exactly the given pieces, and proves that together they are whole parameters."""
+    """Plans to write exactly the given pieces, and proves that together they are whole parameters.
+
+    All that goes to the first rank for that is columns of numbers: plans in torch's own form are objects by the
+    million there, on many ranks.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        numbers: Counter[str] = Counter()
-        self._pieces: dict[str, Piece] = {}
-        for piece in sorted(pieces, key=lambda piece: (piece.name, piece.box)):
-            self._pieces[_key(piece.name, numbers[piece.name])] = piece
-            numbers[piece.name] += 1
+        self._pieces = keyed(pieces)
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -179,93 +247,53 @@ class _SavePieces(SavePlanner):
         """Nothing to take from the (empty) state dict."""
 
     def create_local_plan(self) -> SavePlan:
-        """One write per piece."""
-        return SavePlan([_write_item(key, piece) for key, piece in self._pieces.items()])
+        """What this rank is about to write."""
+        return SavePlan([], planner_data=Announced.of(list(self._pieces.values())))
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Check that the pieces of all ranks tile every parameter."""
-        boxes: dict[str, list[Box]] = {}
-        sizes: dict[str, torch.Size] = {}
-        for item in (item for plan in all_plans for item in plan.items):
-            data = item.tensor_data
-            assert data is not None
-            name = _name(item.index.fqn)
-            boxes.setdefault(name, []).append(_box(data.chunk))
-            assert sizes.setdefault(name, data.size) == data.size, f"the ranks differ on the size of {name}"
-        for name, found in boxes.items():
-            problems = list(tiling_problems(name, found, sizes[name]))
-            assert not problems, f"the ranks' pieces do not tile a parameter: {problems}"
-        return all_plans, Metadata({})  # the headers hold it
+        problems = unsound([plan.planner_data for plan in all_plans])
+        assert not problems, f"the ranks' pieces do not tile a parameter: {problems}"
+        return [replace(plan, planner_data=None) for plan in all_plans], Metadata({})  # the headers hold it
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """The plan is final."""
-        return new_plan
+        """One write per piece."""
+        return replace(new_plan, items=[write_item(key, piece) for key, piece in self._pieces.items()])
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """The memory of a piece."""
         return self._pieces[write_item.index.fqn].tensor
 
 
-def _write_item(key: str, piece: Piece) -> WriteItem:
+@dataclass(frozen=True)
+class Announced:
+    """What a rank is about to write."""
+
+    boxes: FileBoxes
+    shapes: dict[str, tuple[int, ...]]
+    """Of their parameters, whole."""
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> "Announced":
+        """Pieces without their memory."""
+        place_T4 = _places(pieces)
+        boxes = FileBoxes.of([piece.name for piece in pieces], place_T4, np.zeros(len(pieces), np.int64))
+        return cls(boxes, {piece.name: piece.shape for piece in pieces})
+
+
+def unsound(announced: Sequence[Announced]) -> list[str]:
+    """Where what all ranks are about to write does not hold every element of its parameters exactly once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for one in announced:
+        for name, shape in one.shapes.items():
+            assert shapes.setdefault(name, shape) == shape, f"the ranks differ on the size of {name}"
+    table = BoxTable(one.boxes for one in announced)
+    found = table.boxes_of(table.untiled(shapes))
+    return [problem for name, boxes in found.items() for problem in tiling_problems(name, boxes, shapes[name])]
+
+
+def write_item(key: str, piece: Piece) -> WriteItem:
+    """A piece in torch's own form."""
     properties = TensorProperties(dtype=piece.tensor.dtype)
     data = TensorWriteData(piece.chunk, properties, torch.Size(matrix_shape(piece.shape)))
     return WriteItem(MetadataIndex(key, piece.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
-
-
-class _LoadPieces(LoadPlanner):
-    """Plans to read exactly the given pieces from whatever boxes are stored."""
-
-    def __init__(self, pieces: Sequence[Piece], folder: Path) -> None:
-        self._pieces = {(piece.name, piece.chunk.offsets): piece for piece in pieces}
-        assert len(self._pieces) == len(pieces), "a rank holds an element of a parameter at most once"
-        self._folder = folder
-
-    def set_up_planner(
-        self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        """Keep the stored boxes' places: parameter → key in the files → boxes."""
-        assert metadata is not None
-        self._stored: dict[str, dict[str, Any]] = {}
-        for key, stored in metadata.state_dict_metadata.items():
-            self._stored.setdefault(_name(key), {})[key] = stored
-
-    def create_local_plan(self) -> LoadPlan:
-        """The stored boxes that overlap each wanted one."""
-        items: list[ReadItem] = []
-        for piece in self._pieces.values():
-            found = [
-                item
-                for key, stored in self._stored.get(piece.name, {}).items()
-                for item in create_read_items_for_chunk_list(key, stored, [piece.chunk])
-            ]
-            read = sum(item.lengths.numel() for item in found)
-            if read != piece.box.size:
-                raise UserError(
-                    f"{self._folder}: holds {read} of the {piece.box.size} elements of {piece.name} that are "
-                    "needed; expected a whole checkpoint of this model"
-                )
-            items.extend(found)
-        return LoadPlan(items)
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        """Every rank reads for itself."""
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        """The plan is final."""
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        """Never called: only tensors are stored."""
-        raise AssertionError("a checkpoint holds tensors only")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        """The rectangle of a piece that a stored box fills."""
-        index = read_item.dest_index
-        assert index.offset is not None
-        tensor = self._pieces[_name(index.fqn), index.offset].tensor.detach()
-        (row, column), (rows, columns) = read_item.dest_offsets, read_item.lengths
-        return tensor[row : row + rows, column : column + columns]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """The storage has copied into the piece's memory already."""

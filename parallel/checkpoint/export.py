@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ditmoe.model.errors import UserError
 from ditmoe.model.layers import position_embedding
 from ditmoe.model.weights.lazy import LazyTensors
-from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
+from ditmoe.parallel.checkpoint.box_storage import StoredBoxes, load_pieces, whole_piece
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, damaged, incomplete
 from ditmoe.parallel.checkpoint.holds import reading
 
@@ -29,7 +30,10 @@ def open_weights(info: CheckpointInfo, sets: Sequence[Literal["ema", "weights"]]
             raise UserError(f"{info.path}: has no {which} (found: {', '.join(info.parts)})")
     with reading(info.path):
         names = [name for name in info.files if name.partition("/")[0] in sets]
-        problems = damaged(info, names) or incomplete(info, sets)
+        problems = damaged(info, names)
+        if not problems:
+            info = replace(info, stored={part: StoredBoxes.of(info.path / part) for part in sets})
+            problems = incomplete(info, sets)
         if problems:
             raise UserError("\n".join(problems))
         yield [_lazy(info, which) for which in sets]
@@ -46,7 +50,8 @@ def _lazy(info: CheckpointInfo, which: str) -> LazyTensors:
         if "pos_embed" in tensors:
             tensors["pos_embed"].copy_(embedding)
         stored = [name for name in names if name != "pos_embed"]
-        load_pieces(info.path / which, [whole_piece(name, tensors[name]) for name in stored], collective=False)
+        pieces = [whole_piece(name, tensors[name]) for name in stored]
+        load_pieces(info.path / which, pieces, info.stored[which])
         return tensors
 
     return LazyTensors(shapes, read)

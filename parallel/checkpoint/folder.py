@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import sync_folder, temporary_beside
 from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
-from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements, save_pieces, whole_piece
+from ditmoe.parallel.checkpoint.box_storage import StoredBoxes, load_pieces, save_pieces, whole_piece
 from ditmoe.parallel.checkpoint.holds import reading
 from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, Part, marker_text, read_marker
 
@@ -63,6 +63,8 @@ class CheckpointInfo:
     """Relative path → `bytes` and `sha256`."""
     fingerprint: str
     """Hash of all files' checksums."""
+    stored: dict[str, StoredBoxes] = field(default_factory=dict, compare=False)
+    """What is known of the headers of its parts: of those that `checked_weights` has read."""
 
     @property
     def model(self) -> ModelConfig:
@@ -218,7 +220,9 @@ def checked_weights(
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
     with reading(path):
         problems = (damage or damaged)(info, [name for name in info.files if name.startswith(f"{which}/")])
-        problems = problems or incomplete(info, [which])
+        if not problems:
+            info = replace(info, stored={which: StoredBoxes.of(path / which)})
+            problems = incomplete(info, [which])
         if problems:
             raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
         yield info
@@ -226,7 +230,8 @@ def checked_weights(
 
 def fill_weights(info: CheckpointInfo, which: Literal["ema", "weights"], memory: Mapping[str, Tensor]) -> None:
     """Read parameters of a checked checkpoint into their memory: contiguous, of any type, on any device."""
-    load_pieces(info.path / which, [whole_piece(name, memory[name]) for name in memory], collective=False)
+    pieces = [whole_piece(name, memory[name]) for name in memory]
+    load_pieces(info.path / which, pieces, info.stored.get(which))
 
 
 def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list[str]:
@@ -238,19 +243,17 @@ def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list
     Args:
         parts: those to look at; None: all.
     """
-    expected = canonical_shapes(info.model)
+    path, expected = info.path, canonical_shapes(info.model)
     expected.pop("pos_embed")
-    problems = [f"{info.path}: {name} is not in it" for name in expected if name not in info.shapes]
+    problems = [f"{path}: {name} is not in it" for name in expected if name not in info.shapes]
+    problems += [f"{path}: {name} is no parameter of its model" for name in info.shapes if name not in expected]
     problems += [
-        f"{info.path}: {name} is no parameter of its model" for name in info.shapes if name not in expected
-    ]
-    problems += [
-        f"{info.path}: {name} is {shape} in it, and {expected[name]} in its model"
+        f"{path}: {name} is {shape} in it, and {expected[name]} in its model"
         for name, shape in info.shapes.items()
         if expected.get(name, shape) != shape
     ]
     for part in info.parts if parts is None else parts:
-        problems += missing_elements(info.path / part, info.shapes)
+        problems += (info.stored.get(part) or StoredBoxes.of(path / part)).missing(info.shapes)
     return problems
 
 

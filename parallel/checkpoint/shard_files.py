@@ -1,50 +1,49 @@
-"""Safetensors files written one tensor at a time, and read, through torch.distributed.checkpoint.
+"""Safetensors files, written one tensor at a time through torch.distributed.checkpoint, and read.
 
 torch's own writer serialises all that a rank writes in memory before the first byte is on the disk, and asks for a
 second copy of the rank's share. The sizes are known beforehand, so the header can go first and each tensor follow
 it; the checksum is taken on the way. Equal tensors give equal files.
 
-torch's own reader believes what a header says. A checkpoint may come from a stranger, so its headers are checked
-first.
+torch's own reader believes what a header says, and makes objects of each of its tensors, of which a checkpoint has
+millions. A checkpoint may come from a stranger, so headers are checked first, and become columns of numbers.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, BinaryIO, Final
 
+import numpy as np
 import torch
-from pydantic import BaseModel, Field, StrictInt, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint._hf_utils import _HFStorageInfo
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ditmoe.model.errors import UserError
-from ditmoe.model.weights.untrusted import first_problem, leads_out, regular_file_bytes
+from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
+from ditmoe.parallel.boxes import Box
+from ditmoe.parallel.checkpoint.box_table import FileBoxes, Numbers
 
 BYTES = 4
 """Of an element: a checkpoint holds float32 only."""
-_SUFFIX: Final = ".safetensors"
+SUFFIX: Final = ".safetensors"
+AT_ONCE: Final = 32 * 2**20
+"""Bytes that are read before they are put where they belong."""
+_LARGEST_HEADER: Final = 100_000_000
+"""Bytes, as the format has it."""
+_LARGEST_PLACE: Final = 2**40
 _PLACES: Final = "DCP_SHARDING_INFO"
 """Key of a header's metadata: where each of its tensors begins in the whole, as JSON."""
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """Writes a file per rank, `shard-00001.safetensors` and on, which HuggingFaceStorageReader reads."""
+    """Writes a file per rank, `shard-00001.safetensors` and on, which any reader of the format reads."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -70,21 +69,28 @@ class ShardWriter(HuggingFaceStorageWriter):
 
 
 def _header(items: Sequence[WriteItem]) -> bytes:
-    """A safetensors header: each tensor's place in the file, and in the metadata its place in the whole."""
-    entries: dict[str, Any] = {}
-    offsets: dict[str, Any] = {}
-    end = 0
+    """A safetensors header of what is planned to be written."""
+    boxes = {}
     for item in items:
         data = item.tensor_data
         assert data is not None and data.properties.dtype == torch.float32
-        begin, end = end, end + data.chunk.sizes.numel() * BYTES
-        entries[item.index.fqn] = {
-            "dtype": "F32",
-            "shape": list(data.chunk.sizes),
-            "data_offsets": [begin, end],
-        }
-        offsets[item.index.fqn] = {"saved_offsets": list(data.chunk.offsets)}
-    assert len(entries) == len(items), "names are given once in a file"
+        boxes[item.index.fqn] = Box(*data.chunk.offsets, *data.chunk.sizes)
+    assert len(boxes) == len(items), "names are given once in a file"
+    return header_of(boxes)
+
+
+def header_of(boxes: Mapping[str, Box]) -> bytes:
+    """A safetensors header: each tensor's place in the file, and in the metadata its place in the whole.
+
+    Args:
+        boxes: by key, in the order of the file.
+    """
+    entries: dict[str, Any] = {}
+    end = 0
+    for key, box in boxes.items():
+        begin, end = end, end + box.size * BYTES
+        entries[key] = {"dtype": "F32", "shape": [box.rows, box.columns], "data_offsets": [begin, end]}
+    offsets = {key: {"saved_offsets": [box.row, box.column]} for key, box in boxes.items()}
     metadata = {"format": "pt", "DCP_VERSION": "1.0", _PLACES: json.dumps(offsets)}
     header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)  # the tensors begin at a multiple of 8
@@ -107,75 +113,147 @@ def _write(file: Path, header: bytes, tensors: Iterator[Tensor]) -> dict[str, An
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-class ShardReader(HuggingFaceStorageReader):
-    """Reads the files that `ShardWriter` wrote into a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(str(folder))
-        self._folder = folder
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self) -> Metadata:
-        """What the headers of all files say; read once.
-
-        Raises:
-            UserError: the folder is not there, or a header is not one that `ShardWriter` writes.
-        """
-        if self._metadata is not None:
-            return self._metadata
-        try:
-            files = sorted(file for file in self._folder.iterdir() if file.name.endswith(_SUFFIX))
-        except OSError as error:
-            raise UserError(f"{self._folder}: cannot be read ({error.strerror or error})") from None
-        tensors: dict[str, TensorStorageMetadata] = {}
-        storage: dict[MetadataIndex, _HFStorageInfo] = {}
-        for file in files:
-            for key, chunk in _stored_chunks(file):
-                known = tensors.setdefault(key, TensorStorageMetadata(_FLOAT32, torch.Size((0, 0)), []))
-                known.chunks.append(chunk)
-                ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
-                known.size = torch.Size(map(max, known.size, ends))
-                index = MetadataIndex(fqn=key, offset=chunk.offsets)
-                storage[index] = _HFStorageInfo(str(file), chunk.sizes, torch.float32)
-        self._metadata = Metadata(
-            dict(tensors), storage_data=storage, storage_meta=StorageMeta(load_id=self.load_id)
-        )
-        return self._metadata
+class _HeaderError(Exception):
+    """What is wrong with a header."""
 
 
-_FLOAT32: Final = TensorProperties(dtype=torch.float32)
-_Offset = Annotated[StrictInt, Field(ge=0, lt=2**40)]
+def read_header(file: Path) -> FileBoxes:
+    """The boxes of a file that `ShardWriter` wrote.
 
-
-class _Place(BaseModel):
-    """Where a tensor of a file begins in the whole."""
-
-    saved_offsets: Annotated[list[_Offset], Field(min_length=2, max_length=2)]
-
-
-_places: Final = TypeAdapter(dict[str, _Place])
-
-
-def _stored_chunks(file: Path) -> list[tuple[str, ChunkStorageMetadata]]:
-    """Key and place of each tensor of a file. UserError where its header is not one that `ShardWriter` writes."""
+    Raises:
+        UserError: its header is not one that `ShardWriter` writes, or the file is not as long as that says.
+    """
     try:
         if leads_out(file, file.parent):
             raise UserError(f"{file}: is a link that leads out of its folder, expected a file")
-        regular_file_bytes(file)
-        with safe_open(file, framework="pt") as opened:
-            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
-            shapes = {key: stored.get_shape() for key, stored in slices.items()}
-            kinds = {key: stored.get_dtype() for key, stored in slices.items()}
-            places = _places.validate_json((opened.metadata() or {}).get(_PLACES, "{}"))
-    except ValidationError as error:
-        raise UserError(f"{file}: {_PLACES} of its header cannot be read ({first_problem(error)})") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as a {_SUFFIX} file ({str(error)[:200]})") from None
-    for key, shape in shapes.items():
-        if key not in places or kinds[key] != "F32" or len(shape) != 2:
-            found = f"{kinds[key]} of shape {shape}" if key in places else f"without its place in {_PLACES}"
-            raise UserError(f"{file}: {key[:100]!r} is {found}, expected F32, a matrix and its place")
-    return [
-        (key, ChunkStorageMetadata(torch.Size(places[key].saved_offsets), torch.Size(shape)))
-        for key, shape in shapes.items()
-    ]
+        size = regular_file_bytes(file)
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise _HeaderError(f"cannot be read as a {SUFFIX} file (a header of {length} bytes)")
+            return _boxes_of(stream.read(length), size)
+    except _HeaderError as error:
+        raise UserError(f"{file}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read as a {SUFFIX} file ({error.strerror or error})") from None
+
+
+@lru_cache(maxsize=4)  # the files of one rank have one header in all parts of a checkpoint
+def _boxes_of(header: bytes, size: int) -> FileBoxes:
+    """The boxes that a file's header tells of.
+
+    Args:
+        size: bytes of the file.
+    """
+    entries = _parsed(header, f"cannot be read as a {SUFFIX} file")
+    metadata = entries.pop("__metadata__", None)
+    text = metadata.get(_PLACES, "{}") if isinstance(metadata, dict) else "{}"
+    unreadable = f"{_PLACES} of its header cannot be read"
+    if not isinstance(text, str):
+        raise _HeaderError(f"{unreadable} (it is no text)")
+    places = _parsed(text, unreadable)
+    for key, entry in entries.items():
+        if key not in places or not _is_matrix(entry):
+            shape = entry.get("shape") if isinstance(entry, dict) else entry
+            kind = entry.get("dtype") if isinstance(entry, dict) else None
+            found = (
+                f"{str(kind)[:20]} of shape {str(shape)[:100]}"
+                if key in places
+                else f"without its place in {_PLACES}"
+            )
+            raise _HeaderError(f"{key[:100]!r} is {found}, expected F32, a matrix and its place")
+    try:
+        place_T2 = _pairs([places[key]["saved_offsets"] for key in entries])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _HeaderError(f"{unreadable} ({type(error).__name__}: {str(error)[:100]})") from None
+    try:
+        size_T2 = _pairs([entry["shape"] for entry in entries.values()])
+        bytes_T2 = _pairs([entry["data_offsets"] for entry in entries.values()])
+        _check_bytes(size_T2, bytes_T2, size - 8 - len(header))
+    except ValueError as error:
+        raise _HeaderError(f"cannot be read as a {SUFFIX} file ({str(error)[:200]})") from None
+    names = [key.partition("#")[0] for key in entries]
+    return FileBoxes.of(names, np.concatenate((place_T2, size_T2), 1), bytes_T2[:, 0] + 8 + len(header))
+
+
+def _parsed(text: str | bytes, problem: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _HeaderError(f"{problem} ({str(error)[:200]})") from None
+    if not isinstance(value, dict):
+        raise _HeaderError(f"{problem} (it is a {type(value).__name__}, expected names and values)")
+    return value
+
+
+def _is_matrix(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.get("dtype") != "F32":
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    return isinstance(shape, list) and len(shape) == 2 and isinstance(offsets, list) and len(offsets) == 2
+
+
+def _pairs(lists: list[Any]) -> Numbers:
+    """`[T, 2]` of whole numbers from 0 to below 2⁴⁰. ValueError where they are not."""
+    flat = [number for pair in lists for number in _pair(pair)]
+    if not set(map(type, flat)) <= {int}:
+        raise ValueError("a place or a size is no whole number")
+    if flat and not (min(flat) >= 0 and max(flat) < _LARGEST_PLACE):
+        raise ValueError("a place or a size is below 0 or too large")
+    return np.array(flat, np.int64).reshape(-1, 2)
+
+
+def _pair(found: Any) -> list[Any]:
+    if not isinstance(found, list) or len(found) != 2:
+        raise ValueError("expected two numbers")
+    return found
+
+
+def _check_bytes(size_T2: Numbers, bytes_T2: Numbers, total: int) -> None:
+    """ValueError unless tensors of these sizes lie behind each other, and are just so many bytes."""
+    expected_T = size_T2.astype(float).prod(1) * BYTES
+    if not (size_T2 > 0).all() or not (bytes_T2[:, 1] - bytes_T2[:, 0] == expected_T).all():
+        raise ValueError("a tensor has other bytes than its shape says")
+    order = np.argsort(bytes_T2[:, 0])
+    if not np.array_equal(np.append(bytes_T2[order, 0], total), np.insert(bytes_T2[order, 1], 0, 0)):
+        raise ValueError("its tensors are not all of it, one behind the other")
+
+
+def read_box(stream: BinaryIO, begin: int, columns: int, part: tuple[int, int, int, int], target: Tensor) -> None:
+    """Read a part of a stored box.
+
+    Args:
+        begin: where the box begins in the file.
+        columns: of the box.
+        part: row, column, rows and columns of it that are wanted.
+        target: `[rows, columns]`, of any type and on any device.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    row, column, rows, width = part
+    in_place = target.dtype == torch.float32 and target.device.type == "cpu" and target.is_contiguous()
+    if in_place and (width == columns or rows == 1):
+        stream.seek(begin + BYTES * (row * columns + column))
+        _fill(stream, target.view(-1).numpy())
+        return
+    step = max(1, AT_ONCE // (BYTES * columns))
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        # From the first element that is wanted to the last; of a box that is wanted whole these are all wanted.
+        elements = (count - 1) * columns + width
+        buffer = np.empty(count * columns, np.float32)
+        stream.seek(begin + BYTES * ((row + first) * columns + column))
+        _fill(stream, buffer[:elements])
+        found = torch.from_numpy(buffer).view(count, columns)[:, :width]
+        target[first : first + count].copy_(found)
+
+
+def _fill(stream: BinaryIO, buffer: Any) -> None:
+    memory = memoryview(buffer).cast("B")
+    done = 0
+    while done < len(memory):
+        count = stream.readinto(memory[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        done += count

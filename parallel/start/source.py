@@ -21,7 +21,6 @@ from ditmoe.model.weights.sit import could_be_sit
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, newest_checkpoint, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
-from ditmoe.parallel.checkpoint.shard_files import ShardReader
 
 Set = Literal["ema", "weights"]
 Objective = Literal["ddpm", "rectified_flow", "sit"]
@@ -85,7 +84,7 @@ def opened(start: Start, damage: Damage | None = None) -> Iterator[Source]:
         return
     info = read_info(checkpoint)
     which: Set = start.which or ("ema" if "ema" in info.parts else "weights")
-    with checked_weights(checkpoint, which, damage):
+    with checked_weights(checkpoint, which, damage) as info:
         yield _of_checkpoint(start, info, which)
 
 
@@ -109,11 +108,10 @@ def _of_checkpoint(start: Start, info: CheckpointInfo, which: Set) -> Source:
             f"train.start_objective = {start.said}, but {info.path} says {info.objective.kind}; expected it left"
             " out"
         )
-    reader = ShardReader(info.path / which)
 
     def fetch(name: str) -> Tensor:
         tensor = torch.empty(info.shapes[name])
-        load_pieces(info.path / which, [whole_piece(name, tensor)], collective=False, reader=reader)
+        load_pieces(info.path / which, [whole_piece(name, tensor)], info.stored[which])
         return tensor
 
     facts = {

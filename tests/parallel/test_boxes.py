@@ -1,9 +1,11 @@
 """Boxes: any cut of a matrix over tensor and data ranks tiles it, and any other cut reads it back."""
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,7 +24,16 @@ from ditmoe.parallel.boxes import (
     tiling_problems,
     whole,
 )
-from ditmoe.parallel.checkpoint.box_storage import Piece, load_pieces, missing_elements, save_pieces, stored_boxes
+from ditmoe.parallel.checkpoint.box_storage import (
+    Announced,
+    Piece,
+    StoredBoxes,
+    load_pieces,
+    missing_elements,
+    save_pieces,
+    stored_boxes,
+)
+from ditmoe.parallel.checkpoint.box_table import BoxTable
 from ditmoe.parallel.checkpoint.folder import file_facts
 
 Shares = list[tuple[Placement, int, int]]
@@ -95,7 +106,7 @@ def test_any_layout_tiles_and_any_other_reads_it(move: tuple[tuple[int, ...], Sh
         assert missing_elements(folder, {"w": shape}) == []
         assert sorted(stored_boxes(folder)["w"]) == sorted(piece.box for piece in written)
         read = pieces_of(shape, target)
-        load_pieces(folder, read, collective=False)
+        load_pieces(folder, read)
     for piece in read:
         assert torch.equal(piece.tensor, part(matrix, piece.box))
 
@@ -125,9 +136,77 @@ def test_a_tiling_that_is_spoilt_is_seen(move: tuple[tuple[int, ...], Shares, Sh
     assert not (counts[:rows, :columns] == 1).all() or counts.sum() != rows * columns
     problems = list(tiling_problems("w", spoilt, shape))
     assert problems and all("w" in problem for problem in problems)
+    assert table_of({"v": boxes, "w": spoilt}).untiled({"v": shape, "w": shape, "x": (1,)}) == ["w", "x"]
+    assert table_of({"v": boxes, "w": boxes, "x": spoilt}).untiled({"v": shape, "w": shape}) == []
     gap = bool((counts[:rows, :columns] == 0).any())
     assert not spoilt or any("nowhere" in problem for problem in problems) == gap
     assert any("twice" in problem for problem in problems) == bool((counts > 1).any())
+
+
+def table_of(boxes: dict[str, list[Box]]) -> BoxTable:
+    """Boxes of several parameters, each box in a file of its own."""
+    pieces = [Piece(name, (1,), box, torch.empty(0)) for name, found in boxes.items() for box in found]
+    return BoxTable([Announced.of([piece]).boxes for piece in pieces])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(moves(), min_size=1, max_size=3))
+def test_overlaps_are_those_of_each_box_with_each(many: list[tuple[tuple[int, ...], Shares, Shares]]) -> None:
+    """Of several parameters, beside wanted ones that are not stored."""
+    stored = {
+        str(number): [p.box for p in pieces_of(shape, source)] for number, (shape, source, _) in enumerate(many)
+    }
+    wanted = [
+        (str(number), p.box) for number, (shape, _, target) in enumerate(many) for p in pieces_of(shape, target)
+    ]
+    wanted.append(("not there", Box(0, 0, 1, 1)))
+    place_W4 = np.array([(box.row, box.column, box.rows, box.columns) for _, box in wanted])
+    table = table_of(stored)
+    found = table.overlaps([name for name, _ in wanted], place_W4)
+    every = [box for boxes in stored.values() for box in boxes]
+    names = [name for name, boxes in stored.items() for _ in boxes]
+    expected = set()
+    for number, (name, one) in enumerate(wanted):
+        for other_number, (other_name, other) in enumerate(zip(names, every, strict=True)):
+            top, left = max(one.row, other.row), max(one.column, other.column)
+            rows = min(one.row + one.rows, other.row + other.rows) - top
+            columns = min(one.column + one.columns, other.column + other.columns) - left
+            if name == other_name and rows > 0 and columns > 0:
+                expected.add((number, other_number, top, left, rows, columns))
+    rows = zip(found.wanted_O.tolist(), found.stored_O.tolist(), found.place_O4.tolist(), strict=True)
+    assert sorted((wanted, stored, *place) for wanted, stored, place in rows) == sorted(expected)
+
+
+def test_a_header_is_read_once_and_a_file_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many boxes of it are wanted."""
+    shape = (64, 8)
+    matrix = torch.arange(512.0).view(shape)
+    runs: Shares = [(whole(shape), 3 * number, 3 if number < 170 else 2) for number in range(171)]
+    save_pieces(tmp_path, pieces_of(shape, runs, matrix))
+    opened: list[str] = []
+    kept: Any = Path.open
+
+    def counted(self: Path, *arguments: Any, **named: Any) -> Any:
+        opened.append(self.name)
+        return kept(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", counted)
+    stored = StoredBoxes.of(tmp_path)
+    assert len(opened) == 1
+    for first in (0, 5):
+        wanted = pieces_of(shape, [(whole(shape), first, 500)])
+        stored.read(wanted)
+        found = torch.cat([piece.tensor.flatten() for piece in wanted])
+        assert torch.equal(found, matrix.flatten()[first : first + 500])
+    assert len(opened) == 3
+
+
+def test_a_file_that_ends_early_while_it_is_read(tmp_path: Path) -> None:
+    save_pieces(tmp_path, [Piece("w", (4, 3), Box(0, 0, 4, 3), torch.zeros(4, 3))])
+    stored, (file,) = StoredBoxes.of(tmp_path), tmp_path.iterdir()
+    os.truncate(file, file.stat().st_size - 4)
+    with pytest.raises(UserError, match="ends before what its header tells of"):
+        stored.read([Piece("w", (4, 3), Box(0, 0, 4, 3), torch.zeros(4, 3))])
 
 
 def test_a_run_is_at_most_three_boxes_of_a_matrix() -> None:
@@ -160,4 +239,4 @@ def test_a_box_that_is_not_stored(tmp_path: Path) -> None:
     save_pieces(tmp_path, [Piece("w", (4, 3), Box(0, 0, 4, 3), torch.zeros(4, 3))])
     missing = Piece("w", (5, 3), Box(3, 0, 2, 3), torch.zeros(2, 3))
     with pytest.raises(UserError, match="holds 3 of the 6 elements of w that are needed"):
-        load_pieces(tmp_path, [missing], collective=False)
+        load_pieces(tmp_path, [missing])

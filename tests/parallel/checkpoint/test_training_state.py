@@ -17,7 +17,9 @@ import torch.distributed as dist
 from ditmoe.model.errors import UserError
 from ditmoe.parallel import processes
 from ditmoe.parallel.boxes import column_slice, matrix_shape, row_slices, whole
-from ditmoe.parallel.checkpoint.box_storage import load_pieces, missing_elements
+from ditmoe.parallel.checkpoint import training_state
+from ditmoe.parallel.checkpoint.box_storage import load_pieces
+from ditmoe.parallel.checkpoint.box_table import FileBoxes
 from ditmoe.parallel.checkpoint.folder import (
     PARTIAL,
     CheckpointInfo,
@@ -170,6 +172,35 @@ def test_tensor_parallel_parts_move(tmp_path: Path, source: tuple[int, int], tar
         assert all(map(torch.equal, found.ema, expected.ema))
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_ranks_divide_headers_and_bytes_among_them(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """Each file is looked at by one rank; those of one number, which are most likely its own, by the same."""
+    files = [f"{part}/shard-{number:05d}.safetensors" for part in PARTS for number in range(1, 6)]
+    info: Any = SimpleNamespace(path=Path("checkpoint"), parts=PARTS, files=dict.fromkeys(files), shapes={})
+    boxes = FileBoxes.of(["w"], np.array([[0, 0, 1, 1]]), np.zeros(1, np.int64))
+    looked_at: list[tuple[int, str]] = []
+    checked: list[str] = []
+    told: list[Any] = []
+    at = SimpleNamespace(rank=0)
+
+    def read(file: Path) -> FileBoxes:
+        looked_at.append((at.rank, str(file.relative_to("checkpoint"))))
+        return boxes
+
+    monkeypatch.setattr(training_state.dist, "get_rank", lambda: at.rank)
+    monkeypatch.setattr(training_state.dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(training_state, "damaged", lambda info, names: checked.extend(names) or [])
+    monkeypatch.setattr(training_state, "read_header", read)
+    monkeypatch.setattr(training_state, "from_first_rank", lambda make: [])
+    monkeypatch.setattr(training_state, "gather_objects", lambda value: told.append(value) or told)
+    for at.rank in range(ranks):
+        stored, problems = training_state._looked_at(info)
+    assert not problems and sorted(checked) == sorted(name for _, name in looked_at) == sorted(files)
+    assert len({(rank, name.partition("/")[2]) for rank, name in looked_at}) == 5
+    assert all(found.files == tuple(name.partition("/")[2] for name in files[:5]) for found in stored.values())
+    assert len({id(found.table) for found in stored.values()}) == 1 and len(stored["ema"].table) == 5
+
+
 def odd(run: Path, step: int, kind: str) -> str:
     """Make something by the name of a checkpoint; what is said of it."""
     path = checkpoint_path(run, step)
@@ -196,6 +227,9 @@ def odd(run: Path, step: int, kind: str) -> str:
     if kind == "odd values":
         change_marker(path, lambda facts: facts.update(images=None))
         return f"{path / MARKER}: not a checkpoint's marker (images = None"
+    if kind == "a file that is not listed":
+        shutil.copy(file, file.with_name("shard-00002.safetensors"))
+        return f"{file.with_name('shard-00002.safetensors')}: is not in the list of {MARKER}"
     if kind == "no optimiser":
         drop = lambda facts: facts.update(parts=["weights"], files=only(facts["files"], "weights/"))  # noqa: E731
         change_marker(path, drop)
@@ -217,6 +251,7 @@ def only(files: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 ODDITIES = (
+    *("a file that is not listed",),
     *("a file", "no marker", "another step", "a folder for the marker", "a folder for a file", "odd values"),
     *("no optimiser", "a link out", "an odd header"),
 )
@@ -244,7 +279,7 @@ def test_odd_checkpoints_are_told_and_an_older_one_taken(tmp_path: Path, monkeyp
 
 
 def only_headers(info: CheckpointInfo) -> list[str]:
-    return [problem for part in info.parts for problem in missing_elements(info.path / part, info.shapes)]
+    return [problem for stored in info.stored.values() for problem in stored.missing(info.shapes)]
 
 
 def _check_damage(run: Path) -> None:
