@@ -42,19 +42,28 @@ class BoardAside:
         kind: `wandb` or `mlflow`.
         folder: where it keeps what it knows of the run, and what it prints.
         run: what the run is called there.
+        evaluation: what the evaluations that it shows are called; None: it shows the training.
         program: what is started, before the arguments.
     """
 
-    def __init__(self, kind: str, folder: Path, run: str, program: tuple[str, ...] = PROGRAM) -> None:
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        run: str,
+        evaluation: str | None = None,
+        program: tuple[str, ...] = PROGRAM,
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.kind = kind
+        self._work = "training" if evaluation is None else "the watch"
         self._lines: queue.Queue[str | None] = queue.Queue(MOST_WAITING)
         self._left_out = 0
         self._problem: str | None = None
         self._told = False
         with open_appending(folder / f"{kind}.txt") as output:
             self._process = subprocess.Popen(
-                [*program, kind, str(folder), run],
+                [*program, kind, str(folder), run, *([] if evaluation is None else [evaluation])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=output,
@@ -93,7 +102,7 @@ class BoardAside:
         if found is None and ended:
             found = f"its process ended with exit code {self._process.returncode}"
         self._told = found is not None
-        return None if found is None else f"{self.kind}: {found}; training goes on without it"
+        return None if found is None else f"{self.kind}: {found}; {self._work} goes on without it"
 
     def close(self, outcome: Outcome) -> str | None:
         """Wait a while until all is sent, and end the process; what is left unsent, in words."""

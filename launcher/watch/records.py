@@ -1,4 +1,4 @@
-"""What following a run leaves: a line per checkpoint, TensorBoard, a picture of FID over steps, the best marked.
+"""What following a run leaves: a line per checkpoint, figures on boards, a picture of FID, the best marked.
 
 All of it is made of the evaluations that are stored, and lacks nothing that one of them has: a kill at any moment,
 or a repeated start, neither loses a figure nor writes one twice.
@@ -6,19 +6,15 @@ or a repeated start, neither loses a figure nor writes one twice.
 
 import json
 import time
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from matplotlib.figure import Figure
-from numpy.lib import format as npy_format
-from numpy.typing import NDArray
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from torch.utils.tensorboard import SummaryWriter
 
 from ditmoe.data.storage.files import open_appending, open_regular, replacing
+from ditmoe.launcher.configuration.sections import LoggerName
+from ditmoe.launcher.loggers.board import Outcome
 from ditmoe.launcher.training.evaluations import (
     StoredEvaluation,
     best_of,
@@ -27,26 +23,12 @@ from ditmoe.launcher.training.evaluations import (
     stored_evaluations,
 )
 from ditmoe.launcher.training.run_folder import RunFolder
+from ditmoe.launcher.watch.boards import EvaluationBoards, figures_of
 from ditmoe.parallel.checkpoint.folder import checkpoints
-from ditmoe.sampling.drawing.picture import image_grid
 from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
 
 WATCH_FILE: Final = "watch.jsonl"
 """In the run's `evaluations/`: one object per checkpoint that was scored, or passed over."""
-FIGURES: Final = {
-    "fid": "FID",
-    "sfid": "sFID",
-    "kid": "KID",
-    "precision": "precision",
-    "recall": "recall",
-    "inception_score": "Inception Score",
-    "recognised": "recognised (share)",
-}
-"""Key of a figure → its name in TensorBoard."""
-IMAGES_TAG: Final = "evaluation/images"
-_WIDEST: Final = 1024
-"""Pixels of a side of the grid of images, about."""
-_MOST_ACROSS: Final = 8
 _COLUMNS: Final = {
     "step": 10,
     "images": 13,
@@ -63,16 +45,29 @@ HEADER: Final = "".join(f"{name:>{width}}" for name, width in _COLUMNS.items())
 class Records:
     """The records of the evaluations with some settings; a context manager."""
 
-    def __init__(self, folder: RunFolder, metric: str) -> None:
+    def __init__(self, folder: RunFolder, metric: str, loggers: tuple[LoggerName, ...] = ()) -> None:
+        """Open nothing yet.
+
+        Args:
+            metric: by which the best is marked.
+            loggers: of the run; TensorBoard always has the figures.
+        """
         self._folder = folder
         self.metric = metric
         """By which the best is marked."""
-        self._boards: dict[str, Board] = {}
+        self._loggers = loggers
+        self._boards: dict[str, EvaluationBoards] = {}
+        self.outcome: Outcome = "stopped"
+        """How the watch ends, as boards show it."""
 
     def close(self) -> None:
-        """Finish the event files."""
+        """Finish the event files and the boards."""
         for board in self._boards.values():
-            board.close()
+            board.close(self.outcome)
+
+    def problems(self) -> list[str]:
+        """What is wrong with boards, each told once."""
+        return [problem for board in self._boards.values() for problem in board.problems()]
 
     def follow(self, settings: str) -> tuple[list[StoredEvaluation], StoredEvaluation | None]:
         """Bring all records up to what is stored with these settings.
@@ -96,7 +91,7 @@ class Records:
             mark_best(self._folder.evaluations, best, self.metric)
         board = self._boards.get(name)
         if board is None:
-            board = self._boards[name] = Board(self._folder.tensorboard / f"evaluation-{name}")
+            board = self._boards[name] = EvaluationBoards(self._folder, f"evaluation-{name}", self._loggers)
         for one in found:
             board.write(one, self._folder.evaluations / one.id / SAMPLES_FILE)
         draw_curve(self._folder.evaluations / f"watch-{name}.png", found, best)
@@ -156,15 +151,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def figures_of(one: StoredEvaluation) -> dict[str, float | None]:
-    """Each of `FIGURES` that the evaluation has; None for the others."""
-    figures = {key: one.figure(key) for key in FIGURES}
-    judge = one.figures.get("recogniser")
-    if isinstance(judge, Mapping):
-        figures["recognised"] = judge.get("accuracy")
-    return figures
-
-
 def line_of(one: StoredEvaluation, best: bool) -> str:
     """A line of the table under `HEADER`."""
     figures = figures_of(one)
@@ -175,71 +161,6 @@ def line_of(one: StoredEvaluation, best: bool) -> str:
     shown.append("–" if judged is None else f"{judged:.2%}")
     cells = (f"{text:>{width}}" for text, width in zip(shown, _COLUMNS.values(), strict=True))
     return "".join(cells) + ("   best" if best else "")
-
-
-class Board:
-    """The event files of evaluations with one set of settings, in a folder of their own.
-
-    In the folder of training's own, TensorBoard would read on in the youngest file alone and show nothing more of
-    the run.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._there = written_points(folder)
-        self._writer: SummaryWriter | None = None
-
-    def write(self, one: StoredEvaluation, samples: Path) -> None:
-        """Write what is not there yet of an evaluation's figures, and its first images."""
-        for key, value in figures_of(one).items():
-            tag = f"evaluation/{FIGURES[key]}"
-            if value is not None and (tag, one.step) not in self._there:
-                self._open().add_scalar(tag, value, one.step)
-                self._there.add((tag, one.step))
-        if (IMAGES_TAG, one.step) not in self._there and samples.is_file():
-            images_NHWC = first_images(samples)
-            if len(images_NHWC):
-                picture = image_grid(images_NHWC, columns=min(_across(images_NHWC.shape[1]), len(images_NHWC)))
-                self._open().add_image(IMAGES_TAG, np.asarray(picture), one.step, dataformats="HWC")
-            self._there.add((IMAGES_TAG, one.step))
-        if self._writer is not None:
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Finish the file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-    def _open(self) -> SummaryWriter:
-        if self._writer is None:
-            self._writer = SummaryWriter(str(self._folder))
-        return self._writer
-
-
-def written_points(folder: Path) -> set[tuple[str, int]]:
-    """(tag, step) of all that a folder's event files hold."""
-    return {
-        (value.tag, event.step)
-        for file in sorted(folder.glob("events.out.tfevents.*"))
-        for event in EventFileLoader(str(file)).Load()
-        for value in event.summary.value
-    }
-
-
-def first_images(samples: Path) -> NDArray[np.uint8]:
-    """As many of the first images of a `samples.npz` as a picture has room for, uint8 [n, H, W, 3]."""
-    with zipfile.ZipFile(samples) as archive, archive.open("arr_0.npy") as member:
-        npy_format.read_magic(member)
-        shape, _, dtype = npy_format.read_array_header_1_0(member)
-        assert dtype == np.uint8 and len(shape) == 4, (dtype, shape)
-        count = min(shape[0], _across(shape[1]) ** 2)
-        content = member.read(count * int(np.prod(shape[1:])))
-    return np.frombuffer(content, dtype=np.uint8).reshape(count, *shape[1:])
-
-
-def _across(size: int) -> int:
-    return max(2, min(_MOST_ACROSS, _WIDEST // size))
 
 
 def draw_curve(path: Path, found: Sequence[StoredEvaluation], best: StoredEvaluation | None) -> None:

@@ -203,6 +203,7 @@ class _Watch:
         """Bring the records up to what is stored, and show a line for each new evaluation."""
         assert self._settings is not None
         new, best = records.follow(self._settings)
+        self._say_problems()
         if best is None:
             self._say_once(f"no evaluation has {records.metric}, as checkpoint.best_metric says: none is marked")
         # At the first look all that is there is shown, as the beginning of the table.
@@ -217,9 +218,20 @@ class _Watch:
         """What is written; the best is that by `checkpoint.best_metric`, or by FID where that is the loss."""
         if self._records is None:
             metric = "fid" if progress.config is None else progress.config.checkpoint.best_metric
-            self._records = Records(self._folder, "fid" if metric == "loss" else metric)
-            self._stack.callback(self._records.close)
+            loggers = () if progress.config is None else progress.config.train.loggers
+            self._records = Records(self._folder, "fid" if metric == "loss" else metric, loggers)
+            self._stack.callback(self._close_records)
         return self._records
+
+    def _close_records(self) -> None:
+        assert self._records is not None
+        self._records.close()
+        self._say_problems()
+
+    def _say_problems(self) -> None:
+        assert self._records is not None
+        for problem in self._records.problems():
+            self._say(problem)
 
     def _claim(self, job: Job) -> bool:
         """Whether this process alone watches with the settings; while another does, it waits."""
@@ -266,6 +278,8 @@ class _Watch:
 
     def _end(self, progress: Progress) -> int:
         scored = 0 if self._settings is None else len(evaluations_of(self._folder.evaluations, self._settings))
+        if self._records is not None:
+            self._records.outcome = "complete"
         self._say(f"the run is complete: step {progress.step:,}; {scored} of its checkpoints are scored")
         if not self._failed:
             return 0

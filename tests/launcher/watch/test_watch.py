@@ -17,7 +17,8 @@ from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.training.best import BestCheckpoints
 from ditmoe.launcher.training.evaluations import stored_evaluations
 from ditmoe.launcher.training.run_folder import RunFolder
-from ditmoe.launcher.watch.records import WATCH_FILE, read_lines, written_points
+from ditmoe.launcher.watch.boards import written_points
+from ditmoe.launcher.watch.records import WATCH_FILE, read_lines
 from ditmoe.launcher.watch.watch import watch_run
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, checkpoints

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from ditmoe.launcher.training.progress import read_progress
-from ditmoe.launcher.watch.records import WATCH_FILE, read_lines, written_points
+from ditmoe.launcher.watch.boards import written_points
+from ditmoe.launcher.watch.records import WATCH_FILE, read_lines
 from ditmoe.parallel.checkpoint.folder import checkpoints, step_of
 from tests.forked import DITMOE, run_forked
 from tests.sampling.small_run import write_digits
