@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-drawing test-metrics test-layouts test-docs test-all lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-layouts test-docs test-all bench bench-gpu lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,11 +58,20 @@ test-drawing: venv ## groups of processes that share out experts, and the benchm
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
 
+test-bench: venv ## the whole suite of benchmarks, small; a minute
+	@$(BIN)/python -m pytest -m slow tests/benchmarks $(PYTEST_ARGS)
+
 test-docs: venv ## every page's commands, in their order, as a reader would, with fewer steps and images
 	@$(BIN)/python -m pytest -m slow tests/docs -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-all: venv ## also the long matrices, and the tests that need a GPU where there is one
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: venv ## every figure beside a plain baseline and the CPU's limit: a table, and JSON in benchmarks/results
+	@$(BIN)/python -m benchmarks.run
+
+bench-gpu: venv ## the same on a GPU: the mixture layer, training, sampling, DeepSpeed's share
+	@$(BIN)/python -m benchmarks.run --device cuda
 
 lint: venv ## ruff (rules and layout) and mypy
 	@$(BIN)/ruff check .

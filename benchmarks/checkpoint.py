@@ -9,6 +9,7 @@ the state; of the ranks the largest is shown, of the repeats the median. A step 
 """
 
 import argparse
+import json
 import os
 import shutil
 import statistics
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from unittest.mock import patch
@@ -32,7 +34,7 @@ from ditmoe.launcher.local.launch import spawn
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.initialise import initialise
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint import box_storage
@@ -83,18 +85,23 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path("/tmp"), help="written to, and left as it was")
+    parser.add_argument("--depth", type=int, default=MODEL.depth, help="blocks of the network")
+    parser.add_argument("--hidden", type=int, default=MODEL.hidden, help="its width")
+    parser.add_argument("--json", type=Path, help="where the seconds and bytes of each repeat are written")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        measure(arguments.repeats, arguments.folder)
+        changes = {"depth": arguments.depth, "hidden": arguments.hidden, "heads": arguments.hidden // 64 or 1}
+        model = ModelConfig.model_validate({**MODEL.model_dump(), **changes})
+        measure(model, arguments.repeats, arguments.folder, arguments.json)
     else:
         sys.exit(spawn([__file__, *sys.argv[1:]], arguments.processes, threads=1, program=[sys.executable]))
 
 
-def measure(repeats: int, parent: Path) -> None:
+def measure(model: ModelConfig, repeats: int, parent: Path, written: Path | None) -> None:
     """One rank's part; rank 0 prints."""
     warnings.filterwarnings("ignore")
     processes.join(torch.device("cpu"))
-    engine, batch = make_engine(), make_batch()
+    engine, batch = make_engine(model), make_batch()
 
     def step() -> None:
         engine.train_step([batch], lr=1e-5, stop_requested=False)
@@ -108,9 +115,11 @@ def measure(repeats: int, parent: Path) -> None:
         f"share of a rank: {max(shares) / MIB:.0f} MiB"
     )
     say(f"{'':<18}{'training waits':>15}{'until complete':>15}{'memory':>12}{'of the share':>13}")
+    rounds = [[save_once(engine, way, parent) for way in WAYS] for _ in range(repeats)]
+    by_way = zip(WAYS, zip(*rounds, strict=True), strict=True)
+    found = {way.name: list(zip(*runs, strict=True)) for way, runs in by_way}
     for way in WAYS:
-        runs = [save_once(engine, way, parent) for _ in range(repeats)]
-        waits, complete, memory = (statistics.median(values) for values in zip(*runs, strict=True))
+        waits, complete, memory = (statistics.median(values) for values in found[way.name])
         say(
             f"{way.name:<18}{waits:>13.2f} s{complete:>13.2f} s{memory / MIB:>8.0f} MiB"
             f"{memory / max(shares):>12.0%}"
@@ -118,6 +127,9 @@ def measure(repeats: int, parent: Path) -> None:
     alone = statistics.median(timed(step) for _ in range(5))
     meanwhile = statistics.median(step_while_saving(engine, step, parent) for _ in range(repeats))
     say(f"a step: {alone:.2f} s; one that begins with a save under way: {meanwhile:.2f} s")
+    if written is not None and dist.get_rank() == 0:
+        keys = ("waits", "complete", "memory")
+        written.write_text(json.dumps({name: dict(zip(keys, each, strict=True)) for name, each in found.items()}))
     processes.leave()
 
 
@@ -159,13 +171,11 @@ def run_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def make_engine() -> TrainingEngine:
+def make_engine(model: ModelConfig) -> TrainingEngine:
     world = dist.get_world_size()
     layout = Layout(pipe=1, data=world, expert=world, tensor=1, zero=1, micro_batch=2, accumulation=1)
-    network = DiT(MODEL)
-    initialise(network, seed=0)
     return TrainingEngine(
-        network,
+        DiT(model),
         make_objective(ObjectiveConfig()),
         layout,
         OptimConfig(),
@@ -173,6 +183,7 @@ def make_engine() -> TrainingEngine:
         "fp32",
         {},
         torch.device("cpu"),
+        partial(initial_value, seed=0),
     )
 
 

@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,37 @@ def timed(run: Callable[[Tensor], Tensor], module: nn.Module, x_BTD: Tensor, bac
     return time.perf_counter() - start
 
 
+class Case(NamedTuple):
+    """What is measured."""
+
+    hidden: int
+    tokens: int
+    experts: int
+    experts_per_token: int
+    shared: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def rounds(case: Case, backward: bool, count: int, warm_up: int = 3) -> list[list[float]]:
+    """Seconds of the layer, the dense SwiGLU and the loop, in each round."""
+    balance = BalanceLoss(case.experts, 0.005, case.tokens // 4, group=1)
+    layer = MoE(case.hidden, case.experts, case.experts_per_token, case.shared, balance)
+    layer.to(case.device, case.dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    width = (4 * case.experts_per_token + case.shared) * case.hidden
+    dense = SwiGlu(case.hidden, width).to(case.device, case.dtype)
+    x_BTD = torch.randn(4, case.tokens // 4, case.hidden, device=case.device).to(case.dtype).requires_grad_()
+
+    def loop(x: Tensor) -> Tensor:
+        return loop_over_experts(layer, x)
+
+    runs: list[tuple[Callable[[Tensor], Tensor], nn.Module]] = [(layer, layer), (dense, dense), (loop, layer)]
+    taken = [[timed(*run, x_BTD, backward) for run in runs] for _ in range(count + warm_up)][warm_up:]
+    return [list(column) for column in zip(*taken, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=384)
@@ -65,33 +97,23 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    hidden, active, shared = arguments.hidden, arguments.experts_per_token, 2
-    device = torch.device(arguments.device)
+    device, shared = torch.device(arguments.device), 2
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     print(
-        f"{name}, {arguments.threads} threads, torch {torch.__version__}: hidden {hidden}, {arguments.tokens} "
-        f"tokens, {arguments.experts} experts, top-{active}, {shared} shared"
+        f"{name}, {arguments.threads} threads, torch {torch.__version__}: hidden {arguments.hidden}, "
+        f"{arguments.tokens} tokens, {arguments.experts} experts, top-{arguments.experts_per_token}, "
+        f"{shared} shared"
     )
     print(
         f"{'dtype':<10}{'pass':<9}{'layer (ms)':>11}{'dense':>9}{'loop':>9}{'layer/dense':>13}{'layer/loop':>12}"
     )
+    sizes = (arguments.hidden, arguments.tokens, arguments.experts, arguments.experts_per_token, shared)
     for dtype in (torch.float32, torch.bfloat16):
-        balance = BalanceLoss(arguments.experts, 0.005, arguments.tokens // 4, group=1)
-        layer = MoE(hidden, arguments.experts, active, shared, balance).to(device, dtype)
-        for parameter in layer.parameters():
-            nn.init.normal_(parameter, std=0.02)
-        dense = SwiGlu(hidden, (4 * active + shared) * hidden).to(device, dtype)
-        x_BTD = torch.randn(4, arguments.tokens // 4, hidden, device=device, dtype=dtype, requires_grad=True)
-
-        def loop(x: Tensor, layer: MoE = layer) -> Tensor:
-            return loop_over_experts(layer, x)
-
-        runs: list[tuple[Callable[[Tensor], Tensor], nn.Module]] = [(layer, layer), (dense, dense), (loop, layer)]
         for backward in (False, True):
-            rounds = [[timed(*run, x_BTD, backward) for run in runs] for _ in range(arguments.rounds + 3)][3:]
-            times = [1000 * statistics.median(column) for column in zip(*rounds, strict=True)]
-            to_dense = statistics.median(row[0] / row[1] for row in rounds)
-            to_loop = statistics.median(row[0] / row[2] for row in rounds)
+            layer, dense, loop = rounds(Case(*sizes, dtype, device), backward, arguments.rounds)
+            times = [1000 * statistics.median(column) for column in (layer, dense, loop)]
+            to_dense = statistics.median(a / b for a, b in zip(layer, dense, strict=True))
+            to_loop = statistics.median(a / b for a, b in zip(layer, loop, strict=True))
             label = "fwd+bwd" if backward else "forward"
             print(
                 f"{str(dtype)[6:]:<10}{label:<9}{times[0]:>11.1f}{times[1]:>9.1f}{times[2]:>9.1f}"

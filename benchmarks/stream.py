@@ -46,19 +46,19 @@ LATENT_SHAPE: Final = (4, 32, 32)
 SCALE: Final = 0.18215
 
 
-def make_images(folder: Path) -> None:
+def make_images(folder: Path, count: int = IMAGES) -> None:
     """Photographs would do better; what counts is that they are JPEG of 256×256."""
     settings = PackSettings(format="jpg", limits=ShardLimits(samples=PER_SHARD // 4))
-    pack(Shapes(IMAGES, 10, 256, seed=0), folder, settings)
+    pack(Shapes(count, 10, 256, seed=0), folder, settings)
 
 
-def make_latents(folder: Path, format: LatentFormat = "npy") -> None:
+def make_latents(folder: Path, format: LatentFormat = "npy", count: int = LATENTS) -> None:
     """Moments in float16, as `ditmoe data encode` writes them, of random numbers."""
     generator = torch.Generator().manual_seed(0)
     folder.mkdir()
 
     def samples() -> Iterator[PackedSample]:
-        for number in range(LATENTS):
+        for number in range(count):
             mean, std = torch.randn(2, *LATENT_SHAPE, generator=generator)
             data = encode_latent(mean, std.abs(), "float16", format)
             yield PackedSample(f"{number:08d}", f"moments.{format}", data, number % 10, {"source": "random"})
@@ -121,17 +121,24 @@ def streamed(folder: Path) -> int:
         return sum(len(batch.keys) for batch in islice(stream, steps))
 
 
-def compare(name: str, folder: Path, bare: Callable[[Path], int], repeats: int) -> None:
-    """Samples per second of both, in turns, and the median of their ratios."""
-    rates: dict[str, list[float]] = {"bare loop": [], "stream": []}
+def per_sample(folder: Path, bare: Callable[[Path], int], repeats: int) -> dict[str, list[float]]:
+    """Seconds of a sample in each, in turns."""
+    seconds: dict[str, list[float]] = {"bare loop": [], "stream": []}
     for _ in range(repeats):
         for what, read in (("bare loop", bare), ("stream", streamed)):
             began = time.perf_counter()
             count = read(folder)
-            rates[what].append(count / (time.perf_counter() - began))
-    ratios = [ours / theirs for ours, theirs in zip(rates["stream"], rates["bare loop"], strict=True)]
+            seconds[what].append((time.perf_counter() - began) / count)
+    return seconds
+
+
+def compare(name: str, folder: Path, bare: Callable[[Path], int], repeats: int) -> None:
+    """Samples per second of both, in turns, and the median of their ratios."""
+    seconds = per_sample(folder, bare, repeats)
+    ratios = [theirs / ours for ours, theirs in zip(seconds["stream"], seconds["bare loop"], strict=True)]
+    theirs, ours = (1 / statistics.median(seconds[what]) for what in ("bare loop", "stream"))
     print(
-        f"{name:<22}{statistics.median(rates['bare loop']):>14,.0f}{statistics.median(rates['stream']):>14,.0f}"
+        f"{name:<22}{theirs:>14,.0f}{ours:>14,.0f}"
         f"{statistics.median(ratios):>10.2f}   ({min(ratios):.2f} to {max(ratios):.2f})",
         flush=True,
     )

@@ -8,7 +8,7 @@ the name of Gflops: compare those with `Count.macs`.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from ditmoe.model.experts.moe import Experts, Router
 from ditmoe.model.layers import PlainAttention, QkNormAttention
 from ditmoe.model.presets import PATCHES, PUBLISHED, parse_preset
 
+TRAINING_PASSES: Final = 3
+"""Forward passes that a step of training costs: a backward pass costs two. Recomputed activations do not count."""
 LATENT_CHANNELS = 4
 LATENT_FACTOR = 8
 """Pixels per latent cell of the Stable Diffusion autoencoder: 256² images are 32² latents."""
@@ -62,6 +64,8 @@ class PartMacs:
     """Of patches, timestep and label together."""
     block: int
     """Of one block; all are alike."""
+    routed: int
+    """Of its routed experts, K for each token, which `block` contains."""
     final_layer: int
 
 
@@ -69,10 +73,12 @@ class PartMacs:
 def macs_of_parts(config: ModelConfig) -> PartMacs:
     """What each part of a network of a complete configuration costs."""
     sums = {"blocks": 0, "final_layer": 0, "embedders": 0}
+    routed = 0
     for module in _modules(config):
         part = module.name.partition(".")[0]
         sums[part if part in sums else "embedders"] += module.macs
-    return PartMacs(sums["embedders"], sums["blocks"], sums["final_layer"])
+        routed += module.macs if module.name.endswith(".moe.experts") else 0
+    return PartMacs(sums["embedders"], sums["blocks"], routed, sums["final_layer"])
 
 
 class _ModuleCount(NamedTuple):
@@ -119,7 +125,7 @@ def _macs(name: str, module: nn.Module, active: int, tokens: int) -> int:
 
 
 def flops_per_image(config: ModelConfig) -> int:
-    """Forward FLOPs of one image. A training step costs three times as much (the backward pass is two)."""
+    """Forward FLOPs of one image; a training step costs `TRAINING_PASSES` times as much."""
     return count(config).flops
 
 

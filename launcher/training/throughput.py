@@ -13,9 +13,6 @@ import torch
 from ditmoe.parallel.engine.training_engine import StepResult
 from ditmoe.parallel.planner.gpus import tflops_of_device
 
-TRAINING_PASSES: Final = 3
-"""A backward pass costs two forward passes; recomputed activations do not count."""
-
 
 def peak_tflops(device: torch.device, precision: str) -> float | None:
     """Peak of a known GPU, TFLOP/s, or None."""

@@ -30,8 +30,8 @@ from ditmoe.launcher.training.report import Reporter
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.skips import SkipLedger, skips_of_data_ranks
 from ditmoe.launcher.training.state import StateFile
-from ditmoe.launcher.training.throughput import TRAINING_PASSES, Clock, Sums, peak_memory_gib, peak_tflops
-from ditmoe.model.count import flops_per_image
+from ditmoe.launcher.training.throughput import Clock, Sums, peak_memory_gib, peak_tflops
+from ditmoe.model.count import TRAINING_PASSES, flops_per_image
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value

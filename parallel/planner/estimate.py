@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import ClassVar, Final
 
 from ditmoe.model.config import ModelConfig
-from ditmoe.model.count import PartMacs, macs_of_parts
+from ditmoe.model.count import TRAINING_PASSES, PartMacs, macs_of_parts
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
 from ditmoe.parallel.planner.anatomy import anatomy
@@ -30,8 +30,6 @@ from ditmoe.parallel.planner.traffic import (
 from ditmoe.parallel.planner.zero import shards
 from ditmoe.parallel.stages import stage_blocks
 
-TRAINING_PASSES: Final = 3
-"""A backward pass costs two forward passes."""
 ELEMENT_PASSES: Final = 5
 """Times that a saved activation goes through memory: written, read, and its gradient likewise."""
 KERNELS_PER_BLOCK: Final = 150
@@ -172,7 +170,7 @@ def _compute(
     passes = TRAINING_PASSES + workload.recompute
     flops = 2 * passes * _stage_macs(macs, config, blocks) * layout.micro_batch / layout.tensor
     # The fullest expert rank computes its share of the routed experts while the others wait.
-    flops *= 1 + (workload.imbalance - 1) * _routed_share(config, macs)
+    flops *= 1 + (workload.imbalance - 1) * macs.routed / macs.block
     saved = len(blocks) * activations(config, layout, workload.number_bytes, workload.imbalance).block
     products = flops / (gpu.tflops(workload.precision) * 1e12 * machine.efficiency)
     moved = saved * ELEMENT_PASSES / (gpu.memory_bandwidth * 1e9)
@@ -229,11 +227,6 @@ def _seconds(
         "ZeRO and gradients": averaging,
         "optimiser": stepping,
     }
-
-
-def _routed_share(config: ModelConfig, macs: PartMacs) -> float:
-    """Share of a block's products that are the routed experts'."""
-    return 12 * config.experts_per_token * config.hidden**2 * config.tokens / macs.block
 
 
 def _averaging_seconds(

@@ -45,4 +45,6 @@ def test_parts_add_up() -> None:
     config = ModelConfig(preset="DiT-S/2-8E2A", image_size=32, channels=4, num_classes=1000)
     parts = macs_of_parts(config)
     assert parts.embedders + 12 * parts.block + parts.final_layer == count(config).macs
+    # The counts that a formula gives: K of the experts of width 4D, each three products.
+    assert parts.routed == 3 * 2 * 4 * 384**2 * config.tokens < parts.block
     assert 0 < parts.final_layer < parts.embedders + parts.final_layer < parts.block
