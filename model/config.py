@@ -18,10 +18,10 @@ images; its code takes both means over whatever a device holds."""
 
 
 class ModelConfig(Settings):
-    """The network's shape: a preset, and any field that departs from it."""
+    """The network's shape: a preset, and any field that differs from it."""
 
     preset: str | None = None
-    """A name such as DiT-S/2-8E2A (see `ditmoe models`); null: every field of the shape is given."""
+    """A name such as DiT-S/2-8E2A (see `ditmoe models`); null: you give every field of the shape."""
     depth: Annotated[int, Unit("blocks")] = Field(default=0, ge=1, le=1000)
     """Number of blocks L; from the preset when left out."""
     hidden: Annotated[int, Unit("features")] = Field(default=0, ge=4, le=2**20, multiple_of=4)
@@ -33,14 +33,14 @@ class ModelConfig(Settings):
     experts: Annotated[int, Unit("experts")] = Field(default=0, ge=0, le=2**16)
     """Routed experts N of each block; 0: a dense network with a GELU MLP of width 4D."""
     experts_per_token: Annotated[int, Unit("experts")] = Field(default=0, ge=0, le=2**16)
-    """Routed experts K that each token goes to."""
+    """Number K of routed experts that each token goes to."""
     shared_experts: Annotated[int, Unit("experts")] = Field(default=2, ge=0, le=1024)
     """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D; 0 with a GELU
     `shared_mlp`."""
     shared_mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """What all tokens of a mixture go through besides their experts. `swiglu`: the shared experts; `gelu`: in
-    their place the MLP of a dense block, of width 4D with biases, so that a mixture can start from a dense
-    network."""
+    """What all tokens of a mixture go through besides their routed experts. `swiglu`: the shared experts.
+    `gelu`: instead of them the MLP of a dense block, of width 4D with biases, so that a mixture can start from
+    a dense network."""
     image_size: Annotated[int | None, Unit("pixels or latent cells")] = Field(default=None, ge=1, le=2**14)
     """Side of the network's input in pixels or latent cells; null: from the data's index."""
     channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)
@@ -50,24 +50,26 @@ class ModelConfig(Settings):
     attention: Literal["plain", "qk_norm"] = "plain"
     """`qk_norm`: per-head LayerNorm with affine on queries and keys, as the published XL and G weights have."""
     timestep_frequencies: Literal["dit", "diffusers"] = "dit"
-    """ω_i of the timestep's features cos ωt and sin ωt, i = 0 … 127: 10000^(−i/128), as DiT, SiT and DiT-MoE have
-    them, or 10000^(−i/127), as diffusers' own DiT computes them. Stock diffusers draws exactly the latter."""
+    """The frequencies ω_i of the timestep's features cos ωt and sin ωt, i = 0 … 127. `dit`: 10000^(−i/128), as
+    in DiT, SiT and DiT-MoE. `diffusers`: 10000^(−i/127), as in diffusers' own DiT; only such networks give the
+    same images in stock diffusers."""
     learn_sigma: bool = True
-    """The network puts out 2·channels; DDPM reads the second half as the variance, flow ignores it."""
+    """The network outputs 2·channels; DDPM reads the second half as the variance, rectified flow ignores
+    it."""
     label_dropout: Annotated[float, Unit("share")] = Field(default=0.1, ge=0, lt=1)
     """Share of training labels replaced by the null class, for classifier-free guidance."""
     balance: Literal["paper", "published-code"] = "paper"
-    """What `balance_weight` and `balance_group` are where they are left out. `paper`: 0.005, over the global
-    batch; `published-code`: 0.01, over 32 images, which stand for a device's batch."""
+    """The values of `balance_weight` and `balance_group` if they are left out. `paper`: 0.005, over the global
+    batch. `published-code`: 0.01, over 32 images, which stand for the batch of one device."""
     balance_weight: Annotated[float, NO_UNIT] = Field(default=0.005, ge=0)
     """α of the balance loss."""
     balance_group: Annotated[int, Unit("samples")] = Field(default=0, ge=0, le=MOST_IMAGES)
     """Consecutive samples of the global order over which the balance loss takes its means.
 
-    0: the whole global batch, with the experts' shares of the last step that had an update, which checkpoints
-    keep (in the first step of a run all are alike). 1: each sample by itself. Or any divisor of
-    `train.micro_batch`, or the whole global micro-step (`micro_batch` × data ranks), reduced over the
-    ranks."""
+    0: the whole global batch, with the experts' shares of the last step that had an update; checkpoints keep
+    these shares, and in the first step of a run all are equal. 1: each sample by itself. Other values: any
+    divisor of `train.micro_batch`, or the whole global micro-step (`micro_batch` × data ranks), reduced over
+    the ranks."""
 
     @model_validator(mode="before")
     @classmethod
@@ -151,6 +153,7 @@ class EmaConfig(Settings):
     """The exponential moving average of the weights that sampling uses."""
 
     decay: Annotated[float, Unit("share")] = Field(default=0.9999, ge=0, lt=1)
-    """Share of the average kept at each step."""
+    """The share of the average that is kept at each step."""
     warmup: bool = True
-    """Use min(decay, (1 + n) / (10 + n)) after n steps, so that the start is forgotten in short runs."""
+    """Use min(decay, (1 + n) / (10 + n)) after n steps, so that even a short run forgets its initial
+    weights."""

@@ -11,19 +11,20 @@ MOST_PROCESSES: Final = 2**20
 
 
 class ParallelConfig(Settings):
-    """The rank grid, and what of the training state is sharded over it."""
+    """The grid of ranks, and which parts of the training state are sharded over it."""
 
     pipe: Annotated[int, Unit("stages")] = Field(default=1, ge=1, le=MOST_PROCESSES)
-    """Pipeline stages, balanced by cost; at most `model.depth`. With several, `zero` is 0 or 1."""
+    """Pipeline stages, balanced by cost; at most `model.depth`. More than one needs `zero` 0 or 1."""
     tensor: Annotated[int, Unit("ranks")] = Field(default=1, ge=1, le=MOST_PROCESSES)
-    """Tensor-parallel ranks: they share out the heads of attention and the width of MLPs and experts, and read the
-    same samples. Divides `model.heads`; needs `expert` = 1."""
+    """Tensor-parallel ranks: they divide the heads of attention and the width of MLPs and experts among them,
+    and read the same samples. Must divide `model.heads`; needs `expert` = 1."""
     expert: Annotated[int, Unit("ranks")] = Field(default=1, ge=1, le=MOST_PROCESSES)
-    """Ranks that the experts of each block are dealt to; divides `data` and `model.experts`."""
+    """Ranks that the experts of each block are divided among; must divide `data` and `model.experts`."""
     data: Annotated[int | None, Unit("ranks")] = Field(default=None, ge=1, le=MOST_PROCESSES)
     """Data-parallel ranks; null: all processes. Expert ranks subdivide them."""
     zero: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 0 nothing, 1 optimiser, 2 + gradients, 3 + weights are sharded over data ranks."""
+    """ZeRO stage. What is sharded over data ranks: 0 nothing, 1 the optimiser, 2 also gradients, 3 also
+    weights."""
     offload: bool = False
     """Keep the optimiser's state and the EMA in host memory, and step there; needs `zero` 1 or more."""
     activation_checkpointing: bool = False
@@ -34,12 +35,13 @@ class OptimConfig(Settings):
     """AdamW, with linear warm-up to a constant learning rate."""
 
     lr: Annotated[float, Unit("learning rate")] = Field(default=1e-4, gt=0)
-    """Learning rate after warm-up."""
+    """The learning rate after warm-up."""
     warmup_steps: Annotated[int, Unit("optimiser steps")] = Field(default=0, ge=0, le=MOST_STEPS)
     """Steps over which the learning rate rises linearly from lr / warmup_steps."""
     decay_steps: Annotated[int, Unit("optimiser steps")] = Field(default=0, ge=0, le=MOST_STEPS)
-    """Last steps of the run over which the learning rate falls linearly to zero; 0: constant. They end at
-    `train.steps`, so a run that is resumed with more steps goes back to the full rate until then."""
+    """The last steps of the run, over which the learning rate falls linearly to zero; 0: it stays constant.
+    They end at `train.steps`, so a run that is resumed with more steps returns to the full rate until its new
+    last steps."""
     betas: Annotated[tuple[float, float], Unit("share")] = (0.9, 0.999)
     """Decay of AdamW's first and second moments."""
     eps: Annotated[float, NO_UNIT] = Field(default=1e-8, gt=0)
@@ -60,19 +62,20 @@ class OptimConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """How checkpoints are written, and which are kept: the union of what the keys below name."""
+    """How checkpoints are written, and which are kept: all that any of the keys below names."""
 
     asynchronous: bool = True
-    """Training waits only for a copy of the state to host memory, which is written while training goes on. It
-    takes 16 bytes for each parameter that a rank owns, until it is written (on GPUs: pinned memory, to the end of
-    the run). false: training waits for the disk, and there is no copy."""
+    """Training waits only until the state is copied to host memory; the copy is written while training goes
+    on. It takes 16 bytes for each parameter that a rank owns, until it is written (on GPUs: pinned memory,
+    kept to the end of the run). false: training waits for the disk, and there is no copy."""
     keep_last: Annotated[int, Unit("checkpoints")] = Field(default=2, ge=1, le=MOST_STEPS)
     """The newest ones."""
     keep_every: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=MOST_STEPS)
     """Every checkpoint whose step is a multiple of this is kept too."""
     keep_best: Annotated[int, Unit("checkpoints")] = Field(default=0, ge=0, le=MOST_STEPS)
-    """So many of the best by `best_metric` are kept too; 0: none for being good."""
+    """This many of the best checkpoints by `best_metric` are kept too; 0: quality plays no part."""
     best_metric: Literal["loss", "fid", "sfid", "kid", "precision", "recall", "inception_score"] = "loss"
-    """`loss`: the mean over the records of the last `train.checkpoint_every` steps, lower is better. The others:
-    figures of `ditmoe evaluate RUN`, and a checkpoint without one is not among the best; of FID, sFID and KID
-    lower is better, of the rest higher. Only evaluations with the settings of the latest one are compared."""
+    """`loss`: the mean over the records of the last `train.checkpoint_every` steps; lower is better. The
+    others are figures of `ditmoe evaluate RUN`: lower is better for FID, sFID and KID, higher for the rest. A
+    checkpoint without the figure cannot be among the best, and only evaluations with the settings of the
+    latest one are compared."""

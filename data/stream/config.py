@@ -18,27 +18,30 @@ class SourceConfig(Settings):
     """The folder with `index.json` and the shards: a local path, `http(s)://…`, any other URL that fsspec knows
     (`s3://…`, `gs://…`), or `pipe:COMMAND {}`, a shell command that writes the file named `{}` to its output."""
     index: Path | None = None
-    """An index.json elsewhere, for shards that lie where nothing can be written; null: in the folder."""
+    """An index.json in another place, for shards in a folder that cannot be written; null: the one in the
+    folder."""
     weight: Annotated[float, NO_UNIT] = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources'."""
     classes: dict[str, str | int | None] = Field(default_factory=dict)
-    """Class of this source, by name or number → class of the first source, or null: leave its samples out.
+    """Maps a class of this source, by name or number, to a class of the first source, or to null: leave its
+    samples out.
 
-    A class that is not named here is the first source's class of the same name."""
+    A class that is not listed here becomes the first source's class of the same name."""
     min_score: Annotated[float | None, Unit("score, as the samples have it")] = None
-    """Leave out samples whose quality score is lower; null: take all."""
+    """Leave out samples with a lower quality score; null: take all."""
     max_samples: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=MOST_SAMPLES)
-    """Use at most so many samples, chosen by the seed; null: all."""
+    """Use at most this many samples, chosen by the seed; null: all."""
     max_per_class: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=MOST_SAMPLES)
-    """Use at most so many samples of each class, chosen by the seed; null: all."""
+    """Use at most this many samples of each class, chosen by the seed; null: all."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What happens to a sample that cannot be used: the run stops, or another takes its place, up to a budget."""
+    """What happens if a sample cannot be used. `stop`: the run stops. `skip`: another sample takes its place,
+    up to `skip_budget`."""
     skip_budget: Annotated[int, Unit("samples")] = Field(default=1000, ge=0, le=MOST_SAMPLES)
-    """Most samples that are skipped in one epoch of the source before the run stops."""
+    """How many samples may be skipped in one epoch of the source; one more stops the run."""
     retries: Annotated[int, Unit("tries")] = Field(default=5, ge=0, le=1000)
-    """Times that fetching a remote shard is tried again, after 1, 2, 4, … seconds, at most 60."""
+    """How often fetching a remote shard is tried again, after waits of 1, 2, 4, … seconds, at most 60."""
     timeout: Annotated[float, Unit("seconds")] = Field(default=30.0, gt=0, le=86_400)
-    """Seconds without a byte after which fetching is given up, or tried again."""
+    """Seconds without a byte after which a try to fetch a shard is given up."""
 
     @field_validator("path")
     @classmethod
@@ -55,24 +58,27 @@ class SourceConfig(Settings):
 
 
 class DataConfig(Settings):
-    """What is read, and in which order."""
+    """What training reads, and in which order."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
-    """The folders of shards. The first one's classes are the run's."""
+    """The folders of shards. The classes of the first source are the run's."""
     window: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=10_000)
-    """Samples over which the sources' weights hold exactly, in every stretch of so many; null: the fewest."""
+    """Every stretch of this many samples holds the sources' weights exactly; null: the shortest possible."""
     lanes: Annotated[int, Unit("readers")] = Field(default=64, ge=1, le=2**16)
-    """Sequential readers that the order of samples is made of, dealt to ranks and workers; see docs/data.md."""
+    """The order of samples is woven from this many sequential readers, which are divided among ranks and
+    workers; see docs/data.md."""
     shuffle: Annotated[int, Unit("samples")] = Field(default=1024, ge=1, le=2**24)
-    """Neighbouring samples of a lane that are shuffled together; bounds the shards that are open at a time."""
+    """Neighbouring samples of a lane that are shuffled together; this limits how many shards are open at a
+    time."""
     flip: bool = False
     """Mirror each image left to right with probability ½, drawn from (seed, position)."""
     workers: Annotated[int, Unit("processes")] = Field(default=1, ge=0, le=1024)
-    """Processes per rank that read and decode; 0: the training process itself. The order is the same."""
+    """Processes per rank that read and decode; 0: the training process does it itself. The order of samples is
+    the same."""
     vae: Path | None = None
-    """Folder in which the VAE of latents lies now; null: where it lay when they were encoded.
+    """The folder where the VAE of latents is now; null: where it was when they were encoded.
 
-    Training, `sample`, `evaluate`, `serve` and `data synthesize` decode with it; the latter four read it from the
-    run's config.yaml, where it may be written at any time."""
+    Training, `sample`, `evaluate`, `serve` and `data synthesize` decode with it. The last four read this key
+    from the run's config.yaml, where you may write it at any time."""
     cache: Path | None = None
     """Folder for remote shards while they are read; null: the system's folder for temporary files."""

@@ -21,9 +21,9 @@ A run is a YAML file, and dotted keys that are set after it on the command line:
 ditmoe train configs/demo.yaml train.steps=2000 optim.betas='[0.9, 0.95]'
 ```
 
-Values are YAML (`1e-4` is a number, `yes` is a word, and a key that is given twice is an error). `ditmoe train
-CONFIG --dry-run` prints the whole configuration of a run as it would be used, and `ditmoe keys optim.` lists keys
-at the terminal.
+Values are YAML (`1e-4` is a number, `yes` is a word, and giving a key twice is an error). `ditmoe train CONFIG
+--dry-run` prints the whole configuration as a run would use it, and `ditmoe keys optim.` lists keys at the
+terminal.
 
 When a run is resumed, most keys must be as they were. Any of these may change, with all keys below them, and the
 loss curve stays what it is:

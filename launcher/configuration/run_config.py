@@ -31,11 +31,11 @@ class RunConfig(Settings):
     objective: ObjectiveConfig = ObjectiveConfig()
     """What the network is trained to predict."""
     data: DataConfig
-    """What is read, and in which order."""
+    """What training reads, and in which order."""
     parallel: ParallelConfig = ParallelConfig()
-    """The rank grid, and what of the training state is sharded over it."""
+    """The grid of ranks, and which parts of the training state are sharded over it."""
     train: TrainConfig = TrainConfig()
-    """Length, batch and rhythm of training."""
+    """How long training runs, its batch, and how often it reports and saves."""
     optim: OptimConfig = OptimConfig()
     """AdamW and the learning rate."""
     ema: EmaConfig = EmaConfig()
@@ -45,10 +45,11 @@ class RunConfig(Settings):
     preview: PreviewConfig = PreviewConfig()
     """The grid of images drawn while training."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """DeepSpeed's own settings, merged into the generated ones: those that docs/training.md lists, which leave the
-    loss curve as it is."""
+    """DeepSpeed's own settings, merged into the generated ones. Only the settings that docs/training.md lists
+    are allowed: they do not change the loss curve."""
     seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Seed of the weights, the order of the samples, and each sample's noise, timestep, drop and flip."""
+    """Seed of the initial weights, the order of the samples, and each sample's noise, timestep, label drop and
+    flip."""
 
     def plain(self) -> dict[str, Any]:
         """The configuration as plain data, as config.yaml and checkpoints hold it."""

@@ -15,9 +15,10 @@ class RunSection(Settings):
     """Where the run's files go."""
 
     dir: Path
-    """The run folder, relative to the current directory; `runs/NAME` of `NAME.yaml` when left out.
+    """The run folder, relative to the current directory. If left out: `runs/NAME` for a configuration
+    `NAME.yaml`.
 
-    Repeating a command on an existing folder resumes its run."""
+    If the folder exists, the command resumes its run."""
 
     @field_validator("dir")
     @classmethod
@@ -28,50 +29,54 @@ class RunSection(Settings):
 
 
 class LaunchConfig(Settings):
-    """The processes that `ditmoe train` starts on this machine, or under srun on each node of one task."""
+    """The processes that `ditmoe train` starts on this machine, or on each node if srun starts one task per
+    node."""
 
     processes: Annotated[int | None, Unit("processes")] = Field(default=None, ge=1, le=2**20)
-    """Processes of a machine; null: one per GPU, or one where there is none. Under torchrun theirs count, and so
-    do the tasks of srun where a node has several."""
+    """Processes on each machine; null: one per GPU, or one if there is no GPU. Ignored under torchrun, and
+    under srun with several tasks per node: these set the number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto`: CUDA where there is a GPU, otherwise the CPU."""
+    """`auto`: CUDA if there is a GPU, otherwise the CPU."""
     check_memory: bool = True
-    """Before anything starts, refuse a run that this machine's GPUs or memory cannot hold by the planner's count;
-    false: start it all the same."""
+    """Before anything starts, refuse a run that, by the planner's estimate, does not fit into this machine's
+    GPUs or memory; false: start it anyway."""
     threads: Annotated[int | None, Unit("threads")] = Field(default=None, ge=1, le=4096)
-    """Threads of each process; null: OMP_NUM_THREADS where it is set, otherwise cores / processes."""
+    """Threads of each process; null: OMP_NUM_THREADS if it is set, otherwise cores / processes."""
 
 
 class TrainConfig(Settings):
-    """Length, batch and rhythm of training."""
+    """How long training runs, its batch, and how often it reports and saves."""
 
     steps: Annotated[int, Unit("optimiser steps")] = Field(default=400_000, ge=1, le=MOST_STEPS)
     """Optimiser steps after which the run is complete."""
     start_from: Path | None = None
-    """Weights that a new run starts from: a run (its newest checkpoint), a checkpoint, or a file, folder or name
-    on the hub as `ditmoe convert` reads it (docs/fine-tuning.md). Weights and EMA both start from them; a resume
-    ignores it."""
+    """Weights that a new run starts from: a run (its newest checkpoint), a checkpoint, or anything that
+    `ditmoe convert` reads: a file, a folder or a name on the hub (docs/fine-tuning.md). Both the weights and
+    the EMA start from them. A resumed run ignores this key."""
     start_weights: Literal["ema", "weights"] | None = None
-    """Which set of them: the EMA or the weights themselves; null: the EMA if there is one."""
+    """Which weights of `start_from` to take: the EMA or the weights themselves; null: the EMA if there is
+    one."""
     start_objective: Literal["ddpm", "rectified_flow", "sit"] | None = None
-    """What a published file was trained to predict, where it does not say so itself. `sit`: SiT's files, whose
-    time is turned round."""
+    """What the network in a published file was trained to predict, if the file does not say so itself. `sit`:
+    for SiT's files, whose time runs backwards."""
     batch: Annotated[int, Unit("images")] = Field(default=256, ge=1, le=MOST_IMAGES)
     """Images of one optimiser step, over all ranks and micro-steps."""
     micro_batch: Annotated[int | None, Unit("images")] = Field(default=None, ge=1, le=MOST_IMAGES)
     """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Number type of the computation; the optimiser and the EMA are fp32 always."""
+    """Number type of the computation; the optimiser and the EMA are always fp32."""
     skip_steps: Annotated[tuple[int, ...], Unit("optimiser steps")] = ()
-    """Steps (from 1) that pass without an update: their samples are consumed and their number counts, and weights,
-    moments and EMA stay as they are. For a step that is not finite whenever it is repeated."""
+    """Steps (counted from 1) that pass without an update: they consume their samples and count as steps, but
+    weights, moments and EMA stay as they are. Meant for a step whose loss is not finite whenever it is
+    repeated."""
     log_every: Annotated[int, Unit("optimiser steps")] = Field(default=100, ge=1, le=MOST_STEPS)
     """Steps between two records of stats.jsonl, log.txt and the loggers."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
-    """Where figures are shown besides: `tensorboard`, `wandb` (Weights & Biases), `mlflow` (docs/training.md). The
-    last two are extras of the package."""
+    """Where figures are shown, besides the log: `tensorboard`, `wandb` (Weights & Biases), `mlflow`
+    (docs/training.md). The last two are optional extras of the package."""
     log_samples: bool = False
-    """Write the keys of each step's samples to samples.jsonl, in the global order: what the run has read."""
+    """Write the keys of each step's samples to samples.jsonl, in the global order, as a record of what the run
+    has read."""
     checkpoint_every: Annotated[int, Unit("optimiser steps")] = Field(default=5_000, ge=1, le=MOST_STEPS)
     """Steps between two checkpoints; the last step and a stop by signal write one too."""
     peak_tflops: Annotated[float | None, Unit("TFLOP/s")] = Field(default=None, gt=0)

@@ -38,8 +38,8 @@ class DlgConfig(Settings):
     """How chains move through images and noise levels, and which of their states are denoised."""
 
     preset: ChainPreset = Field(default="published", exclude=True)
-    """What the settings that are not given are: `published`, or `velocity`, the best that was found on images of
-    32×32 (docs/dmcmc.md)."""
+    """Where settings that are not given come from: `published`, or `velocity`, the best that was found on
+    images of 32×32 (docs/dmcmc.md)."""
     step_size: Annotated[float, Unit("σ², or share of it")] = Field(default=0.2, gt=0)
     """η. With `constant` in units of σ², for images from −1 to 1 (published: 0.05, for images from 0 to 1); with
     the other rules a share of σ², for `exponential` at most 1."""
@@ -48,13 +48,13 @@ class DlgConfig(Settings):
     D + √(1 − η)·(x − D) + √η·σ·z, whose noise of the current level keeps its size exactly. `underdamped`: with a
     velocity that goes on from step to step, which also keeps it."""
     momentum: Annotated[float, Unit("share")] = Field(default=0.9, ge=0, lt=1)
-    """Of `underdamped`: share of its velocity that a chain keeps from one step to the next."""
+    """For `underdamped`: the share of its velocity that a chain keeps from one step to the next."""
     class_scales: Annotated[tuple[float, ...] | None, BeforeValidator(_as_tuple), Unit("ratio")] = None
     """A factor of η for each class; null: 1 for all."""
     skip: Annotated[int, Unit("chain steps")] = Field(default=20, ge=1, le=10**9)
     """Langevin–Gibbs steps from one sample to the next (n_skip)."""
     thin: Annotated[int, Unit("stretches")] = Field(default=1, ge=1, le=10**9)
-    """Of so many stretches of `skip` steps the last one gives a sample."""
+    """Only the last of this many stretches of `skip` steps gives a sample."""
     level_rule: LevelRule = "argmax"
     """How σ is chosen for an image: `argmax` (published) takes the likeliest; `sample` draws it (exact)."""
     sigma_min: Annotated[float | None, Unit("σ")] = Field(default=None, gt=0)
@@ -68,16 +68,16 @@ class DlgConfig(Settings):
     """End each sample with x ← D(x, smallest σ) (published), also after an integrator that steps to σ = 0 by
     itself; one evaluation more. rk45 ends by this very step, and takes no second one."""
     samples_per_chain: Annotated[int, Unit("samples")] = Field(default=50, ge=1, le=10**9)
-    """Samples S of a chain: image i is sample i mod S of chain i div S. Fewer are less alike; the cost of the
-    start is divided by them."""
+    """Samples S of a chain: image i is sample i mod S of chain i div S. Samples of short chains resemble each
+    other less, but each bears more of the cost of the start."""
     initial: IntegratorName = "kar2"
     """The integrator that draws, from pure noise, what a chain starts from."""
     initial_steps: Annotated[int, Unit("integrator steps")] = Field(default=19, ge=1, le=10**9)
     """Its steps; 19 are the paper's N = 20 levels."""
     initial_noise: Annotated[float, Unit("σ")] = Field(default=1.0, ge=0)
-    """Deviation of the noise that is added to it, for images from −1 to 1."""
+    """Standard deviation of the noise that is added to that start, for images from −1 to 1."""
     burn_in_step_size: Annotated[float, Unit("σ²")] = Field(default=2.0, gt=0)
-    """η of the first burn-in, whose rule is `constant`, for images from −1 to 1."""
+    """η of the first burn-in, which follows the rule `constant`; for images from −1 to 1."""
     burn_in_first: Annotated[int, Unit("chain steps")] = Field(default=10, ge=0, le=10**9)
     """Steps of it."""
     burn_in: Annotated[int, Unit("chain steps")] = Field(default=10, ge=0, le=10**9)

@@ -30,39 +30,45 @@ class SamplerConfig(Settings):
     runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
     chains, which want the run's noise-level classifier."""
     steps: Annotated[int, Unit("integrator steps")] = Field(default=250, ge=1, le=10**6)
-    """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
+    """Steps of the integrator. Each costs one evaluation of the network, except that heun and kar2 take
+    2·steps − 1 in all. Not used by rk45."""
     schedule: ScheduleName | None = None
-    """Noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM: the
-    1000 timesteps, respaced). `karras`: EDM's, ρ = 7, from the largest to the smallest σ of the range.
-    Null: `own` for ddpm, ddim and euler, `karras` for the others. Not for rk45."""
+    """The noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM:
+    the 1000 timesteps, respaced). `karras`: EDM's, ρ = 7, from the largest to the smallest σ of the range.
+    Null: `own` for ddpm, ddim and euler, `karras` for the others. Not used by rk45."""
     ddim_eta: Annotated[float, Unit("share")] = Field(default=0.0, ge=0, le=1)
-    """Fresh noise of each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller variance)."""
+    """Fresh noise in each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller
+    variance)."""
     churn: Annotated[float, NO_UNIT] = Field(default=80.0, ge=0)
-    """S_churn of kar2: at a step σ first grows, with fresh noise, by 1 + churn/(steps + 1), at most √2."""
+    """S_churn of kar2: in each step σ first grows, with fresh noise, by a factor of 1 + churn/(steps + 1), at
+    most √2."""
     churn_min: Annotated[float, Unit("σ")] = Field(default=0.1, ge=0)
-    """S_tmin of kar2: the smallest σ that grows."""
+    """S_tmin of kar2: a smaller σ does not grow."""
     churn_max: Annotated[float, Unit("σ")] = Field(default=2.0, ge=0)
-    """S_tmax of kar2: the largest σ that grows."""
+    """S_tmax of kar2: a larger σ does not grow."""
     churn_noise: Annotated[float, NO_UNIT] = Field(default=1.007, ge=0)
-    """S_noise of kar2: deviation of its fresh noise."""
+    """S_noise of kar2: the standard deviation of its fresh noise."""
     tolerance: Annotated[float, Unit("relative error")] = Field(default=1e-5, gt=0, lt=1)
-    """Error of a step of rk45, relative to 1 + |x|, as the root of the mean square over the image."""
+    """The error that rk45 allows in a step, relative to 1 + |x|, as the root mean square over the image."""
     corrector_steps: Annotated[int, Unit("Langevin steps")] = Field(default=0, ge=0, le=10**6)
-    """Langevin steps of reverse-diffusion and euler-maruyama at each level between the first and 0; 0: none."""
+    """Langevin steps that reverse-diffusion and euler-maruyama take at each level between the first and 0; 0:
+    none."""
     corrector_snr: Annotated[float, Unit("ratio")] = Field(default=0.16, gt=0, lt=1)
-    """Signal-to-noise ratio of a Langevin step; its length goes with the square. A larger one corrects more, and
-    leaves the variance too large by a share of about snr²."""
+    """Signal-to-noise ratio of a Langevin step, whose length grows with its square. A larger ratio corrects
+    more, but leaves the variance too large by a share of about snr²."""
     tweedie: bool = False
-    """End with x ← D(x, smallest σ), which takes out the noise of that size that an image may have kept. One
-    evaluation more. The step to σ = 0 that each integrator ends with is of this kind already. Chains have a
-    setting of their own for it."""
+    """End with x ← D(x, smallest σ), which removes noise of that size that is left in an image. It costs one
+    more evaluation. The step to σ = 0 that ends each integrator already does this. Chains have their own
+    setting for it."""
     cfg_scale: Annotated[float, NO_UNIT] = Field(default=1.0, ge=0, le=1e38)
-    """Classifier-free guidance; 1: none."""
+    """Scale of classifier-free guidance; 1: no guidance."""
     cfg_channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)
-    """Channels that guidance acts on; null: all. The published DDPM sampler guides only the first 3."""
+    """The number of channels that guidance acts on, from the first; null: all. The published DDPM sampler
+    guides only the first 3."""
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
-    """The timestep that a DDPM network gets at a σ between two of its 1000 levels: in between as log σ is, or
-    that of the nearer level. No matter on the `own` schedule, which uses the levels themselves."""
+    """The timestep that a DDPM network gets for a σ between two of its 1000 levels. `interpolate`: between
+    their timesteps, linearly in log σ. `nearest`: that of the nearer level. It makes no difference on the
+    `own` schedule, which uses the levels themselves."""
     dlg: DlgConfig = DlgConfig()
     """How chains move; with a sampler of chains only."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -163,14 +169,15 @@ def _chain_settings(given: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 class PreviewSampler(SamplerConfig):
-    """How a preview is drawn: by an integrator alone."""
+    """How a preview is drawn: by an integrator alone, without chains."""
 
     sampler: IntegratorName | None = None
     """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
     churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
     runs, `euler` for flow runs."""
     steps: Annotated[int, Unit("integrator steps")] = Field(default=50, ge=1, le=10**6)
-    """Steps of the integrator. One evaluation each, but heun and kar2 take 2·steps − 1. Not for rk45."""
+    """Steps of the integrator. Each costs one evaluation of the network, except that heun and kar2 take
+    2·steps − 1 in all. Not used by rk45."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """To be left out: a preview is drawn by the network that trains, in `train.precision`."""
     seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
@@ -194,7 +201,7 @@ class PreviewConfig(Settings):
     every: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=MOST_STEPS)
     """Steps between two grids; null: none."""
     images: Annotated[int, Unit("images")] = Field(default=16, ge=1, le=10_000)
-    """Images of a grid; their classes go round all classes."""
+    """Images of a grid; their classes cycle through all classes."""
     sampler: PreviewSampler = PreviewSampler()
     """How they are drawn."""
 
