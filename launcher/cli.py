@@ -47,8 +47,8 @@ SECTIONS: Final[dict[str, dict[str, Verb]]] = {
         "status": Verb(
             "ditmoe.launcher.commands.jobs.status", "Show where runs stand, and what is wrong with them."
         ),
-        "logs": Verb("ditmoe.launcher.commands.jobs.logs", "Print what a run printed."),
-        "cancel": Verb("ditmoe.launcher.commands.jobs.cancel", "End a run, with a checkpoint."),
+        "logs": Verb("ditmoe.launcher.commands.jobs.logs", "Show a run's output."),
+        "cancel": Verb("ditmoe.launcher.commands.jobs.cancel", "End a run after it saves a checkpoint."),
         "sweep": Verb("ditmoe.launcher.commands.sweep", "Train every combination of some keys' values."),
     },
     "Draw": {
@@ -60,24 +60,24 @@ SECTIONS: Final[dict[str, dict[str, Verb]]] = {
     },
     "Score": {
         "evaluate": Verb("ditmoe.launcher.commands.evaluate", "Score a run: FID and the other figures."),
-        "score": Verb("ditmoe.launcher.commands.scoring.score", "Score images that others drew."),
+        "score": Verb("ditmoe.launcher.commands.scoring.score", "Score images that other programs drew."),
         "reference": Verb(
-            "ditmoe.launcher.commands.scoring.reference", "Make a file that stands for real images."
+            "ditmoe.launcher.commands.scoring.reference", "Make statistics that take the place of real images."
         ),
     },
     "Weights": {
-        "checkpoint": Verb("ditmoe.launcher.commands.checkpoint", "Look into a checkpoint, and check every byte."),
-        "convert": Verb("ditmoe.launcher.commands.convert", "Bring weights in, and take them out again."),
+        "checkpoint": Verb("ditmoe.launcher.commands.checkpoint", "Inspect a checkpoint and check every byte."),
+        "convert": Verb("ditmoe.launcher.commands.convert", "Convert weights from and to other formats."),
     },
     "Many machines": {
         "submit": Verb("ditmoe.launcher.commands.submit.group", "Run training and other commands as Slurm jobs."),
-        "worker": Verb("ditmoe.launcher.commands.worker", "Make parts for the commands that lead a crew."),
+        "worker": Verb("ditmoe.launcher.commands.worker", "Take a share of the work of other commands."),
     },
     "Look up": {
         "keys": Verb("ditmoe.launcher.commands.lookup.keys", "List the keys of a configuration."),
         "docs": Verb("ditmoe.launcher.commands.lookup.docs", "Show the documentation."),
         "completion": Verb(
-            "ditmoe.launcher.commands.lookup.completion", "Let bash, zsh or fish complete all of this."
+            "ditmoe.launcher.commands.lookup.completion", "Set up completion in bash, zsh or fish."
         ),
     },
 }

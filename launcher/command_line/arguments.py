@@ -84,8 +84,8 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         metavar="CONFIG",
-        help="A run's YAML file, or the name of a shipped one: its `model`, and its `objective` if it has one, are"
-        " expected.",
+        help="A run's YAML file, or the name of a shipped one, that describes the expected network (its `model`, and"
+        " its `objective` if it has one).",
         callback=_finder("configuration"),
         autocompletion=complete_config,
     ),
@@ -94,8 +94,8 @@ GridOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="YAML file of samplers to compare, or the name of a shipped one (`ditmoe configs`); it then says how "
-        "images are drawn; see docs/evaluate.md.",
+        help="Compare samplers: a YAML file, or the name of a shipped one (`ditmoe configs`). The"
+        " file then says how images are drawn; see docs/evaluate.md.",
         callback=_finder("grid"),
         autocompletion=complete_grid,
     ),

@@ -33,7 +33,7 @@ Step = Annotated[int | None, typer.Option(min=0, help="The checkpoint of this st
 
 @app.command("inspect", short_help="Show what it holds, and check every byte.")
 def inspect(source: Source, step: Step = None) -> None:
-    """Print what a checkpoint holds, its sizes and the layout that wrote it, and check every byte of it.
+    """Print what a checkpoint holds, its sizes and the layout that wrote it, and check every byte.
 
     Examples:
         ditmoe checkpoint inspect runs/photos

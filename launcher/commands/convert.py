@@ -12,7 +12,7 @@ def command(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A .pt or .safetensors file (or index), a folder of diffusers, a name on the hub such as"
+            help="A .pt or .safetensors file (or its index), a diffusers folder, a name on the hub such as"
             " facebook/DiT-XL-2-256, a checkpoint of ours, or a run (its newest).",
             metavar="SRC",
         ),
@@ -27,7 +27,7 @@ def command(
     ] = None,
     to: Annotated[
         Literal["checkpoint", "diffusers"] | None,
-        typer.Option(help="What a folder becomes. [default: checkpoint, which `ditmoe sample` takes]"),
+        typer.Option(help="What to write if DST is a folder. [default: checkpoint, which `ditmoe sample` takes]"),
     ] = None,
     preset: Annotated[
         str | None,
@@ -36,8 +36,8 @@ def command(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="A run's YAML file, a run's folder, or the name of a shipped configuration: its `model`, and its"
-            " `objective` if it has one, are expected.",
+            help="A run's YAML file, a run's folder, or the name of a shipped configuration that describes the"
+            " expected network (its `model`, and its `objective` if it has one).",
             metavar="FILE|RUN|NAME",
             autocompletion=complete_config,
         ),
@@ -45,39 +45,41 @@ def command(
     objective: Annotated[
         Literal["ddpm", "rectified_flow", "sit"] | None,
         typer.Option(
-            help="What it was trained to predict; needed for a folder, published files do not say it. sit: SiT's"
-            " files, whose time is turned round."
+            help="What the network was trained to predict. Published files do not say it, and a"
+            " folder needs it. sit: for SiT's files, whose time runs backwards."
         ),
     ] = None,
     not_sit: Annotated[
         bool,
-        typer.Option("--not-sit", help="Dense rectified flow in which t = 1 is noise, as ours, and not SiT's."),
+        typer.Option("--not-sit", help="It is dense rectified flow with t = 1 as noise, as ours, and not SiT's."),
     ] = False,
     trust_objective: Annotated[
         bool,
-        typer.Option("--trust-objective", help="Take --objective though the weights contradict it."),
+        typer.Option("--trust-objective", help="Use --objective even if the weights contradict it."),
     ] = False,
     weights: Annotated[
         Literal["ema", "weights"] | None,
-        typer.Option(help="Take this set alone. Default: both where the destination holds both, else the EMA."),
+        typer.Option(help="Take only this set of weights. [default: both if DST can hold both, else the EMA]"),
     ] = None,
     step: Annotated[int | None, typer.Option(min=0, help="The checkpoint of this step of a run.")] = None,
     vae: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="The VAE that decodes what the network draws. [default: the run's, or that of the pipeline]",
+            help="Folder of the VAE that decodes what the network draws. [default: the run's, or "
+            "that of the pipeline]",
         ),
     ] = None,
     bare: Annotated[
-        bool, typer.Option("--bare", help="A .pt file that is nothing but one set of weights.")
+        bool, typer.Option("--bare", help="Write a .pt file that holds only one set of weights.")
     ] = False,
     stock: Annotated[
         bool,
         typer.Option(
             "--stock",
-            help="With --to diffusers: its own class for a dense network with DiT's frequencies of time, though it"
-            " computes others. Its pictures depart from ours.",
+            help="With --to diffusers: use diffusers' own class for a dense network with DiT's time "
+            "frequencies, though it"
+            " computes other ones. Its pictures then differ from ours.",
         ),
     ] = False,
     shard_size: Annotated[
@@ -85,7 +87,7 @@ def command(
     ] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion.")] = False,
 ) -> None:
-    """Convert weights between published files, diffusers, safetensors and checkpoints of ours, bit for bit.
+    """Convert weights between published files, diffusers, safetensors and our checkpoints, bit for bit.
 
     Examples:
         ditmoe convert runs/photos photos.safetensors

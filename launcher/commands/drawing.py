@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ditmoe.sampling.settings.config import SamplerConfig
 
 WeightsOption = Annotated[
-    Literal["ema", "weights"], typer.Option(help="The moving average, or the weights themselves.")
+    Literal["ema", "weights"], typer.Option(help="Use the moving average (EMA), or the weights themselves.")
 ]
 StepOption = Annotated[
     int | None, typer.Option(min=0, help="Training step of the checkpoint. [default: the newest]")
@@ -30,45 +30,49 @@ VaeOption = Annotated[
 
 IndexOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Folder of their index.json, where it lies elsewhere."),
+    typer.Option(metavar="FOLDER", help="Folder of the shards' index.json, if it is not in theirs."),
 ]
 OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
-    typer.Option(help="Real images that cannot be used: stop, or leave them out. [default: as the run did]"),
+    typer.Option(help="If a real image cannot be used: stop, or leave it out. [default: as the run did]"),
 ]
 FeaturesOption = Annotated[
     str,
     typer.Option(
         metavar="NAME[,NAME…]",
         help="Feature networks: classifier (trained here on the real images), inception or dinov2 (from a file). "
-        "Several take one pass over the images.",
+        "Several share one pass over the images.",
     ),
 ]
 FeaturesPathOption = Annotated[
     list[Path] | None,
-    typer.Option(metavar="[NAME=]FILE", help="The file of a feature network, for each one; see docs/evaluate.md."),
+    typer.Option(
+        metavar="[NAME=]FILE", help="The file of a feature network; repeat it for each one. See docs/evaluate.md."
+    ),
 ]
 ResizeOption = Annotated[
     Literal["pytorch-fid", "tensorflow"] | None,
-    typer.Option(help="How Inception-v3 gets its images; see docs/evaluate.md. [default: as its file]"),
+    typer.Option(
+        help="How images are resized for Inception-v3; see docs/evaluate.md. [default: depends on its file]"
+    ),
 ]
 ReferenceNetworkOption = Annotated[
     Literal["inception-tensorflow", "inception-pytorch-fid", "dinov2"] | None,
     typer.Option(
-        help="What an npz reference of mu and sigma is of: it does not tell. [default: inception, not stated]"
+        help="Which network an npz reference of mu and sigma is of; the file does not say. [default: inception]"
     ),
 ]
 NeighbourImagesOption = Annotated[
     int | None,
     typer.Option(
-        min=8, help="Real images that precision and recall look at; ADM: 10000. [default: all, up to 50000]"
+        min=8, help="Real images used for precision and recall; ADM uses 10000. [default: all, up to 50000]"
     ),
 ]
 SharedWeightsOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where processes that draw on CPUs keep the one copy of the weights that those of a machine share. "
+        help="Where processes that draw on CPUs keep the one copy of the weights that a machine shares. "
         "[default: RUN/shared-weights, if there are several]",
     ),
 ]
@@ -77,7 +81,7 @@ ExpertParallelOption = Annotated[
     typer.Option(
         min=1,
         metavar="E",
-        help="Processes that share out the experts of a network too large for one; they draw together.",
+        help="Divide the experts of a network too large for one process among this many, which draw together.",
     ),
 ]
 CacheOption = Annotated[
@@ -90,7 +94,8 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[
             SamplerName | None,
             typer.Option(
-                help="See docs/sample.md; dlg:NAME walks in chains, docs/dmcmc.md. [default: euler for flow runs, "
+                help="See docs/sample.md. dlg:NAME draws with chains, see docs/dmcmc.md. [default: "
+                "euler for flow runs, "
                 "ddpm for DDPM runs]"
             ),
         ],
@@ -101,27 +106,41 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[
             ScheduleName | None,
             typer.Option(
-                help="Noise levels: the objective's own, or EDM's. [default: own for euler, ddim and ddpm, else "
+                help="Noise levels: the objective's own, or EDM's (karras). [default: own for euler, "
+                "ddim and ddpm, else "
                 "karras]"
             ),
         ],
         None,
     ),
-    "ddim_eta": (Annotated[float, typer.Option(min=0, max=1, help="Fresh noise of DDIM.")], 0.0),
-    "churn": (Annotated[float, typer.Option(min=0, help="S_churn of kar2: how far σ grows.")], 80.0),
-    "churn_min": (Annotated[float, typer.Option(min=0, help="S_tmin of kar2: smallest σ to grow.")], 0.1),
-    "churn_max": (Annotated[float, typer.Option(min=0, help="S_tmax of kar2: largest σ to grow.")], 2.0),
-    "churn_noise": (Annotated[float, typer.Option(min=0, help="S_noise of kar2: deviation of its noise.")], 1.007),
-    "tolerance": (Annotated[float, typer.Option(help="Error of a step of rk45.")], 1e-5),
+    "ddim_eta": (
+        Annotated[
+            float, typer.Option(min=0, max=1, help="Fresh noise in each DDIM step: 0 none, 1 as much as ddpm.")
+        ],
+        0.0,
+    ),
+    "churn": (Annotated[float, typer.Option(min=0, help="S_churn of kar2: how much σ grows in a step.")], 80.0),
+    "churn_min": (Annotated[float, typer.Option(min=0, help="S_tmin of kar2: a smaller σ does not grow.")], 0.1),
+    "churn_max": (Annotated[float, typer.Option(min=0, help="S_tmax of kar2: a larger σ does not grow.")], 2.0),
+    "churn_noise": (
+        Annotated[float, typer.Option(min=0, help="S_noise of kar2: standard deviation of its noise.")],
+        1.007,
+    ),
+    "tolerance": (Annotated[float, typer.Option(help="Error that rk45 allows in a step.")], 1e-5),
     "corrector_steps": (
         Annotated[
-            int, typer.Option(min=0, help="Langevin steps at each level, of reverse-diffusion and euler-maruyama.")
+            int, typer.Option(min=0, help="Langevin steps of reverse-diffusion and euler-maruyama at each level.")
         ],
         0,
     ),
-    "corrector_snr": (Annotated[float, typer.Option(help="Their signal-to-noise ratio.")], 0.16),
+    "corrector_snr": (
+        Annotated[float, typer.Option(help="Signal-to-noise ratio of the corrector's steps.")],
+        0.16,
+    ),
     "tweedie": (
-        Annotated[bool, typer.Option("--tweedie", help="End with x ← D(x, smallest σ), one evaluation more.")],
+        Annotated[
+            bool, typer.Option("--tweedie", help="End with x ← D(x, smallest σ), which costs one more evaluation.")
+        ],
         False,
     ),
     "dlg": (
@@ -133,20 +152,27 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     ),
     "cfg_scale": (
         Annotated[
-            float, typer.Option(min=0, help="Classifier-free guidance; other than 1 it costs twice as much.")
+            float,
+            typer.Option(
+                min=0, help="Scale of classifier-free guidance; 1 is none, anything else costs twice as much."
+            ),
         ],
         1.0,
     ),
     "cfg_channels": (
-        Annotated[int | None, typer.Option(min=1, help="Guide only the first channels. [default: all]")],
+        Annotated[
+            int | None, typer.Option(min=1, help="Guide only this many channels, from the first. [default: all]")
+        ],
         None,
     ),
     "precision": (
-        Annotated[Literal["fp32", "bf16"], typer.Option(help="Arithmetic of the network while drawing.")],
+        Annotated[Literal["fp32", "bf16"], typer.Option(help="Number type in which the network computes.")],
         "fp32",
     ),
     "seed": (
-        Annotated[int, typer.Option(min=0, help="Image i depends on (seed, i) and its class alone.")],
+        Annotated[
+            int, typer.Option(min=0, help="Seed of the noise: image i depends only on (seed, i) and its class.")
+        ],
         0,
     ),
 }

@@ -48,7 +48,7 @@ def command(
     ] = None,
     labels: Annotated[
         Literal["random", "balanced"],
-        typer.Option(help="Classes drawn at random, or in turn (reads a little lower)."),
+        typer.Option(help="Give images random classes, or each class in turn (FID then reads a little lower)."),
     ] = "random",
     weights: WeightsOption = "ema",
     step: StepOption = None,
@@ -75,12 +75,12 @@ def command(
     batch: Annotated[int, typer.Option(min=1, help="Images through a network at once.")] = 64,
     chunk: Annotated[
         int | None,
-        typer.Option(min=1, help="Images of a chunk, which is drawn and kept as one. [default: up to 256]"),
+        typer.Option(min=1, help="Images that are drawn and kept as one file. [default: up to 256]"),
     ] = None,
     keep: Annotated[
         Literal["chunks", "npz", "statistics"],
         typer.Option(
-            help="What is left of the images when all is scored: chunks and samples.npz, that file, or moments."
+            help="What to keep of the images after scoring: chunks and samples.npz, that file, or moments only."
         ),
     ] = "chunks",
     cache: CacheOption = None,
@@ -89,26 +89,26 @@ def command(
     watch: Annotated[
         bool,
         typer.Option(
-            "--watch", help="Score each new complete checkpoint while the run trains; ends when it is complete."
+            "--watch", help="Score each new checkpoint while the run trains; ends when the run is complete."
         ),
     ] = False,
     every: Annotated[
-        int, typer.Option(min=1, help="With --watch: only every so-manieth checkpoint, and the last.")
+        int, typer.Option(min=1, help="With --watch: score only every N-th checkpoint, and the last.")
     ] = 1,
     patience: Annotated[
         float | None,
         typer.Option(
             min=0,
             metavar="MINUTES",
-            help="With --watch: give up after so long without a sign of the run. [default: wait for ever]",
+            help="With --watch: give up if the run shows no sign of life for this long. [default: wait for ever]",
         ),
     ] = None,
     context: typer.Context = None,  # type: ignore[assignment]  # None: called from Python
 ) -> None:
     """Draw images and score them: FID beside its floor, precision, recall, and the share recognised.
 
-    Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it
-    joins their processes. With the file of a grid it compares samplers, each an evaluation of its own.
+    Repeat the command to resume it, or to show its result once it has finished. Under torchrun and srun it
+    uses their processes. With --grid it compares samplers, each in its own evaluation.
 
     Examples:
         ditmoe evaluate runs/photos --count 50000 --processes 8

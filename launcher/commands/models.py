@@ -13,8 +13,8 @@ def command(
             help="Presets such as DiT-S/2-32E4A, or quoted patterns such as 'DiT-B/*'. Default: the published."
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Also dense DiT and patches 4 and 8.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Exact numbers, as JSON.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Also list dense DiT and patches 4 and 8.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exact numbers, as JSON.")] = False,
 ) -> None:
     """Print each preset's total and activated parameters and its FLOPs per image at 256² and 512².
 

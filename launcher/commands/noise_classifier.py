@@ -24,28 +24,29 @@ def _group() -> None:
 @app.command("train", short_help="Train it, or go on.")
 def train(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps of Adam, at a rate of 1e-3 going to 0.")] = 5000,
-    batch: Annotated[int, typer.Option(min=1, help="Images of a step; a tenth is held out of training.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of Adam, at a rate that falls from 1e-3 to 0.")] = 5000,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a step.")] = 100,
     levels: Annotated[int, typer.Option(min=2, help="Noise levels, in equal steps of log σ.")] = 1000,
     sigma_min: Annotated[
         float | None, typer.Option(help="Smallest level. [default: that of the denoiser]")
     ] = None,
     sigma_max: Annotated[float | None, typer.Option(help="Largest level. [default: that of the denoiser]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, levels and noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights, levels and noise.")] = 0,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
-            help="Where the run's shards lie now, once for each of its sources. [default: where they lay]",
+            help="Where the run's shards are now; repeat for each source. [default: where they were]",
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 1,
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a classifier of other settings.")
+        bool, typer.Option("--overwrite", help="Replace a classifier that has other settings.")
     ] = False,
 ) -> None:
-    """Train p(σ | x) on the run's own data, in the space that its network draws in; repeat to go on.
+    """Train p(σ | x) on the run's own data, in the space in which its network draws; repeat the command to
+    resume.
 
     Examples:
         ditmoe noise-classifier train runs/photos

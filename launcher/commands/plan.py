@@ -22,41 +22,48 @@ def command(
         typer.Option(
             min=1,
             max=2**20,
-            help="GPUs of the whole run. [default: the configuration's, else the fewest that hold it]",
+            help="Number of GPUs. [default: the configuration's, else the fewest that hold the run]",
         ),
     ] = None,
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="h100, h200, b200, a100-40, a100-80, l40s, rtx4090 or cpu, a core of one."
+            help="Kind of GPU: h100, h200, b200, a100-40, a100-80, l40s, rtx4090, or cpu (one core)."
             " [default: h100; cpu with launch.device=cpu]"
         ),
     ] = None,
     peak_tflops: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="Dense peak of one GPU in the run's precision, TFLOP/s; any GPU, with --memory."
+            min=0.001,
+            help="Dense peak of one GPU in the run's precision, TFLOP/s. With --memory it describes any GPU.",
         ),
     ] = None,
     memory_bandwidth: Annotated[
-        float | None, typer.Option(min=0.001, help="GB/s of a GPU's own memory. [default: of its kind]")
+        float | None,
+        typer.Option(min=0.001, help="Bandwidth of a GPU's own memory, GB/s. [default: that of its kind]"),
     ] = None,
-    memory: Annotated[float | None, typer.Option(min=1, help="GiB of one GPU. [default: of its kind]")] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1, help="Memory of one GPU, GiB. [default: that of its kind]")
+    ] = None,
     bandwidth: Annotated[
-        float | None, typer.Option(min=0.001, help="GB/s from a GPU to others of its machine.")
+        float | None, typer.Option(min=0.001, help="Bandwidth from a GPU to others in its machine, GB/s.")
     ] = None,
     node_bandwidth: Annotated[
-        float | None, typer.Option(min=0.001, help="GB/s from a GPU to other machines.")
+        float | None, typer.Option(min=0.001, help="Bandwidth from a GPU to other machines, GB/s.")
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of a machine.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs in each machine.")] = None,
     efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the peak that matrix products reach.")
+        float, typer.Option(min=0.01, max=1, help="Share of the peak speed that matrix products reach.")
     ] = 0.4,
     imbalance: Annotated[
-        float, typer.Option(min=1, help="The fullest expert rank gets this many times the mean.")
+        float,
+        typer.Option(
+            min=1, help="Assume that the fullest expert rank gets this many times the mean number of tokens."
+        ),
     ] = 1.0,
-    every: Annotated[bool, typer.Option("--all", help="Show every layout, also those that do not fit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Exact numbers, as JSON.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Show every layout, even those that do not fit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exact numbers, as JSON.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run one rank of the configuration's layout under fake tensors.")
     ] = False,
@@ -64,8 +71,8 @@ def command(
 ) -> None:
     """Estimate memory, traffic, speed and length of every layout of a run, and name the fastest that fits.
 
-    Where none fits it proposes the nearest number of GPUs, batch, or offload.
-    With --dry-run the real network of one rank makes a step of the configuration's own layout, without memory.
+    If none fits, it proposes the nearest number of GPUs, batch, or offload. With --dry-run the real network of
+    one rank makes a step of the configuration's own layout, without allocating its memory.
 
     Examples:
         ditmoe plan dit-g-2-16e2a-512-128gpus --gpus 128

@@ -25,15 +25,19 @@ def command(
     *,
     classes: Annotated[
         str | None,
-        typer.Option(help="Numbers or names, with commas between: 3,7. [default: all, or 16 spread over them]"),
+        typer.Option(
+            help="Classes by number or name, separated by commas: 3,7. [default: all, or 16 spread over them]"
+        ),
     ] = None,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Images; they take the classes in turn. [default: 8 of each class]")
+        int | None,
+        typer.Option(min=1, help="Number of images; they cycle through the classes. [default: 8 of each class]"),
     ] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
-            metavar="RANGES", help="In place of --count and --seed: every class with each seed, 0-63 or 1,5,9-12."
+            metavar="RANGES",
+            help="Instead of --count and --seed: draw every class with each seed, 0-63 or 1,5,9-12.",
         ),
     ] = None,
     drawing: Drawing,
@@ -54,7 +58,7 @@ def command(
         ),
     ] = None,
     format: Annotated[  # as the option is called
-        str | None, typer.Option(help="Of the files in a folder. [default: png; webp with --animate]")
+        str | None, typer.Option(help="Format of the files in a folder. [default: png; webp with --animate]")
     ] = None,
     columns: Annotated[
         int | None, typer.Option(min=1, help="Images in a row. [default: a column for each class, or 8]")
@@ -69,12 +73,14 @@ def command(
         bool, typer.Option("--animate", help="Show how the images come out of the noise, step by step.")
     ] = False,
     seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="Length of an animation.")] = 4.0,
-    fps: Annotated[float, typer.Option(min=0.1, max=60, help="At most so many of its frames in a second.")] = 12.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write over files that are there.")] = False,
+    fps: Annotated[
+        float, typer.Option(min=0.1, max=60, help="Frames of an animation per second, at most.")
+    ] = 12.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Overwrite files that exist.")] = False,
 ) -> None:
     """Draw images from a run's network: one picture, a file for each image, or an animation of the denoising.
 
-    With --expert-parallel it starts so many processes, or joins those of torchrun or srun.
+    With --expert-parallel E it starts E processes, or uses those of torchrun or srun.
 
     Examples:
         ditmoe sample runs/photos

@@ -24,7 +24,8 @@ ListenOption = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS|INTERFACE",
-        help="Where the other machines of the crew find this one, such as ib0. [default: where the way leads]",
+        help="Interface or address at which the crew finds this machine, such as ib0. [default: the "
+        "system's route]",
     ),
 ]
 
@@ -207,14 +208,17 @@ def shares_work(usual: str = PER_GPU) -> Callable[[Callable[..., None]], Callabl
         "processes": (
             Annotated[
                 int | None,
-                typer.Option(min=0, help=f"Processes of a machine that share the work. [default: {usual}]"),
+                typer.Option(min=0, help=f"Processes on this machine that share the work. [default: {usual}]"),
             ],
             None,
         ),
         "crew": (
             Annotated[
                 Path | None,
-                typer.Option(metavar="FOLDER", help="Where workers of any machine join: `ditmoe worker FOLDER`."),
+                typer.Option(
+                    metavar="FOLDER",
+                    help="Folder through which workers on any machine join: `ditmoe worker FOLDER`.",
+                ),
             ],
             None,
         ),
@@ -225,7 +229,7 @@ def shares_work(usual: str = PER_GPU) -> Callable[[Callable[..., None]], Callabl
                 typer.Option(
                     min=0.01,
                     metavar="MINUTES",
-                    help=f"A worker that is longer at one part is replaced. [default: {PART_MINUTES:g}]",
+                    help=f"Replace a worker that takes longer for one part. [default: {PART_MINUTES:g}]",
                 ),
             ],
             None,

@@ -12,7 +12,9 @@ from ditmoe.launcher.command_line.wrong_usage import words_of
 
 FolderOption = Annotated[
     Path | None,
-    typer.Option("--dir", metavar="FOLDER", help="Gets a run folder for each cell. [default: runs/CONFIG-sweep]"),
+    typer.Option(
+        "--dir", metavar="FOLDER", help="Folder for the runs, one for each cell. [default: runs/CONFIG-sweep]"
+    ),
 ]
 
 
@@ -35,15 +37,17 @@ def command(
             " '--count 5000 --steps 50'; '' for its defaults.",
         ),
     ] = None,
-    table: Annotated[bool, typer.Option("--table", help="Only table the results so far; train nothing.")] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only print the table of results so far; train nothing.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and list the cells; start and write nothing.")
     ] = False,
 ) -> None:
-    """Train every combination of the keys' values, one run after another; repeating the command goes on.
+    """Train every combination of the keys' values, one run after another; repeat the command to resume.
 
-    A cell that fails does not keep the others from their turn; the exit code is then not 0. Commas in brackets,
-    braces and quotes belong to a value.
+    If a cell fails, the others still run, and the exit code is not 0. Commas in brackets, braces and quotes
+    belong to a value.
 
     Examples:
         ditmoe sweep photos optim.lr=1e-4,2e-4 model.depth=2,4 train.steps=5000

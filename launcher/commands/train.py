@@ -16,13 +16,16 @@ def command(
         list[str] | None, overrides_argument("Keys to set, such as parallel.expert=4 optim.lr=2e-4.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and its needs; start nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the full configuration and the memory that the run needs; start nothing."
+        ),
     ] = False,
 ) -> None:
-    """Train the run of a configuration on this machine's processes; repeating the command resumes it.
+    """Train the run of a configuration on this machine; repeat the command to resume it.
 
-    Ctrl-C or SIGTERM writes a checkpoint and ends it. Under torchrun and srun it joins their processes; where srun
-    starts one on each node, that one starts the others of its node.
+    Ctrl-C or SIGTERM writes a checkpoint and ends the run. Under torchrun and srun it uses their processes; if
+    srun starts one process per node, that one starts the others on its node.
 
     Examples:
         ditmoe train photos

@@ -17,18 +17,19 @@ def command(
         int | None, typer.Option(min=1, help="Workers on this machine. [default: one per GPU, or 1]")
     ] = None,
     idle: Annotated[
-        float, typer.Option(min=0, metavar="MINUTES", help="End when nobody has led the crew for so long.")
+        float, typer.Option(min=0, metavar="MINUTES", help="End when nobody has led the crew for this long.")
     ] = MINUTES,
     gpus: Annotated[
-        int, typer.Option(min=0, help="GPUs that this machine is known to have: with fewer nothing begins.")
+        int, typer.Option(min=0, help="GPUs that this machine should have; with fewer, no worker starts.")
     ] = 0,
     listen: ListenOption = None,
 ) -> None:
-    """Work for the commands that lead a crew, one after another: it may start before them, and end at any time.
+    """Work for the commands that lead a crew, one after another. A worker may start before them and end at any
+    time.
 
-    Those are evaluate, score, reference make, data encode and data synthesize, with --crew.
-    Whoever can read the folder's key belongs to the crew: it is made for its owner alone, and must stay so.
-    `ditmoe submit workers` starts it as a job of Slurm.
+    These commands are evaluate, score, reference make, data encode and data synthesize, with --crew. Whoever
+    can read the folder's key belongs to the crew, so only its owner may read it. `ditmoe submit workers`
+    starts workers as a Slurm job.
 
     Examples:
         ditmoe worker runs/crew --processes 8

@@ -49,12 +49,12 @@ def command(
     vae: Annotated[Path, typer.Option(help="Local folder of a diffusers AutoencoderKL with safetensors weights.")],
     dtype: Annotated[Dtype, typer.Option(help="Number type of the stored moments.")] = Dtype.float16,
     flips: Annotated[
-        Flips, typer.Option(help="Mirror images: not stored, stored beside each, or in its place by a coin.")
+        Flips, typer.Option(help="Mirror images: store none, both, or one of the two by a coin toss.")
     ] = Flips.none,
     format: Annotated[
-        LatentFormat, typer.Option(help="Of the members; npy has no bfloat16.")
+        LatentFormat, typer.Option(help="Format of the stored latents; npy has no bfloat16.")
     ] = LatentFormat.safetensors,
-    seed: Annotated[int, typer.Option(min=0, help="Of the coins of --flips drawn.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the coin tosses of --flips drawn.")] = 0,
     batch: Annotated[
         int, typer.Option(min=1, help="Images through the VAE at once on a GPU; a CPU takes one at a time.")
     ] = 16,
@@ -64,16 +64,16 @@ def command(
     ] = None,
     index: IndexOption = None,
     on_error: Annotated[
-        OnError, typer.Option(help="Images that cannot be used: stop, or leave them out, up to 1,000.")
+        OnError, typer.Option(help="If an image cannot be used: stop, or leave it out (up to 1,000).")
     ] = OnError.stop,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already in OUT.")
     ] = False,
 ) -> None:
     """Encode images into the moments of their latents, shard for shard.
 
-    Repeating the command resumes it. Workers of other machines that see all folders join by --crew, or start the
-    same command there. Under torchrun and srun it joins their processes.
+    Repeat the command to resume it. Workers on other machines that see all folders can join through --crew, or
+    you start the same command there. Under torchrun and srun it uses their processes.
 
     Examples:
         ditmoe data encode shards/photos shards/latents --vae sd-vae

@@ -16,20 +16,22 @@ def command(
     keep: Annotated[
         float | None, typer.Option(help="Share of each class to keep, above 0 and up to 1. [default: all]")
     ] = None,
-    by: Annotated[Literal["score"], typer.Option(help="What is best: the quality score.")] = "score",
+    by: Annotated[
+        Literal["score"], typer.Option(help="What decides which are best: the quality score.")
+    ] = "score",
     min_score: Annotated[float | None, typer.Option(help="Keep no sample with a lower score.")] = None,
-    shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 1000,
-    shard_size: Annotated[int, typer.Option(min=1, help="Most MiB of a shard.")] = 256,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples in a shard, at most.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Size of a shard in MiB, at most.")] = 256,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after SHARDS]")] = None,
     index_at: Annotated[
         Path | None,
-        typer.Option("--index", metavar="FOLDER", help="Folder of index.json, where it is not SHARDS."),
+        typer.Option("--index", metavar="FOLDER", help="Folder of index.json, if it is not SHARDS."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already in OUT.")
     ] = False,
 ) -> None:
-    """Copy the samples with the highest scores of each class into new shards, and say where the line was drawn.
+    """Copy the samples with the highest scores of each class into new shards, and print the lowest score kept.
 
     Examples:
         ditmoe data filter shards/drawn shards/best --keep 0.5

@@ -71,20 +71,24 @@ def pack(
         typer.Option(min=1, help="Pack only this many, chosen by the seed. [default: all; shapes: 5000]"),
     ] = None,
     classes: Annotated[int | None, typer.Option(help="Classes of `shapes`, 1 to 60. [default: 10]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the samples, and of `shapes`.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the order of the samples, and of the images of `shapes`.")
+    ] = 0,
     format: Annotated[
         ImageFormat, typer.Option(help="png and npy keep every pixel; jpg (quality 95) is smaller.")
     ] = ImageFormat.png,
-    shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 1000,
-    shard_size: Annotated[int, typer.Option(min=1, help="Most MiB of a shard.")] = 256,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples in a shard, at most.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Size of a shard in MiB, at most.")] = 256,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and encode; 0: this one.")] = 0,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after the source]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already in OUT.")
     ] = False,
     skip_unreadable: Annotated[
         bool,
-        typer.Option("--skip-unreadable", help="Leave out, and list, images that cannot be used."),
+        typer.Option(
+            "--skip-unreadable", help="Leave out and list images that cannot be used, instead of stopping."
+        ),
     ] = False,
 ) -> None:
     """Pack images and labels into webdataset shards with an index, and draw a contact sheet.
@@ -153,11 +157,11 @@ def pack(
 def verify(
     folder: Annotated[Path, typer.Argument(help="A folder of shards.", metavar="FOLDER")],
     index: Annotated[
-        Path | None, typer.Option(help="Folder with index.json and samples.npz, where it is not FOLDER.")
+        Path | None, typer.Option(help="Folder with index.json and samples.npz, if it is not FOLDER.")
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read shards; 0: this one.")] = 0,
 ) -> None:
-    """Read every sample, list every problem by shard and key; exit code 2 if there is any.
+    """Read every sample and list every problem by shard and key; exit with code 2 if there is any.
 
     Examples:
         ditmoe data verify shards/photos
@@ -189,8 +193,8 @@ def verify(
     )
 
 
-app.command("index", short_help="Make tars of others readable where they lie.")(index.command)
-app.command("reshuffle", short_help="Deal samples out anew, so that shards mix classes.")(reshuffle.command)
+app.command("index", short_help="Index tars that other programs wrote; no copy.")(index.command)
+app.command("reshuffle", short_help="Copy samples to shards in random order.")(reshuffle.command)
 app.command("encode", short_help="Encode images into latents of a VAE.")(encode.command)
 app.command("synthesize", short_help="Draw a dataset from a run's network.")(synthesize.command)
 app.command("filter", short_help="Keep the best of each class by score.")(filter.command)

@@ -28,41 +28,45 @@ def command(
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option(help="Where labels stand: cls, txt, or json:KEY.", show_default="cls", metavar="WHERE"),
+        typer.Option(help="Where to find labels: cls, txt, or json:KEY.", show_default="cls", metavar="WHERE"),
     ] = None,
     class_names: Annotated[
         Path | None,
         typer.Option(help="File with the name of each class, one per line or a JSON list."),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(min=1, help="Classes. [default: the largest number and one, or all names]")
+        int | None,
+        typer.Option(
+            min=1, help="Number of classes. [default: the largest label plus one, or the number of names]"
+        ),
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="Where a quality score stands: json:KEY. [default: none]", metavar="WHERE")
+        str | None, typer.Option(help="Where to find a quality score: json:KEY. [default: none]", metavar="WHERE")
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for index.json and samples.npz, where FOLDER cannot be written. [default: FOLDER]"
-        ),
+        typer.Option(help="Folder for index.json and samples.npz, if FOLDER cannot be written. [default: FOLDER]"),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read; 0: this one.")] = 0,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: FOLDER's]")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an index that is already there.")
+    ] = False,
     check_images: Annotated[
         bool,
-        typer.Option("--check-images", help="Decode every image, not the first of each tar alone."),
+        typer.Option("--check-images", help="Decode every image, not only the first of each tar."),
     ] = False,
     skip_unreadable: Annotated[
         bool,
         typer.Option(
-            "--skip-unreadable", help="Leave out, and list, damaged tars and samples that cannot be used."
+            "--skip-unreadable",
+            help="Leave out and list damaged tars and samples that cannot be used, instead of stopping.",
         ),
     ] = False,
 ) -> None:
-    """Index tars that others made, such as img2dataset's, to be read as they are.
+    """Index tars that other programs wrote, such as img2dataset, so that training reads them as they are.
 
-    Lists every problem by shard and key, writes nothing then, and exits with code 2.
+    If there are problems, it lists each by shard and key, writes nothing, and exits with code 2.
 
     Examples:
         ditmoe data index imagenet --image-size 256 --check-images

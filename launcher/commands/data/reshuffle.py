@@ -11,15 +11,15 @@ from ditmoe.model.outside.text import counted
 def command(
     shards: Annotated[Path, typer.Argument(help="A folder of shards with an index.", metavar="SHARDS")],
     out: Annotated[Path, typer.Argument(help="Folder to write the new shards to.", metavar="OUT")],
-    seed: Annotated[int, typer.Option(min=0, help="Of the new order.")] = 0,
-    shard_samples: Annotated[int, typer.Option(min=1, help="Most samples of a shard.")] = 1000,
-    shard_size: Annotated[int, typer.Option(min=1, help="Most MiB of a shard.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the new order.")] = 0,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Samples in a shard, at most.")] = 1000,
+    shard_size: Annotated[int, typer.Option(min=1, help="Size of a shard in MiB, at most.")] = 256,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: that of SHARDS]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a dataset that is already there.")
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already in OUT.")
     ] = False,
 ) -> None:
-    """Copy all samples, byte for byte, into new shards in a random order, so that each mixes the classes.
+    """Copy all samples, byte for byte, into new shards in random order, so that each shard mixes the classes.
 
     Examples:
         ditmoe data reshuffle imagenet shards/imagenet --seed 1

@@ -28,9 +28,9 @@ def command(
     source: Annotated[
         Path, typer.Option("--from", help="A run's folder, or one of its checkpoints.", metavar="RUN|CHECKPOINT")
     ],
-    count: Annotated[int, typer.Option(min=1, help="Images to draw; they take the classes in turn.")],
+    count: Annotated[int, typer.Option(min=1, help="Images to draw; they cycle through the classes.")],
     classes: Annotated[
-        str | None, typer.Option(help="Numbers or names, with commas between: 3,7. [default: all]")
+        str | None, typer.Option(help="Classes by number or name, separated by commas: 3,7. [default: all]")
     ] = None,
     score: Annotated[
         Literal["classifier", "features", "none"],
@@ -42,7 +42,7 @@ def command(
     reference: Annotated[
         str | None,
         typer.Option(
-            metavar="SOURCE", help="Where shards of the real images lie that scores go by. [default: the run's]"
+            metavar="SOURCE", help="Shards of the real images that scores are computed from. [default: the run's]"
         ),
     ] = None,
     index: IndexOption = None,
@@ -63,7 +63,7 @@ def command(
         Literal["png", "jpg", "npy"],
         typer.Option(help="png and npy keep every pixel; jpg (quality 95) is smaller."),
     ] = "png",
-    shard_samples: Annotated[int, typer.Option(min=1, help="Images of a shard.")] = 1000,
+    shard_samples: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 1000,
     cache: Annotated[
         Path | None,
         typer.Option(help="Folder of trained classifiers and means of real images. [default: ~/.cache/ditmoe]"),
@@ -71,13 +71,13 @@ def command(
     vae: VaeOption = None,
     name: Annotated[str | None, typer.Option(help="The dataset's name. [default: after the run]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a dataset, or a part of another one, that is there.")
+        bool, typer.Option("--overwrite", help="Replace a dataset that is already in OUT, or a part of one.")
     ] = False,
 ) -> None:
     """Draw images from a run's network into shards with provenance, labels and quality scores.
 
-    Repeating the command resumes it. Workers of other machines join by --crew. Under torchrun and srun it joins
-    their processes.
+    Repeat the command to resume it. Workers on other machines can join through --crew. Under torchrun and srun
+    it uses their processes.
 
     Examples:
         ditmoe data synthesize shards/drawn --from runs/photos --count 50000

@@ -8,13 +8,13 @@ import typer
 
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or that of a crew.", metavar="RUN")],
-    wait: Annotated[float, typer.Option(min=1, help="Seconds that it has for its checkpoint.")] = 1800,
-    now: Annotated[bool, typer.Option("--now", help="End it at once, without a checkpoint.")] = False,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds that the run gets to write its checkpoint.")] = 1800,
+    now: Annotated[bool, typer.Option("--now", help="End the run at once, without a checkpoint.")] = False,
 ) -> None:
-    """End a run: it saves a checkpoint first, its jobs that wait leave the queue, and nothing is requeued.
+    """End a run: it saves a checkpoint first. Its waiting jobs leave the queue, and nothing is requeued.
 
-    It works for the jobs of a run, and for a run on this machine. The run can be resumed by the command that
-    started it. Of a crew it ends the jobs of its workers, or those of CREW/slurm/workers-N alone.
+    It works for a run's Slurm jobs and for a run on this machine. Resume the run with the command that started
+    it. For a crew it ends the jobs of all its workers, or only those of CREW/slurm/workers-N.
 
     Examples:
         ditmoe cancel runs/photos

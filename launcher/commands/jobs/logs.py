@@ -11,13 +11,15 @@ QUEUE_SECONDS = 30.0
 
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or that of a crew.", metavar="RUN")],
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the run has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Keep printing new lines until the run has ended.")
+    ] = False,
     rank: Annotated[
-        int | None, typer.Option(min=0, help="Of a run on one machine: the output of this rank alone.")
+        int | None, typer.Option(min=0, help="For a run on one machine: show only the output of this rank.")
     ] = None,
-    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 50,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines to show.")] = 50,
 ) -> None:
-    """Print the end of what a run printed: the output of its newest job, or its log.
+    """Print the last lines of a run's output: that of its newest job, or its log.
 
     Examples:
         ditmoe logs runs/photos

@@ -11,16 +11,16 @@ def command(
         list[Path] | None,
         typer.Argument(help="Run folders, folders of them, or crews. [default: runs/]", metavar="RUN"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object for each run.")] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Show it again and again, until all runs have ended.")
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list with an object for each run.")
     ] = False,
-    every: Annotated[float, typer.Option(min=1, help="Seconds between two looks of --watch.")] = 30,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh the display until all runs have ended.")] = False,
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two refreshes of --watch.")] = 30,
 ) -> None:
     """Show where runs stand: state, job, step, speed, last checkpoint, attempts, expected end, and what is wrong.
 
-    It reads the run folders first, then asks squeue, then sacct where there is one. What cannot be seen from here
-    is called unknown.
+    It reads the run folders first, then asks squeue, then sacct if there is one. What it cannot see from here
+    is shown as unknown.
 
     Examples:
         ditmoe status

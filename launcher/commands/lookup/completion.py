@@ -10,8 +10,9 @@ def command(
 ) -> None:
     """Print the script that completes commands, options, choices, configurations and their keys.
 
-    Put it where the shell looks; new shells then have it. The first lines below are for bash (with the package
-    bash-completion), zsh (a folder of $fpath) and fish; the last is for this bash alone.
+    Put it where the shell looks for completions; new shells then use it. The first three examples are for bash
+    (with the package bash-completion), zsh (a folder of $fpath) and fish; the last is for the current bash
+    only.
 
     Examples:
         ditmoe completion bash > ~/.local/share/bash-completion/completions/ditmoe

@@ -15,15 +15,15 @@ def command(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="Print this one, to be edited as a file of yours.", metavar="NAME", autocompletion=_complete
+            help="Print this configuration, for you to save and edit.", metavar="NAME", autocompletion=_complete
         ),
     ] = None,
-    path: Annotated[bool, typer.Option("--path", help="Print where it lies.")] = False,
+    path: Annotated[bool, typer.Option("--path", help="Print the path of its file.")] = False,
 ) -> None:
     """List the configurations that come with the program, or print one.
 
-    `ditmoe train NAME`, and every command that takes a configuration, finds them by name from any folder. A file
-    of that name in the current folder comes first.
+    `ditmoe train NAME`, and every command that takes a configuration, finds them by name from any folder. A
+    file of that name in the current folder takes precedence.
 
     Examples:
         ditmoe configs

@@ -36,14 +36,16 @@ def command(
     page: Annotated[
         str | None, typer.Argument(help="The page to show.", metavar="PAGE", autocompletion=_complete)
     ] = None,
-    path: Annotated[bool, typer.Option("--path", help="Print where it lies.")] = False,
+    path: Annotated[bool, typer.Option("--path", help="Print the path of its file.")] = False,
     search: Annotated[
-        str | None, typer.Option(metavar="WORDS", help="Print the lines of all pages, or of PAGE, that have them.")
+        str | None,
+        typer.Option(metavar="WORDS", help="Print the lines of all pages, or of PAGE, that contain these words."),
     ] = None,
 ) -> None:
-    """List the pages of the documentation, or show one: in a pager on a terminal, as it is into a pipe or file.
+    """List the pages of the documentation, or show one: in a pager on a terminal, as plain text into a pipe or
+    file.
 
-    They are of the version that is installed, and need no network.
+    The pages belong to the installed version and need no network.
 
     Examples:
         ditmoe docs

@@ -11,17 +11,20 @@ def command(
     prefix: Annotated[
         str,
         typer.Argument(
-            help="Only keys that begin so, such as optim. or model.h; a whole key shows all of its text.",
+            help="Show only keys that begin with this, such as optim. or model.h; a whole key shows "
+            "its full text.",
             metavar="PREFIX",
             autocompletion=complete_key,
             show_default=False,
         ),
     ] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list, an object for each key.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list with an object for each key.")
+    ] = False,
 ) -> None:
-    """List the keys of a run's configuration: what each takes, its unit and default, and what it is for.
+    """List the keys of a run's configuration: what each accepts, its unit and default, and what it does.
 
-    A number without a unit is a plain one: a factor, a weight, a seed. docs/configuration.md has all of it.
+    A number without a unit is a plain number: a factor, a weight, a seed. docs/configuration.md has every key.
 
     Examples:
         ditmoe keys

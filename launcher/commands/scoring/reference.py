@@ -20,7 +20,7 @@ from ditmoe.model.outside.text import counted
 from ditmoe.sampling.settings.networks import choices_of
 
 app = Commands(
-    """Make a file of statistics that stands for real images.
+    """Make a file of statistics that takes the place of real images.
 
     Examples:
         ditmoe reference make shards/photos photos.safetensors
@@ -36,7 +36,7 @@ def _group() -> None:
 @app.command("make", short_help="Make the file from shards of images.")
 @shares_work()
 def make(
-    shards: Annotated[str, typer.Argument(help="Where shards with the real images lie.", metavar="SHARDS")],
+    shards: Annotated[str, typer.Argument(help="Shards with the real images.", metavar="SHARDS")],
     out: Annotated[Path, typer.Argument(help="The new file, NAME.safetensors.", metavar="OUT")],
     *,
     run: Annotated[
@@ -49,15 +49,14 @@ def make(
     features_path: FeaturesPathOption = None,
     resize: ResizeOption = None,
     recogniser: Annotated[
-        bool, typer.Option(help="Put in an independent classifier, for the share recognised.")
+        bool, typer.Option(help="Include an independent classifier, for the share recognised.")
     ] = True,
     cache: CacheOption = None,
     sharing: Sharing,
 ) -> None:
     """Compute statistics of real images once, and write them as a file for `--reference`.
 
-    Repeating the command after it was killed goes on where it was. Under torchrun and srun it joins their
-    processes.
+    Repeat the command to resume it. Under torchrun and srun it uses their processes.
 
     Examples:
         ditmoe reference make shards/photos photos.safetensors --processes 8

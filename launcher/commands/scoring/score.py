@@ -32,16 +32,17 @@ def command(
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="For the figures. [default: scores/NAME-FINGERPRINT]")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the figures. [default: scores/NAME-FINGERPRINT]"),
     ] = None,
     images_index: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of the images' index.json, where it is not with the shards."),
+        typer.Option(metavar="FOLDER", help="Folder of the images' index.json, if it is not with the shards."),
     ] = None,
     index: IndexOption = None,
     on_error: Annotated[
         Literal["stop", "skip"] | None,
-        typer.Option(help="Images that cannot be used, scored or real: stop, or leave them out. [default: stop]"),
+        typer.Option(help="If an image, scored or real, cannot be used: stop, or leave it out. [default: stop]"),
     ] = None,
     features: FeaturesOption = "classifier",
     features_path: FeaturesPathOption = None,
@@ -50,17 +51,15 @@ def command(
     neighbour_images: NeighbourImagesOption = None,
     recogniser: Annotated[
         bool,
-        typer.Option(
-            help="Also report the share that an independent classifier recognises, where there are labels."
-        ),
+        typer.Option(help="Also report the share that an independent classifier recognises, if there are labels."),
     ] = True,
     cache: CacheOption = None,
     sharing: Sharing,
 ) -> None:
-    """Score images that others drew against real ones, or their statistics.
+    """Score images that other programs drew, against real images or their statistics.
 
-    Repeating the command resumes it, and shows the result of a finished one. Under torchrun and srun it joins
-    their processes.
+    Repeat the command to resume it, or to show its result once it has finished. Under torchrun and srun it
+    uses their processes.
 
     Examples:
         ditmoe score samples.npz --reference photos.safetensors --processes 8

@@ -14,7 +14,9 @@ def command(
     host: Annotated[
         str, typer.Option(help="Address to listen on; any other than loopback needs a token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one, which is printed.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one, which is printed.")
+    ] = 8000,
     token_file: Annotated[
         Path | None,
         typer.Option(
@@ -24,21 +26,30 @@ def command(
         ),
     ] = None,
     state: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where jobs are kept. [default: RUNS/.service]")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder for jobs. [default: RUNS/.service]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
-    memory: Annotated[float, typer.Option(min=0.001, help="GiB for the weights of all networks.")] = 8.0,
-    batch: Annotated[int, typer.Option(min=1, max=512, help="Rows of a pass, and images under way at once.")] = 16,
-    queue: Annotated[int, typer.Option(min=1, help="Images of a user that may wait.")] = 256,
-    most_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images of a request.")] = 64,
+    memory: Annotated[float, typer.Option(min=0.001, help="Memory for the weights of all networks, GiB.")] = 8.0,
+    batch: Annotated[
+        int,
+        typer.Option(min=1, max=512, help="Rows in a pass through the network, and images being drawn at once."),
+    ] = 16,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Images of one user that may wait in the queue, at most.")
+    ] = 256,
+    most_images: Annotated[int, typer.Option(min=1, max=10_000, help="Images in one request, at most.")] = 64,
     most_passes: Annotated[
-        int, typer.Option(min=1, help="Passes through the network that all images of a request may take.")
+        int,
+        typer.Option(
+            min=1, help="Passes through the network that all images of a request may take together, at most."
+        ),
     ] = 100_000,
     inception: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Inception-v3, for evaluations; see docs/evaluate.md.")
+        Path | None,
+        typer.Option(metavar="FILE", help="File of Inception-v3, for evaluations; see docs/evaluate.md."),
     ] = None,
     dinov2: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="DINOv2, for evaluations; see docs/evaluate.md.")
+        Path | None, typer.Option(metavar="FILE", help="File of DINOv2, for evaluations; see docs/evaluate.md.")
     ] = None,
     reference: Annotated[
         list[str],
@@ -49,32 +60,37 @@ def command(
         ),
     ] = [],  # noqa: B006  # typer's way
     processes: Annotated[
-        int, typer.Option(min=0, help="Processes of this machine that share an evaluation; 0 with --crew.")
+        int, typer.Option(min=0, help="Processes on this machine that share an evaluation; may be 0 with --crew.")
     ] = 1,
     crew: Annotated[
         Path | None,
         typer.Option(
-            metavar="FOLDER", help="Where workers of any machine join evaluations: `ditmoe worker FOLDER`."
+            metavar="FOLDER",
+            help="Folder through which workers on any machine join evaluations: `ditmoe worker FOLDER`.",
         ),
     ] = None,
     listen: Annotated[
         str | None,
-        typer.Option("--listen", metavar="ADDRESS|INTERFACE", help="Of the crew, as `ditmoe evaluate` has it."),
+        typer.Option(
+            "--listen", metavar="ADDRESS|INTERFACE", help="Address of the crew, as for `ditmoe evaluate`."
+        ),
     ] = None,
     load: Annotated[
         list[str],
         typer.Option(
-            metavar="RUN", help="Load its network, and each newer one, before anybody asks; may be repeated."
+            metavar="RUN",
+            help="Load this run's network, and each newer one, before anybody asks; may be repeated.",
         ),
     ] = [],  # noqa: B006  # typer's way
     keep_jobs: Annotated[
         float | None,
         typer.Option(
-            min=0.001, metavar="DAYS", help="Remove what a job made so long after its end. [default: keep it]"
+            min=0.001, metavar="DAYS", help="Remove a job's results this long after its end. [default: keep them]"
         ),
     ] = None,
 ) -> None:
-    """Draw images for many users at once, by HTTP: an image's bits are the same alone and in any company.
+    """Draw images for many users at once, over HTTP. Other requests in the same batch never change an image's
+    bits.
 
     Examples:
         ditmoe serve runs

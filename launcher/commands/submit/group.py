@@ -52,9 +52,9 @@ def train(
     evaluate: EvaluateOption = None,
     asked: Asked,
 ) -> None:
-    """Train, or resume, the run of a configuration as a job, which comes back until the run is complete.
+    """Train or resume the run of a configuration as a job, which is requeued until the run is complete.
 
-    With --evaluate a second job scores it then, on as many nodes.
+    With --evaluate a second job then scores the run, on as many nodes.
 
     Examples:
         ditmoe submit train photos --nodes 2 --gpus-per-node 8 --time 12:00:00
@@ -112,13 +112,14 @@ def sweep(
     folder: FolderOption = None,
     evaluate: EvaluateOption = None,
     at_once: Annotated[
-        int | None, typer.Option(min=1, help="Cells that run at the same time, at most. [default: all]")
+        int | None, typer.Option(min=1, help="How many cells run at the same time, at most. [default: all]")
     ] = None,
     asked: Asked,
 ) -> None:
-    """Train every combination of the keys' values as an array of jobs, each with these nodes; see docs/sweep.md.
+    """Train every combination of the keys' values as an array of jobs, each on its own nodes; see
+    docs/sweep.md.
 
-    What is complete is left out. `ditmoe sweep … --table` tables the results.
+    Complete cells are left out. `ditmoe sweep … --table` prints a table of the results.
 
     Examples:
         ditmoe submit sweep photos optim.lr=1e-4,2e-4 --gpus-per-node 8 --at-once 2
@@ -165,7 +166,7 @@ def sweep(
 )
 @asks_slurm
 def evaluate(context: typer.Context, *, asked: Asked) -> None:
-    """Score a run as a job: RUN and the options of `ditmoe evaluate` stand among those below.
+    """Score a run as a job. Give RUN and the options of `ditmoe evaluate` together with those below.
 
     Examples:
         ditmoe submit evaluate runs/photos --count 50000 --nodes 2 --gpus-per-node 8
@@ -184,7 +185,8 @@ def evaluate(context: typer.Context, *, asked: Asked) -> None:
 )
 @asks_slurm
 def encode(context: typer.Context, *, asked: Asked) -> None:
-    """Encode images as a job: SHARDS, OUT and the options of `ditmoe data encode` stand among those below.
+    """Encode images as a job. Give SHARDS, OUT and the options of `ditmoe data encode` together with those
+    below.
 
     Examples:
         ditmoe submit encode shards/photos shards/latents --vae sd-vae --nodes 4 --gpus-per-node 8
@@ -202,7 +204,7 @@ def encode(context: typer.Context, *, asked: Asked) -> None:
 )
 @asks_slurm
 def synthesize(context: typer.Context, *, asked: Asked) -> None:
-    """Draw a dataset as a job: OUT and the options of `ditmoe data synthesize` stand among those below.
+    """Draw a dataset as a job. Give OUT and the options of `ditmoe data synthesize` together with those below.
 
     Examples:
         ditmoe submit synthesize shards/drawn --from runs/photos --count 500000 --nodes 4 --gpus-per-node 8
@@ -223,20 +225,21 @@ def workers(
         int | None, typer.Option(min=1, help="Workers on each node. [default: one per GPU, or 1]")
     ] = None,
     idle: Annotated[
-        float, typer.Option(min=0, metavar="MINUTES", help="They end when nobody has led the crew for so long.")
+        float,
+        typer.Option(min=0, metavar="MINUTES", help="Workers end when nobody has led the crew for this long."),
     ] = MINUTES,
     listen: Annotated[
         str | None,
         typer.Option(
             metavar="INTERFACE",
-            help="Network interface by which nodes reach each other, such as ib0. [default: where the way leads]",
+            help="Network interface by which nodes reach each other, such as ib0. [default: the system's route]",
         ),
     ] = None,
     asked: Asked,
 ) -> None:
-    """Start workers as a job: they join whoever leads the crew, now or later; see docs/evaluate.md.
+    """Start workers as a job: they join the command that leads the crew, now or later; see docs/evaluate.md.
 
-    Repeated, it adds workers: each call is a job of its own.
+    Repeat the command to add workers: each call is a separate job.
 
     Examples:
         ditmoe submit workers runs/crew --nodes 4 --gpus-per-node 8 --time 12:00:00

@@ -28,7 +28,7 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     ),
     "time": (Annotated[str | None, typer.Option(help="Time limit, such as 30, 12:00:00 or 2-00:00:00.")], None),
     "partition": (Annotated[str | None, typer.Option(help="Partition.")], None),
-    "account": (Annotated[str | None, typer.Option(help="Account that is charged.")], None),
+    "account": (Annotated[str | None, typer.Option(help="Account to charge.")], None),
     "qos": (Annotated[str | None, typer.Option(help="Quality of service.")], None),
     "constraint": (Annotated[str | None, typer.Option(help="Features that nodes must have.")], None),
     "mem": (Annotated[str | None, typer.Option(help="Memory of each node, such as 64G; 0: all.")], None),
@@ -38,14 +38,14 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         None,
     ),
     "container": (
-        Annotated[str | None, typer.Option(help="Image that tasks run in; none: no container.")],
+        Annotated[str | None, typer.Option(help="Container image that tasks run in. [default: no container]")],
         None,
     ),
     "container_runtime": (Annotated[str | None, typer.Option(help="apptainer or pyxis.")], None),
     "container_mount": (
         Annotated[
             list[str],
-            typer.Option(help="Folder to be seen in the container: /DATA or /DATA:/WITHIN; may be repeated."),
+            typer.Option(help="Folder to mount in the container: /DATA or /DATA:/WITHIN; may be repeated."),
         ],
         (),
     ),
@@ -60,7 +60,7 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[
             int | None,
             typer.Option(
-                help="Seconds before the time limit at which it saves and is queued again. [default: 300]"
+                help="How many seconds before its time limit the job saves and is queued again. [default: 300]"
             ),
         ],
         None,
@@ -70,7 +70,7 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
             list[str],
             typer.Option(
                 metavar="PHASE=DURATION",
-                help="How long start, step, save or evaluation may take before it counts as hung.",
+                help="How long a start, step, save or evaluation may take before the job counts as hung.",
             ),
         ],
         (),
@@ -78,7 +78,7 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "attempts": (
         Annotated[
             int | None,
-            typer.Option(help="Attempts in a row without a new checkpoint, after which it stops. [default: 3]"),
+            typer.Option(help="Stop after this many attempts in a row without a new checkpoint. [default: 3]"),
         ],
         None,
     ),
@@ -92,7 +92,10 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "chain": (
         Annotated[
             int | None,
-            typer.Option(help="Submit so many jobs, one after the other: where a job cannot queue itself again."),
+            typer.Option(
+                help="Submit this many jobs that run one after the other, for clusters where a job "
+                "cannot requeue itself."
+            ),
         ],
         None,
     ),
@@ -100,7 +103,8 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[
             Path | None,
             typer.Option(
-                metavar="FILE", help="Defaults of the cluster. [default: $DITMOE_SITE, ~/.config/ditmoe/site.yaml]"
+                metavar="FILE",
+                help="File with the cluster's defaults. [default: $DITMOE_SITE, ~/.config/ditmoe/site.yaml]",
             ),
         ],
         None,

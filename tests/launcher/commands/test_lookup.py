@@ -71,7 +71,7 @@ def test_numbers_have_a_unit_or_are_declared_to_have_none(printed: Print) -> Non
 
 def test_a_key_alone_shows_all_of_its_text(printed: Print) -> None:
     shown = printed(keys, "train.skip_steps")
-    assert "For a step that is not finite" in " ".join(shown.split())
+    assert "for a step whose loss is not finite" in " ".join(shown.split())
 
 
 def test_choices_of_keys(printed: Print) -> None:
