@@ -84,8 +84,8 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         metavar="CONFIG",
-        help="A run's YAML file, or the name of a shipped one, that describes the expected network (its `model`, and"
-        " its `objective` if it has one).",
+        help="A run's YAML file, or the name of a shipped one, that describes the expected network (its"
+        " `model`, and its `objective` if it has one).",
         callback=_finder("configuration"),
         autocompletion=complete_config,
     ),

@@ -26,7 +26,9 @@ def test_they_are_spelt_alike_in_every_command() -> None:
     for name in ("--processes", "--crew", "--listen", "--part-limit"):
         found = {str(options_of(command)[name]) for command in COMMANDS}
         if name == "--processes":  # drawing and encoding take one core each
-            assert len(found) == 2 and all("Processes of a machine that share the work" in each for each in found)
+            assert len(found) == 2 and all(
+                "Processes on this machine that share the work" in each for each in found
+            )
         else:
             assert len(found) == 1, found
 
