@@ -17,7 +17,17 @@ def ema_decay(config: EmaConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
-    """average ← decay·average + (1 − decay)·weights, in place, fp32."""
-    if average:
+def update_ema(
+    average: Sequence[Tensor], weights: Sequence[Tensor], decay: float, counts: Tensor | None = None
+) -> None:
+    """average ← decay·average + (1 − decay)·weights, in place, fp32.
+
+    Args:
+        counts: 0 where nothing is to change, otherwise 1, of no dims; where the device alone knows it.
+    """
+    if counts is not None:
+        share = (1 - decay) * counts
+        for each, new in zip(average, weights, strict=True):
+            each.lerp_(new, share)
+    elif average:
         torch._foreach_lerp_(list(average), list(weights), 1 - decay)

@@ -1,6 +1,5 @@
 """One rank's training: steps, records, checkpoints and previews, until the last step or a stop."""
 
-import json
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from ditmoe.data.encoding.vae import find_vae
-from ditmoe.data.storage.files import replacing
 from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
@@ -21,6 +19,7 @@ from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml, start_o
 from ditmoe.launcher.configuration.resume import Change
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
+from ditmoe.launcher.local.garbage import GarbageCollection
 from ditmoe.launcher.local.signals import StopSignal
 from ditmoe.launcher.training.best import BestCheckpoints
 from ditmoe.launcher.training.feed import Feed, StepBatch
@@ -31,17 +30,17 @@ from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.skips import SkipLedger, skips_of_data_ranks
 from ditmoe.launcher.training.state import StateFile
 from ditmoe.launcher.training.throughput import Clock, Sums, peak_memory_gib, peak_tflops
+from ditmoe.launcher.training.updates import Updates
 from ditmoe.model.count import TRAINING_PASSES, flops_per_image
 from ditmoe.model.dit import DiT
-from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.model.outside.text import counted
 from ditmoe.parallel import processes
-from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
+from ditmoe.parallel.checkpoint.folder import step_of
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import load_training_state
-from ditmoe.parallel.engine.training_engine import NonFiniteLossError, StepResult, TrainingEngine
+from ditmoe.parallel.engine.training_engine import StepResult, TrainingEngine
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.start.begin import begun
 from ditmoe.sampling.drawing.picture import save_picture
@@ -112,7 +111,9 @@ class Trainer:
         self.unreported: list[Skip] = []
         """This rank's skips since the last record."""
         self.sums = Sums(**sums)
+        self.updates = Updates(config, folder, self.saver, self.engine, lambda result: self.sums.add(result))
         self.clock = Clock()
+        self.garbage = GarbageCollection()
         self.report: Reporter | None = None
 
     def open_reports(self, stack: ExitStack, changes: list[Change]) -> None:
@@ -161,9 +162,10 @@ class Trainer:
         self._tell_dealing(feed.dealing)
         stopped = False
         self.clock = Clock()
-        with feed, self.saver:
+        with feed, self.saver, self.garbage:
             while self.engine.step < steps and not stopped:
                 stopped = self._step(feed) > 0
+                self.garbage.after_step(self.engine.step)
                 self.phase = "step"
                 step, every = self.engine.step, self.config.train.checkpoint_every
                 with self.clock.part("save"):
@@ -211,14 +213,14 @@ class Trainer:
         rate = self.config.optim.learning_rate(step, steps)
         # A rank that knows of a failed save stops all, at this step: then all of them meet the failure.
         stop = self.stop.requested or self.saver.failed
-        result = None
-        if step in self.config.train.skip_steps:
-            requests = self._skip_step(step, stop)
+        updates = step not in self.config.train.skip_steps
+        if updates:
+            requests = self.updates.take(batch, rate, stop)
+            result = self.updates.result
         else:
-            result = self._update(batch, rate, stop)
-            requests = result.requests
+            requests, result = self._skip_step(step, stop), None
         self.images += self.layout.batch
-        self.clock.step(update=result is not None)
+        self.clock.step(update=updates)
         with self.clock.part("record"):
             if self.config.train.log_samples:
                 self._log_samples(batch, step)
@@ -228,25 +230,14 @@ class Trainer:
                 self.report.advance()
         return requests
 
-    def _update(self, batch: StepBatch, rate: float, stop: bool) -> StepResult:
-        """One optimiser step."""
-        step = self.engine.step + 1
-        try:
-            result = self.engine.train_step(batch.micro_batches, rate, stop)
-        except NonFiniteLossError as error:
-            raise self._not_finite(f"the loss is {error.loss}", step, batch.keys) from None
-        if not np.isfinite(result.grad_norm):
-            raise self._not_finite(f"the gradient's norm is {result.grad_norm}", step, batch.keys)
-        self.sums.add(result)
-        return result
-
     def _skip_step(self, step: int, stop: bool) -> int:
         """A step whose samples are consumed and not trained on."""
+        requests = self.updates.look_at_last()
         self.sums.skipped_steps.append(step)
         if self.report is not None:
             self.report.log(f"step {step}: skipped, without an update, as train.skip_steps says")
             self.folder.keep_in_history(step, skipped=True)
-        return self.engine.skip_step(stop)
+        return requests + self.engine.skip_step(stop)
 
     def _record(self, result: StepResult | None, rate: float) -> None:
         """Report the means since the last record, and the experts' load in the last step, if it was an update."""
@@ -372,25 +363,6 @@ class Trainer:
         if self.report is not None and picture is not None:
             save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
             self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
-
-    def _not_finite(self, what: str, step: int, own: list[str]) -> UserError:
-        """The message of a run that met NaN or infinity; the batch's sample keys go to a file of their own."""
-        keys = list(dict.fromkeys(key for part in processes.gather_objects(own) for key in part))
-        self.saver.wait()  # it may be the last good one
-        file = self.folder.path / f"not-finite-step-{step:08d}.json"
-        if dist.get_rank() == 0:
-            with replacing(file) as written:
-                written.write(
-                    json.dumps({"step": step, "problem": what, "samples": keys}, indent=1).encode() + b"\n"
-                )
-        newest = newest_checkpoint(self.folder.path)
-        names = ", ".join(keys[:4]) + (", …" if len(keys) > 4 else "")
-        return UserError(
-            f"step {step}: {what}; nothing of this step was saved. "
-            f"The last good checkpoint is {newest or 'none yet'}. "
-            f"Samples of the batch: {names} (all {len(keys)} in {file}). If this comes again, go on without this"
-            f" step (train.skip_steps = {[*self.config.train.skip_steps, step]}), or with another optim"
-        )
 
     def _say(self, message: str) -> None:
         if self.report is not None:

@@ -28,9 +28,10 @@ def deepspeed_settings(
         "train_batch_size": layout.micro_batch * layout.accumulation * layout.data,
         "train_micro_batch_size_per_gpu": layout.micro_batch,
         "gradient_accumulation_steps": layout.accumulation,
-        # Without ZeRO the engine clips by itself: DeepSpeed averages the ranks' expert norms there.
-        "gradient_clipping": (clip or 0.0) if layout.zero else 0.0,
-        "bf16": {"enabled": precision == "bf16"},
+        # Where the optimiser is on the device, the engine clips by itself and looks for what is not finite: the
+        # host would wait for DeepSpeed's norm, and without ZeRO that averages the ranks' expert norms.
+        "gradient_clipping": (clip or 0.0) if layout.offload else 0.0,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": layout.offload},
         "fp16": {"enabled": False},
         "zero_optimization": {"stage": layout.zero},
         "zero_allow_untested_optimizer": True,
@@ -39,6 +40,8 @@ def deepspeed_settings(
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if layout.zero in (1, 2) and not layout.offload:
+        settings["zero_optimization"]["compute_grad_norm"] = False
     if layout.offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if layout.pipe > 1:

@@ -49,8 +49,12 @@ class Fragment:
         """The gradient that AdamW is about to step with, `[length]`; None where there is none at the moment."""
         if self.stepped.grad is None:
             return None
-        offset = self.weight.storage_offset() - self.stepped.storage_offset()
-        return self.stepped.grad.reshape(-1).narrow(0, offset, self.weight.numel())
+        return self.stepped.grad.reshape(-1).narrow(0, self.offset, self.weight.numel())
+
+    @property
+    def offset(self) -> int:
+        """Where the run begins in `stepped`."""
+        return int(self.weight.storage_offset() - self.stepped.storage_offset())
 
 
 @dataclass(frozen=True)

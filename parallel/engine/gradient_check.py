@@ -113,7 +113,7 @@ class GradientCheck:
             handle.remove()
         if not math.isfinite(norm):
             return  # the trainer has a message for that
-        scale = 1.0 if clip is None else 1 / max(1.0, (norm + (1e-6 if self._layout.zero else 0)) / clip)
+        scale = 1.0 if clip is None else 1 / max(1.0, (norm + 1e-6) / clip)
         problems = [*self._norm_problems(scale * norm), *self._projection_problems(scale)]
         ranks_with_problems = torch.tensor(float(bool(problems)), device=self._square.device)
         dist.all_reduce(ranks_with_problems)

@@ -28,7 +28,7 @@ class MicroBatch:
 
 
 class Passes(ABC):
-    """Drives a DeepSpeed engine through a step, in two halves: what is seen between them can still stop it."""
+    """Drives a DeepSpeed engine through a step, in two halves: what is seen between them decides if it counts."""
 
     def __init__(self, network: DiT, objective: Objective) -> None:
         self.network = network
@@ -44,11 +44,14 @@ class Passes(ABC):
 
     @abstractmethod
     def forward_backward(self, micro_batches: Sequence[MicroBatch], totals: StepTotals) -> None:
-        """Run all micro-batches and count what they show; the weights are not touched."""
+        """Run all micro-batches, count what they show, and average the gradients over the data ranks.
+
+        The weights are not touched.
+        """
 
     @abstractmethod
     def step(self) -> None:
-        """Average the gradients over the data ranks where that is still to do, and step the optimiser."""
+        """Step the optimiser."""
 
     @abstractmethod
     def sampling_network(self) -> nn.Module:

@@ -3,7 +3,7 @@
 Each stage is one layer of a DeepSpeed `PipelineModule`: it takes what the stage before puts out and gives on
 tokens and condition. DeepSpeed moves them, and their gradients back, and interleaves the micro-batches' passes
 (PipeDream-Flush, Narayanan et al., arXiv 2006.09503). Its own `train_batch` would also step; here the passes and
-the step are apart, so that a loss that is not finite is seen before any weight is touched.
+the step are apart, so that the sums of the step are known before any weight is touched.
 
 It calls private parts of DeepSpeed 0.19 (`_exec_…`, `_compute_loss`); tests/parallel covers them.
 """
@@ -69,11 +69,11 @@ class PipelinePasses(Passes):
         engine.set_dataiterator(self._inputs_and_targets(micro_batches))
         self._totals = totals
         engine._exec_schedule(_passes_only(engine))
+        engine._exec_reduce_grads()
         self._totals = None
 
     def step(self) -> None:
-        """Average the gradients over the data ranks, and step."""
-        self.engine._exec_reduce_grads()
+        """The weights change here."""
         self.engine._exec_optimizer_step()
 
     def sampling_network(self) -> nn.Module:

@@ -1,7 +1,11 @@
-"""What the ranks see in one optimiser step, summed on each and then over all of them in a single all-reduce."""
+"""What the ranks see in one optimiser step, summed on each and then over all of them in a single all-reduce.
+
+The sums stay on the device. They say there whether the step counts, and the host reads them when it needs them.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -20,12 +24,59 @@ class TotalsOverRanks:
     """The layers' balance losses, α included, each summed over the micro-batches; then over the layers."""
     load_LN: Tensor
     """Share of layer l's assignments that expert n got, float64 `[L, N]`; rows sum to 1."""
+    grad_norm: float
+    """Norm of the global gradient, if its square was given."""
     requests: int
     """Ranks that asked to stop."""
 
 
+class DeviceTotals:
+    """The same before the host has read it."""
+
+    _FIGURES = 4
+    """Loss, samples, requests and the square of the norm come before what there is of each layer."""
+
+    def __init__(self, sums: Tensor, layers: int, experts: int) -> None:
+        self._sums, self._layers, self._experts = sums, layers, experts
+        self._copy: HostCopy | None = None
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """Norm of the global gradient, float64 of no dims."""
+        return self._sums[3].sqrt()
+
+    def not_finite(self) -> Tensor:
+        """1 where the loss or the gradient's norm is NaN or infinite, otherwise 0; float32 of no dims."""
+        return (torch.isfinite(self._sums[0]) & torch.isfinite(self._sums[3])).logical_not().float()
+
+    def load_LN(self) -> Tensor:
+        """As `TotalsOverRanks.load_LN`."""
+        return _load_LN(self._sums, self._layers, self._experts)
+
+    def start_reading(self) -> None:
+        """Begin to bring the sums to the host."""
+        self._copy = HostCopy(self._sums)
+
+    def read(self) -> TotalsOverRanks:
+        """Wait for the sums."""
+        sums = (self._copy or HostCopy(self._sums)).read()
+        loss, samples, requests, square = sums[: self._FIGURES].tolist()
+        return TotalsOverRanks(
+            loss=loss / samples,
+            balance_loss=float(sums[self._FIGURES : self._FIGURES + self._layers].sum()),
+            load_LN=_load_LN(sums, self._layers, self._experts),
+            grad_norm=square**0.5,
+            requests=int(requests),
+        )
+
+
+def _load_LN(sums: Tensor, layers: int, experts: int) -> Tensor:
+    load_LN = sums[DeviceTotals._FIGURES + layers :].view(layers, experts)
+    return load_LN / load_LN.sum(1, keepdim=True)
+
+
 class StepTotals:
-    """One rank's sums, float64 on its device: nothing is waited for until the step's passes are done."""
+    """One rank's sums, float64 on its device: nothing is waited for."""
 
     def __init__(self, depth: int, experts: int, device: torch.device) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
@@ -45,17 +96,34 @@ class StepTotals:
             self._balance_L[number] += loss
             self._load_LN[number] += load_N
 
-    def over_ranks(self, stop_requested: bool) -> TotalsOverRanks:
-        """Sum over all ranks; a collective call, and the one place where a step waits for the device."""
-        counts = torch.tensor([self._samples, stop_requested], dtype=torch.float64, device=self._loss.device)
-        sums = torch.cat((self._loss.view(1), counts, self._balance_L, self._load_LN.flatten()))
+    def over_ranks(self, stop_requested: bool, square: Tensor | None = None) -> DeviceTotals:
+        """Sum over all ranks; a collective call.
+
+        Args:
+            square: this rank's part of the square of the gradient's norm, float64 of no dims.
+        """
+        loss = self._loss.view(1)
+        # Filled on the device: a tensor made from Python numbers would be copied there, and the copy waited for.
+        counts = [torch.full_like(loss, self._samples), torch.full_like(loss, float(stop_requested))]
+        squares = torch.zeros_like(loss) if square is None else square.view(1)
+        sums = torch.cat((loss, *counts, squares, self._balance_L, self._load_LN.flatten()))
         dist.all_reduce(sums)
-        sums, layers = sums.cpu(), len(self._balance_L)
-        loss, samples, requests = sums[:3].tolist()
-        load_LN = sums[3 + layers :].view(self._load_LN.shape)
-        return TotalsOverRanks(
-            loss=loss / samples,
-            balance_loss=float(sums[3 : 3 + layers].sum()),
-            load_LN=load_LN / load_LN.sum(1, keepdim=True),
-            requests=int(requests),
-        )
+        return DeviceTotals(sums, *self._load_LN.shape)
+
+
+class HostCopy:
+    """A tensor on its way to the host, from a GPU through pinned memory while the device computes on."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._arrived = tensor, None
+        if tensor.is_cuda:
+            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._tensor.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> Tensor:
+        """Wait for it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._tensor

@@ -1,7 +1,7 @@
 """The training engine: DeepSpeed around a DiT, with what DeepSpeed leaves out for this network.
 
-That is: the balance loss inside expert-parallel layers (which drop the source router's forward), exact clipping
-without ZeRO, an fp32 EMA sharded like the optimiser, and a loss that is checked before the weights are touched.
+That is: the balance loss inside expert-parallel layers (which drop the source router's forward), an fp32 EMA
+sharded like the optimiser, and norm, clipping and a check of the loss that the host does not wait for.
 """
 
 import math
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from ditmoe.model.config import EmaConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.ema import ema_decay, update_ema
+from ditmoe.model.ema import ema_decay
 from ditmoe.model.objective import Objective
 from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.engine.averages import Averages
 from ditmoe.parallel.engine.deepspeed_engine import attach_balance, share_out, start_deepspeed
 from ditmoe.parallel.engine.deepspeed_settings import suspect_of
 from ditmoe.parallel.engine.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
@@ -26,11 +27,11 @@ from ditmoe.parallel.engine.gradient_check import CHECKED_STEPS, GradientCheck
 from ditmoe.parallel.engine.initial import Initial
 from ditmoe.parallel.engine.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.engine.pipeline import PipelinePasses
-from ditmoe.parallel.engine.step_totals import StepTotals
+from ditmoe.parallel.engine.step_totals import DeviceTotals, StepTotals, TotalsOverRanks
+from ditmoe.parallel.engine.update import Update
 from ditmoe.parallel.engine.weight_check import check_weights
 from ditmoe.parallel.groups import check_groups, groups_of_engine
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.tensor.shards import shard_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,34 @@ class StepResult:
 
 
 class NonFiniteLossError(Exception):
-    """The loss of a step is NaN or infinite; the weights were not touched."""
+    """The loss of a step is NaN or infinite; the weights are as before."""
 
     def __init__(self, loss: float) -> None:
         super().__init__(f"the loss is {loss}")
         self.loss = loss
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host may start a step while the device computes the one before; a CPU is the host itself."""
+    return device.type == "cuda"
+
+
+class StepUnderWay:
+    """A step that was started; what it saw is there when the device has come so far."""
+
+    def __init__(self, engine: "TrainingEngine", number: int, totals: DeviceTotals) -> None:
+        self._engine, self._number, self._totals = engine, number, totals
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """Wait for it; first for those of the steps before.
+
+        Raises:
+            NonFiniteLossError: as `TrainingEngine.train_step`; the engine is where it was before this step.
+        """
+        if self._result is None:
+            self._result = self._engine.finish(self._number, self._totals.read())
+        return self._result
 
 
 class TrainingEngine:
@@ -102,13 +126,15 @@ class TrainingEngine:
             attach_balance(network, list(self._passes.layers.values()))
         self._set_up_balance()
         self._weights = [fragment.weight for fragment in self.fragments]
-        self.ema = [weight.clone() for weight in self._weights]
+        self._averages = Averages(self.fragments)
+        self.ema = self._averages.of_fragments
         """fp32 average of each fragment's weight."""
         self._suspect = suspect_of(extra)
         check_weights(self._engine, network, layout, self.fragments, self.ema, self._suspect)
-        self._own_grad_norm = 0.0
-        if layout.zero == 0:
-            self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip())
+        self._update = Update(self._passes, network, layout, optim.clip, device)
+        shares = (network.config.depth, max(network.config.experts, 1))
+        self._load_on_device_LN = torch.full(shares, 1 / shares[1], device=device)
+        """The shares that the next step is balanced by; first all alike."""
         self._steps_to_check = CHECKED_STEPS
 
     def _set_up_balance(self) -> None:
@@ -127,45 +153,76 @@ class TrainingEngine:
                 balance.sum_over_ranks = sum_over_ranks
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool) -> StepResult:
-        """One optimiser step over the layout's `accumulation` micro-batches.
+        """One optimiser step, and what it saw.
+
+        Raises:
+            NonFiniteLossError: on every rank; weights, moments and EMA are as before the step.
+            GradientMismatchError: on every rank, in the first steps: the weights are no longer those of the run.
+        """
+        return self.start_step(micro_batches, lr, stop_requested).result()
+
+    def start_step(self, micro_batches: Sequence[MicroBatch], lr: float, stop_requested: bool) -> "StepUnderWay":
+        """One optimiser step over the layout's `accumulation` micro-batches, without waiting for the device.
+
+        Steps follow each other as they are started. A step whose loss or gradient is not finite leaves weights,
+        moments and EMA as they are, and so do those after it, until its result is asked for.
 
         Args:
             micro_batches: of this rank's place on the data axis; stages between the first and the last take none.
 
         Raises:
-            NonFiniteLossError: on every rank, before the weights are touched.
-            GradientMismatchError: on every rank, in the first steps: the weights are no longer those of the run.
+            NonFiniteLossError: as `train_step`, where the optimiser is in host memory.
+            GradientMismatchError: as `train_step`.
         """
         config = self._network.config
         totals = StepTotals(config.depth if config.experts else 0, config.experts, self.device)
         check = self._start_check()
         self._passes.forward_backward(micro_batches, totals)
-        seen = totals.over_ranks(stop_requested)
-        if not math.isfinite(seen.loss):
-            raise NonFiniteLossError(seen.loss)
+        sums = totals.over_ranks(stop_requested, self._update.square())
+        sums.start_reading()
+        if not self._update.on_device and not math.isfinite(loss := sums.read().loss):
+            raise NonFiniteLossError(loss)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self.keep_load(seen.load_LN)
-        self._passes.step()
-        if check is not None:
-            check.finish(self._grad_norm(), self._optim.clip)
+        self._update.step(sums)
+        if self._passes.layers:
+            self._balance_by(self._update.keep(sums.load_LN().float(), self._load_on_device_LN))
         self.step += 1
-        update_ema(self.ema, self._weights, ema_decay(self._ema_config, self.step))
+        self._averages.update(self._update, ema_decay(self._ema_config, self.step))
+        under_way = StepUnderWay(self, self.step, sums)
+        if check is not None:
+            check.finish(under_way.result().grad_norm, self._optim.clip)
+        return under_way
+
+    def finish(self, number: int, totals: TotalsOverRanks) -> StepResult:
+        """What a step saw, once its sums are on the host."""
+        if not math.isfinite(totals.loss):
+            self.step = number - 1
+            self._update.forget()
+            raise NonFiniteLossError(totals.loss)
+        grad_norm = totals.grad_norm if self._update.on_device else self._update.norm_of_host()
+        if math.isfinite(grad_norm):
+            self.load_LN = totals.load_LN
+        else:
+            self._update.forget()
         return StepResult(
-            loss=seen.loss,
+            loss=totals.loss,
             # Tensor ranks compute the same, and each has added it.
-            balance_loss=seen.balance_loss / (self.layout.accumulation * self.layout.data * self.layout.tensor),
-            load_LN=seen.load_LN,
-            grad_norm=self._grad_norm(),
-            requests=seen.requests,
+            balance_loss=totals.balance_loss / (self.layout.accumulation * self.layout.data * self.layout.tensor),
+            load_LN=totals.load_LN,
+            grad_norm=grad_norm,
+            requests=totals.requests,
         )
 
     def keep_load(self, load_LN: Tensor) -> None:
         """Balance the next step by what the experts got in this one, where that is over the global batch."""
         self.load_LN = load_LN
-        load_on_device_LN = load_LN.to(self.device, torch.float32)
+        self._balance_by(load_LN.to(self.device, torch.float32))
+
+    def _balance_by(self, load_LN: Tensor) -> None:
+        self._load_on_device_LN = load_LN
         for number, balance in self._passes.layers.items():
-            balance.batch_share_N = load_on_device_LN[number]
+            balance.batch_share_N = load_LN[number]
 
     def skip_step(self, stop_requested: bool) -> int:
         """Let a step pass without an update: weights, moments and EMA stay as they are; a collective call.
@@ -184,28 +241,6 @@ class TrainingEngine:
             return None
         self._steps_to_check -= 1
         return GradientCheck(self._engine, self._network, self.layout, self.fragments, self._suspect)
-
-    def _grad_norm(self) -> float:
-        return self._own_grad_norm if self.layout.zero == 0 else float(self._engine.get_global_grad_norm())
-
-    @torch.no_grad()
-    def _clip(self) -> None:
-        """ZeRO 0: the exact global norm, every parameter counted once, and clipping by it."""
-        square = torch.zeros((), dtype=torch.float64, device=self.device)
-        gradients = []
-        for parameter in self._network.parameters():
-            if parameter.grad is not None:
-                is_expert = not getattr(parameter, "allreduce", True)
-                copies = self.layout.expert_copies if is_expert else self.layout.data
-                if shard_of(parameter) is None:
-                    copies *= self.layout.tensor
-                square += torch.linalg.vector_norm(parameter.grad, dtype=torch.float64) ** 2 / copies
-                gradients.append(parameter.grad)
-        dist.all_reduce(square)
-        norm = float(square.sqrt())
-        if self._optim.clip is not None and norm > self._optim.clip:
-            torch._foreach_mul_(gradients, self._optim.clip / norm)
-        self._own_grad_norm = norm
 
     def resume_at(self, step: int) -> None:
         """Continue after `step`, with weights, moments and EMA already written into the fragments."""

@@ -118,7 +118,7 @@ def control_traffic(config: ModelConfig, layout: Layout, blocks: range, workload
     if ranks == 1:
         return Counter()
     layers = config.depth if config.experts else 0
-    figures = 8 * (3 + layers * (1 + config.experts))
+    figures = 8 * (4 + layers * (1 + config.experts))
     spans = 0
     if config.experts and config.balance_group > layout.micro_batch:
         passes = 2 if workload.recompute else 1
@@ -127,10 +127,10 @@ def control_traffic(config: ModelConfig, layout: Layout, blocks: range, workload
 
 
 def _norm_bytes(layout: Layout, workload: Workload) -> int:
-    """Numbers that make up the gradient's norm: summed over the data ranks and over the parts of the network, for
-    experts that are dealt out apart."""
-    if layout.zero == 0:
-        return 8  # ours
+    """Numbers that make up DeepSpeed's norm of the gradient, which is computed with offload alone: summed over the
+    data ranks and over the parts of the network, for experts that are dealt out apart."""
+    if not layout.offload:
+        return 0
     shared, copies = layout.data > 1, layout.pipe * layout.tensor > 1
     numbers = shared + copies
     if layout.expert > 1:

@@ -162,3 +162,7 @@ def test_ema() -> None:
     average, weights = [torch.zeros(3), torch.ones(2)], [torch.ones(3), torch.zeros(2)]
     update_ema(average, weights, 0.75)
     assert torch.equal(average[0], torch.full((3,), 0.25)) and torch.equal(average[1], torch.full((2,), 0.75))
+    update_ema(average, weights, 0.5, torch.tensor(0.0))
+    assert torch.equal(average[0], torch.full((3,), 0.25)) and torch.equal(average[1], torch.full((2,), 0.75))
+    update_ema(average, weights, 0.5, torch.tensor(1.0))
+    assert torch.equal(average[0], torch.full((3,), 0.625)) and torch.equal(average[1], torch.full((2,), 0.375))

@@ -27,6 +27,7 @@ from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
+from ditmoe.model.experts import paths
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
@@ -36,7 +37,8 @@ from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import deepspeed_engine, fragments, training_engine
 from ditmoe.parallel.engine.fragments import Fragment
 from ditmoe.parallel.engine.initial import Initial
-from ditmoe.parallel.engine.training_engine import TrainingEngine
+from ditmoe.parallel.engine.passes import MicroBatch
+from ditmoe.parallel.engine.training_engine import NonFiniteLossError, TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.start.begin import begun
@@ -69,6 +71,8 @@ DEFAULTS: dict[str, Any] = {
     "skip": 0,
     "start_from": None,
     "model": {},
+    "waits": None,
+    "poison": None,
 }
 
 
@@ -162,6 +166,10 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     try:
         with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
             result = train(engine, saver, case, device)
+        if case["waits"]:
+            result["waits"] = waits_of_a_step(engine, case, device)
+        if case["poison"]:
+            result["poison"] = poisoned_steps(engine, case, device)
     except UserError as error:
         result = {"error": str(error)}
     engine.close()
@@ -281,6 +289,60 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
         "owned": owned,
         "alike": tensor_ranks_alike(engine),
         "compiler": "torch._inductor.compile_fx" in sys.modules,
+    }
+
+
+def batches_of(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> list[MicroBatch]:
+    """The samples of the next step."""
+    return micro_batches(engine, engine.step, ObjectiveConfig(kind=case["objective"]), device)
+
+
+def waits_of_a_step(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, int]:
+    """Places where the host waits for a device in a step, whose experts are computed in the way that is named."""
+    from tests.host_waits import HostWaits
+
+    engine.train_step(batches_of(engine, case, device), 1e-3, False)  # gradients are no longer checked
+    batches, waits = batches_of(engine, case, device), HostWaits()
+    with patch.object(paths, "expert_path", lambda *_: case["waits"]), waits:
+        under_way = engine.start_step(batches, 1e-3, False)
+    under_way.result()
+    return dict(waits.places)
+
+
+def poisoned_steps(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A step that is not finite and one after it, started one after the other, and one that is as it should be."""
+
+    def state() -> list[torch.Tensor]:
+        adam = [value for each in engine._engine.basic_optimizer.state.values() for value in each.values()]
+        return [tensor.clone() for tensor in (*adam, *engine.ema, *(f.weight for f in engine.fragments))]
+
+    before, step = state(), engine.step
+    bad = batches_of(engine, case, device)
+    if case["poison"] == "loss":
+        bad = [replace(batch, x_BCHW=batch.x_BCHW * torch.nan) for batch in bad]
+    handles = [
+        parameter.register_hook(lambda gradient: gradient / 0)  # type: ignore[no-untyped-call]
+        for parameter in list(engine._network.parameters())[-1:]
+        if case["poison"] == "gradient"
+    ]
+    first = engine.start_step(bad, 1e-3, False)
+    for handle in handles:
+        handle.remove()
+    engine.start_step(batches_of(engine, case, device), 1e-3, False)
+    told = ""
+    try:
+        told = str(first.result().grad_norm)
+    except NonFiniteLossError as error:
+        told = str(error)
+    kept = [old.equal(new) for old, new in zip(before, state(), strict=True)]
+    result = engine.train_step(batches_of(engine, case, device), 1e-3, False)
+    changed = [not old.equal(new) for old, new in zip(before, state(), strict=True)]
+    return {
+        "told": told,
+        "kept": all(kept),
+        "steps": [step, engine.step],
+        "after": [result.loss, result.grad_norm],
+        "changed": sum(changed) / len(changed),
     }
 
 

@@ -1,0 +1,132 @@
+"""One update of the weights: the norm, clipping, and whether the step counts, without asking the device.
+
+DeepSpeed computes norms that the host reads several times between the backward pass and the optimiser. Here the
+square of the norm joins the sums of the step, which one all-reduce brings together; the factor that clips, and
+whether loss and norm are finite, are tensors; and AdamW leaves a step out by itself where its `found_inf` says so:
+then weights, moments and its count of steps keep their values.
+
+It calls private parts of DeepSpeed 0.19 (`averaged_gradients`, `unscale_and_clip_grads`, `_get_norm_groups`);
+tests/parallel covers each stage.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditmoe.parallel.engine.passes import Passes
+from ditmoe.parallel.engine.step_totals import DeviceTotals
+from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.tensor.shards import shard_of
+
+_CLIP_EPSILON = 1e-6
+"""Added to the norm that is clipped, as DeepSpeed and torch do."""
+
+
+def clipping_divisor(norm: Tensor, clip: float) -> Tensor:
+    """What a gradient of this norm is divided by, so that its norm is at most `clip`; of no dims."""
+    return ((norm + _CLIP_EPSILON) / clip).clamp(min=1.0)
+
+
+class Update:
+    """Steps the optimiser of an engine.
+
+    Where the optimiser is in host memory, the host waits for the gradients in any case: DeepSpeed's own norm and
+    clipping serve there, and the loss is looked at before the step.
+    """
+
+    def __init__(
+        self, passes: Passes, network: nn.Module, layout: Layout, clip: float | None, device: torch.device
+    ) -> None:
+        self._passes, self._network, self._layout, self._clip = passes, network, layout, clip
+        self._engine: Any = passes.engine
+        self.on_device = not layout.offload
+        """Whether a step that is not finite is left out on the device, rather than by the host."""
+        self._left_out = torch.zeros((), device=device)
+        """1 from the first step that is not finite until `forget`."""
+        self._factor: Tensor | None = None
+        """What clips the gradient of the step, float32 of no dims."""
+        if not self.on_device:
+            return
+        self._engine.basic_optimizer.found_inf = self._left_out
+        if layout.zero == 0:
+            self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip_whole())
+        elif layout.zero == 3:
+            self._engine.optimizer.unscale_and_clip_grads = self._clip_subgroup
+            self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]  # of the host, and finite
+        else:
+            self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
+
+    @torch.no_grad()
+    def square(self) -> Tensor | None:
+        """This rank's part of the square of the gradient's norm, after the gradients are averaged; float64."""
+        if not self.on_device:
+            return None
+        total = torch.zeros((), dtype=torch.float64, device=self._left_out.device)
+        by_copies: dict[int, list[Tensor]] = {}
+        for gradient, copies in self._gradients():
+            by_copies.setdefault(copies, []).append(gradient)
+        for copies, gradients in by_copies.items():
+            norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
+            total += torch.stack(norms).square().sum() / copies
+        return total
+
+    def _gradients(self) -> Iterator[tuple[Tensor, int]]:
+        """What this rank steps with, in pieces, and on how many ranks each is."""
+        layout, optimizer = self._layout, self._engine.optimizer
+        if layout.zero == 0:
+            for parameter in self._network.parameters():
+                if parameter.grad is not None:
+                    is_expert = not getattr(parameter, "allreduce", True)
+                    copies = layout.expert_copies if is_expert else layout.data
+                    yield parameter.grad, copies * self._tensor_copies(parameter)
+            return
+        parts = optimizer.fp16_groups if layout.zero == 3 else optimizer.params_in_partition
+        for number, parameters in enumerate(parts):
+            pieces = [g for g in optimizer.averaged_gradients[number] if not getattr(g, "_zero_padding", False)]
+            for gradient, parameter in zip(pieces, parameters, strict=False):  # a filling may come at the end
+                yield gradient, self._tensor_copies(parameter)
+
+    def _tensor_copies(self, parameter: Tensor) -> int:
+        return self._layout.tensor if shard_of(parameter) is None else 1
+
+    def step(self, totals: DeviceTotals) -> None:
+        """Step, unless the loss or the norm is not finite, or one before was not."""
+        if self.on_device:
+            torch.maximum(self._left_out, totals.not_finite(), out=self._left_out)
+            if self._clip is not None:
+                self._factor = (1.0 / clipping_divisor(totals.norm, self._clip)).float()
+        self._passes.step()
+
+    def keep(self, new: Tensor, old: Tensor) -> Tensor:
+        """The new value where the step counted, otherwise the old one."""
+        return torch.where(self._left_out > 0, old, new)
+
+    def counted(self) -> Tensor | None:
+        """1 where the step counted, otherwise 0, of no dims; None where the host has seen to that."""
+        return 1 - self._left_out if self.on_device else None
+
+    def forget(self) -> None:
+        """Let steps count again."""
+        self._left_out.zero_()
+
+    def norm_of_host(self) -> float:
+        """The norm of the step that was taken, where `on_device` is false."""
+        return float(self._engine.get_global_grad_norm())
+
+    def _clip_whole(self) -> None:
+        """ZeRO 0: gradients of whole parameters."""
+        if self._factor is not None:
+            gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, self._factor)
+
+    def _clip_partitions(self, gradients: list[Tensor], _norm: Any) -> None:
+        """ZeRO 1 and 2, in place of DeepSpeed's: this rank's part of a group, flat."""
+        if self._factor is not None:
+            torch._foreach_mul_(gradients, self._factor)
+
+    def _clip_subgroup(self, number: int, _norm: Any) -> None:
+        """ZeRO 3, likewise."""
+        if self._factor is not None:
+            self._engine.optimizer.fp32_partitioned_groups_flat[number].grad.mul_(self._factor)
