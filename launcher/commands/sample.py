@@ -155,16 +155,19 @@ def command(
         )
     config = config.resolved(model.objective_config)
     moves = animate or (target is not None and target.moves)
-    check_possible(config, moves=moves, seeds=seeds, count=count)
+    check_possible(config, seeds=seeds, count=count)
     for warning in noise_warnings(config):
         typer.echo(f"warning: {warning}", err=True)
     chosen = choose_classes(classes, model.class_names)
     usual = count is None
+    # Chains whose length nobody told are as long as the images want; of several seeds each gives one image.
+    short = config.chains and not any(setting.startswith("samples") for setting in drawing.values["dlg"])
+    of_seed = 1 if short else config.images_per_unit
     if chosen_seeds is not None:
-        usual, count = True, len(chosen) * len(chosen_seeds)
+        usual, count = True, len(chosen) * len(chosen_seeds) * of_seed
     count = 8 * len(chosen) if count is None else count
-    if config.chains and not any(setting.startswith("samples") for setting in drawing.values["dlg"]):
-        rows = -(-count // len(chosen))
+    if short:
+        rows = 1 if chosen_seeds is not None else -(-count // len(chosen))
         dlg = config.dlg.model_copy(update={"samples_per_chain": min(rows, config.dlg.samples_per_chain)})
         config = config.model_copy(update={"dlg": dlg})
     label_of = [chosen[image % len(chosen)] for image in range(count)]
@@ -172,8 +175,10 @@ def command(
         seed_of = [config.seed] * count
         numbers = image_numbers(count, len(chosen), config.images_per_unit)
     else:
-        # Image 0 of each seed, whatever its class: what `--seed` with `--count 1` draws.
-        seed_of, numbers = [seed for seed in chosen_seeds for _ in chosen], [0] * count
+        # Image 0 of each seed, whatever its class: what `--seed` with `--count 1` draws; of chains all of chain 0.
+        rows_of_seeds = [(seed, number) for seed in chosen_seeds for number in range(of_seed)]
+        seed_of = [seed for seed, _ in rows_of_seeds for _ in chosen]
+        numbers = [number for _, number in rows_of_seeds for _ in chosen]
     if target is None:
         assert model.info is not None
         name = picture_name(
@@ -220,27 +225,16 @@ def command(
     typer.echo(told(images, config, took / count))
 
 
-def check_possible(config: "SamplerConfig", *, moves: bool, seeds: str | None, count: int | None) -> None:
-    """UserError where options contradict each other, or the sampler cannot do what is asked for."""
+def check_possible(config: "SamplerConfig", *, seeds: str | None, count: int | None) -> None:
+    """UserError where options contradict each other."""
     from ditmoe.model.errors import UserError
 
-    if moves and config.chains:
-        raise UserError(f"--animate with --sampler {config.sampler}: chains have no steps from noise to image")
-    if moves and config.integrator == "rk45":
-        raise UserError(
-            "--animate with --sampler rk45: each image takes steps of its own; expected another, such as heun"
-        )
     if seeds is None:
         return
     if count is not None:
         raise UserError(f"--seeds {seeds} with --count {count}: each class is drawn with each seed; expected one")
     if config.seed:
         raise UserError(f"--seeds {seeds} with --seed {config.seed}: expected one of them")
-    if config.chains:
-        raise UserError(
-            f"--seeds {seeds} with --sampler {config.sampler}: images of chains have numbers, no seeds of "
-            "their own; expected --seed and --count"
-        )
 
 
 def told(images: "Generated", config: "SamplerConfig", seconds: float) -> str:

@@ -24,8 +24,9 @@ from ditmoe.sampling.batching.models import Loaded, ModelKey, Models
 from ditmoe.sampling.batching.passes import Call, Passes
 from ditmoe.sampling.batching.queue import FairQueue
 from ditmoe.sampling.chains.images import StateFile, draw_chain_images
-from ditmoe.sampling.drawing.generate import as_bytes, draw
+from ditmoe.sampling.drawing.generate import draw
 from ditmoe.sampling.drawing.noise import ImageNoise
+from ditmoe.sampling.drawing.pixels import as_bytes
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.levels import NoisePosterior

@@ -21,7 +21,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import counted
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 from ditmoe.sampling.chains.dlg import Dlg, DlgSample, Finish
-from ditmoe.sampling.chains.state import Chains, SeededDraws, load_chains, save_chains
+from ditmoe.sampling.chains.state import ChainDraws, Chains, SeededDraws, load_chains, save_chains
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
 from ditmoe.sampling.integrators.samplers import initial_config, integrate
 from ditmoe.sampling.network.denoiser import Denoiser
@@ -57,6 +57,10 @@ class ChainImages(NamedTuple):
 
 ToBytes = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x0_BCHW → uint8 `[B, H, W, C]` on the CPU, and which of them are finite, bool `[B]` on the CPU."""
+
+
+OnSample = Callable[[Tensor, list[int], list[int]], None]
+"""(image_BHWC of a sample of each chain, rows of those that were asked for, rows of these among the images)."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ def draw_chain_images(
     *,
     progress: Callable[[int], None] | None = None,
     state_file: StateFile | None = None,
+    draws: ChainDraws | None = None,
+    on_sample: OnSample | None = None,
 ) -> ChainImages:
     """Draw images of chains; a chain runs as far as the last of its images that is asked for.
 
@@ -132,14 +138,17 @@ def draw_chain_images(
         batch: chains drawn at once. Another size changes them by rounding, see `dlg`.
         progress: called with the images drawn so far.
         state_file: removed when all are drawn.
+        draws: what is random about the chains; None: it follows from the configuration's seed.
+        on_sample: called after each sample of a batch, also where none of it was asked for.
 
     Raises:
         UserError: no level of noise is in the range of σ; what was kept is of other chains, or cannot be read or
             written.
     """
     assert image_numbers and len(label_N) == len(image_numbers)
+    assert state_file is None or (draws is None and on_sample is None), "neither is kept"
     posterior = LevelRange(posterior, config.dlg.sigma_min, config.dlg.sigma_max)
-    dlg = Dlg(denoiser, posterior, config.dlg, SeededDraws(config.seed), _bound(initial_config(config)))
+    dlg = Dlg(denoiser, posterior, config.dlg, draws or SeededDraws(config.seed), _bound(initial_config(config)))
     finish = _bound(config)
     wanted = _wanted(image_numbers, config.dlg.samples_per_chain)
     numbers = sorted(wanted)
@@ -163,7 +172,7 @@ def draw_chain_images(
         longest = 1 + max(max(wanted[number]) for number in group)
         for sample in islice(dlg.samples(chains, finish), longest - int(chains.samples_B[0])):
             spent_B, before_B = sample.chains.nfe_B - before_B, sample.chains.nfe_B
-            state.done.take(sample, group, spent_B, wanted, to_bytes)
+            state.done.take(sample, group, spent_B, wanted, to_bytes, on_sample)
             if progress is not None:
                 progress(state.done.count)
             if file is not None:
@@ -211,13 +220,19 @@ class _DrawnSamples:
         spent_B: Tensor,
         wanted: dict[int, dict[int, int]],
         to_bytes: ToBytes,
+        on_sample: OnSample | None,
     ) -> None:
         """Keep what was asked for of a sample of each chain; what the batch was filled up with falls away."""
         place = int(sample.selected.number_B[0])
         chosen_R = [row for row, number in enumerate(group) if place in wanted[number]]
-        if not chosen_R:
+        if not chosen_R and on_sample is None:
             return
         image_BHWC, finite_B = to_bytes(sample.x0_BCHW)
+        rows_R = [wanted[group[row]][place] for row in chosen_R]
+        if on_sample is not None:
+            on_sample(image_BHWC, chosen_R, rows_R)
+        if not chosen_R:
+            return
         finite_B = finite_B & sample.selected.x_BCHW.isfinite().flatten(1).all(1).cpu()
         found = {
             "image_NHWC": image_BHWC,
@@ -227,7 +242,7 @@ class _DrawnSamples:
             "trace_NT": sample.selected.trace_BT.float().cpu(),
             "drawn_N": torch.ones(len(spent_B), dtype=torch.bool),
         }
-        target_R = torch.tensor([wanted[group[row]][place] for row in chosen_R])
+        target_R = torch.tensor(rows_R)
         for name, tensor_B in found.items():
             if name not in self.stored:
                 self.stored[name] = tensor_B.new_zeros(self._count, *tensor_B.shape[1:])

@@ -6,7 +6,7 @@ function of the seed and its number, whatever chains are computed beside it and 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Final, Protocol
@@ -106,6 +106,49 @@ class SeededDraws:
     def uniform(self, purpose: str, chain_B: Tensor, step_B: Tensor) -> Tensor:
         """As `ChainDraws`, on the CPU."""
         return randomness.uniform(self.seed, purpose, _positions(chain_B, step_B))
+
+
+@dataclass(frozen=True)
+class DrawsOfSeeds:
+    """Draws of chains that have seeds of their own, as `SeededDraws` of the seed and number of each has them."""
+
+    chains: Sequence[tuple[int, int]]
+    """(seed, number) of the chain that goes by each place."""
+
+    def normal(self, purpose: str, chain_B: Tensor, step_B: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """As `ChainDraws`, float32 on the CPU."""
+        return torch.cat([draws.normal(purpose, *of, shape) for draws, of in self._each(chain_B, step_B)])
+
+    def uniform(self, purpose: str, chain_B: Tensor, step_B: Tensor) -> Tensor:
+        """As `ChainDraws`, on the CPU."""
+        return torch.cat([draws.uniform(purpose, *of) for draws, of in self._each(chain_B, step_B)])
+
+    def _each(self, chain_B: Tensor, step_B: Tensor) -> Iterator[tuple[SeededDraws, tuple[Tensor, Tensor]]]:
+        for place, step in zip(chain_B.tolist(), step_B.tolist(), strict=True):
+            seed, number = self.chains[place]
+            yield SeededDraws(seed), (torch.tensor([number]), torch.tensor([step]))
+
+
+def chains_of_seeds(
+    seeds: Sequence[int], image_numbers: Sequence[int], labels: Sequence[int], samples: int
+) -> tuple[list[int], DrawsOfSeeds]:
+    """Images of chains of several seeds and classes under numbers that tell them apart.
+
+    Args:
+        seeds: of each image.
+        image_numbers: of each image within its seed.
+        labels: of each image.
+        samples: S of a chain.
+
+    Returns:
+        Image numbers, and what is random about the chains that they are of.
+    """
+    places: dict[tuple[int, int, int], int] = {}
+    numbers = []
+    for seed, number, label in zip(seeds, image_numbers, labels, strict=True):
+        place = places.setdefault((seed, number // samples, label), len(places))
+        numbers.append(place * samples + number % samples)
+    return numbers, DrawsOfSeeds([(seed, number) for seed, number, _ in places])
 
 
 def _positions(chain_B: Tensor, step_B: Tensor) -> list[int]:

@@ -15,14 +15,15 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from ditmoe.data.shards.images import to_uint8
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.threads import map_in_threads, threads_of
 from ditmoe.parallel.expert_group import NetworkOfGroup
 from ditmoe.sampling.chains.images import ChainImages, StateFile, draw_chain_images, find_posterior
-from ditmoe.sampling.drawing.frames import Film, watched
+from ditmoe.sampling.chains.state import chains_of_seeds
+from ditmoe.sampling.drawing.frames import Film, PacedFilm, watched
 from ditmoe.sampling.drawing.noise import ImageNoise, noise_threads
+from ditmoe.sampling.drawing.pixels import as_bytes, as_pictures, bytes_on_cpu, developed, pixels_of
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
 from ditmoe.sampling.integrators.samplers import integrate, start_of
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
@@ -101,9 +102,10 @@ def generate(
         progress: called after each batch with the images drawn so far.
         posterior: of chains; None: the noise-level classifier of the model's run.
         state_file: where unfinished chains are kept; None: nowhere.
-        seeds: of each image one of its own; None: all have that of the configuration. Of independent images.
+        seeds: of each image one of its own; None: all have that of the configuration. Images of chains are of the
+            chain of their seed, number and class.
         frames: so many of the steps, or all where they are fewer, are kept as the frames of an animation; None: no
-            frames. Of independent images whose steps are the same, as those of all samplers but `rk45` are.
+            frames. Images of `rk45` and of chains, whose steps are their own, have so many frames in any case.
         on_evaluation: called, by any thread, after an evaluation, with the images that it was of; also those that
             fill up a batch. Of independent images.
 
@@ -112,7 +114,6 @@ def generate(
     """
     config = config.resolved(model.objective_config)
     passes = 1 if config.cfg_scale == 1 else 2
-    assert not (config.chains and (seeds or frames)) and not (frames and config.integrator == "rk45")
     if not config.chains:
         channels, height, width = model.image_shape
         images = [torch.empty(0, height, width, channels, dtype=torch.uint8)]
@@ -147,9 +148,24 @@ def generate(
         image_BHWC, finite_B = as_bytes(x_BCHW if vae is None else vae.decode(x_BCHW))
         return image_BHWC.cpu(), finite_B.cpu()
 
+    draws = None
+    if seeds is not None:
+        samples = config.dlg.samples_per_chain
+        image_numbers, draws = chains_of_seeds(seeds, image_numbers, labels.tolist(), samples)
+    film, filmed = None, []
+    if frames is not None:
+        units = len({number // config.dlg.samples_per_chain for number in image_numbers})
+        film = PacedFilm(min(batch, units), frames, bytes_on_cpu if vae is None else Tensor.cpu)
+        height, width, channels = (model.image_shape[axis] for axis in (1, 2, 0))
+        filmed = [torch.zeros(len(image_numbers), frames, height, width, channels, dtype=torch.uint8)]
+
+    def cut(image_BHWC: Tensor, chosen_R: list[int], rows_R: list[int]) -> None:
+        if film is not None and frames is not None:
+            filmed[0][rows_R] = developed(model, film, frames, device, image_BHWC)[chosen_R]
+
     with _evaluating(model, config) as (denoisers, shape), torch.inference_mode(), threads_of(device):
         drawn = draw_chain_images(
-            denoisers(),
+            watched(denoisers(), film, None),
             posterior,
             config,
             labels.to(device),
@@ -159,8 +175,11 @@ def generate(
             batch,
             progress=progress,
             state_file=state_file,
+            draws=draws,
+            on_sample=None if film is None else cut,
         )
-    return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn, drawn.finite_N)
+    frames_NFHWC = filmed[0] if filmed else None
+    return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn, drawn.finite_N, frames_NFHWC)
 
 
 def generate_float(
@@ -248,19 +267,22 @@ def _draw_batches(
         def draw_shard(shard: _Shard) -> tuple[Tensor, ...]:
             label_B = labels[shard.rows].to(device)
             # Latents are small, and are decoded when the shard is done, a frame at a time; pixels become bytes.
-            keep = _bytes_on_cpu if model.vae is None else Tensor.cpu
-            film = None if frames is None else Film(config.steps, frames, keep)
+            keep = bytes_on_cpu if model.vae is None else Tensor.cpu
+            film: Film | PacedFilm | None = None
+            if frames is not None:
+                paced = config.integrator == "rk45"
+                film = PacedFilm(size, frames, keep) if paced else Film(config.steps, frames, keep)
             denoiser = watched(denoisers(), film, on_evaluation)
             drawn = draw(denoiser, label_B, shard.noise.initial(), shard.noise, config)
             shard.noise.forget()
-            pixels_BCHW = _pixels(model, drawn.x_BCHW)
+            pixels_BCHW = pixels_of(model, drawn.x_BCHW)
             nfe_B = torch.full((size,), drawn.nfe) if drawn.nfe_B is None else drawn.nfe_B.cpu()
             if film is None:
                 return pixels_BCHW, nfe_B
-            shown = film.cut()
-            if model.vae is not None:
-                shown = [_bytes_on_cpu(_pixels(model, x0_BCHW.to(device))) for x0_BCHW in shown]
-            return pixels_BCHW, nfe_B, torch.stack(shown, dim=1)
+            if isinstance(film, PacedFilm):
+                assert frames is not None
+                return pixels_BCHW, nfe_B, developed(model, film, frames, device, bytes_on_cpu(pixels_BCHW))
+            return pixels_BCHW, nfe_B, torch.stack(as_pictures(model, film.cut(), device), dim=1)
 
         shards = [shards_of(wanted) for wanted in batches]
         for number, wanted in enumerate(batches):
@@ -274,15 +296,6 @@ def _draw_batches(
             take(pixels_BCHW, nfe_B, filmed[0] if filmed else None)
             if progress is not None:
                 progress(wanted[-1] + 1)
-
-
-def _pixels(model: LoadedModel, x_BCHW: Tensor) -> Tensor:
-    """What the network draws, as pixels."""
-    return x_BCHW if model.vae is None else model.vae.decode(x_BCHW)
-
-
-def _bytes_on_cpu(image_NCHW: Tensor) -> Tensor:
-    return as_bytes(image_NCHW)[0].cpu()
 
 
 class _Shard(NamedTuple):
@@ -341,18 +354,6 @@ def check_finite(finite_N: Tensor | None, image_numbers: Sequence[int]) -> None:
         raise UserError(
             f"image {image_numbers[bad[0]]} is not finite, and neither are {len(bad) - 1} others: {NOT_FINITE}"
         )
-
-
-def as_bytes(image_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 `[N, H, W, C]`: −1…1 clipped and rounded to 0…255, or grey; and which of them are finite, `[N]`.
-
-    Both are on the images' device, where a quarter of the bytes leave for the CPU. Each operation rounds once, so
-    that every device gives the same bytes.
-    """
-    image_NCHW = image_NCHW.float()
-    finite_N = image_NCHW.isfinite().flatten(1).all(1)
-    image_NCHW = torch.where(finite_N[:, None, None, None], image_NCHW, 0.0)
-    return to_uint8(image_NCHW).permute(0, 2, 3, 1).contiguous(), finite_N
 
 
 def _checked_labels(

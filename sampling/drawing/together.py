@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ditmoe.parallel.expert_group import NetworkOfGroup
 from ditmoe.sampling.chains.images import ChainImages, StateFile
+from ditmoe.sampling.chains.state import chains_of_seeds
 from ditmoe.sampling.drawing.generate import Generated, default_labels, generate
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.noise_level.levels import NoisePosterior
@@ -43,7 +44,10 @@ def generate_together(
     group, images_per_unit = network.group, config.images_per_unit
     if labels is None:
         labels = default_labels(image_numbers, model.model_config.num_classes, images_per_unit)
-    rows = dealt_rows(image_numbers, images_per_unit, batch, group.rank, group.size)
+    dealt = image_numbers
+    if seeds is not None and config.chains:
+        dealt, _ = chains_of_seeds(seeds, image_numbers, labels.tolist(), images_per_unit)
+    rows = dealt_rows(dealt, images_per_unit, batch, group.rank, group.size)
     if state_file is not None:
         path = state_file.path
         name = f"{path.stem}-{group.rank}-of-{group.size}{path.suffix}"

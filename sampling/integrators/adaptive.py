@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.integrators.flow import Drawn
-from ditmoe.sampling.network.denoiser import Denoiser, column
+from ditmoe.sampling.network.denoiser import Denoiser, StepTaken, column
 
 # Dormand & Prince, "A family of embedded Runge–Kutta formulae", J. Comput. Appl. Math. 6 (1980), table 2, 5(4).
 NODES: Final = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)
@@ -59,6 +59,19 @@ def rk45(
     Raises:
         UserError: the tolerance is beyond what the network's arithmetic resolves.
     """
+    with denoiser.own_steps() as step_taken:
+        return _in_steps(denoiser, x_BCHW, sigma_B, label_B, tolerance, step_taken)
+
+
+def _in_steps(
+    denoiser: Denoiser,
+    x_BCHW: Tensor,
+    sigma_B: Tensor,
+    label_B: Tensor,
+    tolerance: float,
+    step_taken: StepTaken,
+) -> Drawn:
+    """`rk45`, which tells its steps as it takes them, the start among them."""
     before = denoiser.nfe
     now_B = sigma_B.double().log()
     end_B = now_B.clamp(max=math.log(denoiser.sigma_min))
@@ -67,6 +80,7 @@ def rk45(
         return x - denoiser(x, at_B.exp(), label_B)
 
     first_BCHW = slope(x_BCHW, now_B)
+    step_taken(torch.ones_like(label_B, dtype=torch.bool), x_BCHW - first_BCHW)
     nfe_B = torch.ones_like(label_B)
     active_B = now_B > end_B
     length_B = torch.zeros_like(now_B)
@@ -109,6 +123,7 @@ def rk45(
         x_BCHW = torch.where(taken, ahead_BCHW, x_BCHW)
         first_BCHW = torch.where(taken, slopes[-1], first_BCHW)
         now_B = torch.where(taken_B, ahead_B, now_B)
+        step_taken(taken_B, x_BCHW - first_BCHW)
         active_B = active_B & (now_B > end_B)
     # x − slope is D, which the last slope was made of.
     return Drawn(x_BCHW - first_BCHW, denoiser.nfe - before, nfe_B)

@@ -11,7 +11,8 @@ Shapes: B images, C channels, N noise levels. σ is float64 per image, images ar
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final, Literal, NamedTuple
 
 import torch
@@ -39,6 +40,10 @@ class Denoised(NamedTuple):
     """D(x; σ, label)."""
     variance_share_BCHW: Tensor | None
     """Of a network with learned range: where the log variance of an ancestral step lies, 0 at β̃ and 1 at β."""
+
+
+StepTaken = Callable[[Tensor, Tensor], None]
+"""(taken_B, x0_BCHW): which images of the batch took a step, bool, and D where each is now."""
 
 
 class Denoiser(ABC):
@@ -72,6 +77,14 @@ class Denoiser(ABC):
             sigma_B: their noise levels, float64 (float32 is within rounding of a level), > 0.
             label_B: classes, int64.
         """
+
+    @contextmanager
+    def own_steps(self) -> Iterator[StepTaken]:
+        """Around an integrator whose images take steps of their own, which it tells as it takes them.
+
+        Its other evaluations are no steps. It matters to those who watch; here nobody does.
+        """
+        yield lambda taken_B, x0_BCHW: None
 
     @abstractmethod
     def own_schedule(self, sigma_B: Tensor, steps: int) -> Tensor:

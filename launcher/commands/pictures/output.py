@@ -113,7 +113,7 @@ def _grid(image_NHWC: NDArray[np.uint8], drawn: Drawn, looks: Looks, rows: Seque
     columns = min(looks.columns or usual, len(rows))
     named = [drawn.model.class_names[drawn.labels[row]] for row in rows]
     if looks.labels:
-        numbered = looks.seeds is None and len(drawn.labels) > 1
+        numbered = (looks.seeds is None and len(drawn.labels) > 1) or _many_of_a_seed(drawn, looks)
         places = [f"seed {drawn.seeds[row]}" + f", {drawn.numbers[row]}" * numbered for row in rows]
         captions = [f"{name}\n{place}" for name, place in zip(named, places, strict=True)]
         return image_grid(image_NHWC, columns, captions=captions)
@@ -121,8 +121,16 @@ def _grid(image_NHWC: NDArray[np.uint8], drawn: Drawn, looks: Looks, rows: Seque
         return image_grid(image_NHWC, columns)
     if columns != usual:
         return image_grid(image_NHWC, columns, captions=named)
-    of_rows = [] if looks.seeds is None or len(looks.seeds) == 1 else [f"seed {seed}" for seed in looks.seeds]
+    many, firsts = _many_of_a_seed(drawn, looks), rows[::columns]
+    of_rows = [f"seed {drawn.seeds[row]}" + f", {drawn.numbers[row]}" * many for row in firsts]
+    if looks.seeds is None or (len(looks.seeds) == 1 and not many):
+        of_rows = []
     return image_grid(image_NHWC, columns, named[:columns], of_rows)
+
+
+def _many_of_a_seed(drawn: Drawn, looks: Looks) -> bool:
+    """Whether seeds that were asked for have several images of a class each, as chains may have."""
+    return looks.seeds is not None and any(drawn.numbers)
 
 
 def _facts(drawn: Drawn, images: Sequence[int]) -> dict[str, Any]:

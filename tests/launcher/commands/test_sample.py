@@ -17,7 +17,7 @@ from ditmoe.launcher.commands.pictures.progress import DrawingProgress
 from ditmoe.launcher.commands.sample import command
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.drawing.files import LAST_FRAME_SECONDS, find_target
-from tests.sampling.small_run import write_run
+from tests.sampling.small_run import write_noise_classifier, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_run(tmp_path_factory.mktemp("sample") / "digits")
+    run = write_run(tmp_path_factory.mktemp("sample") / "digits")
+    write_noise_classifier(run)
+    return run
 
 
 def sample(run: Path, out: Path | str | None, **more: Any) -> None:
@@ -121,6 +123,29 @@ def test_animations_last_as_long_as_asked_and_end_with_the_image(run: Path, tmp_
     assert np.abs(last - still).mean() < 6
 
 
+def test_each_seed_is_a_chain_of_its_own(run: Path, tmp_path: Path) -> None:
+    dlg = ("skip=2", "initial_steps=2", "burn_in_first=1", "burn_in=1")
+    chains = {"sampler": "dlg:euler", "steps": 2}
+    sample(run, tmp_path / "first.npz", seeds="4-5", **chains, dlg=dlg)
+    sample(run, tmp_path / "three.npz", seeds="4-5", **chains, dlg=(*dlg, "samples_per_chain=3"))
+    sample(run, tmp_path / "imgs", seeds="4-5", **chains, dlg=(*dlg, "samples_per_chain=3"))
+    with np.load(tmp_path / "first.npz") as first, np.load(tmp_path / "three.npz") as three:
+        assert first["seeds"].tolist() == [4, 4, 5, 5] and first["arr_1"].tolist() == [3, 1, 3, 1]
+        assert three["seeds"].tolist() == [4] * 6 + [5] * 6 and three["arr_1"].tolist() == [3, 1] * 6
+        first_images, three_images = first["arr_0"].astype(int), three["arr_0"].astype(int)
+    assert np.abs(first_images - three_images[[0, 1, 6, 7]]).max() <= 1
+    assert len(np.unique(three_images.reshape(12, -1), axis=0)) == 12
+    sample(run, tmp_path / "alone.npz", classes="1", seed=5, count=3, **chains, dlg=(*dlg, "samples_per_chain=3"))
+    with np.load(tmp_path / "alone.npz") as alone:
+        assert np.abs(alone["arr_0"].astype(int) - three_images[[7, 9, 11]]).max() <= 1
+    names = {path.name for path in (tmp_path / "imgs").iterdir()}
+    assert len(names) == 12 and {"class-3_seed-4.png", "class-1_seed-5_image-2.png"} < names
+    sample(run, tmp_path / "grid.png", seeds="4-5", **chains, dlg=(*dlg, "samples_per_chain=3"), overwrite=True)
+    sample(run, tmp_path / "moves.gif", seeds="4", **chains, dlg=dlg, animate=True, seconds=1, fps=5)
+    with Image.open(tmp_path / "moves.gif") as picture:
+        assert 2 <= picture.n_frames <= 5  # type: ignore[attr-defined]
+
+
 def test_nothing_is_written_over_unasked(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,11 +174,8 @@ def test_what_does_not_fit_is_told_with_the_nearest(run: Path, tmp_path: Path) -
         ("x.jpg", {"animate": True}, "jpg does not move; expected one of webp, gif, apng, png, mp4"),
         ("x.png", {"format": "jpg"}, "goes with --out FOLDER/"),
         ("x/", {"format": "jepg"}, "--format jepg: 'jepg' is no known kind of file; expected one of png, jpg"),
-        ("x.gif", {"sampler": "rk45"}, "--animate with --sampler rk45"),
-        ("x.gif", {"sampler": "dlg:euler"}, "--animate with --sampler dlg:euler"),
         ("x.png", {"seeds": "1", "count": 3}, "--seeds 1 with --count 3"),
         ("x.png", {"seeds": "1", "seed": 3}, "--seeds 1 with --seed 3"),
-        ("x.png", {"seeds": "1", "sampler": "dlg:euler"}, "--seeds 1 with --sampler dlg:euler"),
         ("x.png", {"classes": "thre"}, "'thre' found"),
     ]
     for name, more, told in refused:

@@ -302,3 +302,33 @@ def test_a_chain_that_was_not_finite_starts_anew_where_chains_do(model, posterio
     found = generate(model, None, range(4), config, 1, posterior=posterior)
     hook.remove()
     assert found.finite_N is not None and found.finite_N.tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize("sampler", ["dlg:kar2", "dlg:rk45"])
+def test_the_way_to_each_image_is_filmed_and_changes_nothing(model, posterior, sampler):
+    config = config_of(sampler)
+    plain = generate(model, None, range(10), config, 2, posterior=posterior)
+    filmed = generate(model, None, range(10), config, 2, posterior=posterior, frames=5)
+    assert plain.frames_NFHWC is None and filmed.frames_NFHWC.shape == (10, 5, 8, 8, 1)
+    assert torch.equal(filmed.image_NHWC, plain.image_NHWC) and torch.equal(filmed.nfe_N, plain.nfe_N)
+    assert torch.equal(filmed.frames_NFHWC[:, -1], filmed.image_NHWC)
+    # The way to the second image of a chain is that of the chain, whatever was asked for before.
+    some = generate(model, None, [1, 5], config, 2, posterior=posterior, frames=5)
+    assert (some.frames_NFHWC.int() - filmed.frames_NFHWC[[1, 5]].int()).abs().max() <= 1
+    # An evaluation of the network is a frame, where each has as many as there are.
+    if sampler == "dlg:kar2":
+        evaluations = int(plain.nfe_N[1])
+        every = generate(model, None, [0, 1], config, 1, posterior=posterior, frames=evaluations).frames_NFHWC
+        assert len(torch.unique(every[1].flatten(1), dim=0)) >= evaluations - 1
+
+
+def test_chains_of_seeds_are_those_of_each_seed_alone(model, posterior):
+    config = config_of()
+    seeds, numbers, labels = [7, 8, 7, 7, 8], [0, 0, 1, 0, 5], torch.tensor([1, 2, 1, 2, 0])
+    mixed = generate(model, labels, numbers, config, 3, posterior=posterior, seeds=seeds)
+    for place, seed in enumerate(seeds):
+        of_seed = config.model_copy(update={"seed": seed})
+        label = labels[place : place + 1]
+        alone = generate(model, label, [numbers[place]], of_seed, 3, posterior=posterior)
+        assert (alone.image_NHWC[0].int() - mixed.image_NHWC[place].int()).abs().max() <= 1
+        torch.testing.assert_close(alone.chains.trace_NT[0], mixed.chains.trace_NT[place])
