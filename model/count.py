@@ -81,6 +81,14 @@ def macs_of_parts(config: ModelConfig) -> PartMacs:
     return PartMacs(sums["embedders"], sums["blocks"], routed, sums["final_layer"])
 
 
+def macs_by_module(config: ModelConfig) -> dict[str, int]:
+    """Multiply-accumulates of the forward pass of one image by the module that does them.
+
+    Of the blocks, which are alike, `blocks.0` alone is there.
+    """
+    return {module.name: module.macs for module in _modules(config) if module.macs}
+
+
 class _ModuleCount(NamedTuple):
     """One module's own share, without the modules in it."""
 

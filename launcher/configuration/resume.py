@@ -22,6 +22,7 @@ FREE: Final = (
     "train.micro_batch",
     "train.log_every",
     "train.loggers",
+    "train.profile",
     "train.checkpoint_every",
     "train.log_samples",
     "train.peak_tflops",

@@ -74,6 +74,9 @@ class TrainConfig(Settings):
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """Where figures are shown, besides the log: `tensorboard`, `wandb` (Weights & Biases), `mlflow`
     (docs/training.md). The last two are optional extras of the package."""
+    profile: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=100)
+    """Steps to profile, three steps after each start: where their time goes as a table, a timeline and traces in
+    the run's `profile/`, the first two on the loggers too (docs/profiling.md). null: none. They are slower."""
     log_samples: bool = False
     """Write the keys of each step's samples to samples.jsonl, in the global order, as a record of what the run
     has read."""

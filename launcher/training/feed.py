@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ditmoe.data.shards.images import network_input
@@ -17,6 +18,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.model.objective import Draws, Objective
 from ditmoe.parallel.engine.passes import MicroBatch
 from ditmoe.parallel.layout import Layout
+from ditmoe.parallel.processes import gather_objects
 
 
 class StepBatch(NamedTuple):
@@ -48,7 +50,7 @@ class Feed:
         rank: int,
         start: int,
     ) -> None:
-        self._seed, self._model = config.seed, config.model
+        self._seed, self._model, self._data = config.seed, config.model, config.data
         self._objective, self._layout, self._device = objective, layout, device
         self.dealing = dealing_of(
             config.data,
@@ -85,6 +87,18 @@ class Feed:
         self._ahead = self._thread.submit(self._prepare, self._stream)
         return batch
 
+    def crowding(self) -> str | None:
+        """A line that says so where shards are read by more processes than need be."""
+        lanes, workers = self._data.lanes, self._data.workers
+        readers = self.dealing.readers_per_lane(lanes, workers)
+        if readers <= 1:
+            return None
+        return (
+            f"each shard is read by up to {readers} processes; it is one where data.lanes = {lanes} is a multiple"
+            f" of data ranks × workers = {self._layout.data} × {max(workers, 1)}, and the micro-batch one of the"
+            " workers"
+        )
+
     def _prepare(self, stream: Iterator[Batch]) -> StepBatch:
         batches = list(islice(stream, self._layout.accumulation))
         return StepBatch(
@@ -109,3 +123,12 @@ class Feed:
         if self._device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
+
+
+def keys_of_all_ranks(batch: StepBatch, layout: Layout) -> list[str]:
+    """The keys of all ranks' samples of a step, in the order of positions; a collective call."""
+    rank = dist.get_rank()
+    # Stages and tensor ranks read the same samples; one of them tells of them.
+    tells = layout.stage(rank) == layout.tensor_rank(rank) == 0
+    mine = list(zip(batch.positions, batch.keys, strict=True)) if tells else []
+    return [key for _, key in sorted(pair for part in gather_objects(mine) for pair in part)]

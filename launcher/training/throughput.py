@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 import torch
+from torch.profiler import record_function
 
+from ditmoe.launcher.profiling.parts import DATA, PREFIX, RECORDS
 from ditmoe.parallel.engine.training_engine import StepResult
 from ditmoe.parallel.planner.gpus import tflops_of_device
 
@@ -83,7 +85,8 @@ class Clock:
         """Count the time within to this part, and what comes after to the part of before."""
         before = self._switch(name)
         try:
-            yield
+            with record_function(PREFIX + (DATA if name == "data_wait" else RECORDS)):  # for a profile
+                yield
         finally:
             self._switch(before)
 

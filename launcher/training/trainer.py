@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from ditmoe.data.encoding.vae import find_vae
 from ditmoe.data.stream.dataset import open_dataset
-from ditmoe.data.stream.dealing import Dealing
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
 from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml, start_of
@@ -21,8 +20,9 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.validation import shown
 from ditmoe.launcher.local.garbage import GarbageCollection
 from ditmoe.launcher.local.signals import StopSignal
+from ditmoe.launcher.profiling.session import Profile, Profiled
 from ditmoe.launcher.training.best import BestCheckpoints
-from ditmoe.launcher.training.feed import Feed, StepBatch
+from ditmoe.launcher.training.feed import Feed, keys_of_all_ranks
 from ditmoe.launcher.training.kept_sums import check_same_data, kept_sums
 from ditmoe.launcher.training.preview import draw_preview
 from ditmoe.launcher.training.report import Reporter
@@ -114,6 +114,7 @@ class Trainer:
         self.updates = Updates(config, folder, self.saver, self.engine, lambda result: self.sums.add(result))
         self.clock = Clock()
         self.garbage = GarbageCollection()
+        self.profile = Profile(Profiled(config, self.layout, network, self.engine, device), folder.path)
         self.report: Reporter | None = None
 
     def open_reports(self, stack: ExitStack, changes: list[Change]) -> None:
@@ -159,25 +160,24 @@ class Trainer:
         self._tell_state(state="training")
         rank = dist.get_rank()
         feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
-        self._tell_dealing(feed.dealing)
+        if (crowd := feed.crowding()) is not None:
+            self._say(crowd)
         stopped = False
+        if (problem := self.profile.problem(steps)) is not None:
+            self._say(problem)
         self.clock = Clock()
-        with feed, self.saver, self.garbage:
+        with feed, self.saver, self.garbage, self.profile:
             while self.engine.step < steps and not stopped:
-                stopped = self._step(feed) > 0
-                self.garbage.after_step(self.engine.step)
-                self.phase = "step"
-                step, every = self.engine.step, self.config.train.checkpoint_every
-                with self.clock.part("save"):
-                    if stopped or step == steps or step % every == 0:
-                        self.heart.beat("save", step)
-                        saved = self._save()
-                    self._tell_saved()
-                # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
-                if not stopped and self.config.preview.every and step % self.config.preview.every == 0:
-                    self.heart.beat("evaluation", step, "draws a preview")
-                    with self.clock.part("preview"):
-                        self._preview()
+                with self.profile.step(self.engine.step + 1):
+                    stopped = self._step(feed) > 0
+                    self.garbage.after_step(self.engine.step)
+                    self.phase = "step"
+                    saved = self._save_if_due(stopped)
+                    # After the checkpoint: it takes long, and who asked for a stop may not wait for it.
+                    if not stopped:
+                        self._preview_if_due()
+                if not stopped:
+                    self._tell_profile()
             # The last one is complete, or the run fails, before anything is said of it.
             self.heart.beat("save", self.engine.step, "waits for the last checkpoint")
             with self.clock.part("save"):
@@ -195,6 +195,28 @@ class Trainer:
             self._say(f"{reason}; saved {saved}; repeat the command to continue")
             self._tell_state(state="stopped", reason=reason)
         return complete
+
+    def _save_if_due(self, stopped: bool) -> Path | None:
+        """The checkpoint, if this step has one: each that runs end with does."""
+        step, saved = self.engine.step, None
+        with self.clock.part("save"):
+            if stopped or step == self.config.train.steps or step % self.config.train.checkpoint_every == 0:
+                self.heart.beat("save", step)
+                saved = self._save()
+            self._tell_saved()
+        return saved
+
+    def _tell_profile(self) -> None:
+        """Write and show the profile, if this step was the last that it needs."""
+        if not self.profile.is_due(self.engine.step):
+            return
+        self.heart.beat("evaluation", self.engine.step, "writes a profile")
+        with self.clock.part("record"):
+            written = self.profile.finish()
+            if self.report is not None and written is not None:
+                self.report.log(f"profile written to {written.folder}\n{written.table}")
+                self.report.text("profile", written.table, self.engine.step)
+                self.report.image("profile", written.timeline_HWC, self.engine.step)
 
     def _asked_by(self) -> str:
         """The signal that stopped the run, and where it came if not here; all ranks ask."""
@@ -215,7 +237,8 @@ class Trainer:
         stop = self.stop.requested or self.saver.failed
         updates = step not in self.config.train.skip_steps
         if updates:
-            requests = self.updates.take(batch, rate, stop)
+            with self.profile.counted(step):
+                requests = self.updates.take(batch, rate, stop)
             result = self.updates.result
         else:
             requests, result = self._skip_step(step, stop), None
@@ -223,7 +246,9 @@ class Trainer:
         self.clock.step(update=updates)
         with self.clock.part("record"):
             if self.config.train.log_samples:
-                self._log_samples(batch, step)
+                keys = keys_of_all_ranks(batch, self.layout)
+                if self.report is not None:
+                    self.report.samples(step, keys)
             if step % self.config.train.log_every == 0 or step == steps:
                 self._record(result, rate)
             if self.report is not None:
@@ -307,32 +332,6 @@ class Trainer:
         for line in self.ledger.add(skips):
             self._say(line)
 
-    @property
-    def _tells_of_samples(self) -> bool:
-        """Stages and tensor ranks read the same samples; one of them tells what became of them."""
-        rank = dist.get_rank()
-        return self.layout.stage(rank) == self.layout.tensor_rank(rank) == 0
-
-    def _log_samples(self, batch: StepBatch, step: int) -> None:
-        """Write the keys of all ranks' samples of a step, in the order of positions."""
-        mine = list(zip(batch.positions, batch.keys, strict=True)) if self._tells_of_samples else []
-        gathered = processes.gather_objects(mine)
-        if self.report is not None:
-            ordered = sorted((position, key) for part in gathered for position, key in part)
-            self.report.samples(step, [key for _, key in ordered])
-
-    def _tell_dealing(self, dealing: Dealing) -> None:
-        """Say so where shards are read by more processes than need be."""
-        if self.report is None:
-            return
-        readers = dealing.readers_per_lane(self.config.data.lanes, self.config.data.workers)
-        if readers > 1:
-            self.report.log(
-                f"each shard is read by up to {readers} processes; it is one where data.lanes ="
-                f" {self.config.data.lanes} is a multiple of data ranks × workers = {self.layout.data} ×"
-                f" {max(self.config.data.workers, 1)}, and the micro-batch one of the workers"
-            )
-
     def _tell_saved(self) -> None:
         """Say which checkpoint has become complete."""
         saved = self.saver.finished()
@@ -354,15 +353,17 @@ class Trainer:
         if sum(waited.values()) > SHORTEST_WAIT_LOGGED:
             self._say("after the last record: " + ", ".join(f"{name} {s:.1f} s" for name, s in waited.items()))
 
-    def _preview(self) -> None:
-        """Draw the grid of fixed seeds and classes from the EMA."""
-        with self.engine.ema_weights() as network:
-            picture = draw_preview(
-                self.config, network, self.layout, self.dataset.index, self.device, self.engine.step
-            )
-        if self.report is not None and picture is not None:
-            save_picture(picture, self.folder.samples / f"preview-step-{self.engine.step:08d}.png")
-            self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), self.engine.step)
+    def _preview_if_due(self) -> None:
+        """Draw the grid of fixed seeds and classes from the EMA, if it is time for one."""
+        step, every = self.engine.step, self.config.preview.every
+        if every is None or step % every:
+            return
+        self.heart.beat("evaluation", step, "draws a preview")
+        with self.clock.part("preview"), self.engine.ema_weights() as network:
+            picture = draw_preview(self.config, network, self.layout, self.dataset.index, self.device, step)
+            if self.report is not None and picture is not None:
+                save_picture(picture, self.folder.samples / f"preview-step-{step:08d}.png")
+                self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), step)
 
     def _say(self, message: str) -> None:
         if self.report is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from ditmoe.model.config import EmaConfig
 from ditmoe.model.dit import DiT
@@ -184,11 +185,13 @@ class TrainingEngine:
             raise NonFiniteLossError(loss)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        self._update.step(sums)
+        with record_function("ditmoe: optimiser"):
+            self._update.step(sums)
         if self._passes.layers:
             self._balance_by(self._update.keep(sums.load_LN().float(), self._load_on_device_LN))
         self.step += 1
-        self._averages.update(self._update, ema_decay(self._ema_config, self.step))
+        with record_function("ditmoe: EMA"):
+            self._averages.update(self._update, ema_decay(self._ema_config, self.step))
         under_way = StepUnderWay(self, self.step, sums)
         if check is not None:
             check.finish(under_way.result().grad_norm, self._optim.clip)
