@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ditmoe.model.attention import attend
+
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000.0
 
@@ -98,7 +100,7 @@ class PlainAttention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` → `[B, T, D]`."""
         q_BHTd, k_BHTd, v_BHTd = _split_heads(self.qkv(x_BTD), self.heads)
-        out: Tensor = self.proj(_merge_heads(F.scaled_dot_product_attention(q_BHTd, k_BHTd, v_BHTd)))
+        out: Tensor = self.proj(_merge_heads(attend(q_BHTd, k_BHTd, v_BHTd)))
         return out
 
 
@@ -116,7 +118,7 @@ class QkNormAttention(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` → `[B, T, D]`."""
         q_BHTd, k_BHTd, v_BHTd = _split_heads(self.Wqkv(x_BTD), self.heads)
-        attended = F.scaled_dot_product_attention(self.q_norm(q_BHTd), self.k_norm(k_BHTd), v_BHTd)
+        attended = attend(self.q_norm(q_BHTd), self.k_norm(k_BHTd), v_BHTd)
         out: Tensor = self.out_proj(_merge_heads(attended))
         return out
 
@@ -124,8 +126,9 @@ class QkNormAttention(nn.Module):
 def _split_heads(qkv_BTX: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, T, 3·D]`, laid out as (3, heads, head_dim), → q, k, v of `[B, heads, T, head_dim]`."""
     batch, tokens, width = qkv_BTX.shape
-    split = qkv_BTX.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    return split[0], split[1], split[2]
+    # Unbound and not indexed: the gradient is one copy, not three of them in zeros that are added up.
+    q_BHTd, k_BHTd, v_BHTd = qkv_BTX.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
+    return q_BHTd, k_BHTd, v_BHTd
 
 
 def _merge_heads(x_BHTd: Tensor) -> Tensor:

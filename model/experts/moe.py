@@ -14,6 +14,7 @@ from ditmoe.model.experts import paths
 from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.model.experts.blocks import block_product
 from ditmoe.model.experts.dispatch import assign, combine, dispatch
+from ditmoe.model.experts.in_turn import experts_in_turn
 from ditmoe.model.layers import DenseMlp, SwiGlu
 
 
@@ -50,6 +51,9 @@ class Experts(nn.Module):
             return self.grouped(x_AD, counts_N)
         if path == "one_by_one":
             return self.one_by_one(x_AD, counts_N)
+        if path == "in_turn":
+            weights = (self.gate_proj, self.up_proj, self.down_proj)
+            return experts_in_turn(x_AD, counts_N.tolist(), *weights)
         size = block or paths.block_rows(len(x_AD), len(counts_N))
         return self.batched(x_AD, counts_N, size) if path == "batched" else self.in_blocks(x_AD, counts_N, size)
 
@@ -77,7 +81,7 @@ class Experts(nn.Module):
         return block_product(hidden, self.down_proj, expert_G).view_as(x_AD)
 
     def one_by_one(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
-        """Each expert's three products in turn; on a CPU, where counts may be looked at."""
+        """Each expert's three products in turn, written plainly: what other ways are compared with."""
         runs = torch.split(x_AD, counts_N.tolist())
         weights = zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)
         return torch.cat(

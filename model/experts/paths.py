@@ -11,9 +11,10 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-Path = Literal["grouped", "batched", "in_blocks", "one_by_one"]
+Path = Literal["grouped", "batched", "in_blocks", "in_turn", "one_by_one"]
 """`grouped`: one launch for all experts; `batched`: blocks of rows, each with its expert's weights, in one batched
-product; `in_blocks`: the same on a CPU, in turn; `one_by_one`: each expert's rows in turn."""
+product; `in_blocks`: the same on a CPU, in turn; `in_turn`: each expert's rows on a CPU; `one_by_one`: what that
+computes, written plainly, which the others are compared with."""
 
 _GROUPED_ROWS: Final = 16
 """Rows that an expert's begin at a multiple of: 16 bytes or more in each number type."""
@@ -33,7 +34,7 @@ def expert_path(x_AD: Tensor, width: int) -> Path:
         return "grouped" if fits and _has_grouped_kernel(x_AD.device) else "batched"
     if not torch.is_grad_enabled() and x_AD.dtype == torch.float32:
         return "in_blocks"
-    return "one_by_one"
+    return "in_turn"
 
 
 def rows_together(path: Path, assignments: int, experts: int) -> int | None:
