@@ -70,7 +70,13 @@ def meet(device: torch.device, timeout: timedelta, patience: Patience = PATIENCE
             if met.interface is not None:
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", met.interface)
         dist.init_process_group(
-            _backend(device), store=store, rank=process.rank, world_size=process.ranks, timeout=timeout
+            _backend(device),
+            store=store,
+            rank=process.rank,
+            world_size=process.ranks,
+            timeout=timeout,
+            # NCCL connects at once, to this device, and makes later groups out of the first.
+            device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:  # as all of torch.distributed's are
         reason = str(error).partition("\n")[0]

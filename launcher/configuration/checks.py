@@ -214,9 +214,15 @@ def check_best(checkpoint: CheckpointConfig, train: TrainConfig) -> list[str]:
     return []
 
 
-def check_deepspeed(deepspeed: dict[str, Any], parallel: ParallelConfig) -> list[str]:
+def check_deepspeed(deepspeed: dict[str, Any], parallel: ParallelConfig, train: TrainConfig) -> list[str]:
     """The free section has keys that leave the loss curve as it is, and no others."""
-    return key_problems(deepspeed, parallel.zero, parallel.expert)
+    problems = key_problems(deepspeed, parallel.zero, parallel.expert)
+    if deepspeed.get("communication_data_type") == "bf16" and train.precision == "fp32":
+        problems.append(
+            "deepspeed.communication_data_type = 'bf16' with train.precision = fp32 would round the gradients;"
+            " leave it out"
+        )
+    return problems
 
 
 CHECKS: tuple[Check, ...] = (

@@ -41,6 +41,7 @@ def start_deepspeed(
     extra: dict[str, Any],
     initial: Initial,
     grid: Any,
+    device: torch.device,
 ) -> Any:
     """The DeepSpeed engine that trains what the passes go through, with torch's AdamW.
 
@@ -70,7 +71,8 @@ def start_deepspeed(
             fused=True,  # without a temporary as large as a partition
         )
 
-    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra)
+    largest = max(p.numel() // (layout.expert if ".experts." in n else 1) for n, p in network.named_parameters())
+    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra, device, largest)
     with blaming_settings(extra):
         engine, *_ = deepspeed.initialize(
             model=passes.module,

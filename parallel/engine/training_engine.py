@@ -119,7 +119,7 @@ class TrainingEngine:
             if layout.pipe > 1
             else WholeNetworkPasses(network, objective)
         )
-        self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, initial, grid)
+        self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, initial, grid, device)
         self._passes.engine = self._engine
         self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))

@@ -29,6 +29,23 @@ def clipping_divisor(norm: Tensor, clip: float) -> Tensor:
     return ((norm + _CLIP_EPSILON) / clip).clamp(min=1.0)
 
 
+def order_streams(optimizer: Any, accelerator: Any) -> None:
+    """Let what ends an overlapped reduction of ZeRO 1 and 2 order streams, where DeepSpeed stops the host for it.
+
+    What comes next on the stream of the backward pass then waits for the gradients; the host does not.
+    """
+    end = optimizer.overlapping_partition_gradients_reduce_epilogue
+
+    def ordered() -> None:
+        accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        try:
+            end()
+        finally:
+            del accelerator.synchronize  # the class's own shows again
+
+    optimizer.overlapping_partition_gradients_reduce_epilogue = ordered
+
+
 class Update:
     """Steps the optimiser of an engine.
 
@@ -57,6 +74,11 @@ class Update:
             self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]  # of the host, and finite
         else:
             self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
+            ordered = self._engine.optimizer.overlap_comm and self._engine.optimizer.contiguous_gradients
+            if ordered and device.type == "cuda":
+                from deepspeed.accelerator import get_accelerator
+
+                order_streams(self._engine.optimizer, get_accelerator())
 
     @torch.no_grad()
     def square(self) -> Tensor | None:

@@ -55,6 +55,11 @@ class Workload:
         """Size of a number of the computation."""
         return 2 if self.precision == "bf16" else 4
 
+    @property
+    def sum_bytes(self) -> int:
+        """Size of a number in which gradients are averaged."""
+        return 2 if self.precision == "bf16" and self.zero.sums_in_bf16 else 4
+
 
 def in_flight(layout: Layout, stage: int) -> int:
     """Micro-batches whose activations a stage holds at once under 1F1B (arXiv 2006.09503)."""
@@ -96,16 +101,20 @@ def rank_memory(config: ModelConfig, layout: Layout, blocks: range, stage: int, 
 
     fixed = size * config.tokens * config.hidden if blocks[0] == 0 else 0
     bucket = size * workload.zero.reduce_bucket
+    # What is in the bucket, in the number type of the sum: during the backward pass only if it is ever full.
+    held = sum(part.held for part in parts)
+    summed = workload.sum_bytes * min(workload.zero.reduce_bucket, held) if workload.sum_bytes > size else 0
+    when_full = summed if held > workload.zero.reduce_bucket else 0
     partition = sum(part.partition for part in parts)
     if layout.zero == 0:
         in_backward, in_step = 0, size * min(workload.zero.reduce_bucket, sum(part.held for part in parts))
     elif layout.zero == 1:
-        in_backward, in_step = 0, bucket
+        in_backward, in_step = 0, bucket + summed
     elif layout.zero == 2:
-        in_backward, in_step = bucket, 4 * partition
+        in_backward, in_step = bucket + when_full, max(4 * partition, bucket + summed)
     else:
         gathered = size * _gathered(parts, workload)
-        in_backward, in_step = bucket + gathered, bucket + 4 * partition
+        in_backward, in_step = bucket + gathered + when_full, bucket + max(4 * partition, summed)
     before = state.weights + state.optimizer + state.ema + fixed
     whole_gradients = layout.zero >= 2 or layout.accumulation > 1
     backward = at_once + state.gradients if whole_gradients else max(at_once, state.gradients)

@@ -50,6 +50,8 @@ class ShardedState:
     def __init__(self, parts: Sequence[Replicated], zero: int, settings: ZeroSettings, offload: bool) -> None:
         self.parts, self.zero, self.settings = list(parts), zero, settings
         self.dtype = self.parts[0].parameters[0].dtype
+        self.sums = self.dtype if settings.sums_in_bf16 else torch.float32
+        """Number type in which gradients are averaged."""
         self.kept: list[Tensor] = []
         """What gradients are averaged into (ZeRO 2 and 3)."""
         self.bucket: Tensor | None = None
@@ -112,7 +114,8 @@ class ShardedState:
             count, self._waiting[number] = self._waiting[number], 0
             if not count:
                 continue
-            buffer = torch.empty(count, dtype=self.dtype, device="meta")
+            # Where the number type of the sum is the bucket's, the bucket itself.
+            buffer = torch.empty(count, dtype=self.sums, device="meta" if self.sums == self.dtype else None)
             if self.zero == 3:
                 dist.reduce_scatter_tensor(buffer[: count // part.ranks], buffer, group=part.group)
             else:
@@ -130,16 +133,20 @@ class ShardedState:
 
     def step(self) -> None:
         """Average the gradients where that is still to do, step, and gather the weights."""
+        together: object
         if self.zero == 0:
             total = sum(part.elements for part in self.parts)
             together = torch.empty(min(total, self.settings.reduce_bucket), dtype=self.dtype)
         elif self.zero == 1:
             together = self._new_bucket()
+            if self.sums != self.dtype:
+                total = min(sum(part.elements for part in self.parts), self.settings.reduce_bucket)
+                together = [together, torch.empty(total, dtype=self.sums)]
         else:
             together = torch.empty(sum(map(self._owned, self.parts)))  # the fp32 gradient of this rank's part
         for part in self.parts:
             if self.zero < 2:
-                dist.all_reduce(torch.empty(part.elements, dtype=self.dtype, device="meta"), group=part.group)
+                dist.all_reduce(torch.empty(part.elements, dtype=self.sums, device="meta"), group=part.group)
             if self.zero in (1, 2):
                 flat = torch.empty(part.flat(), dtype=self.dtype, device="meta")
                 dist.all_gather_into_tensor(flat, flat[: part.flat() // part.ranks], group=part.group)

@@ -78,7 +78,7 @@ def zero_traffic_by_group(
     config: ModelConfig, layout: Layout, blocks: range, workload: Workload
 ) -> dict[Group, Traffic]:
     """The traffic of ZeRO, apart for each kind of group that it crosses: experts have replicas of their own."""
-    size, micro_steps = workload.number_bytes, layout.accumulation
+    size, sums, micro_steps = workload.number_bytes, workload.sum_bytes, layout.accumulation
     parts = [p for p in shards(anatomy(config).stage(blocks), layout, workload.zero) if p.replicas > 1]
     gathered = _gathered_weights(parts, workload)
     found: dict[Group, Traffic] = {}
@@ -86,10 +86,10 @@ def zero_traffic_by_group(
         traffic = found[part.group] = Counter()
         if layout.zero < 3:
             # DeepSpeed sums whole buckets also where a rank keeps a part of them; ZeRO 2 after each micro-step.
-            traffic["all-reduce"] = size * part.held * (micro_steps if layout.zero == 2 else 1)
+            traffic["all-reduce"] = sums * part.held * (micro_steps if layout.zero == 2 else 1)
             traffic["all-gather"] = size * part.padded if layout.zero else 0
         else:
-            traffic["reduce-scatter"] = size * part.padded * micro_steps
+            traffic["reduce-scatter"] = sums * part.padded * micro_steps
             traffic["all-gather"] = size * (part.persistent + micro_steps * gathered_elements)
     return found
 

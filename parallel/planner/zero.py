@@ -26,6 +26,8 @@ class ZeroSettings:
     """ZeRO 3: gathered weights are kept where they are used again before so many others."""
     prefetch_bucket: int = 50_000_000
     """ZeRO 3: weights gathered ahead of their use."""
+    sums_in_bf16: bool = False
+    """Whether bf16 gradients are averaged in bf16, rather than in fp32."""
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> "ZeroSettings":
@@ -37,7 +39,8 @@ class ZeroSettings:
             "reuse_distance": "stage3_max_reuse_distance",
             "prefetch_bucket": "stage3_prefetch_bucket_size",
         }
-        return cls(**{field: int(given[key]) for field, key in keys.items() if key in given})
+        sizes = {field: int(given[key]) for field, key in keys.items() if key in given}
+        return cls(**sizes, sums_in_bf16=extra.get("communication_data_type") == "bf16")
 
 
 DEFAULTS: Final = ZeroSettings()

@@ -111,7 +111,18 @@ def index(shards: Path) -> DatasetIndex:
             ["deepspeed.zero_optimization.reduce_bucket_size=true"],
             ["reduce_bucket_size = True", "an integer >= 1"],
         ),
-        (["deepspeed.communication_data_type=bf16"], ["communication_data_type = 'bf16'", "expected fp32"]),
+        (
+            ["deepspeed.communication_data_type=fp16"],
+            ["communication_data_type = 'fp16'", "expected fp32 or bf16"],
+        ),
+        (
+            ["deepspeed.communication_data_type=bf16", "train.precision=fp32"],
+            ["communication_data_type = 'bf16'", "train.precision = fp32"],
+        ),
+        (
+            ["deepspeed.expert_parallel.async_split_plan=true", "parallel.expert=1"],
+            ["deepspeed.expert_parallel.async_split_plan", "parallel.expert = 1"],
+        ),
         (
             ["deepspeed.zero_optimization.contiguous_gradients=false"],
             ["contiguous_gradients", "parallel.expert = 2", "parallel.zero = 1", "expected parallel.zero = 3"],
