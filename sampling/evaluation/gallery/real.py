@@ -4,7 +4,7 @@ Shapes: N images, F features, K neighbours.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -34,6 +34,8 @@ NEIGHBOURS: Final = 3
 COMPARED: Final = 24
 """Drawn images whose neighbours are shown."""
 NEIGHBOURS_FILE: Final = "neighbours.json"
+MOST_FETCHED: Final = 512 << 20
+"""Bytes of shards that are fetched for the gallery from where the real images lie, at most."""
 _MOST_READ: Final = 4096
 _BYTES: Final = 256 << 20
 """Real images that are looked at for some of each class, and the bytes that they may take."""
@@ -69,7 +71,7 @@ class RealSide(NamedTuple):
     pictures: dict[int, tuple[NDArray[np.uint8], int]]
     """Number of each neighbour → image, and its label or −1."""
     told: str | None
-    """Why there are none; None: there are."""
+    """Why there are none, or not all; None: there are."""
 
 
 def real_side(
@@ -82,21 +84,24 @@ def real_side(
     """
     images = real.images if isinstance(real, ReferenceStatistics) else real
     if not isinstance(images, Images) or statistics.features_NF is None or statistics.numbers_N is None:
-        return _none("It was compared with statistics of real images; the images themselves are not there.")
-    if isinstance(images, ReferenceImages) and images.source.place.remote:
-        return _none("The real images lie elsewhere, and whole shards would have to be fetched for a few of them.")
+        return _none(
+            "The reference is a file of statistics without the images that it is of: neither they nor those that "
+            "are nearest to drawn images can be shown."
+        )
     if not _same_size(images, sheets):
         return _none("The real images are of another size.")
     try:
         compared = _compared(statistics.features_NF, statistics.numbers_N, descriptions, sheets)
-        numbers = sorted({each.number for one in compared for each in one.neighbours})
-        found = pick(images, numbers)
-        of_class = _some_of_each_class(images, statistics, sheets)
+        near, told = _within_reach(images, compared)
+        numbers = {each.number for one in near for each in one.neighbours}
+        several = _Classes(images, statistics, sheets)
+        found = pick(images, sorted(numbers | several.wanted(numbers)))
+        of_class = several.of_class(found)
     except UserError as error:
         return _none(f"The real images could not be read: {error}")
     classes = images.form.class_names == sheets.class_names
     pictures = {number: (image_HWC, label if classes else -1) for number, (image_HWC, label) in found.items()}
-    return RealSide(of_class, compared, pictures, None)
+    return RealSide(of_class, near, pictures, told)
 
 
 def _none(told: str) -> RealSide:
@@ -142,33 +147,87 @@ def _compared(
     ]
 
 
-def _some_of_each_class(
-    images: Images, statistics: RealStatistics, sheets: Sheets
-) -> dict[int, list[NDArray[np.uint8]]]:
+def _within_reach(images: Images, compared: list[Compared]) -> tuple[list[Compared], str | None]:
+    """Those whose neighbours may be read, and why not all; of shards elsewhere few are fetched."""
+    if not (isinstance(images, ReferenceImages) and images.source.place.remote):
+        return compared, None
+    fetched: set[int] = set()
+    near = []
+    for one in compared:
+        together = fetched | set(_shards_of(images, [each.number for each in one.neighbours]).tolist())
+        if sum(images.index.shards[shard].bytes for shard in together) <= MOST_FETCHED:
+            fetched = together
+            near.append(one)
+    if len(near) == len(compared):
+        return near, None
+    most = f"{MOST_FETCHED >> 20} MiB of their shards are fetched for this page"
+    if not near:
+        return [], f"The real images lie elsewhere, and at most {most}: too little for any."
+    return near, (
+        f"The real images lie elsewhere, and at most {most}: the nearest ones are shown for {len(near)} of "
+        f"{len(compared)} drawn images."
+    )
+
+
+class _Classes:
     """Up to `OF_CLASS` of each class at random, kept with the statistics; under −1 where they have no class."""
-    assert statistics.numbers_N is not None
-    classes = len(sheets.class_names) if images.form.class_names == sheets.class_names else 1
-    path = None if statistics.folder is None else statistics.folder / f"gallery-{_FORM}-{classes}.npz"
-    if path is None or not path.exists():
-        size = next(each[0] for each in sheets.images if each).image_HWC.size
-        wanted = min(3 * OF_CLASS * classes if classes > 1 else MOST_UNSORTED, _MOST_READ, _BYTES // size)
-        found = pick(images, sorted(statistics.numbers_N[:wanted].tolist()))
+
+    def __init__(self, images: Images, statistics: RealStatistics, sheets: Sheets) -> None:
+        assert statistics.numbers_N is not None
+        self._images, self._sheets, self._number_N = images, sheets, statistics.numbers_N
+        self._classes = len(sheets.class_names) if images.form.class_names == sheets.class_names else 1
+        folder = statistics.folder
+        self._path = None if folder is None else folder / f"gallery-{_FORM}-{self._classes}.npz"
+        self._wanted: list[int] = []
+
+    def wanted(self, beside: set[int]) -> set[int]:
+        """Numbers of the images that must be read for them; none where they are kept.
+
+        Args:
+            beside: images that are read anyway; of images elsewhere none but those of the same shards are read.
+        """
+        if self._path is not None and self._path.exists():
+            return set()
+        images, classes = self._images, self._classes
+        number_N = self._number_N
+        if isinstance(images, ReferenceImages) and images.source.place.remote:
+            fetched = np.unique(_shards_of(images, sorted(beside)))
+            number_N = number_N[np.isin(_shards_of(images, number_N), fetched)]
+        size = next(each[0] for each in self._sheets.images if each).image_HWC.size
+        most = min(3 * OF_CLASS * classes if classes > 1 else MOST_UNSORTED, _MOST_READ, _BYTES // size)
+        self._wanted = sorted(number_N[:most].tolist())
+        return set(self._wanted)
+
+    def of_class(self, found: Mapping[int, tuple[NDArray[np.uint8], int]]) -> dict[int, list[NDArray[np.uint8]]]:
+        """By label, from the images that were read, or kept."""
+        if self._path is not None and self._path.exists():
+            return self._read(self._path)
         kept: dict[int, list[NDArray[np.uint8]]] = {}
-        for image_HWC, label in found.values():
-            of_class = kept.setdefault(label if classes > 1 else -1, [])
-            if len(of_class) < (OF_CLASS if classes > 1 else MOST_UNSORTED):
-                of_class.append(image_HWC)
-        if path is None or not kept:
-            return kept
-        labels = [label for label, of_class in kept.items() for _ in of_class]
-        stacked = np.stack([image_HWC for of_class in kept.values() for image_HWC in of_class])
-        with replacing(path) as file:
-            write_arrays({"images": stacked, "labels": np.array(labels, np.int64)}, file)
-    arrays = read_arrays(path)
-    by_label: dict[int, list[NDArray[np.uint8]]] = {}
-    for image_HWC, label in zip(arrays["images"], arrays["labels"].tolist(), strict=True):
-        by_label.setdefault(label, []).append(image_HWC)
-    return by_label
+        for number in self._wanted:
+            if number in found:
+                image_HWC, label = found[number]
+                of_class = kept.setdefault(label if self._classes > 1 else -1, [])
+                if len(of_class) < (OF_CLASS if self._classes > 1 else MOST_UNSORTED):
+                    of_class.append(image_HWC)
+        if self._path is not None and kept:
+            labels = [label for label, of_class in kept.items() for _ in of_class]
+            stacked = np.stack([image_HWC for of_class in kept.values() for image_HWC in of_class])
+            with replacing(self._path) as file:
+                write_arrays({"images": stacked, "labels": np.array(labels, np.int64)}, file)
+        return kept
+
+    @staticmethod
+    def _read(path: Path) -> dict[int, list[NDArray[np.uint8]]]:
+        arrays = read_arrays(path)
+        by_label: dict[int, list[NDArray[np.uint8]]] = {}
+        for image_HWC, label in zip(arrays["images"], arrays["labels"].tolist(), strict=True):
+            by_label.setdefault(label, []).append(image_HWC)
+        return by_label
+
+
+def _shards_of(images: ReferenceImages, numbers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """The shard that each image lies in."""
+    return np.searchsorted(np.cumsum([0, *map(len, images.members)]), numbers, side="right") - 1
 
 
 def pick(images: Images, numbers: Sequence[int]) -> dict[int, tuple[NDArray[np.uint8], int]]:
@@ -202,8 +261,8 @@ def _of_shards(images: ReferenceImages, wanted: set[int]) -> Iterator[ReferenceB
     """Those that are wanted, and no others, shard by shard."""
     starts = np.cumsum([0, *map(len, images.members)])
     rows_of: dict[int, list[int]] = {}
-    for number in sorted(wanted):
-        shard = int(np.searchsorted(starts, number, side="right")) - 1
+    numbers = sorted(wanted)
+    for number, shard in zip(numbers, _shards_of(images, numbers).tolist(), strict=True):
         rows_of.setdefault(shard, []).append(number)
     for place, opened in images.source.shards(list(rows_of)):
         if isinstance(opened, ShardFault):

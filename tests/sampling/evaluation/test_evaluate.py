@@ -28,7 +28,7 @@ from ditmoe.sampling.jobs.chunks import DrawnImages
 from ditmoe.sampling.jobs.workers import CPU, Workers
 from ditmoe.sampling.metrics.classifier import FEATURE_CLASSIFIER, RECOGNISER
 from ditmoe.sampling.metrics.features import describe
-from ditmoe.sampling.metrics.reference import open_reference
+from ditmoe.sampling.metrics.reference import ReferenceImages, open_reference
 from ditmoe.sampling.metrics.training.classifier import load_classifier
 from ditmoe.sampling.settings.config import SamplerConfig
 from tests.forked import run_forked
@@ -167,6 +167,41 @@ def test_a_killed_job_goes_on_and_a_finished_one_is_read(tmp_path: Path, shards:
         assert expected_labels[first["real"]] == each["class"]
     assert "20 of 20 are nearer than half of it: they may be copies" in page and "times the floor" in page
     assert list(job.cache.rglob("gallery-*.npz"))  # once for all evaluations
+
+
+def test_real_images_that_lie_elsewhere_are_shown_from_few_shards(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, log = tmp_path / "cache", tmp_path / "fetched"
+    quick = {"recogniser": False, "count": 40}
+
+    def gallery_of(name: str, real: ReferenceImages) -> tuple[Path, list[str]]:
+        for kept in cache.rglob("gallery-*.npz"):
+            kept.unlink()
+        log.write_text("")
+        job = replace(make_job(tmp_path / name, shards, cache, **quick), real=real)
+        run_job(job, Copyist(shards))
+        return job.folder / "gallery", [line for line in log.read_text().split() if line.endswith(".tar")]
+
+    here, _ = gallery_of("here", images_of(shards))
+    away = open_reference(SourceConfig(path=f"pipe:echo {{}} >> {log}; cat {shards}/{{}}"))
+    there, fetched = gallery_of("there", away)
+    pictures = {path.name: path.read_bytes() for path in here.iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == pictures
+    assert "neighbours.json" in pictures and "real-00003.png" in pictures
+    assert 1 < len(fetched) == len(set(fetched))
+
+    size = max(entry.bytes for entry in load_index(shards).shards)
+    monkeypatch.setattr("ditmoe.sampling.evaluation.gallery.real.MOST_FETCHED", 3 * size)
+    some, fetched = gallery_of("some", away)
+    near = json.loads((some / "neighbours.json").read_text())["drawn"]
+    assert len(fetched) <= 3 and 0 < len(near) < 20
+    page = (some / "index.html").read_text()
+    assert f"the nearest ones are shown for {len(near)} of 20 drawn images" in page and 'id="near"' in page
+    monkeypatch.setattr("ditmoe.sampling.evaluation.gallery.real.MOST_FETCHED", 1)
+    none, fetched = gallery_of("none", away)
+    assert not fetched and not (none / "neighbours.json").exists()
+    assert "too little for any" in (none / "index.html").read_text()
 
 
 def test_results_are_written_when_no_process_looks_for_descriptions_any_more(

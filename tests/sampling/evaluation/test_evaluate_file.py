@@ -72,6 +72,8 @@ def test_a_file_stands_for_the_images(run: Path, shards: Path, tmp_path: Path) -
     found = metrics["results"]["classifier"]
     assert "recogniser" not in found and found["fid"] == expected["fid"]
     assert f"{other}: has no recogniser: the share recognised is left out" in found["warnings"]
+    page = (job.folder / "gallery" / "index.html").read_text()
+    assert "a file of statistics without the images" in page and "nearest to drawn images can be shown" in page
 
 
 class Pixels:
@@ -131,6 +133,7 @@ def test_an_evaluation_against_a_file_of_adm_has_the_figures_of_its_images(
         assert told.count(line) >= 1, line
     page = (job.folder / "gallery" / "index.html").read_text()
     assert 'class-00000.png"' in page and "VIRTUAL_digits" in page
+    assert "without the images" not in page and 'id="near"' in page  # the file has some
 
 
 def test_figures_in_another_resize_stand_beside_the_first(
