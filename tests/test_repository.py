@@ -279,4 +279,7 @@ def test_what_they_need_is_pinned_too() -> None:
         # torch's CUDA builds pin their libraries themselves; the others have none.
         if not name.startswith(("nvidia-", "cuda-", "triton")):
             assert name in pinned, f"constraints.txt does not pin {name}"
+            assert requirement.specifier.contains(pinned[name], prereleases=True), (
+                f"constraints.txt: {name} {pinned[name]}, and something needs {requirement}"
+            )
             waiting += needed(requirement)
