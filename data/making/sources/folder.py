@@ -137,7 +137,9 @@ class ImageFolder:
             return []
         shown = ", ".join(ascii(name)[1:-1] for name in self._ignored[:REMARKS_SHOWN])
         more = f" and {len(self._ignored) - REMARKS_SHOWN:,} more" if len(self._ignored) > REMARKS_SHOWN else ""
-        return [f"left out, not {', '.join(FORMATS)} in a class folder, hidden, or there twice: {shown}{more}"]
+        *most, last = FORMATS
+        why = f"not a {', '.join(most)} or {last} file in a class folder, hidden, or there twice"
+        return [f"left out: {shown}{more} ({why})"]
 
 
 def is_directory(path: str) -> bool:

@@ -51,4 +51,4 @@ def command(
         for each, file in files.items():
             typer.echo(f"  {each:<{width}}  {description(file)}")
         typer.echo("")
-    typer.echo(f"They lie in {FOLDER}.")
+    typer.echo(f"The files are in {FOLDER}.")
