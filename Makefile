@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-layouts test-docs test-all bench bench-gpu lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ test-bench: venv ## the whole suite of benchmarks, small; a minute
 
 test-docs: venv ## every page's commands, in their order, as a reader would, with fewer steps and images
 	@$(BIN)/python -m pytest -m slow tests/docs -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+test-gpu: venv ## what needs a GPU, and on two of them NCCL and every layout; eight minutes, prints a table of figures
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
 test-all: venv ## also the long matrices, and the tests that need a GPU where there is one
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -36,6 +36,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+_FIGURES = pytest.StashKey[list[tuple[str, str]]]()
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> list[tuple[str, str]]:
+    """What a test adds, a name and a figure, is printed as a table at the end."""
+    return pytestconfig.stash.setdefault(_FIGURES, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    found = config.stash.get(_FIGURES, [])
+    if found:
+        terminalreporter.section("figures")
+        width = max(len(name) for name, _ in found)
+        for name, figure in found:
+            terminalreporter.line(f"{name:<{width}}  {figure}")
+
+
 @pytest.fixture(scope="session")
 def make_vae() -> Callable[..., Path]:
     """Saves a small AutoencoderKL of random weights to a folder: RGB, 4 latent channels, a side halved once."""

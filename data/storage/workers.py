@@ -48,46 +48,66 @@ class _Worker(NamedTuple):
     results: Connection
 
 
+class Crew:
+    """Forked processes that compute one function; they wait for what to apply it to.
+
+    Signals that ask for a stop reach every process of a terminal or a batch job; the main process decides when its
+    workers end, and they leave them alone.
+    """
+
+    def __init__(self, function: Callable[[Any], Any], workers: int) -> None:
+        """Fork so many; 0: this process computes by itself."""
+        self._function = function
+        self._workers: list[_Worker] = []
+        # Blocked across the fork, and so in the workers for ever.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            for _ in range(workers):
+                self._workers.append(_start(function, self._workers))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def in_order(self, items: Iterable[Any], prefetch: int = 4) -> Generator[Any, None, None]:
+        """`map(function, items)`, `prefetch` ahead in each process; the end of the iterator ends the processes."""
+        if not self._workers:
+            yield from map(self._function, items)
+            return
+        crew, upcoming = self._workers, iter(items)
+        try:
+            sent = 0
+            for done in itertools.count():
+                while sent < done + len(crew) * prefetch:
+                    try:
+                        item = next(upcoming)
+                    except StopIteration:
+                        upcoming = iter(())
+                        break
+                    _send(crew[sent % len(crew)], item)
+                    sent += 1
+                if done == sent:
+                    return
+                yield _receive(crew[done % len(crew)])
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        crew, self._workers = self._workers, []
+        _end(crew)
+
+
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int, prefetch: int = 4
 ) -> Generator[Result, None, None]:
     """`map(function, items)`, computed by `workers` forked processes (0: this one), `prefetch` ahead in each.
 
-    `items` may be endless. Closing the iterator ends the workers. Signals that ask for a stop reach every process
-    of a terminal or a batch job; the main process decides when its workers end, and they leave them alone.
+    `items` may be endless. The processes start with the first result; closing the iterator ends them.
 
     Raises:
         UserError: as the function raises it, or when the system has ended a worker.
         RuntimeError: the function raised another exception, whose traceback is the text.
     """
-    if not workers:
-        yield from map(function, items)
-        return
-    upcoming = iter(items)
-    crew: list[_Worker] = []
-    # Blocked across the fork, and so in the workers for ever.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        for _ in range(workers):
-            crew.append(_start(function, crew))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    try:
-        sent = 0
-        for done in itertools.count():
-            while sent < done + workers * prefetch:
-                try:
-                    item = next(upcoming)
-                except StopIteration:
-                    upcoming = iter(())
-                    break
-                _send(crew[sent % workers], item)
-                sent += 1
-            if done == sent:
-                return
-            yield _receive(crew[done % workers])
-    finally:
-        _end(crew)
+    yield from Crew(function, workers).in_order(items, prefetch)
 
 
 def _start(function: Callable[[Item], Result], crew: list[_Worker]) -> _Worker:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ditmoe.data.storage.workers import in_order
+from ditmoe.data.storage.workers import Crew
 from ditmoe.data.stream.config import DataConfig
 from ditmoe.data.stream.dataset import Dataset
 from ditmoe.data.stream.dealing import Dealing, deal
@@ -47,15 +47,28 @@ def dealing_of(config: DataConfig, *, start: int, micro_batch: int, ranks: int, 
     )
 
 
-def open_stream(dataset: Dataset, dealing: Dealing, rank: int = 0) -> Generator[Batch, None, None]:
+def start_readers(dataset: Dataset) -> Crew:
+    """Fork the processes that read a dataset's samples for `open_stream`: before a GPU is used, best of all."""
+    return Crew(SampleReader(dataset).read, dataset.config.workers)
+
+
+def open_stream(
+    dataset: Dataset, dealing: Dealing, rank: int = 0, readers: Crew | None = None
+) -> Generator[Batch, None, None]:
     """A rank's batches of a dealing, without end; closing it ends its workers.
+
+    Args:
+        readers: what `start_readers` gave; None: they start with the first batch.
 
     UserError from the iterator when a shard or sample cannot be used and its source's policy does not skip it.
     """
     assert 0 <= rank < dealing.ranks
-    reader = SampleReader(dataset)
     parts = (part for batch in dealing.batches(rank) for part in batch)
-    return _batches(in_order(reader.read, parts, dataset.config.workers), dealing)
+    return _batches(_read(dataset, parts, readers), dealing)
+
+
+def _read(dataset: Dataset, parts: Iterator[Numbers], readers: Crew | None) -> Iterator[ReadSamples]:
+    yield from (start_readers(dataset) if readers is None else readers).in_order(parts)
 
 
 def _batches(samples: Iterator[ReadSamples], dealing: Dealing) -> Generator[Batch, None, None]:

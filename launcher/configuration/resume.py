@@ -37,6 +37,7 @@ FROM_THEN_ON: Final = (
     "model.balance_weight",
     "model.balance_group",
     "train.skip_steps",
+    "train.tf32",
 )
 """Keys, with all below them, that may change when a run is resumed, and change its loss curve from there on."""
 

@@ -65,6 +65,9 @@ class TrainConfig(Settings):
     """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number type of the computation; the optimiser and the EMA are always fp32."""
+    tf32: bool = True
+    """On GPUs: round what is multiplied in fp32 to TF32 (10 bits of fraction; the sums stay fp32), which tensor
+    cores multiply up to 8 times as fast. It is more exact than bf16; false: fp32 throughout."""
     skip_steps: Annotated[tuple[int, ...], Unit("optimiser steps")] = ()
     """Steps (counted from 1) that pass without an update: they consume their samples and count as steps, but
     weights, moments and EMA stay as they are. Meant for a step whose loss is not finite whenever it is
@@ -84,3 +87,8 @@ class TrainConfig(Settings):
     """Steps between two checkpoints; the last step and a stop by signal write one too."""
     peak_tflops: Annotated[float | None, Unit("TFLOP/s")] = Field(default=None, gt=0)
     """Peak TFLOP/s of one device in this precision, for the MFU; null: of known GPUs, otherwise no MFU."""
+
+    @property
+    def products(self) -> Literal["fp32", "tf32", "bf16"]:
+        """Number type of what a GPU multiplies."""
+        return "tf32" if self.precision == "fp32" and self.tf32 else self.precision

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ditmoe.data.shards.images import network_input
+from ditmoe.data.storage.workers import Crew
 from ditmoe.data.stream.dataset import Dataset
 from ditmoe.data.stream.samples import Skip
 from ditmoe.data.stream.stream import Batch, dealing_of, open_stream
@@ -49,7 +50,9 @@ class Feed:
         device: torch.device,
         rank: int,
         start: int,
+        readers: Crew | None = None,
     ) -> None:
+        """Take what reads the samples, if it is there already."""
         self._seed, self._model, self._data = config.seed, config.model, config.data
         self._objective, self._layout, self._device = objective, layout, device
         self.dealing = dealing_of(
@@ -60,7 +63,10 @@ class Feed:
             group=max(config.model.balance_group, 1) if config.model.experts else 1,
         )
         sees_samples = layout.stage(rank) in (0, layout.pipe - 1)
-        self._stream = open_stream(dataset, self.dealing, layout.data_rank(rank)) if sees_samples else None
+        data_rank = layout.data_rank(rank)
+        self._stream = open_stream(dataset, self.dealing, data_rank, readers) if sees_samples else None
+        if readers is not None and not sees_samples:
+            readers.close()
         self._thread = ThreadPoolExecutor(1, "feed")
         self._ahead: Future[StepBatch] | None = None
 

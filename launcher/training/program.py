@@ -6,16 +6,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
+import torch
 import torch.distributed as dist
 
 from ditmoe.data.storage.stopping import EXIT_STOPPED
+from ditmoe.data.storage.workers import Crew
+from ditmoe.data.stream.dataset import Dataset, open_dataset
+from ditmoe.data.stream.stream import start_readers
 from ditmoe.launcher.configuration.resume import Change
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.local.signals import StopSignal, keep_exit_code
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import RunState, StateFile
 from ditmoe.launcher.training.trainer import Trainer
-from ditmoe.model.errors import UnwritableError
+from ditmoe.model.errors import UnwritableError, UserError
 from ditmoe.parallel import processes
 from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
 from ditmoe.parallel.checkpoint.saver import write_failure
@@ -38,37 +42,59 @@ def run_training(config: RunConfig) -> int:
             that stopped it; nothing that was saved before is lost.
     """
     process = this_process()
-    with Heart.of_this_process(process.rank, process.ranks) as heart:
+    with Heart.of_this_process(process.rank, process.ranks) as heart, ExitStack() as stack:
+        # Processes are forked before anything of CUDA is here, which no fork may use.
+        data = _opened_data(config, stack)
         device = own_device(config.launch.device, "launch.processes =")
+        set_tf32(device, config.train.tf32)
         processes.join(device)
-        with ExitStack() as stack:
-            folder = RunFolder(config.run.dir)
-            changes: list[Change] = []
-            state = None
-            if dist.get_rank() == 0:
-                with telling_checkpoint(folder.path):
-                    stack.enter_context(folder.lock())
-                    changes = folder.compare_config(config)
-                    if not folder.config.exists():
-                        folder.store_config(config)
-                    state = StateFile(folder.path, _at_the_start(folder.path, config.train.steps))
-            dist.barrier()
-            stop = stack.enter_context(StopSignal())
-            try:
-                trainer = Trainer(config, folder, device, stop, heart, state)
-                with telling_checkpoint(folder.path):
-                    if dist.get_rank() == 0:
-                        trainer.open_reports(stack, changes)
-                    complete = trainer.train()
-            except (Exception, KeyboardInterrupt) as error:
-                if state is not None:
-                    state.fail(str(error) or type(error).__name__)
-                raise
-            # While signals are heard: one that comes after the last checkpoint must not end the others in a wait.
-            processes.leave()
-            if not complete:
-                keep_exit_code()
+        folder = RunFolder(config.run.dir)
+        changes: list[Change] = []
+        state = None
+        if dist.get_rank() == 0:
+            with telling_checkpoint(folder.path):
+                stack.enter_context(folder.lock())
+                changes = folder.compare_config(config)
+                if not folder.config.exists():
+                    folder.store_config(config)
+                state = StateFile(folder.path, _at_the_start(folder.path, config.train.steps))
+        dist.barrier()
+        stop = stack.enter_context(StopSignal())
+        try:
+            if isinstance(data, UserError):
+                raise data
+            trainer = Trainer(config, folder, device, stop, heart, state, *data)
+            with telling_checkpoint(folder.path):
+                if dist.get_rank() == 0:
+                    trainer.open_reports(stack, changes)
+                complete = trainer.train()
+        except (Exception, KeyboardInterrupt) as error:
+            if state is not None:
+                state.fail(str(error) or type(error).__name__)
+            raise
+        # While signals are heard: one that comes after the last checkpoint must not end the others in a wait.
+        processes.leave()
+        if not complete:
+            keep_exit_code()
     return 0 if complete else EXIT_STOPPED
+
+
+def _opened_data(config: RunConfig, stack: ExitStack) -> tuple[Dataset, Crew] | UserError:
+    """The data and the processes that read them, which end with the stack; or what is wrong with them."""
+    try:
+        dataset = open_dataset(config.data, config.seed)
+    except UserError as error:
+        return error
+    readers = start_readers(dataset)
+    stack.callback(readers.close)
+    return dataset, readers
+
+
+def set_tf32(device: torch.device, allowed: bool) -> None:
+    """Let a GPU round what it multiplies in fp32 to TF32, or not."""
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @contextmanager

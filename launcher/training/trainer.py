@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from ditmoe.data.encoding.vae import find_vae
-from ditmoe.data.stream.dataset import open_dataset
+from ditmoe.data.storage.workers import Crew
+from ditmoe.data.stream.dataset import Dataset
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.samples import Skip
 from ditmoe.launcher.configuration.resolve import layout_of, shown_yaml, start_of
@@ -62,6 +63,8 @@ class Trainer:
         stop: StopSignal,
         heart: Heart,
         state: StateFile | None,
+        dataset: Dataset,
+        readers: Crew,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -72,7 +75,7 @@ class Trainer:
         self.phase: Phase = "start"
         """Of a step: the first one belongs to the start, for all that it has to prepare."""
         self.layout = layout_of(config)
-        self.dataset = open_dataset(config.data, config.seed)
+        self.dataset, self.readers = dataset, readers
         if dist.get_rank() == 0:
             self.dataset.check_files()
             if config.preview.every and self.dataset.index.latents is not None:
@@ -159,7 +162,9 @@ class Trainer:
             return True
         self._tell_state(state="training")
         rank = dist.get_rank()
-        feed = Feed(self.config, self.dataset, self.objective, self.layout, self.device, rank, start=self.images)
+        feed = Feed(
+            self.config, self.dataset, self.objective, self.layout, self.device, rank, self.images, self.readers
+        )
         if (crowd := feed.crowding()) is not None:
             self._say(crowd)
         stopped = False
@@ -280,7 +285,7 @@ class Trainer:
             **rates,
             "memory_gib": float(memory),
         }
-        peak = self.config.train.peak_tflops or peak_tflops(self.device, self.config.train.precision)
+        peak = self.config.train.peak_tflops or peak_tflops(self.device, self.config.train.products)
         if peak is not None:
             images_per_second = trained * rates["images_per_second"]
             flops = TRAINING_PASSES * flops_per_image(self.config.model) * images_per_second

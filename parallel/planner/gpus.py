@@ -23,6 +23,8 @@ class Gpu:
     node_bandwidth: float
     """GB/s that one GPU can send to other machines: its share of the network cards."""
     gpus_per_node: int
+    tf32_tflops: float | None = None
+    """Dense peak with TF32, TFLOP/s; None: that of fp32."""
 
     @property
     def is_cpu(self) -> bool:
@@ -35,17 +37,19 @@ class Gpu:
         return "CPU core" if self.is_cpu else "GPU"
 
     def tflops(self, precision: str) -> float:
-        """Dense peak in a precision."""
+        """Dense peak in a precision: `bf16`, `fp32` or `tf32`."""
+        if precision == "tf32":
+            return self.tf32_tflops or self.fp32_tflops
         return self.bf16_tflops if precision == "bf16" else self.fp32_tflops
 
 
 GPUS: Final = {
-    "h100": Gpu("H100 SXM", "H100", 989, 67, 80, 3350, 450, 50, 8),
-    "h200": Gpu("H200 SXM", "H200", 989, 67, 141, 4800, 450, 50, 8),
-    "b200": Gpu("B200 SXM", "B200", 2250, 80, 180, 8000, 900, 50, 8),
-    "a100-40": Gpu("A100 SXM 40 GB", "A100", 312, 19.5, 40, 1555, 300, 25, 8),
-    "a100-80": Gpu("A100 SXM 80 GB", "A100", 312, 19.5, 80, 2039, 300, 25, 8),
-    "l40s": Gpu("L40S", "L40S", 362, 91.6, 48, 864, 32, 12.5, 8),
+    "h100": Gpu("H100 SXM", "H100", 989, 67, 80, 3350, 450, 50, 8, 495),
+    "h200": Gpu("H200 SXM", "H200", 989, 67, 141, 4800, 450, 50, 8, 495),
+    "b200": Gpu("B200 SXM", "B200", 2250, 80, 180, 8000, 900, 50, 8, 1100),
+    "a100-40": Gpu("A100 SXM 40 GB", "A100", 312, 19.5, 40, 1555, 300, 25, 8, 156),
+    "a100-80": Gpu("A100 SXM 80 GB", "A100", 312, 19.5, 80, 2039, 300, 25, 8, 156),
+    "l40s": Gpu("L40S", "L40S", 362, 91.6, 48, 864, 32, 12.5, 8, 183),
     "rtx4090": Gpu("RTX 4090", "RTX 4090", 165, 82.6, 24, 1008, 16, 3, 8),
 }
 """By the name that `--gpu` takes. NVLink where the GPU has it, PCIe otherwise; networks of 400, 200, 100 and 25

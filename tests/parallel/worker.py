@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -301,12 +302,32 @@ def waits_of_a_step(engine: TrainingEngine, case: dict[str, Any], device: torch.
     """Places where the host waits for a device in a step, whose experts are computed in the way that is named."""
     from tests.host_waits import HostWaits
 
+    if device.type == "cuda":
+        return waits_told_by_cuda(engine, case, device)
     engine.train_step(batches_of(engine, case, device), 1e-3, False)  # gradients are no longer checked
     batches, waits = batches_of(engine, case, device), HostWaits()
     with patch.object(paths, "expert_path", lambda *_: case["waits"]), waits:
         under_way = engine.start_step(batches, 1e-3, False)
     under_way.result()
     return dict(waits.places)
+
+
+def waits_told_by_cuda(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, int]:
+    """The same on a GPU, as torch warns of them."""
+    for _ in range(2):  # kernels are made in the first
+        engine.train_step(batches_of(engine, case, device), 1e-3, False)
+    batches = batches_of(engine, case, device)
+    torch.cuda.synchronize()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            under_way = engine.start_step(batches, 1e-3, False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    under_way.result()
+    places = [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
+    return dict(Counter(places))
 
 
 def poisoned_steps(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ditmoe.data.storage.stopping import STOP_SIGNALS
-from ditmoe.data.storage.workers import in_order
+from ditmoe.data.storage.workers import Crew, in_order
 from ditmoe.model.errors import UserError
 
 LARGE = 300_000
@@ -143,3 +143,17 @@ def _zombie(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def test_processes_may_start_before_there_is_work() -> None:
+    before = children()
+    crew = Crew(lambda item: (item, os.getpid()), 2)
+    started = children() - before
+    assert len(started) == 2
+    results = list(crew.in_order(range(6)))
+    assert [item for item, _ in results] == list(range(6)) and {pid for _, pid in results} == started
+    assert not children() - before
+    unused = Crew(len, 2)
+    unused.close()
+    unused.close()
+    assert not children() - before

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -735,3 +737,26 @@ def test_a_run_too_large_for_this_machine_ends_at_once(make_config: Callable[...
     assert f"the machine has {room_here(on_cpu=True).host / 2**30:.1f}" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error: ") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(280)
+def test_a_run_on_gpus(make_config: Callable[..., Path], figures: list[tuple[str, str]]) -> None:
+    """Previews, checkpoints copied through pinned memory, a resume that goes on, a step that is not finite."""
+    count = min(2, torch.cuda.device_count())
+    settings = ["launch.device=cuda", "train.precision=bf16", "preview.every=2", "preview.images=4"]
+    once, twice = make_config("once", count), make_config("twice", count)
+    for config, steps in ((once, 6), (twice, 4), (twice, 6)):
+        result = train_by_command(config, *settings, f"train.steps={steps}", "train.checkpoint_every=2")
+        assert result.returncode == 0, result.stderr
+    runs = [config.with_suffix("") for config in (once, twice)]
+    assert len(list((runs[0] / "samples").glob("preview-step-*.png"))) == 3
+    one, other = (read_weights(run / "checkpoints" / "step-00000006", "weights") for run in runs)
+    worst = max(float((one[name] - other[name]).abs().max()) for name in one)
+    figures.append((f"{count} GPU: weights of a resumed run against those of one run", f"{worst:.1e}"))
+    assert worst < 1e-3
+    records = [json.loads(line) for line in (runs[0] / "stats.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 7))
+    assert all(math.isfinite(record["loss"]) for record in records)
+    broken = train_by_command(once, *settings, "train.steps=12", "optim.lr=1e25", "train.log_every=6")
+    assert broken.returncode == 2 and "nothing of this step was saved" in broken.stderr, broken.stderr

@@ -54,14 +54,14 @@ def selected(routing: str) -> Tensor:
 
 def passed(layer: MoE, routing: Tensor, path: Path) -> list[Tensor]:
     """What the layer gives, and the gradients of tokens, scores and weights."""
-    dtype = layer.gate.weight.dtype
+    weight = layer.gate.weight
     torch.manual_seed(1)
-    x_TD = torch.randn(len(routing), HIDDEN).to(dtype).requires_grad_()
-    scores_TK = torch.rand(routing.shape).requires_grad_()
+    x_TD = torch.randn(len(routing), HIDDEN).to(weight).requires_grad_()
+    scores_TK = torch.rand(routing.shape).to(weight.device).requires_grad_()
     layer.zero_grad()
     with steered(path):
         out_TD = layer.mix(x_TD, scores_TK, routing)
-        (out_TD.float() * torch.randn(out_TD.shape)).sum().backward()
+        (out_TD.float() * torch.randn(out_TD.shape).to(weight.device)).sum().backward()
     experts = [cast(Tensor, parameter.grad) for parameter in layer.experts.parameters()]
     return [out_TD.detach(), cast(Tensor, x_TD.grad), cast(Tensor, scores_TK.grad), *experts]
 
@@ -77,6 +77,34 @@ def test_they_compute_the_same_as_the_loop(path: Path, routing: str, dtype: torc
     gradient_N = passed(layer, choice, path)[3].flatten(1).abs().amax(1)
     got = torch.bincount(choice.flatten(), minlength=EXPERTS)
     assert ((gradient_N > 0) == (got > 0)).all(), "whoever got nothing has no gradient, and everybody else has"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
+def test_a_gpu_computes_the_same(
+    figures: list[tuple[str, str]], routing: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """In the way that it takes by itself, forward and backward, without a wait."""
+    choice = selected(routing)
+    plain = passed(make_layer(torch.float32), choice, "one_by_one")
+    layer = make_layer(dtype).to("cuda")
+    choice = choice.to("cuda")
+    way = paths.expert_path(layer.gate.weight.data, 4 * HIDDEN)
+    passed(layer, choice, way)  # kernels are made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.manual_seed(1)
+        layer.mix(
+            torch.zeros(len(choice), HIDDEN, device="cuda", dtype=dtype), choice.float(), choice
+        ).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    worst = 0.0
+    for found, expected in zip(passed(layer, choice, way), plain, strict=True):
+        worst = max(worst, float((found.float().cpu() - expected).abs().max() / expected.abs().max()))
+    figures.append((f"mixture layer, {routing}, {dtype}, {way}: difference from the CPU in fp32", f"{worst:.1e}"))
+    assert worst <= tolerance
 
 
 @pytest.mark.parametrize("together", (16, 64))
