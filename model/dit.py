@@ -86,7 +86,11 @@ class DiT(nn.Module):
             self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch)
             self.t_embedder = TimestepEmbedder(config.hidden, config.timestep_frequencies)
             self.y_embedder = LabelEmbedder(config.num_classes, config.hidden)
-            embedding = position_embedding(config.hidden, config.image_size // config.patch)
+            side = config.image_size // config.patch
+            if torch.get_default_device().type == "meta":  # where this arithmetic would import torch's compiler
+                embedding = torch.empty(1, side**2, config.hidden)
+            else:
+                embedding = position_embedding(config.hidden, side)
             self.register_buffer("pos_embed", embedding)
         self.blocks = nn.ModuleDict({str(number): Block(config) for number in blocks})
         if self.has_last:

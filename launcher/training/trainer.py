@@ -34,6 +34,7 @@ from ditmoe.launcher.training.throughput import Clock, Sums, peak_memory_gib, pe
 from ditmoe.launcher.training.updates import Updates
 from ditmoe.model.count import TRAINING_PASSES, flops_per_image
 from ditmoe.model.dit import DiT
+from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.model.outside.text import counted
@@ -83,7 +84,8 @@ class Trainer:
                 find_vae(self.dataset.index.latents, config.data.vae, option="data.vae=FOLDER")
         self.objective: Objective = make_objective(config.objective)
         self.stages = stage_blocks(config.model, self.layout.pipe)
-        network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
+        with torch.device("meta"):
+            network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
         network.checkpoint_blocks = config.parallel.activation_checkpointing
         start = start_of(config, self.dataset.index.class_names)
         with begun(folder.path, start, partial(initial_value, seed=config.seed)) as self.start:
@@ -101,6 +103,8 @@ class Trainer:
         best = BestCheckpoints(folder, config.checkpoint, config.train.checkpoint_every)
         self.saver = CheckpointSaver(folder.path, config.checkpoint, best)
         info, self.skipped = load_training_state(folder.path, self.engine)
+        if info is None and self.start.initial is None:
+            raise UserError(f"{folder.path}: its checkpoints were removed while the run began; start it again")
         if info is not None:
             check_same_data(info, self.dataset.facts)
         self.resumed = None if info is None else info.path

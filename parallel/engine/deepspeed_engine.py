@@ -14,7 +14,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.deepspeed_settings import deepspeed_settings
-from ditmoe.parallel.engine.initial import Initial, fill
+from ditmoe.parallel.engine.initial import Initial, cut_for_zero_3, fill, give_memory
 from ditmoe.parallel.engine.passes import Passes
 from ditmoe.parallel.layout import Layout
 
@@ -39,14 +39,14 @@ def start_deepspeed(
     optim: OptimConfig,
     precision: str,
     extra: dict[str, Any],
-    initial: Initial,
+    initial: Initial | None,
     grid: Any,
     device: torch.device,
 ) -> Any:
     """The DeepSpeed engine that trains what the passes go through, with torch's AdamW.
 
     Args:
-        initial: the value of each parameter.
+        initial: the value of each parameter; None: a checkpoint's values will be written.
         grid: what `share_out` returned, or None.
     """
     import deepspeed
@@ -54,10 +54,17 @@ def start_deepspeed(
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     network = passes.network
+    give_memory(network, torch.bfloat16 if precision == "bf16" else torch.float32, device)
+    largest = max(p.numel() // (layout.expert if ".experts." in n else 1) for n, p in network.named_parameters())
+    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra, device, largest)
+    with blaming_settings(extra):
+        cut = cut_for_zero_3(network, layout, settings, grid) if layout.zero == 3 else None
 
     def make_optimizer(_: Any) -> torch.optim.Optimizer:
         # Called after the experts were dealt out, so that these are the parameters that are trained, and before
         # any copy of their values is made.
+        if cut is not None:
+            cut(network.parameters())
         fill(network, layout, initial)
         parameters: Any = list(network.parameters())
         if layout.expert > 1:
@@ -71,8 +78,6 @@ def start_deepspeed(
             fused=True,  # without a temporary as large as a partition
         )
 
-    largest = max(p.numel() // (layout.expert if ".experts." in n else 1) for n, p in network.named_parameters())
-    settings = deepspeed_settings(layout, network.config, precision, optim.clip, extra, device, largest)
     with blaming_settings(extra):
         engine, *_ = deepspeed.initialize(
             model=passes.module,

@@ -1,35 +1,148 @@
-"""Initial weights on a layout: each rank makes what it holds, one parameter after the other.
+"""Initial weights on a layout: each rank has memory for what it keeps alone, and makes the values of that.
 
-A network is built without values, which on a CPU takes no memory until something is written; the layers are shared
-out over ranks, and only then filled. So no rank ever holds the experts of the others.
+A network is built on the meta device. Nothing is written to the memory that it is given here, so on a CPU it
+takes none; experts are then dealt out, and with ZeRO 3 each parameter is cut before the next one has memory. Only
+what is left is filled, by several threads, a parameter at a time in each.
 """
 
+import copy
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditmoe.model.canonical import split_experts
+from ditmoe.model.dit import DiT
+from ditmoe.model.layers import position_embedding
 from ditmoe.parallel.engine.fragments import published_name
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.tensor.shards import shard_of
+from ditmoe.parallel.tensor.shards import TensorShard, shard_of
 
 Initial = Callable[[str, tuple[int, ...]], Tensor]
-"""Name and shape of a canonical parameter → its value; the same on every rank."""
+"""Name and shape of a canonical parameter → its value; the same on every rank, and called in several threads."""
+MOST_THREADS: Final = 4
+"""That make values, each of which has one canonical parameter in fp32."""
+
+
+def give_memory(network: DiT, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter memory on the CPU, to which nothing is written, and fixed tensors their values.
+
+    Args:
+        dtype: of the parameters.
+        device: where the network will compute.
+    """
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            memory = nn.Parameter(torch.empty(parameter.shape, dtype=dtype), parameter.requires_grad)
+            memory.__dict__.update(parameter.__dict__)  # what tensor ranks say of their parts
+            setattr(module, name, memory)
+    if network.has_first:
+        config = network.config
+        assert config.image_size is not None
+        network.pos_embed = position_embedding(config.hidden, config.image_size // config.patch).to(device)
+
+
+def cut_for_zero_3(network: nn.Module, layout: Layout, settings: dict[str, Any], grid: Any) -> Any:
+    """Leave this rank its part of each parameter but for those that DeepSpeed's expert layers take, as they do.
+
+    Returns:
+        a function that leaves this rank its part of further parameters.
+    """
+    from deepspeed import zero
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    class Cut(zero.Init):  # type: ignore[misc]
+        """DeepSpeed's, for parameters without values: nothing is sent around, and no two are whole at a time."""
+
+        def _convert_to_zero_parameters(self, param_list: Any) -> None:
+            for parameter in param_list:
+                if not is_zero_param(parameter):
+                    self._zero_init_param(parameter)
+
+        def _zero_init_param(self, param: Any) -> None:
+            param.data = torch.empty(param.shape, dtype=param.dtype, device=self.local_device)
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    replaced = (".moe.experts.", ".moe.gate.") if layout.expert > 1 else ()
+    kept = [p for name, p in network.named_parameters() if not any(part in name for part in replaced)]
+    cut = Cut(
+        module=nn.ParameterList(kept),
+        data_parallel_group=None if grid is None else grid.get_data_parallel_group(),
+        dtype=kept[0].dtype,
+        config_dict_or_path=copy.deepcopy(settings),
+        mpu=grid,
+    )
+    return cut._convert_to_zero_parameters
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a rank keeps of a canonical parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of all of it, or of this tensor rank's part."""
+    shard: TensorShard | None
+    first: int
+    """Of the elements of that shape, flattened, the first that is kept."""
+    memory: Tensor
+    """`[length]`"""
+
+    def fill(self, initial: Initial) -> None:
+        """Make the value, and keep what is this rank's."""
+        with torch.no_grad():
+            if self.shard is None:
+                value = initial(self.name, self.shape)
+            else:
+                value = self.shard.take(initial(self.name, self.shard.whole_shape(self.shape)))
+            self.memory.copy_(value.reshape(-1).narrow(0, self.first, len(self.memory)))
 
 
 @torch.no_grad()
-def fill(network: nn.Module, layout: Layout, initial: Initial) -> None:
-    """Give every parameter that this rank holds, or its part of it, the initial value of its canonical name."""
+def fill(network: nn.Module, layout: Layout, initial: Initial | None) -> None:
+    """Give every parameter that this rank holds, or its part of it, the initial value of its canonical name.
+
+    Args:
+        initial: None: zeros, because a checkpoint's values will take their place.
+    """
     expert_rank = layout.expert_rank(dist.get_rank())
-    for name, parameter in network.named_parameters():
-        shard = shard_of(parameter)
-        for canonical, held in canonical_parts(published_name(name), parameter, expert_rank):
-            if shard is None:
-                held.copy_(initial(canonical, tuple(held.shape)))
-            else:
-                held.copy_(shard.take(initial(canonical, shard.whole_shape(tuple(held.shape)))))
+    if initial is None:
+        for parameter in network.parameters():
+            _kept(parameter)[0].zero_()
+        return
+    parts = [part for name, p in network.named_parameters() for part in _parts(name, p, expert_rank)]
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(lambda part: part.fill(initial), parts):
+            pass  # raises what a thread has raised
+
+
+def _kept(parameter: Any) -> tuple[Tensor, int]:
+    """This rank's memory of a parameter, flat, and where in it that begins."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach().view(-1), 0
+    memory: Tensor = parameter.ds_tensor
+    return memory, memory.numel() * parameter.ds_zero_partition_rank
+
+
+def _parts(name: str, parameter: Any, expert_rank: int) -> Iterator[_Part]:
+    """What this rank keeps of a parameter, or of each of its experts."""
+    memory, start = _kept(parameter)
+    shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
+    name = published_name(name)
+    experts = split_experts(name, expert_rank * shape[0], shape[0])
+    names, shape = ([name], shape) if experts is None else (experts, shape[1:])
+    size = torch.Size(shape).numel()
+    memory[max(0, size * len(names) - start) :].zero_()  # ZeRO 3 fills up the last rank's part
+    for number, canonical in enumerate(names):
+        first, last = max(start, number * size), min(start + len(memory), (number + 1) * size)
+        if first < last:
+            yield _Part(canonical, shape, shard, first - number * size, memory[first - start : last - start])
 
 
 def canonical_parts(name: str, parameter: Tensor, expert_rank: int) -> Iterator[tuple[str, Tensor]]:

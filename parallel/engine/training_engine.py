@@ -95,13 +95,13 @@ class TrainingEngine:
         precision: str,
         extra: dict[str, Any],
         device: torch.device,
-        initial: Initial,
+        initial: Initial | None,
     ) -> None:
         """Share a network out over the ranks, give it its initial weights and hand it over to DeepSpeed.
 
         Args:
-            network: the blocks of this rank's pipeline stage, without values.
-            initial: the value of each parameter.
+            network: the blocks of this rank's pipeline stage, without values: best on the meta device.
+            initial: the value of each parameter; None: a checkpoint's values will be written (`resume_at`).
             precision: `fp32` or `bf16` (then with fp32 master weights).
             extra: the configuration's `deepspeed` section.
         """

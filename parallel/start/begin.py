@@ -20,8 +20,8 @@ from ditmoe.parallel.start.source import Source, Start, opened
 class Beginning:
     """The first weights of a run."""
 
-    initial: Initial
-    """The value of each parameter."""
+    initial: Initial | None
+    """The value of each parameter; None: the run resumes, and a checkpoint has them."""
     facts: dict[str, Any] | None = None
     """Where they are from, as plain data; None: from nowhere, or the run resumes."""
     lines: tuple[str, ...] = ()
@@ -39,11 +39,11 @@ def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginn
     Raises:
         UserError: what the run is to start from is not there, is damaged, or does not fit: the same on all ranks.
     """
+    if from_first_rank(lambda: bool(checkpoint_entries(run_dir))):
+        yield Beginning(None, lines=() if start is None else (_ignored(start),))
+        return
     if start is None:
         yield Beginning(fresh)
-        return
-    if from_first_rank(lambda: bool(checkpoint_entries(run_dir))):
-        yield Beginning(fresh, lines=(_ignored(start),))
         return
     with opened(start, _damage_on_any_rank) as source:
         values = plan_transfer(source.config, start.model, str(start.path))

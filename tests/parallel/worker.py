@@ -110,11 +110,12 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         offload=case["offload"],
     )
     config = make_config(case)
-    network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
+    with torch.device("meta"):
+        network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
     network.checkpoint_blocks = case["checkpointing"]
     objective = ObjectiveConfig(kind=case["objective"])
     start = case["start_from"] and Start(Path(case["start_from"]), None, None, config, objective)
-    with begun(Path("no run"), start, initial_of(case)) as beginning:
+    with begun(Path(case["load"] or "no run"), start, initial_of(case)) as beginning:
         return TrainingEngine(
             network,
             make_objective(objective),
