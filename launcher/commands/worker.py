@@ -40,6 +40,7 @@ def command(
     from ditmoe.data.crew.members import join_crew
     from ditmoe.data.crew.tasks import TALLY_VARIABLE
     from ditmoe.launcher.local.crew_workers import check_gpus, own_address, worker_environments
+    from ditmoe.launcher.local.signals import ending_orderly
     from ditmoe.parallel.ranks import this_process
     from ditmoe.slurm.heartbeats import FOLDER_VARIABLE, Heart
     from ditmoe.slurm.job_folder import tally_of
@@ -54,7 +55,7 @@ def command(
     heart = Heart.of_this_process(process.rank, process.ranks)
     for name in STRANGERS:  # a worker is no rank, whatever the task of srun is that started it
         os.environ.pop(name, None)
-    with heart:
+    with heart, ending_orderly():
         join_crew(
             folder,
             environments,

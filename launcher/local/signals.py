@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
@@ -25,6 +27,28 @@ REPEAT_SECONDS: Final = 0.5
 """A second Ctrl-C sooner than this is the first one again: `timeout` and some terminals send it twice."""
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+
+
+@contextmanager
+def ending_orderly() -> Iterator[None]:
+    """Within this context SIGTERM and SIGHUP end the process as an error does: what it has begun is ended first.
+
+    The exit code is 128 + their number, as a shell has it of a process that a signal killed. A second one changes
+    nothing, and one that is ignored stays so.
+    """
+    numbers = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    before = [signal.signal(each, end) for each in numbers]
+    try:
+        yield
+    finally:
+        for each, handler in zip(numbers, before, strict=True):
+            signal.signal(each, handler)
 
 
 class StopSignal:

@@ -16,6 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
+from ditmoe.data.crew.leader import lead_crew
 from ditmoe.data.making.pack import PackSettings, pack
 from ditmoe.data.making.sources.opening import open_source
 from ditmoe.data.making.sources.shapes import Shapes
@@ -193,3 +194,27 @@ def test_one_worker_serves_every_command_without_being_told_which(
     finally:
         worker.terminate()
         worker.wait(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_workers_that_are_asked_to_end_leave_nothing_and_say_nothing(tmp_path: Path, number: int) -> None:
+    with lead_crew(tmp_path / "crew", []):
+        keeper = subprocess.Popen(
+            [sys.executable, *DITMOE, "worker", str(tmp_path / "crew"), "--processes=2"],
+            env=ENVIRONMENT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert keeper.stderr is not None
+        assert "2 workers at 127.0.0.1 join" in keeper.stderr.readline()
+        process, end = psutil.Process(keeper.pid), time.monotonic() + 120
+        while (
+            len(process.children()) < 3 and time.monotonic() < end
+        ):  # two workers, and what tracks their resources
+            time.sleep(0.1)
+        started = process.children(recursive=True)
+        keeper.send_signal(number)
+        said = keeper.communicate(timeout=120)[1]
+        assert keeper.returncode == 128 + number and said == "", said
+        _, alive = psutil.wait_procs(started, timeout=60)
+        assert not alive
