@@ -59,7 +59,7 @@ def test_what_is_not_requeued(play: Callable[..., Supervised], cluster: Cluster)
     cluster.wait_for_state(number, "FAILED")
     (end,) = ends(job)
     assert (end.outcome, end.decision, end.exit_code) == ("user-error", "stop", 2), job.output
-    assert "optim.lr: wrong" in end.reason
+    assert "optim.lr: wrong" in end.reason, job.output
     assert cluster.job(number)["ExitCode"] == "2:0" and cluster.job(number)["Restarts"] == "0"
     cluster.run("scontrol", "requeue", number)
     cluster.wait(lambda: cluster.job(number)["Restarts"] == "1", "the requeue", 60)
