@@ -17,8 +17,8 @@ def attend(q_BHTd: Tensor, k_BHTd: Tensor, v_BHTd: Tensor) -> Tensor:
 
 
 class _AttentionOnCpu(torch.autograd.Function):
-    """torch's forward pass, of which nothing but the result is kept; its backward pass, which takes three times as
-    long as these products (docs/performance.md), is written out."""
+    """torch's forward pass, of which nothing but its inputs is kept; its backward pass, slower than these
+    products (docs/performance.md), is written out."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -54,4 +54,4 @@ class BareStep:
         if self.master is not self._weights:
             torch._foreach_copy_(self._weights, self.master)
         update_ema(self.ema, self.master, 0.9999)
-        return float(loss)
+        return float(loss.detach())

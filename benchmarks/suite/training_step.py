@@ -10,6 +10,7 @@ from benchmarks.suite.engines import make_engine
 from benchmarks.suite.figure import Figure, in_turns, rate
 from benchmarks.suite.networks import batch_of, plain_network
 from benchmarks.suite.settings import Settings
+from ditmoe.launcher.local.memory import keep_freed_memory
 from ditmoe.model.count import TRAINING_PASSES, count
 from ditmoe.parallel import processes
 
@@ -21,6 +22,8 @@ EMA (read and written), each once."""
 def measure(settings: Settings) -> Iterator[Figure]:
     """In fp32 and in bf16."""
     processes.join(settings.device)
+    if settings.device.type == "cpu":
+        keep_freed_memory()  # as training has it; the baseline gains by it too
     config, batch = settings.model, batch_of(settings)
     counted = count(config)
     flops = TRAINING_PASSES * counted.flops * settings.batch

@@ -26,6 +26,7 @@ FREE: Final = (
     "train.checkpoint_every",
     "train.log_samples",
     "train.peak_tflops",
+    "train.emulated_bf16",
 )
 """Keys, with all below them, that may change when a run is resumed, and do not change its loss curve."""
 

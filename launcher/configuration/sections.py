@@ -68,6 +68,9 @@ class TrainConfig(Settings):
     tf32: bool = True
     """On GPUs: round what is multiplied in fp32 to TF32 (10 bits of fraction; the sums stay fp32), which tensor
     cores multiply up to 8 times as fast. It is more exact than bf16; false: fp32 throughout."""
+    emulated_bf16: bool = False
+    """Train in bf16 on a CPU that has no instructions for it (neither AMX nor AVX512-BF16, nor Arm's BF16), 44 to
+    500 times slower than in fp32. Without this, such a run is refused."""
     skip_steps: Annotated[tuple[int, ...], Unit("optimiser steps")] = ()
     """Steps (counted from 1) that pass without an update: they consume their samples and count as steps, but
     weights, moments and EMA stay as they are. Meant for a step whose loss is not finite whenever it is

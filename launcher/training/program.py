@@ -15,6 +15,8 @@ from ditmoe.data.stream.dataset import Dataset, open_dataset
 from ditmoe.data.stream.stream import start_readers
 from ditmoe.launcher.configuration.resume import Change
 from ditmoe.launcher.configuration.run_config import RunConfig
+from ditmoe.launcher.local.memory import keep_freed_memory
+from ditmoe.launcher.local.processor import check_bf16
 from ditmoe.launcher.local.signals import StopSignal, keep_exit_code
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import RunState, StateFile
@@ -46,6 +48,8 @@ def run_training(config: RunConfig) -> int:
         # Processes are forked before anything of CUDA is here, which no fork may use.
         data = _opened_data(config, stack)
         device = own_device(config.launch.device, "launch.processes =")
+        if device.type == "cpu":
+            check_bf16(config.train.precision, config.train.emulated_bf16)
         set_tf32(device, config.train.tf32)
         processes.join(device)
         folder = RunFolder(config.run.dir)
@@ -67,6 +71,8 @@ def run_training(config: RunConfig) -> int:
             with telling_checkpoint(folder.path):
                 if dist.get_rank() == 0:
                     trainer.open_reports(stack, changes)
+                if device.type == "cpu":
+                    keep_freed_memory()  # not before: what the start frees is not needed again
                 complete = trainer.train()
         except (Exception, KeyboardInterrupt) as error:
             if state is not None:
