@@ -128,6 +128,14 @@ class DiT(nn.Module):
         """The prediction from what leaves the last block, float32 `[B, out_channels, H, W]`."""
         return self._unpatchify(self.final_layer(x_BTD, condition_BD)).float()
 
+    def hidden(self, x_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """What leaves the last block, `[B, T, D]`: `forward` without its end, which is `predict_hidden`."""
+        return self.transform(*self.embed(x_BCHW, timestep_B, label_B))[0]
+
+    def predict_hidden(self, x_BTD: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """The prediction from what leaves the last block, or stands for it, float32 `[B, out_channels, H, W]`."""
+        return self.predict(x_BTD, self.t_embedder(timestep_B) + self.y_embedder(label_B))
+
     def _unpatchify(self, patches_BTP: Tensor) -> Tensor:
         """`[B, T, patch²·C]` → `[B, C, H, W]`; within a patch the channel runs fastest."""
         patch, channels = self.config.patch, self.config.out_channels

@@ -180,6 +180,15 @@ class NetworkOfGroup(nn.Module):
         predicted: Tensor = self.network(x_BCHW, timestep_B, label_B)
         return predicted
 
+    def hidden(self, x_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """As `DiT.hidden`. The other ranks of the group evaluate the network too, or `finish`."""
+        self.group.any_draws(True)
+        return self.network.hidden(x_BCHW, timestep_B, label_B)
+
+    def predict_hidden(self, x_BTD: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """As `DiT.predict_hidden`, by this rank alone."""
+        return self.network.predict_hidden(x_BTD, timestep_B, label_B)
+
     @torch.inference_mode()
     def finish(self) -> None:
         """Hold this rank's experts ready until every rank of the group has come here."""

@@ -165,6 +165,25 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         ],
         None,
     ),
+    "cfg_sigma_min": (
+        Annotated[float, typer.Option(min=0, help="Guide only steps from a σ above this.")],
+        0.0,
+    ),
+    "cfg_sigma_max": (
+        Annotated[float | None, typer.Option(help="Guide only steps from a σ up to this. [default: any]")],
+        None,
+    ),
+    "cache_interval": (
+        Annotated[
+            int,
+            typer.Option(min=1, help="Ask the network's blocks at each such step only, and extrapolate between."),
+        ],
+        1,
+    ),
+    "cache_order": (
+        Annotated[int, typer.Option(min=0, help="Degree of that extrapolation; 0 repeats.")],
+        1,
+    ),
     "precision": (
         Annotated[Literal["fp32", "bf16"], typer.Option(help="Number type in which the network computes.")],
         "fp32",

@@ -104,7 +104,7 @@ def command(
     from ditmoe.sampling.drawing.generate import check_finite, generate
     from ditmoe.sampling.drawing.together import generate_together
     from ditmoe.sampling.integrators.few_steps import noise_warnings
-    from ditmoe.sampling.integrators.samplers import planned_nfe
+    from ditmoe.sampling.integrators.samplers import planned_passes
     from ditmoe.sampling.jobs.workers import join_workers
     from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
     from ditmoe.sampling.network.of_group import check_dealt
@@ -195,7 +195,8 @@ def command(
     start = time.perf_counter()
     # A batch of the size that is asked for is filled up, so that an image has the same bits beside any others.
     rows = min(batch or 64, count) if chosen_seeds is None or batch is None else batch
-    shown = DrawingProgress(count, rows, None if config.chains else planned_nfe(config))
+    planned = None if config.chains else planned_passes(config, model.objective_config)
+    shown = DrawingProgress(count, rows, None if planned is None else planned.full)
     images = (generate if group is None else generate_together)(
         model,
         torch.tensor(label_of),
@@ -240,8 +241,9 @@ def check_possible(config: "SamplerConfig", *, seeds: str | None, count: int | N
 def told(images: "Generated", config: "SamplerConfig", seconds: float) -> str:
     """How many images were drawn, how, and in which time each."""
     steps = f"{config.steps} steps, " if config.integrator != "rk45" else ""
-    doubled = images.network_evaluations != images.nfe
-    evaluations = f" ({images.network_evaluations:g} network evaluations)" if doubled else ""
+    counts = [f"{images.network_evaluations:g} network evaluations"] * (images.network_evaluations != images.nfe)
+    counts += [f"{images.cached_evaluations:g} extrapolated"] * (images.cached_evaluations > 0)
+    evaluations = f" ({', '.join(counts)})" if counts else ""
     count = len(images.image_NHWC)
     return (
         f"{count} image{'s' if count != 1 else ''}, {config.sampler}, {steps}NFE {images.nfe:g} per image"

@@ -8,15 +8,16 @@ cancelled ends at its next step.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ditmoe.data.shards.images import to_uint8
 from ditmoe.model.errors import UserError
@@ -29,6 +30,7 @@ from ditmoe.sampling.drawing.noise import ImageNoise
 from ditmoe.sampling.drawing.pixels import as_bytes
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.network.load import LoadedModel
+from ditmoe.sampling.network.pace import SplitNetwork
 from ditmoe.sampling.noise_level.levels import NoisePosterior
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import NOT_FINITE
@@ -55,6 +57,10 @@ class OneImage:
     """Of a chain: σ of the state that was denoised."""
     trace_T: Tensor | None = None
     """Of a chain: σ after each step since the sample before, float32."""
+    passes: int = 0
+    """Through the network: guidance takes two for each evaluation."""
+    cached_passes: int = 0
+    """Those whose blocks were extrapolated in place of asked."""
 
     def checked(self) -> "OneImage":
         """Itself. NotFinite where it is not."""
@@ -175,7 +181,10 @@ class Engine:
         assert channels and size
         self._check(ticket)
         denoiser = make_denoiser(
-            partial(self._network, ticket, passes), model.model_config, model.objective_config, config
+            _Asking(partial(self._network, ticket, passes), model.network),
+            model.model_config,
+            model.objective_config,
+            config,
         )
         shape = (channels, size, size)
         if config.chains:
@@ -190,7 +199,8 @@ class Engine:
         finite = bool(pixels_BCHW.isfinite().all())
         image_HWC = to_uint8(pixels_BCHW if finite else torch.zeros_like(pixels_BCHW))[0].permute(1, 2, 0)
         nfe = drawn.nfe if drawn.nfe_B is None else int(drawn.nfe_B[0])
-        return [OneImage(image_HWC.contiguous(), nfe, finite)]
+        full, cached = denoiser.network_evaluations, denoiser.cached_evaluations
+        return [OneImage(image_HWC.contiguous(), nfe, finite, passes=full, cached_passes=cached)]
 
     def _draw_chain(
         self,
@@ -220,8 +230,9 @@ class Engine:
                 batch=1,
                 state_file=ticket.state_file,
             )
+        guided = 1 if config.cfg_scale == 1 else 2
         return [
-            OneImage(image_HWC, int(nfe), bool(finite), float(sigma), trace_T)
+            OneImage(image_HWC, int(nfe), bool(finite), float(sigma), trace_T, int(nfe) * guided)
             for image_HWC, nfe, sigma, trace_T, finite in zip(*drawn, strict=True)
         ]
 
@@ -238,11 +249,18 @@ class Engine:
                 self._asked.notify()
 
     def _network(
-        self, ticket: Ticket, passes: Passes, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor
+        self,
+        ticket: Ticket,
+        passes: Passes,
+        input_BCHW: Tensor,
+        timestep_B: Tensor,
+        label_B: Tensor,
+        *,
+        hidden: bool = False,
     ) -> Tensor:
-        """What the network predicts, in a pass with what others ask."""
+        """What the network predicts, or what leaves its blocks, in a pass with what others ask."""
         self._check(ticket)
-        call = Call(passes, input_BCHW, timestep_B, label_B)
+        call = Call(passes, input_BCHW, timestep_B, label_B, hidden)
         with self._lock:
             self._calls.append(call)
             self._asked.notify()
@@ -270,9 +288,27 @@ class Engine:
                     calls, self._calls = self._calls, []
                 if not calls:
                     return
-                calls.sort(key=lambda call: id(call.passes))
-                for passes, group in groupby(calls, key=lambda call: call.passes):
+                calls.sort(key=lambda call: (id(call.passes), call.hidden))
+                for (passes, _), group in groupby(calls, key=lambda call: (call.passes, call.hidden)):
                     passes.run(list(group))
+
+
+class _Asking:
+    """A network whose blocks are asked in passes with what others ask; what follows them is of one image."""
+
+    def __init__(self, ask: Callable[..., Tensor], network: nn.Module) -> None:
+        self._ask, self._split = ask, cast(SplitNetwork, network)
+
+    def __call__(self, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        return self._ask(input_BCHW, timestep_B, label_B)
+
+    def hidden(self, x_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """As of the network."""
+        return self._ask(x_BCHW, timestep_B, label_B, hidden=True)
+
+    def predict_hidden(self, x_BTD: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+        """As of the network, in the image's own thread."""
+        return self._split.predict_hidden(x_BTD, timestep_B, label_B)
 
 
 def users_mistake(error: BaseException) -> bool:

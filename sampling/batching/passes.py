@@ -11,12 +11,13 @@ of itself: that is the same by construction, and slow.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Event
-from typing import Final
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 
 from ditmoe.sampling.network.denoiser import Network
+from ditmoe.sampling.network.pace import SplitNetwork
 
 TRIALS: Final = 12
 """Passes in other company that a network is tried with, beside one for each place."""
@@ -30,6 +31,8 @@ class Call:
     input_BCHW: Tensor
     timestep_B: Tensor
     label_B: Tensor
+    hidden: bool = False
+    """What leaves the last block is asked for, and not what is predicted from it."""
     done: Event = field(default_factory=Event)
     output_BCHW: Tensor | None = None
     error: BaseException | None = None
@@ -60,8 +63,12 @@ class Passes:
         """Rows of several images share a pass."""
 
     def run(self, calls: Sequence[Call]) -> None:
-        """Answer all calls, each with its output or with what went wrong, which is then the same for all."""
+        """Answer all calls, each with its output or with what went wrong, which is then the same for all.
+
+        They are of one kind: all of them `hidden`, or none.
+        """
         try:
+            network = cast(SplitNetwork, self._network).hidden if calls[0].hidden else self._network
             asked = (
                 torch.cat([call.input_BCHW for call in calls]),
                 torch.cat([call.timestep_B for call in calls]),
@@ -71,7 +78,7 @@ class Passes:
             outputs = []
             for first in range(0, len(asked[0]), size):
                 part = tuple(each[first : first + size] for each in asked)
-                outputs.append(self._pass(part[0], part[1], part[2]))
+                outputs.append(self._pass(network, part[0], part[1], part[2]))
                 self._on_pass(len(part[0]))
             lengths = [len(call.input_BCHW) for call in calls]
             for call, output_BCHW in zip(calls, torch.split(torch.cat(outputs), lengths), strict=True):
@@ -83,14 +90,17 @@ class Passes:
             for call in calls:
                 call.done.set()
 
-    def _pass(self, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+    def _pass(self, network: Network, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
         """Up to `rows` rows, filled up with the last one."""
         count = len(input_BCHW)
         place_R = torch.arange(self._rows, device=input_BCHW.device).clamp(max=count - 1)
-        return self._network(input_BCHW[place_R], timestep_B[place_R], label_B[place_R])[:count]
+        return network(input_BCHW[place_R], timestep_B[place_R], label_B[place_R])[:count]
 
     def _rows_are_alone(self, shape: tuple[int, int, int], classes: int, device: torch.device) -> bool:
-        """Whether each of some rows is the same at every place, and whatever the other rows are."""
+        """Whether each of some rows is the same at every place, and whatever the other rows are.
+
+        Tried with what is predicted, which differs where anything on the way to it does.
+        """
         rows = self._rows
         random = torch.Generator().manual_seed(0)
         pool = 2 * rows
@@ -103,7 +113,7 @@ class Passes:
         with torch.inference_mode():
             for order in orders:
                 place_R = order.to(device)
-                output = self._pass(input_PCHW[place_R], timestep_P[place_R], label_P[place_R])
+                output = self._pass(self._network, input_PCHW[place_R], timestep_P[place_R], label_P[place_R])
                 for row, output_CHW in zip(order.tolist(), output, strict=True):
                     if not torch.equal(known.setdefault(row, output_CHW.clone()), output_CHW):
                         return False

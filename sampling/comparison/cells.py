@@ -29,8 +29,20 @@ _NOT_OF_ONE_SAMPLER: Final = {
     "tolerance": "`tolerances` sets it",
     "dlg": "`chains` has the chains, for every sampler",
     "seed": "it is one for the whole comparison",
+    "cache_interval": "`nfe` counts evaluations, and does not tell apart what is extrapolated",
+    "cache_order": "it goes with cache_interval",
 }
-_COMMON: Final = ("cfg_scale", "cfg_channels", "schedule", "precision", "tweedie", "ddpm_timestep", "seed")
+_COMMON: Final = (
+    "cfg_scale",
+    "cfg_channels",
+    "cfg_sigma_min",
+    "cfg_sigma_max",
+    "schedule",
+    "precision",
+    "tweedie",
+    "ddpm_timestep",
+    "seed",
+)
 _NAME: Final = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 
 
@@ -121,6 +133,10 @@ class ComparisonConfig(Settings):
     """Classifier-free guidance; 1: none."""
     cfg_channels: int | None = Field(default=None, ge=1, le=1024)
     """Channels that guidance acts on; null: all."""
+    cfg_sigma_min: float = Field(default=0.0, ge=0)
+    """Guidance acts at steps from a σ above this alone."""
+    cfg_sigma_max: float | None = Field(default=None, gt=0)
+    """Guidance acts at steps from a σ up to this alone; null: from any."""
     schedule: ScheduleName | None = None
     """Noise levels; null: each sampler's own choice."""
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditmoe.sampling.network.denoiser import Denoised, Denoiser, StepTaken
+from ditmoe.sampling.network.pace import Pace
 
 
 class Watcher(Protocol):
@@ -37,12 +38,15 @@ class WatchedDenoiser(Denoiser):
 
     def denoise(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Denoised:
         """As that of the denoiser."""
+        before = self._denoiser.network_evaluations
         found = self._denoiser.denoise(x_BCHW, sigma_B, label_B)
         self.nfe, self.network_evaluations = self._denoiser.nfe, self._denoiser.network_evaluations
+        self.cached_evaluations = self._denoiser.cached_evaluations
         if self._watcher is not None and not self._steps_are_told:
             self._watcher.see(sigma_B, found.x0_BCHW)
-        if self._on_evaluation is not None:
-            self._on_evaluation(len(sigma_B))
+        rows = (self.network_evaluations - before) * len(sigma_B)
+        if self._on_evaluation is not None and rows:
+            self._on_evaluation(rows)
         return found
 
     @contextmanager
@@ -56,6 +60,10 @@ class WatchedDenoiser(Denoiser):
             yield self._watcher.take
         finally:
             self._steps_are_told = False
+
+    def follow(self, pace: Pace | None) -> None:
+        """As that of the denoiser."""
+        self._denoiser.follow(pace)
 
     def own_schedule(self, sigma_B: Tensor, steps: int) -> Tensor:
         """As that of the denoiser."""
@@ -169,7 +177,8 @@ def watched(denoiser: Denoiser, film: Watcher | None, on_evaluation: Callable[[i
     """The denoiser, with a film of its estimates where one is wanted.
 
     Args:
-        on_evaluation: called after each evaluation with the images that it was of; None: nobody is.
+        on_evaluation: called after each evaluation with the rows that went through the network for it; None:
+            nobody is.
     """
     if film is None and on_evaluation is None:
         return denoiser

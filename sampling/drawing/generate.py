@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from ditmoe.model.config import ModelConfig
+from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.threads import map_in_threads, threads_of
 from ditmoe.parallel.expert_group import NetworkOfGroup
@@ -25,9 +25,10 @@ from ditmoe.sampling.drawing.frames import Film, PacedFilm, watched
 from ditmoe.sampling.drawing.noise import ImageNoise, noise_threads
 from ditmoe.sampling.drawing.pixels import as_bytes, as_pictures, bytes_on_cpu, developed, pixels_of
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
-from ditmoe.sampling.integrators.samplers import integrate, start_of
+from ditmoe.sampling.integrators.samplers import integrate, pace_of, planned_nfe, planned_passes, start_of
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.network.load import LoadedModel
+from ditmoe.sampling.network.pace import Passes
 from ditmoe.sampling.noise_level.levels import NoisePosterior
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import NOT_FINITE
@@ -52,8 +53,8 @@ class Generated(NamedTuple):
     """uint8 on the CPU: −1…1 clipped and rounded to 0…255."""
     nfe_N: Tensor
     """Evaluations of the denoiser that each image took, int64."""
-    passes_per_evaluation: int
-    """Of an image through the network: two under guidance."""
+    passes_per_evaluation: float
+    """Of an image through the network, on average: two under guidance, none where its blocks are foretold."""
     chains: ChainImages | None = None
     """Of chains also the way to each image."""
     finite_N: Tensor | None = None
@@ -61,6 +62,8 @@ class Generated(NamedTuple):
     frames_NFHWC: Tensor | None = None
     """uint8 on the CPU: what the network took each image for on the way, the last frame the image; None: not
     asked for."""
+    cached_per_evaluation: float = 0.0
+    """Passes of an image, on average, whose blocks were foretold."""
 
     @property
     def nfe(self) -> float:
@@ -71,6 +74,11 @@ class Generated(NamedTuple):
     def network_evaluations(self) -> float:
         """Passes through the network per image: twice the NFE under guidance."""
         return self.nfe * self.passes_per_evaluation
+
+    @property
+    def cached_evaluations(self) -> float:
+        """Passes per image beside those whose blocks were foretold."""
+        return self.nfe * self.cached_per_evaluation
 
 
 def default_labels(image_numbers: Sequence[int], num_classes: int, images_per_unit: int = 1) -> Tensor:
@@ -106,14 +114,14 @@ def generate(
             chain of their seed, number and class.
         frames: so many of the steps, or all where they are fewer, are kept as the frames of an animation; None: no
             frames. Images of `rk45` and of chains, whose steps are their own, have so many frames in any case.
-        on_evaluation: called, by any thread, after an evaluation, with the images that it was of; also those that
-            fill up a batch. Of independent images.
+        on_evaluation: called, by any thread, after an evaluation, with the rows that went through the network for
+            it: an image counts twice under guidance. Also images that fill up a batch. Of independent images.
 
     Raises:
         UserError: as `generate_float`; there is no classifier for chains, or what was kept is of others.
     """
     config = config.resolved(model.objective_config)
-    passes = 1 if config.cfg_scale == 1 else 2
+    passes, cached = _passes_per_evaluation(config, model.objective_config)
     if not config.chains:
         channels, height, width = model.image_shape
         images = [torch.empty(0, height, width, channels, dtype=torch.uint8)]
@@ -136,7 +144,7 @@ def generate(
             on_evaluation=on_evaluation,
         )
         frames_NFHWC = torch.cat(filmed) if filmed else None
-        return Generated(torch.cat(images), torch.cat(nfe), passes, None, torch.cat(finite), frames_NFHWC)
+        return Generated(torch.cat(images), torch.cat(nfe), passes, None, torch.cat(finite), frames_NFHWC, cached)
     labels = _checked_labels(model, labels, image_numbers, config)
     device = next(model.network.parameters()).device
     if posterior is None:
@@ -180,6 +188,14 @@ def generate(
         )
     frames_NFHWC = filmed[0] if filmed else None
     return Generated(drawn.image_NHWC, drawn.nfe_N, passes, drawn, drawn.finite_N, frames_NFHWC)
+
+
+def _passes_per_evaluation(config: SamplerConfig, objective: ObjectiveConfig) -> Passes:
+    if not config.paced:
+        return Passes(1 if config.cfg_scale == 1 else 2, 0)
+    nfe, passes = planned_nfe(config), planned_passes(config, objective)
+    assert nfe and passes is not None
+    return Passes(passes.full / nfe, passes.cached / nfe)
 
 
 def generate_float(
@@ -343,6 +359,7 @@ def draw(
         initial_BCHW: standard normal; times a deviation (`start_of`) it is what the images start from.
     """
     start = start_of(denoiser, config)
+    denoiser.follow(pace_of(denoiser, config))
     sigma_B = torch.full((len(label_B),), start.sigma, dtype=torch.float64, device=initial_BCHW.device)
     return integrate(denoiser, initial_BCHW * start.deviation, sigma_B, label_B, noise, config)
 

@@ -103,4 +103,5 @@ def _joined(parts: Sequence[tuple[list[int], Generated]]) -> Generated:
         chains,
         finite_N,
         frames_NFHWC,
+        drawn[0].cached_per_evaluation,
     )

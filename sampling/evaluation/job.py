@@ -214,10 +214,19 @@ def facts_of(info: CheckpointInfo, real: Reference, evaluation: Evaluation) -> d
         "model": info.config["model"],
         "objective": info.config["objective"],
         "trained_on": info.dataset.get("name"),
-        # Samplers guide at every noise level, or not at all.
-        "guidance_interval": None if evaluation.sampler.cfg_scale == 1 else "all noise levels",
+        "guidance_interval": _where_it_guides(evaluation.sampler),
         "torch": torch.__version__,
     }
+
+
+def _where_it_guides(sampler: SamplerConfig) -> str | None:
+    """The noise levels of guidance, in words; None: there is none."""
+    if sampler.cfg_scale == 1:
+        return None
+    if not sampler.guides_in_part:
+        return "all noise levels"
+    most = "" if sampler.cfg_sigma_max is None else f" ≤ {sampler.cfg_sigma_max:g}"
+    return f"{sampler.cfg_sigma_min:g} < σ{most}"
 
 
 def choices_of_job(job: Scored) -> tuple[NetworkChoice, ...]:

@@ -24,6 +24,7 @@ from ditmoe.data.crew.making import Make, by_ranks
 from ditmoe.data.storage.claims import Claims
 from ditmoe.data.storage.files import read_object, replacing
 from ditmoe.data.storage.parts import Progress
+from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import counted
 from ditmoe.sampling.evaluation.job import Job, requests_of
@@ -41,11 +42,12 @@ from ditmoe.sampling.evaluation.measures import Measures
 from ditmoe.sampling.evaluation.results import Measured, write_results
 from ditmoe.sampling.evaluation.stages import chunk_store, described_of, missing_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE, key_for, stored_results
-from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.integrators.samplers import planned_nfe, planned_passes
 from ditmoe.sampling.jobs.alone import alone_at
 from ditmoe.sampling.jobs.chunks import DrawChunk
 from ditmoe.sampling.jobs.together import draw_pending_together
 from ditmoe.sampling.jobs.workers import Workers
+from ditmoe.sampling.settings.config import SamplerConfig
 
 LARGEST_DEFAULT_CHUNK: Final = 256
 
@@ -209,8 +211,7 @@ def _run(
                 "id": evaluation.id,
                 **evaluation.plain(),
                 "nfe": nfe,
-                # Guidance takes two for each evaluation.
-                "network_passes": None if nfe is None else nfe * (1 if evaluation.sampler.cfg_scale == 1 else 2),
+                **_passes_of(evaluation.sampler, nfe, job.facts.get("objective")),
                 "vae": evaluation.vae,
                 "batch": job.batch,
                 "chunk": size,
@@ -236,3 +237,12 @@ def _run(
 
     workers.on_first(write)
     return read_object(job.folder / METRICS_FILE)
+
+
+def _passes_of(sampler: SamplerConfig, nfe: float | None, objective: Any) -> dict[str, float | None]:
+    """Passes through the network per image: guidance takes two for each evaluation, and some may be foretold."""
+    if not sampler.paced:
+        return {"network_passes": None if nfe is None else nfe * (1 if sampler.cfg_scale == 1 else 2)}
+    passes = planned_passes(sampler, ObjectiveConfig.model_validate(objective))
+    assert passes is not None
+    return {"network_passes": passes.full, "cached_passes": passes.cached}

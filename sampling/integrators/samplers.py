@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ditmoe.model.config import ObjectiveConfig
 from ditmoe.sampling.integrators.adaptive import rk45
 from ditmoe.sampling.integrators.ddpm import ancestral, ddim
 from ditmoe.sampling.integrators.flow import SCHEDULES, Drawn, NoiseSource, euler, heun
 from ditmoe.sampling.integrators.multistep import dpm_solver
 from ditmoe.sampling.integrators.stochastic import euler_maruyama, heun_with_churn, reverse_diffusion
-from ditmoe.sampling.network.denoiser import Denoiser
+from ditmoe.sampling.network.denoiser import DdpmDenoiser, Denoiser, FlowDenoiser
+from ditmoe.sampling.network.pace import Pace, Passes, full_steps
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.config import SamplerConfig, default_schedule
 from ditmoe.sampling.settings.names import IntegratorName
@@ -37,6 +40,8 @@ class Sampler:
     """(denoiser, x_BCHW, sigma_B, label_B, and by name what is below) → samples."""
     nfe: Callable[[SamplerConfig], int] | None = _one_per_step
     """Evaluations per image, for plans; None: only the denoiser can tell."""
+    stages: Callable[[SamplerConfig], int] = lambda config: 1
+    """Evaluations of a step that are not the last."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """Its own settings: argument → field of the configuration."""
     on_schedule: bool = True
@@ -50,6 +55,14 @@ class Sampler:
     t = 1 of a flow, σ has no bound, and neither have the slope in σ and the noise of a step."""
 
 
+def _two_stages(config: SamplerConfig) -> int:
+    return 2
+
+
+def _corrected(config: SamplerConfig) -> int:
+    return 1 + config.corrector_steps
+
+
 _CORRECTOR: Final = {"corrector_steps": "corrector_steps", "corrector_snr": "corrector_snr"}
 _CHURN: Final = {name: name for name in ("churn", "churn_min", "churn_max", "churn_noise")}
 
@@ -57,12 +70,14 @@ SAMPLERS: Final[dict[IntegratorName, Sampler]] = {
     "ddpm": Sampler(ancestral, noisy=True, from_prior=True),
     "ddim": Sampler(ddim, settings={"eta": "ddim_eta"}, noisy=True, from_prior=True),
     "euler": Sampler(euler, from_prior=True),
-    "heun": Sampler(heun, _two_per_step),
-    "kar1": Sampler(heun, _two_per_step),
-    "kar2": Sampler(heun_with_churn, _two_per_step, _CHURN, noisy=True),
-    "rk45": Sampler(rk45, None, {"tolerance": "tolerance"}, on_schedule=False, ends_by_tweedie=True),
-    "reverse-diffusion": Sampler(reverse_diffusion, _one_per_step_and_correction, _CORRECTOR, noisy=True),
-    "euler-maruyama": Sampler(euler_maruyama, _one_per_step_and_correction, _CORRECTOR, noisy=True),
+    "heun": Sampler(heun, _two_per_step, _two_stages),
+    "kar1": Sampler(heun, _two_per_step, _two_stages),
+    "kar2": Sampler(heun_with_churn, _two_per_step, _two_stages, _CHURN, noisy=True),
+    "rk45": Sampler(rk45, None, settings={"tolerance": "tolerance"}, on_schedule=False, ends_by_tweedie=True),
+    "reverse-diffusion": Sampler(
+        reverse_diffusion, _one_per_step_and_correction, _corrected, _CORRECTOR, noisy=True
+    ),
+    "euler-maruyama": Sampler(euler_maruyama, _one_per_step_and_correction, _corrected, _CORRECTOR, noisy=True),
     "dpm-solver++": Sampler(dpm_solver, from_prior=True),
 }
 
@@ -123,6 +138,37 @@ def start_of(denoiser: Denoiser, config: SamplerConfig) -> Start:
     if config.schedule == "own" and SAMPLERS[config.integrator].from_prior:
         return Start(denoiser.sigma_prior, denoiser.prior_deviation)
     return Start(denoiser.sigma_max, denoiser.sigma_max)
+
+
+def pace_of(denoiser: Denoiser, config: SamplerConfig) -> Pace | None:
+    """What each evaluation of a resolved configuration does; None: each is full, and guided if any is."""
+    if not config.paced:
+        return None
+    sampler = SAMPLERS[config.integrator]
+    assert sampler.nfe is not None and config.schedule is not None and not config.chains
+    sigma_B = torch.tensor([start_of(denoiser, config).sigma], dtype=torch.float64)
+    levels = SCHEDULES[config.schedule](denoiser, sigma_B, config.steps)[0, :-1].tolist()
+    guided = [config.guides_at(level) for level in (*levels, denoiser.sigma_min)]
+    full = full_steps(guided, config.cache_interval, config.cache_order)
+    caches = config.cache_interval > 1
+    return Pace(sampler.nfe(config), sampler.stages(config), guided, full, config.cache_order, caches)
+
+
+def planned_passes(config: SamplerConfig, objective: ObjectiveConfig) -> Passes | None:
+    """Passes of an image through the network; None: each image takes as many as it needs."""
+    nfe = planned_nfe(config)
+    if nfe is None:
+        return None
+    if not config.paced:
+        return Passes(nfe * (1 if config.cfg_scale == 1 else 2), 0)
+    kind = DdpmDenoiser if objective.kind == "ddpm" else FlowDenoiser
+    pace = pace_of(kind(_no_network, 0), config)
+    assert pace is not None
+    return pace.passes(after=1 if _adds_tweedie(config) else 0)
+
+
+def _no_network(input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> Tensor:
+    raise AssertionError("a plan asks no network")
 
 
 def planned_nfe(config: SamplerConfig) -> float | None:

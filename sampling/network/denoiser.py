@@ -13,7 +13,7 @@ Shapes: B images, C channels, N noise levels. σ is float64 per image, images ar
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.schedule import DdpmSchedule, evenly_spaced
+from ditmoe.sampling.network.pace import Evaluation, Forecast, Pace, SplitNetwork
 from ditmoe.sampling.settings.config import SamplerConfig
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -63,6 +64,8 @@ class Denoiser(ABC):
         """Evaluations of D so far, each on a whole batch; guidance does not count twice."""
         self.network_evaluations = 0
         """Images per image asked for that went through the network: 2 for each evaluation under guidance."""
+        self.cached_evaluations = 0
+        """Those whose blocks were foretold in its place."""
 
     def __call__(self, x_BCHW: Tensor, sigma_B: Tensor, label_B: Tensor) -> Tensor:
         """D(x; σ, label), `[B, C, H, W]`. One evaluation."""
@@ -85,6 +88,10 @@ class Denoiser(ABC):
         Its other evaluations are no steps. It matters to those who watch; here nobody does.
         """
         yield lambda taken_B, x0_BCHW: None
+
+    def follow(self, pace: Pace | None) -> None:
+        """Begin a batch whose evaluations do what is told; None: each is full, and guided if any is."""
+        assert pace is None, "this denoiser asks no network"
 
     @abstractmethod
     def own_schedule(self, sigma_B: Tensor, steps: int) -> Tensor:
@@ -112,19 +119,34 @@ class NetworkDenoiser(Denoiser):
         self._null_label = null_label
         self._cfg_scale = cfg_scale
         self._cfg_channels = cfg_channels
+        self._pace: Pace | None = None
+        self._forecast: Forecast | None = None
+        self._first = 0
+
+    def follow(self, pace: Pace | None) -> None:
+        """As of the base class. Foretelling wants a `SplitNetwork`."""
+        self._pace, self._first = pace, self.nfe
+        foretells = pace is not None and pace.caches
+        self._forecast = Forecast(cast(SplitNetwork, self._network), pace.order) if pace and foretells else None
 
     def _predict(self, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """The guided prediction and the channels after it (of the class, unguided), both `[B, C, H, W]`."""
         batch, channels = input_BCHW.shape[:2]
+        evaluation = None if self._pace is None else self._pace[self.nfe - self._first]
         self.nfe += 1
-        if self._cfg_scale == 1:
-            self.network_evaluations += 1
-            output = self._network(input_BCHW, timestep_B, label_B).float()
+        guides = self._cfg_scale != 1 and (evaluation is None or evaluation.guided)
+        rows = 2 if guides else 1
+        if evaluation is None or evaluation.full:
+            self.network_evaluations += rows
+        else:
+            self.cached_evaluations += rows
+        if not guides:
+            output = self._ask(evaluation, input_BCHW, timestep_B, label_B).float()
             prediction = output[:, :channels]
         else:
-            self.network_evaluations += 2
             null_B = torch.full_like(label_B, self._null_label)
-            both = self._network(
+            both = self._ask(
+                evaluation,
                 torch.cat((input_BCHW, input_BCHW)),
                 torch.cat((timestep_B, timestep_B)),
                 torch.cat((label_B, null_B)),
@@ -134,6 +156,14 @@ class NetworkDenoiser(Denoiser):
             prediction = output[:, :channels].clone()
             prediction[:, :guided] = torch.lerp(null[:, :guided], prediction[:, :guided], self._cfg_scale)
         return prediction, output[:, channels:] if output.shape[1] == 2 * channels else None
+
+    def _ask(
+        self, evaluation: Evaluation | None, input_BCHW: Tensor, timestep_B: Tensor, label_B: Tensor
+    ) -> Tensor:
+        """What the network predicts of these rows, from its blocks or with what they give foretold."""
+        if evaluation is None or self._forecast is None:
+            return self._network(input_BCHW, timestep_B, label_B)
+        return self._forecast.predict(evaluation, input_BCHW, timestep_B, label_B)
 
 
 class FlowDenoiser(NetworkDenoiser):

@@ -48,6 +48,10 @@ class SamplerSettings(TypedDict, total=False):
     corrector_snr: float
     tweedie: bool
     cfg_channels: int | None
+    cfg_sigma_min: float
+    cfg_sigma_max: float | None
+    cache_interval: int
+    cache_order: int
     dlg: Mapping[str, Any]
 
 

@@ -102,7 +102,7 @@ async def generate_images(
     start = time.monotonic()
     listed = await asyncio.to_thread(listing.find, request.model, request.step)
     config = request.sampler_config().resolved(listed.info.objective)
-    check_cost(request.count, config, most_images, most_passes, first=request.first)
+    check_cost(request.count, config, listed.info.objective, most_images, most_passes, first=request.first)
     tickets = await asyncio.to_thread(tickets_of, request, listed, user_of(http, request.user).name, posteriors)
     try:
         engine.submit(tickets)
@@ -147,6 +147,8 @@ async def generate_images(
                 "label": ticket.label,
                 "class": listed.class_names[ticket.label],
                 "nfe": image.nfe,
+                "passes": image.passes,
+                "cached_passes": image.cached_passes,
             }
             for (ticket, number, image), png in zip(drawn, encoded, strict=True)
         ],

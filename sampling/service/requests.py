@@ -4,9 +4,10 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.outside.text import counted
 from ditmoe.sampling.evaluation.keeping import Keep
-from ditmoe.sampling.integrators.samplers import planned_nfe
+from ditmoe.sampling.integrators.samplers import planned_nfe, planned_passes
 from ditmoe.sampling.metrics.reference import OnError
 from ditmoe.sampling.service.errors import ServiceError, of_validation
 from ditmoe.sampling.settings.config import SamplerConfig
@@ -202,13 +203,16 @@ def parse(kind: type[Request], body: bytes) -> Request:
         raise of_validation(error) from None
 
 
-def passes_of(config: SamplerConfig, count: int, first: int = 0) -> float:
+def passes_of(
+    config: SamplerConfig, count: int, first: int = 0, objective: ObjectiveConfig | None = None
+) -> float:
     """Rows of passes through the network that images are planned to take; guidance takes two each time.
 
+    Evaluations whose blocks are extrapolated count too, as a tenth: nothing is free in such numbers.
     Of chains with all samples before the first that is asked for.
     """
     if not config.chains:
-        return count * _passes_per_image(config)
+        return count * _passes_per_image(config, objective)
     samples = config.images_per_unit
     last_chain, last_place = divmod(first + count - 1, samples)
     whole = last_chain - first // samples
@@ -221,13 +225,24 @@ def _passes_of_chain(config: SamplerConfig, samples: int) -> float:
     return samples * _passes_per_image(config.model_copy(update={"dlg": dlg}))
 
 
-def _passes_per_image(config: SamplerConfig) -> float:
+def _passes_per_image(config: SamplerConfig, objective: ObjectiveConfig | None = None) -> float:
+    if config.paced:
+        assert objective is not None
+        passes = planned_passes(config, objective)
+        assert passes is not None
+        return passes.full + passes.cached / 10
     nfe = planned_nfe(config)
     return (ADAPTIVE_NFE if nfe is None else nfe) * (1 if config.cfg_scale == 1 else 2)
 
 
 def check_cost(
-    count: int, config: SamplerConfig, most_images: int, most_passes: int, field: str = "n", first: int = 0
+    count: int,
+    config: SamplerConfig,
+    objective: ObjectiveConfig,
+    most_images: int,
+    most_passes: int,
+    field: str = "n",
+    first: int = 0,
 ) -> None:
     """Refuse what is too much; the configuration is resolved. ServiceError."""
     if count > most_images:
@@ -236,7 +251,7 @@ def check_cost(
             f"{field}: {counted(count, 'image')}; expected {most_images:,} at most{_OTHERWISE[field]}",
             param=field,
         )
-    passes = passes_of(config, count, first)
+    passes = passes_of(config, count, first, objective)
     if passes > most_passes:
         raise ServiceError(
             400,

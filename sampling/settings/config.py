@@ -65,6 +65,16 @@ class SamplerConfig(Settings):
     cfg_channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)
     """The number of channels that guidance acts on, from the first; null: all. The published DDPM sampler
     guides only the first 3."""
+    cfg_sigma_min: Annotated[float, Unit("σ")] = Field(default=0.0, ge=0)
+    """Guidance acts at steps from a σ above this alone, and the others cost half. A flow's t is σ/(1 + σ)."""
+    cfg_sigma_max: Annotated[float | None, Unit("σ")] = Field(default=None, gt=0)
+    """Guidance acts at steps from a σ up to this alone; null: from any."""
+    cache_interval: Annotated[int, Unit("integrator steps")] = Field(default=1, ge=1, le=1000)
+    """Only each such step asks the network's blocks; in the others, what they give the final layer is extrapolated
+    from the full steps before, which costs next to nothing. 1: every step is full. Not for rk45 and chains."""
+    cache_order: Annotated[int, NO_UNIT] = Field(default=1, ge=0, le=8)
+    """Degree of that extrapolation, over the numbers of the steps; 0 repeats what the last full step gave. The
+    first cache_order + 1 steps are always full."""
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
     """The timestep that a DDPM network gets for a σ between two of its 1000 levels. `interpolate`: between
     their timesteps, linearly in log σ. `nearest`: that of the nearer level. It makes no difference on the
@@ -92,9 +102,30 @@ class SamplerConfig(Settings):
         """Images that are drawn from one start and have one class: the samples of a chain, or 1."""
         return self.dlg.samples_per_chain if self.chains else 1
 
+    @property
+    def guides_in_part(self) -> bool:
+        """Whether guidance acts at some noise levels alone."""
+        return self.cfg_scale != 1 and (self.cfg_sigma_min > 0 or self.cfg_sigma_max is not None)
+
+    @property
+    def paced(self) -> bool:
+        """Whether evaluations of one image differ in what they ask of the network."""
+        return self.cache_interval > 1 or self.guides_in_part
+
+    def guides_at(self, sigma: float) -> bool:
+        """Whether a step from this σ is guided."""
+        below = self.cfg_sigma_max is None or sigma <= self.cfg_sigma_max
+        return self.cfg_scale != 1 and below and sigma > self.cfg_sigma_min
+
     def plain(self) -> dict[str, Any]:
-        """All settings that matter to the images, as plain data."""
-        return self.model_dump(mode="json", exclude=None if self.chains else {"dlg"})
+        """All settings that matter to the images, as plain data.
+
+        What came later is left out where it changes nothing, so that what was begun before stays the same.
+        """
+        without = set() if self.chains else {"dlg"}
+        without |= {"cache_interval", "cache_order"} if self.cache_interval == 1 else set()
+        without |= set() if self.guides_in_part else {"cfg_sigma_min", "cfg_sigma_max"}
+        return self.model_dump(mode="json", exclude=without)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -111,6 +142,14 @@ class SamplerConfig(Settings):
             )
         if self.churn_min > self.churn_max:
             raise ValueError(f"churn_min = {self.churn_min:g} is above churn_max = {self.churn_max:g}")
+        if self.cfg_sigma_max is not None and self.cfg_sigma_min >= self.cfg_sigma_max:
+            raise ValueError(
+                f"cfg_sigma_min = {self.cfg_sigma_min:g} is not below cfg_sigma_max = {self.cfg_sigma_max:g}"
+            )
+        if self.paced and (self.chains or self.sampler == "rk45"):
+            key = "cache_interval" if self.cache_interval > 1 else "cfg_sigma_min, cfg_sigma_max"
+            reason = "a chain has no sequence of steps" if self.chains else "each image takes steps of its own"
+            raise ValueError(f"{key} with sampler = {self.sampler}: {reason}; expected another, such as heun")
         return self
 
     def resolved(self, objective: ObjectiveConfig) -> "SamplerConfig":
@@ -183,6 +222,8 @@ class PreviewSampler(SamplerConfig):
     seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Image i is a function of (seed, i) alone."""
     dlg: ClassVar[DlgConfig] = DlgConfig()  # type: ignore[misc]
+    cache_interval: ClassVar[int] = 1  # type: ignore[misc]  # the network that trains may be in several processes
+    cache_order: ClassVar[int] = 1  # type: ignore[misc]
 
     @field_validator("sampler", mode="before")
     @classmethod

@@ -28,6 +28,9 @@ def picture_name(
     parts.append(f"cfg{config.cfg_scale:g}")
     if config.cfg_channels is not None and config.cfg_scale != 1:
         parts.append(f"on{config.cfg_channels}channels")
+    if config.guides_in_part:
+        most = "" if config.cfg_sigma_max is None else f"{config.cfg_sigma_max:g}"
+        parts.append(f"sigma{config.cfg_sigma_min:g}-{most}")
     parts.append(f"seed{config.seed}" if seeds is None else f"seeds-{_shortened(ranges(seeds), str(len(seeds)))}")
     if weights != "ema":
         parts.append(weights)
@@ -70,6 +73,8 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
                 words.append(f"{key.replace('_', '-')}{value:g}")
     if config.corrector_steps:
         words.append(f"{config.corrector_steps}corrections-snr{config.corrector_snr:g}")
+    if config.cache_interval > 1:
+        words.append(f"cache{config.cache_interval}-order{config.cache_order}")
     if config.tweedie:
         words.append("tweedie")
     if config.chains:

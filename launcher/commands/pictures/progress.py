@@ -14,14 +14,14 @@ from ditmoe.data.storage import progress
 class DrawingProgress:
     """Shows on stderr how many images are drawn: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, count: int, batch: int, nfe: float | None, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, count: int, batch: int, passes: float | None, clock: Callable[[], float] = time.monotonic):
         """Nothing is drawn yet.
 
         Args:
-            nfe: evaluations that an image will take; None: nobody knows, and whole batches are counted.
+            passes: rows through the network that an image will take; None: nobody knows, and whole batches count.
         """
-        self._count, self._batch, self._nfe, self._clock = count, batch, nfe, clock
-        self._drawn = self._evaluations = 0
+        self._count, self._batch, self._passes, self._clock = count, batch, passes, clock
+        self._drawn = self._rows = 0
         self._said = clock()
         self._lock = Lock()
         self._bar: tqdm[Any] | None = None
@@ -33,20 +33,20 @@ class DrawingProgress:
     def drawn(self, images: int) -> None:
         """So many images are finished."""
         with self._lock:
-            self._drawn, self._evaluations = images, 0
+            self._drawn, self._rows = images, 0
             self._show()
         if images == self._count and self._bar is not None:
             self._bar.close()
 
-    def evaluated(self, images: int) -> None:
-        """The network has looked at so many images of the batch once more; any thread may tell."""
+    def evaluated(self, rows: int) -> None:
+        """So many rows of the batch went through the network; any thread may tell."""
         with self._lock:
-            self._evaluations += images
+            self._rows += rows
             self._show()
 
     def _show(self) -> None:
         under_way = min(self._batch, self._count - self._drawn)
-        share = 0.0 if self._nfe is None else min(1.0, self._evaluations / (self._nfe * max(1, under_way)))
+        share = 0.0 if self._passes is None else min(1.0, self._rows / (self._passes * max(1, under_way)))
         done = self._drawn + under_way * share
         if self._bar is not None:
             self._bar.set_description_str(f"{self._drawn:,} of {self._count:,} images", refresh=False)

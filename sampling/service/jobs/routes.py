@@ -66,7 +66,7 @@ def add_jobs(
         elif request.one_class is not None:
             listed.label_of(request.one_class, "class")
         posterior = posteriors.find(listed, config)
-        check_cost(request.count, config, most_images, most_passes, "count")
+        check_cost(request.count, config, listed.info.objective, most_images, most_passes, "count")
         if request.weights not in listed.info.parts:
             raise ServiceError(400, f"weights: the checkpoint has no {request.weights}", param="weights")
         fixed = request.model_copy(update={"model": listed.run, "step": listed.info.step})

@@ -42,7 +42,7 @@ def test_defaults_are_those_of_the_configuration():
 
 def test_options_survive_being_passed_on():
     changed = {
-        "sampler": "dlg:euler-maruyama",
+        "sampler": "euler-maruyama",
         "steps": 3,
         "schedule": "own",
         "ddim_eta": 0.1,
@@ -54,14 +54,25 @@ def test_options_survive_being_passed_on():
         "corrector_steps": 2,
         "corrector_snr": 0.1 + 0.2,
         "tweedie": True,
-        "dlg": ("skip=3", "step-size=0.125", "class_scales=[1, 2.5]", "restart_every=4"),
         "cfg_scale": 1.25,
         "cfg_channels": 2,
+        "cfg_sigma_min": 0.1,
+        "cfg_sigma_max": 1 / 7,
+        "cache_interval": 3,
+        "cache_order": 2,
         "precision": "bf16",
         "seed": 5,
     }
-    chains = DlgConfig(skip=3, step_size=0.125, class_scales=(1, 2.5), restart_every=4)
-    config = SamplerConfig.model_validate({**changed, "dlg": chains})
+    of_chains = {
+        "sampler": "dlg:euler-maruyama",
+        "dlg": ("skip=3", "step-size=0.125", "class_scales=[1, 2.5]", "restart_every=4"),
+    }
+    assert Drawing(of_chains).config().dlg == DlgConfig(
+        skip=3, step_size=0.125, class_scales=(1, 2.5), restart_every=4
+    )
+    drawing = parsed(*Drawing(of_chains).arguments())[2]
+    assert drawing.config() == Drawing({**drawing.values, **of_chains}).config()
+    config = SamplerConfig.model_validate(changed)
     assert all(
         getattr(config, key) != field.default
         for key, field in SamplerConfig.model_fields.items()

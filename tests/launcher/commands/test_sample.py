@@ -192,7 +192,7 @@ def test_progress_moves_within_a_batch(
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     now = [0.0]
-    shown = DrawingProgress(10, 4, nfe=2, clock=lambda: now[0])
+    shown = DrawingProgress(10, 4, passes=2, clock=lambda: now[0])
     for images, drawn in ((4, 4), (4, 8), (2, 10)):
         for _ in range(2):
             now[0] += 6

@@ -62,6 +62,7 @@ SETTINGS = (
     {"sampler": "euler-maruyama", "steps": 5, "corrector_steps": 1},
     {"sampler": "rk45", "tolerance": 1e-2},
     {"sampler": "dpm-solver++", "steps": 4, "cfg_scale": 0.5},
+    {"sampler": "heun", "steps": 6, "cache_interval": 2, "cfg_scale": 2.0, "cfg_sigma_max": 20.0},
 )
 
 

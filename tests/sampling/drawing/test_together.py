@@ -41,6 +41,7 @@ CASES = [
     ({"sampler": "ddpm", "steps": 3}, 5),  # one batch, of one rank
     ({"sampler": "rk45", "tolerance": 0.02}, 22),  # as many evaluations as each image needs
     ({"sampler": "dlg:kar1", "steps": 2, "dlg": {"skip": 2, "samples_per_chain": 3, "initial_steps": 2}}, 33),
+    ({"sampler": "euler", "steps": 5, "cfg_scale": 1.5, "cache_interval": 2, "cfg_sigma_max": 3.0}, 22),
     ({"sampler": "euler", "steps": 3, "precision": "bf16"}, 22),
 ]
 BATCH = 4

@@ -276,6 +276,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
         {},
         {"sampler": "kar2", "steps": 7, "churn": 3.5, "tweedie": True, "seed": 2**62},
         {"sampler": "ddim", "ddim_eta": 0.5, "cfg_scale": 1e-5, "cfg_channels": 2, "precision": "bf16"},
+        {"cfg_scale": 3.0, "cfg_sigma_min": 0.3, "cfg_sigma_max": 2.5, "cache_interval": 4, "cache_order": 2},
         {"sampler": "dlg:kar1", "dlg": {"class_scales": [1.0, 2.5], "tweedie": False, "sigma_min": 0.1}},
         {"sampler": "dlg:euler", "dlg": {"preset": "velocity", "restart_every": 3}},
     ],
