@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from ditmoe.launcher.training.evaluations import stored_evaluations
-from ditmoe.launcher.watch.records import WATCH_FILE, read_lines, written_points
+from ditmoe.launcher.watch.boards import written_points
+from ditmoe.launcher.watch.records import WATCH_FILE, read_lines
 from ditmoe.parallel.checkpoint.folder import checkpoints, step_of
 from ditmoe.slurm.attempts import read_attempts
 from ditmoe.slurm.heartbeats import read_heartbeats
