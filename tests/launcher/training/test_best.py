@@ -11,7 +11,7 @@ from ditmoe.launcher.sweep import table as sweep_table
 from ditmoe.launcher.training.best import BestCheckpoints, evaluated, losses
 from ditmoe.launcher.training.evaluations import LOWER_IS_BETTER
 from ditmoe.launcher.training.run_folder import RunFolder
-from ditmoe.launcher.watch import records as watch_records
+from ditmoe.launcher.watch import boards as watch_boards
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.config import CheckpointConfig
@@ -99,4 +99,4 @@ def test_every_figure_that_checkpoints_are_kept_by_has_its_direction_and_is_show
     metrics = get_args(CheckpointConfig.model_fields["best_metric"].annotation)
     assert set(metrics) - set(LOWER_IS_BETTER) == {"precision", "recall", "inception_score"}
     figures = set(metrics) - {"loss"}
-    assert figures == set(sweep_table.FIGURES) and figures <= set(watch_records.FIGURES)
+    assert figures == set(sweep_table.FIGURES) and figures <= set(watch_boards.FIGURES)
