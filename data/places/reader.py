@@ -4,6 +4,7 @@ A shard is an open descriptor, wherever it came from (`place.py`); names in it a
 """
 
 import os
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -33,6 +34,9 @@ class Shard:
         self.file = entry.file
         """Its name in the index."""
         self._descriptor = descriptor
+        # Also where the shard is given up unclosed, as by an iteration that somebody leaves.
+        self._closed = weakref.finalize(self, os.close, descriptor)
+        self._closed.atexit = False
         try:
             contents = scan(descriptor)
             problem = contents.problem
@@ -86,7 +90,7 @@ class Shard:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        self._closed()
 
 
 class ShardPool:

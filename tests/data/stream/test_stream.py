@@ -1,6 +1,8 @@
 """The stream: the same samples in the same order for every layout, worker count, and start."""
 
+import gc
 import multiprocessing
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -226,3 +228,21 @@ def test_a_program_that_ends_without_closing_its_stream_ends(shapes: Path) -> No
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stdout, result.stderr) == (0, "2\n", "")
+
+
+def test_streams_that_are_left_unfinished_keep_no_file_open(folders: list[Path]) -> None:
+    def opened() -> list[str]:
+        places = (os.readlink(f"/proc/self/fd/{each}") for each in os.listdir("/proc/self/fd") if _is_open(each))
+        return [place for place in places if place.startswith(str(folders[0]))]
+
+    config = DataConfig.model_validate({"sources": [{"path": str(folders[0])}], "lanes": 4, "workers": 0})
+    dealing = deal(start=0, lanes=4, ranks=1, workers=0, micro_batch=2, group=1)
+    gc.collect()
+    before = len(opened())
+    read(open_dataset(config, 0), dealing, 0, 1)
+    gc.collect()
+    assert len(opened()) == before
+
+
+def _is_open(descriptor: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
