@@ -126,19 +126,19 @@ def elements(routed: bool) -> int:
 @pytest.mark.parametrize("expert", [1, 2, 4, 8])
 @pytest.mark.parametrize("copies", [1, 3, 4, 16])
 def test_a_plan_prices_experts_by_the_ranks_that_hold_their_copies(expert: int, copies: int) -> None:
-    """With ZeRO 1 gradients are summed and weights gathered once a step, nothing of it beside compute."""
+    """With ZeRO 1 gradients are summed in fp32 and weights gathered once a step, nothing of it beside compute."""
     layout = Layout(1, expert * copies, expert, 1, 1, 4, 1)
     gpu = Gpu("", "", 989, 67, 80, 3350, 450, 50, 8)
     found = plan(CONFIG, layout, Workload("bf16", recompute=False), Machine(gpu)).seconds["ZeRO and gradients"]
-    payloads: dict[Group, int] = {"data": 2 * elements(routed=False)}
-    payloads["data" if expert == 1 else "expert copies"] = 2 * elements(routed=True) // expert + (
-        payloads["data"] if expert == 1 else 0
+    numbers: dict[Group, int] = {"data": elements(routed=False)}
+    numbers["data" if expert == 1 else "expert copies"] = elements(routed=True) // expert + (
+        numbers["data"] if expert == 1 else 0
     )
-    crossed = [group for group in payloads if layout.size(group) > 1]
+    crossed = [group for group in numbers if layout.size(group) > 1]
     expected = sum(
-        by_counting(kind, payloads[group], layout, group, gpu) + COLLECTIVE_SECONDS
+        by_counting(kind, size * numbers[group], layout, group, gpu) + COLLECTIVE_SECONDS
         for group in crossed
-        for kind in ("all-reduce", "all-gather")
+        for kind, size in {"all-reduce": 4, "all-gather": 2}.items()
     )
     own_sums = 2 * COLLECTIVE_SECONDS if layout.processes > 1 else 0
     assert found == pytest.approx(expected + own_sums, rel=1e-4)  # padding
