@@ -39,6 +39,7 @@ REPLACED: Final = (
     Replaced("", r"ditmoe serve runs --host 0\.0\.0\.0", "serving runs --host 0.0.0.0 --port 0", "likewise"),
     Replaced("", r"127\.0\.0\.1:8000", "127.0.0.1:PORT", "another program may have the port"),
     Replaced("", r"\bCONFIG\b", "configs/dit-g-2-16e2a-512-64gpus.yaml", "stands for any configuration"),
+    Replaced("", r"^make bench$", "python -m benchmarks.run --small --rounds 1", "it takes ten minutes"),
     Replaced("", r"--step \d+", "--step 2", "the shortened training has no others"),
     Replaced("", r"configs/….yaml", "configs/photos.yaml", "stands for any configuration"),
     Replaced("", r" --preset DiT-[SX]L?/2(-8E2A)?", "", "one of that size takes gigabytes; the file says its own"),
