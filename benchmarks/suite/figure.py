@@ -105,17 +105,7 @@ def rate(
     against: str = "",
 ) -> Figure:
     """A figure of so much per second, from seconds; the limit too is given in seconds."""
-    return Figure(
-        name,
-        unit,
-        Spread.of([amount / seconds for seconds in ours]),
-        None if baseline is None else Spread.of([amount / seconds for seconds in baseline]),
-        _speedup(ours, baseline),
-        None if limit is None else amount / limit,
-        True,
-        len(ours),
-        against,
-    )
+    return _figure(name, unit, lambda seconds: amount / seconds, True, ours, baseline, limit, against)
 
 
 def duration(
@@ -127,14 +117,28 @@ def duration(
     against: str = "",
 ) -> Figure:
     """A figure in milliseconds, from seconds."""
+    return _figure(name, "ms", lambda seconds: 1000 * seconds, False, ours, baseline, limit, against)
+
+
+def _figure(
+    name: str,
+    unit: str,
+    shown: Callable[[float], float],
+    more_is_better: bool,
+    ours: Sequence[float],
+    baseline: Sequence[float] | None,
+    limit: float | None,
+    against: str,
+) -> Figure:
+    """A figure from seconds, which `shown` turns into its unit."""
     return Figure(
         name,
-        "ms",
-        Spread.of([1000 * seconds for seconds in ours]),
-        None if baseline is None else Spread.of([1000 * seconds for seconds in baseline]),
+        unit,
+        Spread.of(list(map(shown, ours))),
+        None if baseline is None else Spread.of(list(map(shown, baseline))),
         _speedup(ours, baseline),
-        None if limit is None else 1000 * limit,
-        False,
+        None if limit is None else shown(limit),
+        more_is_better,
         len(ours),
         against,
     )

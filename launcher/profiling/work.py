@@ -9,11 +9,9 @@ from typing import Final
 
 from ditmoe.launcher.profiling import parts
 from ditmoe.model.config import ModelConfig
-from ditmoe.model.count import macs_by_module
+from ditmoe.model.count import TRAINING_PASSES, macs_by_module
 from ditmoe.parallel.layout import Layout
 
-PASSES: Final = 3
-"""A backward pass costs two forward passes. Recomputed activations do not count: they are no use of their own."""
 _SHARED_OUT: Final = (parts.ATTENTION, parts.EXPERTS, parts.SHARED, parts.MLP)
 """What tensor ranks share; everything else each of them computes."""
 _ADAMW_NUMBERS: Final = 7
@@ -50,7 +48,7 @@ def work_of_rank(config: ModelConfig, layout: Layout, blocks: range, number_byte
         else:
             times = blocks[0] == 0 if part == parts.EMBEDDERS else blocks[-1] == config.depth - 1
         shared_by = layout.tensor if part in _SHARED_OUT else 1
-        work.flops[part] += 2 * PASSES * images * times * macs // shared_by
+        work.flops[part] += 2 * TRAINING_PASSES * images * times * macs // shared_by
     row = config.hidden * number_bytes
     tokens = images * config.tokens
     work.bytes[parts.NORMS] = len(blocks) * _NORM_ROWS * tokens * row
