@@ -38,9 +38,9 @@ class ModelConfig(Settings):
     """Shared experts of width D each, computed as one SwiGLU of width `shared_experts`·D; 0 with a GELU
     `shared_mlp`."""
     shared_mlp: Literal["swiglu", "gelu"] = "swiglu"
-    """What all tokens of a mixture go through besides their routed experts. `swiglu`: the shared experts.
-    `gelu`: instead of them the MLP of a dense block, of width 4D with biases, so that a mixture can start from
-    a dense network."""
+    """What every token of a mixture passes through besides its routed experts. `swiglu`: the shared experts.
+    `gelu`: instead, the MLP of a dense block, of width 4D with biases, so that a mixture can start from a
+    dense network."""
     image_size: Annotated[int | None, Unit("pixels or latent cells")] = Field(default=None, ge=1, le=2**14)
     """Side of the network's input in pixels or latent cells; null: from the data's index."""
     channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)

@@ -19,7 +19,7 @@ class ParallelConfig(Settings):
     """Tensor-parallel ranks: they divide the heads of attention and the width of MLPs and experts among them,
     and read the same samples. Must divide `model.heads`; needs `expert` = 1."""
     expert: Annotated[int, Unit("ranks")] = Field(default=1, ge=1, le=MOST_PROCESSES)
-    """Ranks that the experts of each block are divided among; must divide `data` and `model.experts`."""
+    """Ranks among which the experts of each block are divided; must divide `data` and `model.experts`."""
     data: Annotated[int | None, Unit("ranks")] = Field(default=None, ge=1, le=MOST_PROCESSES)
     """Data-parallel ranks; null: all processes. Expert ranks subdivide them."""
     zero: Literal[0, 1, 2, 3] = 1
@@ -62,7 +62,7 @@ class OptimConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """How checkpoints are written, and which are kept: all that any of the keys below names."""
+    """How checkpoints are written, and which are kept: a checkpoint stays if any of the keys below selects it."""
 
     asynchronous: bool = True
     """Training waits only until the state is copied to host memory; the copy is written while training goes
@@ -73,7 +73,7 @@ class CheckpointConfig(Settings):
     keep_every: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=MOST_STEPS)
     """Every checkpoint whose step is a multiple of this is kept too."""
     keep_best: Annotated[int, Unit("checkpoints")] = Field(default=0, ge=0, le=MOST_STEPS)
-    """This many of the best checkpoints by `best_metric` are kept too; 0: quality plays no part."""
+    """This many of the best checkpoints by `best_metric` are kept too; 0: none."""
     best_metric: Literal["loss", "fid", "sfid", "kid", "precision", "recall", "inception_score"] = "loss"
     """`loss`: the mean over the records of the last `train.checkpoint_every` steps; lower is better. The
     others are figures of `ditmoe evaluate RUN`: lower is better for FID, sFID and KID, higher for the rest. A

@@ -18,7 +18,7 @@ class SourceConfig(Settings):
     """The folder with `index.json` and the shards: a local path, `http(s)://…`, any other URL that fsspec knows
     (`s3://…`, `gs://…`), or `pipe:COMMAND {}`, a shell command that writes the file named `{}` to its output."""
     index: Path | None = None
-    """An index.json in another place, for shards in a folder that cannot be written; null: the one in the
+    """Path of index.json, if it is not in the folder, for example because that is read-only; null: the one in the
     folder."""
     weight: Annotated[float, NO_UNIT] = Field(default=1.0, gt=0)
     """Share of the samples, relative to the other sources'."""
@@ -39,9 +39,9 @@ class SourceConfig(Settings):
     skip_budget: Annotated[int, Unit("samples")] = Field(default=1000, ge=0, le=MOST_SAMPLES)
     """How many samples may be skipped in one epoch of the source; one more stops the run."""
     retries: Annotated[int, Unit("tries")] = Field(default=5, ge=0, le=1000)
-    """How often fetching a remote shard is tried again, after waits of 1, 2, 4, … seconds, at most 60."""
+    """How often to retry fetching a remote shard, after waits of 1, 2, 4, … seconds, at most 60."""
     timeout: Annotated[float, Unit("seconds")] = Field(default=30.0, gt=0, le=86_400)
-    """Seconds without a byte after which a try to fetch a shard is given up."""
+    """Seconds without a byte after which an attempt to fetch a shard is given up."""
 
     @field_validator("path")
     @classmethod
@@ -65,8 +65,8 @@ class DataConfig(Settings):
     window: Annotated[int | None, Unit("samples")] = Field(default=None, ge=1, le=10_000)
     """Every stretch of this many samples holds the sources' weights exactly; null: the shortest possible."""
     lanes: Annotated[int, Unit("readers")] = Field(default=64, ge=1, le=2**16)
-    """The order of samples is woven from this many sequential readers, which are divided among ranks and
-    workers; see docs/data.md."""
+    """The order of samples interleaves this many sequential readers, which are divided among ranks and workers;
+    see docs/data.md."""
     shuffle: Annotated[int, Unit("samples")] = Field(default=1024, ge=1, le=2**24)
     """Neighbouring samples of a lane that are shuffled together; this limits how many shards are open at a
     time."""

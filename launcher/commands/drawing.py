@@ -25,12 +25,12 @@ StepOption = Annotated[
 ]
 VaeOption = Annotated[
     Path | None,
-    typer.Option(help="Folder of the VAE of a network of latents. [default: the run's data.vae, or where it was]"),
+    typer.Option(help="Folder of the VAE that decodes latents. [default: the run's data.vae, or where it was]"),
 ]
 
 IndexOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Folder of the shards' index.json, if it is not in theirs."),
+    typer.Option(metavar="FOLDER", help="Folder of the shards' index.json, if it is not with them."),
 ]
 OnErrorOption = Annotated[
     Literal["stop", "skip"] | None,
@@ -59,7 +59,7 @@ ResizeOption = Annotated[
 ReferenceNetworkOption = Annotated[
     Literal["inception-tensorflow", "inception-pytorch-fid", "dinov2"] | None,
     typer.Option(
-        help="Which network an npz reference of mu and sigma is of; the file does not say. [default: inception]"
+        help="The network that made an npz reference of mu and sigma; the file does not say. [default: inception]"
     ),
 ]
 NeighbourImagesOption = Annotated[
@@ -72,7 +72,7 @@ SharedWeightsOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where processes that draw on CPUs keep the one copy of the weights that a machine shares. "
+        help="Where processes that draw on CPUs keep the copy of the weights that they share. "
         "[default: RUN/shared-weights, if there are several]",
     ),
 ]
@@ -81,7 +81,7 @@ ExpertParallelOption = Annotated[
     typer.Option(
         min=1,
         metavar="E",
-        help="Divide the experts of a network too large for one process among this many, which draw together.",
+        help="Divide the experts among this many processes that draw together, if one cannot hold the network.",
     ),
 ]
 CacheOption = Annotated[
@@ -166,22 +166,24 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         None,
     ),
     "cfg_sigma_min": (
-        Annotated[float, typer.Option(min=0, help="Guide only steps from a σ above this.")],
+        Annotated[float, typer.Option(min=0, help="Guide only steps that start above this σ.")],
         0.0,
     ),
     "cfg_sigma_max": (
-        Annotated[float | None, typer.Option(help="Guide only steps from a σ up to this. [default: any]")],
+        Annotated[
+            float | None, typer.Option(help="Guide only steps that start at this σ or below. [default: any]")
+        ],
         None,
     ),
     "cache_interval": (
         Annotated[
             int,
-            typer.Option(min=1, help="Ask the network's blocks at each such step only, and extrapolate between."),
+            typer.Option(min=1, help="Run the network's blocks only at every N-th step; extrapolate between."),
         ],
         1,
     ),
     "cache_order": (
-        Annotated[int, typer.Option(min=0, help="Degree of that extrapolation; 0 repeats.")],
+        Annotated[int, typer.Option(min=0, help="Degree of that extrapolation; 0 repeats the last full step.")],
         1,
     ),
     "precision": (

@@ -100,7 +100,7 @@ def command(
         typer.Option(
             min=0,
             metavar="MINUTES",
-            help="With --watch: give up if the run shows no sign of life for this long. [default: wait for ever]",
+            help="With --watch: give up if the run shows no sign of life for this long. [default: wait forever]",
         ),
     ] = None,
     context: typer.Context = None,  # type: ignore[assignment]  # None: called from Python

@@ -15,7 +15,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 _HEAD = """\
 # Configuration
 
-A run is a YAML file, and dotted keys that are set after it on the command line:
+A run is described by a YAML file and by dotted keys after it on the command line:
 
 ```
 ditmoe train configs/demo.yaml train.steps=2000 optim.betas='[0.9, 0.95]'
@@ -25,19 +25,19 @@ Values are YAML (`1e-4` is a number, `yes` is a word, and giving a key twice is 
 --dry-run` prints the whole configuration as a run would use it, and `ditmoe keys optim.` lists keys at the
 terminal.
 
-When a run is resumed, most keys must be as they were. Any of these may change, with all keys below them, and the
-loss curve stays what it is:
+When a run is resumed, most keys must stay as they were. These keys, and all keys below them, may change without
+changing the loss curve:
 
 {free}
 
-These may change too, and change the loss curve from there on:
+These may change too, but they change the loss curve from there on:
 
 {from_then_on}
 
-Every change is told in `log.txt` and kept in `history.jsonl`. As long as a run has no checkpoint, nothing was
-trained that a change could break: then any key may change.
+`log.txt` and `history.jsonl` record every change. A run without a checkpoint has trained nothing that a change
+could break, so any key may change.
 
-This page is written by `python -m ditmoe.launcher.configuration.reference` from the fields' own docstrings.
+`python -m ditmoe.launcher.configuration.reference` writes this page from the fields' own docstrings.
 """
 
 

@@ -66,11 +66,11 @@ class TrainConfig(Settings):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Number type of the computation; the optimiser and the EMA are always fp32."""
     tf32: bool = True
-    """On GPUs: round what is multiplied in fp32 to TF32 (10 bits of fraction; the sums stay fp32), which tensor
-    cores multiply up to 8 times as fast. It is more exact than bf16; false: fp32 throughout."""
+    """On GPUs: round the factors of fp32 products to TF32 (10 bits of fraction; sums stay fp32). Tensor cores
+    multiply them up to 8 times as fast, and TF32 is more exact than bf16. false: fp32 throughout."""
     emulated_bf16: bool = False
-    """Train in bf16 on a CPU that has no instructions for it (neither AMX nor AVX512-BF16, nor Arm's BF16), 44 to
-    500 times slower than in fp32. Without this, such a run is refused."""
+    """Allow bf16 on a CPU without instructions for it (AMX, AVX512-BF16 or Arm's BF16), where training is 44 to
+    500 times slower than in fp32. false: such a run is refused."""
     skip_steps: Annotated[tuple[int, ...], Unit("optimiser steps")] = ()
     """Steps (counted from 1) that pass without an update: they consume their samples and count as steps, but
     weights, moments and EMA stay as they are. Meant for a step whose loss is not finite whenever it is
@@ -81,15 +81,16 @@ class TrainConfig(Settings):
     """Where figures are shown, besides the log: `tensorboard`, `wandb` (Weights & Biases), `mlflow`
     (docs/training.md). The last two are optional extras of the package."""
     profile: Annotated[int | None, Unit("optimiser steps")] = Field(default=None, ge=1, le=100)
-    """Steps to profile, three steps after each start: where their time goes as a table, a timeline and traces in
-    the run's `profile/`, the first two on the loggers too (docs/profiling.md). null: none. They are slower."""
+    """Steps to profile, beginning three steps after each start. A table and a timeline (also in the loggers) and
+    traces in the run's `profile/` show where their time goes (docs/profiling.md). null: none."""
     log_samples: bool = False
-    """Write the keys of each step's samples to samples.jsonl, in the global order, as a record of what the run
-    has read."""
+    """Write the keys of each step's samples to samples.jsonl, in the global order, to record what the run has
+    read."""
     checkpoint_every: Annotated[int, Unit("optimiser steps")] = Field(default=5_000, ge=1, le=MOST_STEPS)
     """Steps between two checkpoints; the last step and a stop by signal write one too."""
     peak_tflops: Annotated[float | None, Unit("TFLOP/s")] = Field(default=None, gt=0)
-    """Peak TFLOP/s of one device in this precision, for the MFU; null: of known GPUs, otherwise no MFU."""
+    """Peak TFLOP/s of one device in this precision, for the MFU; null: that of the GPU if it is known, otherwise
+    no MFU."""
 
     @property
     def products(self) -> Literal["fp32", "tf32", "bf16"]:

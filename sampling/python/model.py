@@ -270,7 +270,7 @@ class Model:
             )
         if config.chains and self._loaded.info is None:
             raise UserError(
-                f"sampler = {config.sampler}: chains want the noise-level classifier of a run, and {self.source}"
+                f"sampler = {config.sampler}: chains need the noise-level classifier of a run, and {self.source}"
                 " is a file; expected a run or a checkpoint"
             )
 

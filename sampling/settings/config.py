@@ -28,7 +28,7 @@ class SamplerConfig(Settings):
     """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
     churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
     runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
-    chains, which want the run's noise-level classifier."""
+    chains, which need the run's noise-level classifier."""
     steps: Annotated[int, Unit("integrator steps")] = Field(default=250, ge=1, le=10**6)
     """Steps of the integrator. Each costs one evaluation of the network, except that heun and kar2 take
     2·steps − 1 in all. Not used by rk45."""
@@ -57,23 +57,23 @@ class SamplerConfig(Settings):
     """Signal-to-noise ratio of a Langevin step, whose length grows with its square. A larger ratio corrects
     more, but leaves the variance too large by a share of about snr²."""
     tweedie: bool = False
-    """End with x ← D(x, smallest σ), which removes noise of that size that is left in an image. It costs one
-    more evaluation. The step to σ = 0 that ends each integrator already does this. Chains have their own
+    """End with x ← D(x, smallest σ), which removes remaining noise of that size. It costs one more
+    evaluation. The step to σ = 0 that ends each integrator already does this. Chains have their own
     setting for it."""
     cfg_scale: Annotated[float, NO_UNIT] = Field(default=1.0, ge=0, le=1e38)
     """Scale of classifier-free guidance; 1: no guidance."""
     cfg_channels: Annotated[int | None, Unit("channels")] = Field(default=None, ge=1, le=1024)
-    """The number of channels that guidance acts on, from the first; null: all. The published DDPM sampler
-    guides only the first 3."""
+    """Guide only this many channels, from the first; null: all. The published samplers of DiT and SiT guide 3,
+    and so does DiT-MoE's for DDPM."""
     cfg_sigma_min: Annotated[float, Unit("σ")] = Field(default=0.0, ge=0)
-    """Guidance acts at steps from a σ above this alone, and the others cost half. A flow's t is σ/(1 + σ)."""
+    """Guide only steps that start above this σ; the others cost half. A flow's t is σ/(1 + σ)."""
     cfg_sigma_max: Annotated[float | None, Unit("σ")] = Field(default=None, gt=0)
-    """Guidance acts at steps from a σ up to this alone; null: from any."""
+    """Guide only steps that start at this σ or below; null: no limit."""
     cache_interval: Annotated[int, Unit("integrator steps")] = Field(default=1, ge=1, le=1000)
-    """Only each such step asks the network's blocks; in the others, what they give the final layer is extrapolated
-    from the full steps before, which costs next to nothing. 1: every step is full. Not for rk45 and chains."""
+    """Run the network's blocks only at every N-th step; in between, their output is extrapolated from the last
+    full steps, which costs next to nothing. 1: every step is full. Not for rk45 and chains."""
     cache_order: Annotated[int, NO_UNIT] = Field(default=1, ge=0, le=8)
-    """Degree of that extrapolation, over the numbers of the steps; 0 repeats what the last full step gave. The
+    """Degree of that extrapolation, in the number of the step; 0 repeats the output of the last full step. The
     first cache_order + 1 steps are always full."""
     ddpm_timestep: Literal["interpolate", "nearest"] = "interpolate"
     """The timestep that a DDPM network gets for a σ between two of its 1000 levels. `interpolate`: between
@@ -218,7 +218,7 @@ class PreviewSampler(SamplerConfig):
     """Steps of the integrator. Each costs one evaluation of the network, except that heun and kar2 take
     2·steps − 1 in all. Not used by rk45."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """To be left out: a preview is drawn by the network that trains, in `train.precision`."""
+    """Leave this out: the network that trains draws its previews, in `train.precision`."""
     seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Image i is a function of (seed, i) alone."""
     dlg: ClassVar[DlgConfig] = DlgConfig()  # type: ignore[misc]
@@ -230,7 +230,7 @@ class PreviewSampler(SamplerConfig):
     def _check_sampler(cls, sampler: Any) -> Any:
         if isinstance(sampler, str) and sampler.startswith(CHAIN_PREFIX):
             raise ValueError(
-                "chains want a noise-level classifier, which is trained after the run;"
+                "chains need a noise-level classifier, which is trained after the run;"
                 f" expected {sampler.removeprefix(CHAIN_PREFIX)}"
             )
         return sampler

@@ -55,7 +55,7 @@ def command(
         list[str],
         typer.Option(
             metavar="NAME=FILE|SHARDS",
-            help="What evaluations may be compared with by this name, beside the files in RUNS/references; may be "
+            help="Add a reference that evaluations may name, besides the files in RUNS/references; may be "
             "repeated.",
         ),
     ] = [],  # noqa: B006  # typer's way

@@ -90,7 +90,7 @@ def test_no_message_hides_another(write_config: Write) -> None:
         ({"lr": 1}, "lr = 1: no such key; did you mean optim.lr?"),
         (
             {"preview": {"sampler": {"sampler": "dlg:kar1"}}},
-            "preview.sampler.sampler = 'dlg:kar1': chains want a noise-level classifier, which is trained after"
+            "preview.sampler.sampler = 'dlg:kar1': chains need a noise-level classifier, which is trained after"
             " the run; expected kar1",
         ),
         (
