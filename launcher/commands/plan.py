@@ -81,6 +81,7 @@ def command(
     """
     from ditmoe.launcher.planning.plan import answer, report
     from ditmoe.launcher.planning.plan import as_json as plain
+    from ditmoe.launcher.planning.workload import planned
     from ditmoe.parallel.planner.estimate import Machine
 
     run = _complete(config, overrides or [])
@@ -93,6 +94,9 @@ def command(
     }
     kind = _gpu(run, gpu, peak_tflops, {key: value for key, value in given.items() if value is not None})
     machine = Machine(kind, efficiency)
+    run, line = planned(run, "cpu" if kind.is_cpu else "cuda")
+    if line is not None and not as_json:
+        typer.echo(line)
     configured = _configured_gpus(run)
     if dry_run:
         from ditmoe.launcher.planning.plan_dry_run import dry_run_report

@@ -41,10 +41,15 @@ def command(
 
     chosen = overrides or []
     raw = load_config(config, chosen)
+    line = None
+    if raw.train.precision == "auto":
+        from ditmoe.launcher.training.precision import with_precision
+
+        raw, line = with_precision(raw, "cpu" if _computes_on_cpu(raw.launch.device) else "cuda")
     if dry_run:
         from ditmoe.launcher.planning.train_dry_run import dry_run as describe
 
-        typer.echo(describe(raw, str(config)))
+        typer.echo(describe(raw, str(config), *([] if line is None else [line])))
         return
     dataset = open_dataset(raw.data, raw.seed)
     processes = process_count(raw.launch.processes, raw.launch.device)
@@ -83,7 +88,7 @@ def command(
         torch.set_num_threads(resolved.launch.threads)
     from ditmoe.launcher.training.program import run_training
 
-    raise typer.Exit(run_training(resolved))
+    raise typer.Exit(run_training(resolved, line))
 
 
 def _computes_on_cpu(device: "Device") -> bool:

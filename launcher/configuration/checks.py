@@ -217,10 +217,10 @@ def check_best(checkpoint: CheckpointConfig, train: TrainConfig) -> list[str]:
 def check_deepspeed(deepspeed: dict[str, Any], parallel: ParallelConfig, train: TrainConfig) -> list[str]:
     """The free section has keys that leave the loss curve as it is, and no others."""
     problems = key_problems(deepspeed, parallel.zero, parallel.expert)
-    if deepspeed.get("communication_data_type") == "bf16" and train.precision == "fp32":
+    if deepspeed.get("communication_data_type") == "bf16" and train.precision != "bf16":
         problems.append(
-            "deepspeed.communication_data_type = 'bf16' with train.precision = fp32 would round the gradients;"
-            " leave it out"
+            f"deepspeed.communication_data_type = 'bf16' with train.precision = {train.precision} would round the"
+            " gradients of fp32; leave it out"
         )
     return problems
 

@@ -63,8 +63,10 @@ class TrainConfig(Settings):
     """Images of one optimiser step, over all ranks and micro-steps."""
     micro_batch: Annotated[int | None, Unit("images")] = Field(default=None, ge=1, le=MOST_IMAGES)
     """Images that a rank computes at once; null: batch / data ranks, so no accumulation."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Number type of the computation; the optimiser and the EMA are always fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "bf16"
+    """Number type of the computation; the optimiser and the EMA are always fp32. `auto`: where a new run starts,
+    bf16 on GPUs, and on a CPU that has instructions for it, from `model.hidden` = 96 on; otherwise fp32, and so
+    with `parallel.zero` = 0. The log says why, config.yaml says which, and a resume keeps it on any machine."""
     tf32: bool = True
     """On GPUs: round the factors of fp32 products to TF32 (10 bits of fraction; sums stay fp32). Tensor cores
     multiply them up to 8 times as fast, and TF32 is more exact than bf16. false: fp32 throughout."""
@@ -95,4 +97,5 @@ class TrainConfig(Settings):
     @property
     def products(self) -> Literal["fp32", "tf32", "bf16"]:
         """Number type of what a GPU multiplies."""
+        assert self.precision != "auto", "not yet chosen"
         return "tf32" if self.precision == "fp32" and self.tf32 else self.precision

@@ -17,8 +17,8 @@ from ditmoe.parallel.start.begin import check_start
 _GIB = 2**30
 
 
-def dry_run(raw: RunConfig, origin: str) -> str:
-    """The text that `--dry-run` prints for a configuration.
+def dry_run(raw: RunConfig, origin: str, *lines: str) -> str:
+    """The text that `--dry-run` prints for a configuration, the lines among it.
 
     It needs neither the GPUs of a layout that the configuration spells out, nor the data of a network that says
     all of its input.
@@ -44,6 +44,7 @@ def dry_run(raw: RunConfig, origin: str) -> str:
     facts = "\n".join(
         [
             *missing,
+            *(text for line in lines for text in (line, "")),
             *_start(config, index),
             "rank grid",
             layout.picture(config.model.experts, stage_blocks(config.model, layout.pipe)),

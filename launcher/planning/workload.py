@@ -9,6 +9,7 @@ from ditmoe.launcher.configuration.checks import layout_problems
 from ditmoe.launcher.configuration.resolve import layout_of
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.configuration.sections import TrainConfig
+from ditmoe.launcher.local.processor import Choice, choose_precision
 from ditmoe.model.count import count
 from ditmoe.model.settings import message_of
 from ditmoe.parallel.config import ParallelConfig
@@ -29,9 +30,29 @@ def workload_of(config: RunConfig, recompute: bool | None = None, imbalance: flo
     if config.launch.device == "cpu":
         # The system gives memory only where something is written: of a bucket, the gradients that there are.
         zero = replace(zero, reduce_bucket=min(zero.reduce_bucket, count(config.model).total))
+    assert config.train.precision != "auto", "of a run that starts it is chosen before, of a plan by `planned`"
     if recompute is None:
         recompute = config.parallel.activation_checkpointing
     return Workload(config.train.precision, recompute, imbalance, zero)
+
+
+def planned(config: RunConfig, device: str | None = None) -> tuple[RunConfig, str | None]:
+    """A configuration as it is planned, with the number type that its `auto` would be, and a line on that.
+
+    Args:
+        device: the type that the run computes on; None: as it says, otherwise GPUs. A CPU is this machine's.
+    """
+    if config.train.precision != "auto":
+        return config, None
+    kind = device or ("cpu" if config.launch.device == "cpu" else "cuda")
+    return with_choice(config, choose_precision(kind, config.model.hidden, config.parallel.zero))
+
+
+def with_choice(config: RunConfig, choice: Choice) -> tuple[RunConfig, str]:
+    """A configuration with the number type that its `auto` was found to be, and a line on that."""
+    train = config.train.model_copy(update={"precision": choice.precision})
+    line = f"train.precision = auto: {choice.precision}, for {choice.reason}"
+    return config.model_copy(update={"train": train}), line
 
 
 def legality(config: RunConfig) -> Callable[[Layout, Workload], list[str]]:

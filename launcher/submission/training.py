@@ -8,6 +8,7 @@ from ditmoe.data.stream.dataset import open_dataset
 from ditmoe.launcher.configuration.resolve import config_yaml, layout_of, resolve, start_of
 from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.planning.train_dry_run import largest_stage
+from ditmoe.launcher.planning.workload import planned
 from ditmoe.launcher.submission.request import job_request
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.nearest import expected_name
@@ -70,7 +71,9 @@ def training_job(path: Path, overrides: list[str], settings: JobSettings) -> Tra
     folder = training_folder(config.run.dir.absolute())
     arguments = ("train", "--", str(folder.config))
     request = job_request("train", arguments, folder, settings, config.run.dir.absolute())
-    return TrainingJob(config, request, _verdict(config, settings))
+    # The job's configuration leaves the number type to the nodes that it starts on.
+    as_planned, line = planned(config)
+    return TrainingJob(config, request, ([] if line is None else [line]) + _verdict(as_planned, settings))
 
 
 def _ranks_of_node(path: Path, overrides: list[str], settings: JobSettings) -> int:

@@ -18,6 +18,7 @@ from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.local.memory import keep_freed_memory
 from ditmoe.launcher.local.processor import check_bf16
 from ditmoe.launcher.local.signals import StopSignal, keep_exit_code
+from ditmoe.launcher.training.precision import agreed
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import RunState, StateFile
 from ditmoe.launcher.training.trainer import Trainer
@@ -34,10 +35,13 @@ DISK_ERRORS: Final = (*_FULL, *_REFUSED)
 """What a disk says when the run's reports cannot be written; nothing that was saved is lost by it."""
 
 
-def run_training(config: RunConfig) -> int:
+def run_training(config: RunConfig, line: str | None = None) -> int:
     """Train a resolved configuration to its last step, or to a signal; the exit code, 0 or `EXIT_STOPPED`.
 
     Every process of the run calls it. Repeated, it resumes from the newest intact checkpoint.
+
+    Args:
+        line: on the number type, where the machine chose it (`with_precision`).
 
     Raises:
         UserError: the run is in use, cannot be resumed with this configuration, or met data, a loss or a disk
@@ -52,6 +56,7 @@ def run_training(config: RunConfig) -> int:
             check_bf16(config.train.precision, config.train.emulated_bf16)
         set_tf32(device, config.train.tf32)
         processes.join(device)
+        config, line = agreed(config, line)
         folder = RunFolder(config.run.dir)
         changes: list[Change] = []
         state = None
@@ -70,7 +75,7 @@ def run_training(config: RunConfig) -> int:
             trainer = Trainer(config, folder, device, stop, heart, state, *data)
             with telling_checkpoint(folder.path):
                 if dist.get_rank() == 0:
-                    trainer.open_reports(stack, changes)
+                    trainer.open_reports(stack, changes, [] if line is None else [line])
                 if device.type == "cpu":
                     keep_freed_memory()  # not before: what the start frees is not needed again
                 complete = trainer.train()

@@ -161,6 +161,16 @@ class RunFolder:
                 raise UserError(problem_list(f"{self.path} cannot be resumed", problems))
         return changes
 
+    def trained_config(self) -> RunConfig | None:
+        """The configuration that the run was last started with; None: it has no checkpoint to go on from.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if not checkpoints(self.path):
+            return None
+        return self.stored_config() if self.config.exists() else _config_of(self._newest_of_training())
+
     def _newest_of_training(self) -> CheckpointInfo | None:
         """The newest readable checkpoint that training can go on from; None where there is none.
 

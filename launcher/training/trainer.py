@@ -124,8 +124,12 @@ class Trainer:
         self.profile = Profile(Profiled(config, self.layout, network, self.engine, device), folder.path)
         self.report: Reporter | None = None
 
-    def open_reports(self, stack: ExitStack, changes: list[Change]) -> None:
-        """Rank 0: open the reports, say how the run starts, and keep what changed in its history."""
+    def open_reports(self, stack: ExitStack, changes: list[Change], lines: list[str]) -> None:
+        """Rank 0: open the reports, say how the run starts, and keep what changed in its history.
+
+        Args:
+            lines: of what was decided for the run before.
+        """
         config = self.config
         self.report = stack.enter_context(
             Reporter(self.folder, config.train.steps, self.engine.step, loggers=config.train.loggers)
@@ -144,7 +148,7 @@ class Trainer:
             )
         else:
             self.report.text("configuration", shown_yaml(config))
-        for line in self.start.lines:
+        for line in (*lines, *self.start.lines):
             self.report.log(line)
         if self.start.facts is not None:
             self.folder.keep_in_history(self.engine.step, started_from=self.start.facts)

@@ -67,7 +67,7 @@ def test_no_message_hides_another(write_config: Write) -> None:
     [
         ({"train": {"batch": True}}, "train.batch = true: expected an integer >= 1 and <= 16777216"),
         ({"parallel": {"zero": 7}}, "parallel.zero = 7: expected one of 0, 1, 2, 3"),
-        ({"train": {"precision": "fp16"}}, "train.precision = 'fp16': expected fp32 or bf16"),
+        ({"train": {"precision": "fp16"}}, "train.precision = 'fp16': expected one of auto, fp32, bf16"),
         ({"optim": {"betas": [0.9]}}, "optim.betas.1 is missing; expected a number"),
         ({"optim": {"betas": [0.9, "x"]}}, "optim.betas.1 = 'x': expected a number"),
         ({"optim": {"betas": 0.9}}, "optim.betas = 0.9: expected a list of 2 values, each a number"),

@@ -179,16 +179,19 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> lis
 
 @pytest.mark.timeout(240)
 def test_kill_at_a_random_step(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
-    config = make_config()
+    """Of a run that leaves its number type to the machine: so small a network is computed in fp32."""
+    config, auto = make_config(), "train.precision=auto"
     run = config.with_suffix("")
     for _ in range(2):
         done = len(curve(run)) if (run / "stats.jsonl").exists() else 0
-        process = start(config)
+        process = start(config, auto)
         wait_for(reached(run, done + random.randint(1, 4)), process)
         kill_everything(process, run)
         assert state_of(run) == ("training", "")
-    result = train(config)
+    result = train(config, auto)
     assert result.returncode == 0, result.stderr
+    assert (run / "log.txt").read_text().count("train.precision = auto: fp32, for ") == 3
+    assert "precision: fp32" in (run / "config.yaml").read_text()
     assert curve(run) == uninterrupted
     assert state_of(run) == ("complete", "")
 
