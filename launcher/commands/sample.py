@@ -13,13 +13,14 @@ from ditmoe.launcher.commands.drawing import (
     WeightsOption,
     draws_images,
 )
+from ditmoe.sampling.settings.names import SAMPLE_STEPS
 
 if TYPE_CHECKING:
     from ditmoe.sampling.drawing.generate import Generated
     from ditmoe.sampling.settings.config import SamplerConfig
 
 
-@draws_images(steps=50)
+@draws_images(steps=SAMPLE_STEPS)
 def command(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
     *,

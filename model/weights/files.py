@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -278,6 +279,10 @@ def _read_safetensors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str
 def _write_safetensors_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     with _writing(path) as file:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name, metadata)
+        # It puts a file of its own in the place: not on the disk yet, and for nobody but its owner.
+        with open(file.name, "rb") as written:
+            os.fchmod(written.fileno(), stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+            os.fsync(written.fileno())
 
 
 def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:

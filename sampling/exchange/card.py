@@ -14,6 +14,7 @@ from ditmoe.sampling.evaluation.row import markdown, rows_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE
 from ditmoe.sampling.network.load import home_of
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import SAMPLE_STEPS
 
 CARD: Final = "README.md"
 MOST_METRICS_BYTES: Final = 2**24
@@ -57,8 +58,8 @@ def model_card(
     lines += [
         "## Licence",
         "",
-        "None has been chosen: whoever publishes this chooses one, with regard to the training data, and writes it"
-        " here and in `license` above.",
+        "None has been chosen. Before you publish this, choose one that the training data allow, and write it here"
+        " and in `license` above.",
         "",
     ]
     return "\n".join(lines)
@@ -131,11 +132,11 @@ def _training(info: CheckpointInfo | None, sets: Sequence[str]) -> list[str]:
 
 def _sampling(published: PublishedWeights) -> list[str]:
     if published.objective is None:
-        return ["What the network predicts is not known, and so no sampler either."]
+        return ["It is not known what the network predicts, and so not how to draw from it."]
     sampler = SamplerConfig().resolved(published.objective)
     return [
-        f"Defaults of `ditmoe sample`: {sampler.sampler}, {sampler.steps} steps, schedule {sampler.schedule},"
-        f" guidance {sampler.cfg_scale:g}."
+        f"Defaults of `ditmoe sample`: {sampler.sampler}, {SAMPLE_STEPS} steps, schedule {sampler.schedule},"
+        f" guidance {sampler.cfg_scale:g}. `ditmoe evaluate` takes {sampler.steps} steps."
     ]
 
 
@@ -147,7 +148,7 @@ def _evaluation(info: CheckpointInfo | None, sets: Sequence[str]) -> list[str]:
         for file in sorted((home_of(info.path) / "evaluations").glob(f"*/{METRICS_FILE}")):
             rows += _rows(file, fingerprints)
     if not rows:
-        return ["None is known of these weights; `ditmoe evaluate` makes one."]
+        return ["These weights have none yet; `ditmoe evaluate` makes one."]
     alike = [row for row in rows if row.keys() == rows[0].keys()]
     return markdown(alike).splitlines()
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 import torch
@@ -28,10 +28,7 @@ from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, load_m
 from ditmoe.sampling.python.choices import Classes, Seeds, image_numbers, labels_of, seeds_of
 from ditmoe.sampling.python.files import load_file
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import SamplerName, ScheduleName
-
-STEPS: Final = 50
-"""Of a sampler, unless they are said: as of `ditmoe sample`."""
+from ditmoe.sampling.settings.names import SAMPLE_STEPS, SamplerName, ScheduleName
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -155,7 +152,7 @@ class Model:
         output: Literal["pil"] = "pil",
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = STEPS,
+        steps: int = SAMPLE_STEPS,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -171,7 +168,7 @@ class Model:
         output: Literal["numpy"],
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = STEPS,
+        steps: int = SAMPLE_STEPS,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -187,7 +184,7 @@ class Model:
         output: Literal["torch"],
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = STEPS,
+        steps: int = SAMPLE_STEPS,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -202,7 +199,7 @@ class Model:
         output: Literal["pil", "numpy", "torch"] = "pil",
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = STEPS,
+        steps: int = SAMPLE_STEPS,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,

@@ -35,6 +35,8 @@ LevelRule = Literal["argmax", "sample"]
 StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
 
 CHAIN_PREFIX: Final = "dlg:"
+SAMPLE_STEPS: Final = 50
+"""Of `ditmoe sample` and `Model.sample`; evaluations take the 250 of papers."""
 
 FeatureName = Literal["classifier", "inception", "dinov2"]
 """The network whose features images are compared by."""

@@ -406,6 +406,17 @@ def test_round_trip_through_safetensors(tmp_path: Path, which: str, shard_bytes:
     assert_equal(found.state(), published.state())
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt"])
+def test_others_may_read_a_file_as_the_umask_says(tmp_path: Path, name: str) -> None:
+    """The safetensors library leaves a file of its own, for its owner alone."""
+    before = os.umask(0o027)
+    try:
+        save_published(make_published(DENSE, ema=make_state(DENSE)), tmp_path / name)
+    finally:
+        os.umask(before)
+    assert (tmp_path / name).stat().st_mode & 0o777 == 0o640
+
+
 def test_bare_file_is_nothing_but_weights(tmp_path: Path) -> None:
     published = make_published(DENSE, ema=make_state(DENSE))
     save_published(published, tmp_path / "weights.pt", bare=True)
