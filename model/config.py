@@ -125,6 +125,16 @@ class ModelConfig(Settings):
         return None not in (self.image_size, self.channels, self.num_classes)
 
     @property
+    def published_name(self) -> str | None:
+        """The preset, if it says the whole shape; None: fields given beside it differ, or there is none."""
+        if self.preset is None:
+            return None
+        shape = {**vars(parse_preset(self.preset)), "shared_mlp": "swiglu"}
+        if self.experts:
+            shape["shared_experts"] = 2
+        return self.preset if all(getattr(self, name) == value for name, value in shape.items()) else None
+
+    @property
     def has_shared(self) -> bool:
         """Whether all tokens of a mixture go through something besides their experts."""
         return self.shared_experts > 0 or self.shared_mlp == "gelu"

@@ -59,7 +59,7 @@ def _description(info: "CheckpointInfo") -> str:
     from ditmoe.launcher.commands.models import human
 
     model = info.model
-    kind = model.preset or f"{counted(model.depth, 'block')} of width {model.hidden}, patch {model.patch}"
+    kind = model.published_name or f"{counted(model.depth, 'block')} of width {model.hidden}, patch {model.patch}"
     experts = (
         f"{counted(model.experts, 'expert')}, {model.experts_per_token} per token" if model.experts else "dense"
     )

@@ -69,7 +69,7 @@ def _why_pipe(plan: Plan) -> str:
     layout = plan.layout
     if layout.pipe == 1:
         return "pipe 1: the network fits without stages, and stages would wait for one another"
-    return f"pipe {layout.pipe}: stages hold a part of the blocks each; {plan.bubble:.1%} of the time is bubble"
+    return f"pipe {layout.pipe}: each stage holds a part of the blocks; {plan.bubble:.1%} of the time is bubble"
 
 
 def _why_expert(plan: Plan, machine: Machine) -> str:
@@ -77,13 +77,13 @@ def _why_expert(plan: Plan, machine: Machine) -> str:
     if layout.expert == 1:
         return "expert 1: every rank holds all experts, so no token travels"
     crossed = any(spread.machines > 1 for spread in spreads(layout, "expert", machine.gpu.gpus_per_node))
-    where = "also between machines" if crossed else "within a machine"
-    return f"expert {layout.expert}: experts are dealt out, which saves their memory; tokens travel {where}"
+    travel = "tokens also travel between machines" if crossed else "tokens travel within a machine"
+    return f"expert {layout.expert}: ranks divide the experts, which saves memory; {travel}"
 
 
 def _why_zero(layout: Layout) -> str:
     words = {
-        0: "nothing is sharded, which sends least",
+        0: "nothing is sharded, which sends the least",
         1: "the optimiser and the EMA are sharded; gradients are averaged once a step",
         2: "gradients are sharded too, and averaged in every micro-step",
         3: "weights are sharded too, and gathered for each pass",

@@ -101,8 +101,8 @@ def sample_of(config: RunConfig) -> Sample:
         assert model.complete and model.channels is not None and model.image_size is not None
         numbers = model.channels * model.image_size**2
         if model.channels in PIXEL_CHANNELS:
-            return Sample(numbers, "uncompressed, for there are no shards to look at")
-        return Sample(MOMENTS_BYTES * numbers, "as encoded in fp16, for there are no shards to look at")
+            return Sample(numbers, "uncompressed, because there are no shards to look at")
+        return Sample(MOMENTS_BYTES * numbers, "as encoded in fp16, because there are no shards to look at")
     shards = index.shards
     mean = sum(shard.bytes for shard in shards) / sum(shard.samples for shard in shards)
     return Sample(mean, f"as in {source.shown}")

@@ -127,8 +127,8 @@ def report(found: Answer, shown: int | None) -> str:
     parameters = count(model)
     missed = left_out(model, found.gpus, config.train.batch)
     lines = [
-        f"{model.preset or 'the network'}: {parameters.total:,} parameters, {parameters.activated:,} activated,"
-        f" {model.tokens} tokens, {config.train.precision}",
+        f"{model.published_name or 'the network'}: {parameters.total:,} parameters,"
+        f" {parameters.activated:,} activated, {model.tokens} tokens, {config.train.precision}",
         f"{found.gpus} × {gpu.name} ({gpu.memory_gib:g} GiB), {found.why_gpus}, batch {config.train.batch}:"
         f" {len(found.plans)} layouts can run, {len(fitting)} of them fit",
         *(

@@ -93,6 +93,8 @@ def _fake_ranks(world: int, rank: int) -> Iterator[None]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The collectives have the names that DeepSpeed 0.19 calls, which torch 2.13 is retiring.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    # Of the hooks that count: the first stage's input is an image, which needs no gradient.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
     assert not dist.is_initialized(), "a dry run needs a process of its own"
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:

@@ -79,7 +79,7 @@ def _network(published: PublishedWeights) -> list[str]:
     )
     rows = {
         "architecture": kind,
-        "preset": config.preset or "none",
+        "preset": config.published_name or "none",
         "depth, width, heads, patch": f"{config.depth}, {config.hidden}, {config.heads}, {config.patch}",
         "parameters": f"{counted.total:,}",
         "activated parameters": f"{counted.activated:,}",

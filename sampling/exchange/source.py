@@ -130,4 +130,4 @@ def of_objective(
 
 def name_of(config: ModelConfig) -> str:
     """A network's preset, or what it is without one."""
-    return config.preset or "a network of its own shape"
+    return config.published_name or "a network of its own shape"

@@ -138,7 +138,7 @@ class Model:
 
     def __repr__(self) -> str:
         width, height = self.image_size
-        name = self.config.preset or f"{self.config.depth} blocks of width {self.config.hidden}"
+        name = self.config.published_name or f"{self.config.depth} blocks of width {self.config.hidden}"
         at = "" if self.step is None else f", step {self.step:,}"
         draws = f"{len(self.classes)} classes, {width}×{height}"
         return f"<ditmoe.Model {self.source}{at}: {name}, {draws}, {self.device}>"

@@ -1,5 +1,7 @@
 """Preset names, and the configurations made from them."""
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
@@ -59,3 +61,20 @@ def test_configuration_takes_what_is_left_out_from_the_preset() -> None:
 def test_configuration_refuses_an_unknown_preset() -> None:
     with pytest.raises(ValidationError, match="is not a preset"):
         ModelConfig(preset="DiT-Q/2")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"preset": "DiT-S/2-8E2A"}, "DiT-S/2-8E2A"),
+        ({"preset": "DiT-S/2"}, "DiT-S/2"),
+        ({"preset": "DiT-S/2-8E2A", "depth": 12, "image_size": 8, "learn_sigma": False}, "DiT-S/2-8E2A"),
+        ({"preset": "DiT-S/2-8E2A", "depth": 3}, None),
+        ({"preset": "DiT-S/2-8E2A", "experts_per_token": 1}, None),
+        ({"preset": "DiT-S/2-8E2A", "shared_experts": 1}, None),
+        ({"preset": "DiT-S/2-8E2A", "shared_mlp": "gelu"}, None),
+        ({"depth": 12, "hidden": 384, "heads": 6, "patch": 2}, None),
+    ],
+)
+def test_only_a_network_of_a_preset_s_shape_has_its_name(fields: dict[str, Any], name: str | None) -> None:
+    assert ModelConfig(**fields).published_name == name
