@@ -24,6 +24,7 @@ from ditmoe.model.layers import (
     modulate,
     position_embedding,
 )
+from ditmoe.model.products import Linear
 
 
 class Block(nn.Module):
@@ -42,7 +43,7 @@ class Block(nn.Module):
             self.moe = MoE(hidden, config.experts, config.experts_per_token, shared, balance)
         else:
             self.mlp = DenseMlp(hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 6 * hidden))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 6 * hidden))
 
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
         """`[B, T, D]`, `[B, D]` → `[B, T, D]`."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditmoe.model.attention import attend
+from ditmoe.model.products import Linear
 
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000.0
@@ -40,7 +41,7 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden: int, spacing: Literal["dit", "diffusers"] = "dit") -> None:
         super().__init__()
         self.spacing: Literal["dit", "diffusers"] = spacing
-        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FEATURES, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(Linear(TIMESTEP_FEATURES, hidden), nn.SiLU(), Linear(hidden, hidden))
 
     def forward(self, timestep_B: Tensor) -> Tensor:
         """`[B]` → `[B, D]`."""
@@ -94,8 +95,8 @@ class PlainAttention(nn.Module):
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.proj = nn.Linear(hidden, hidden)
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.proj = Linear(hidden, hidden)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` → `[B, T, D]`."""
@@ -110,8 +111,8 @@ class QkNormAttention(nn.Module):
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.Wqkv = nn.Linear(hidden, 3 * hidden)
-        self.out_proj = nn.Linear(hidden, hidden)
+        self.Wqkv = Linear(hidden, 3 * hidden)
+        self.out_proj = Linear(hidden, hidden)
         self.q_norm = nn.LayerNorm(hidden // heads, eps=1e-6)
         self.k_norm = nn.LayerNorm(hidden // heads, eps=1e-6)
 
@@ -140,8 +141,8 @@ class DenseMlp(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(hidden, 4 * hidden)
-        self.fc2 = nn.Linear(4 * hidden, hidden)
+        self.fc1 = Linear(hidden, 4 * hidden)
+        self.fc2 = Linear(4 * hidden, hidden)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """`[B, T, D]` → `[B, T, D]`."""
@@ -154,9 +155,9 @@ class SwiGlu(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False)
-        self.up_proj = nn.Linear(hidden, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(hidden, width, bias=False)
+        self.up_proj = Linear(hidden, width, bias=False)
+        self.down_proj = Linear(width, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` → `[..., D]`."""
@@ -170,8 +171,8 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden: int, patch: int, out_channels: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(hidden, patch * patch * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden, 2 * hidden))
+        self.linear = Linear(hidden, patch * patch * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 2 * hidden))
 
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
         """`[B, T, D]`, `[B, D]` → `[B, T, patch²·out_channels]`."""

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ditmoe.model.products import gated, in_onednn, product
+
 
 def experts_in_turn(
     x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
@@ -33,31 +35,48 @@ def _runs(counts_N: Sequence[int]) -> Iterator[tuple[int, slice]]:
         first += count
 
 
+def _linear(x: Tensor, weight_OI: Tensor, fast: bool) -> Tensor:
+    """x·weightᵀ, by the way that is fast for these numbers."""
+    return product(x, weight_OI) if fast else x @ weight_OI.t()
+
+
 class _InTurn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
     ) -> Tensor:
-        kept = any(ctx.needs_input_grad)
-        rows = len(x_AD) if kept else max(counts_N)
-        gate_AF, up_AF = (x_AD.new_empty(rows, gate_NFD.shape[1]) for _ in range(2))
+        fast = in_onednn(x_AD)
+        kept: list[Tensor] = []
         out_AD = torch.empty_like(x_AD)
-        for expert, run in _runs(counts_N):
-            place = run if kept else slice(0, run.stop - run.start)
-            gate, up = gate_AF[place], up_AF[place]
-            torch.mm(x_AD[run], gate_NFD[expert].t(), out=gate)
-            torch.mm(x_AD[run], up_NFD[expert].t(), out=up)
-            torch.mm(F.silu(gate).mul_(up), down_NDF[expert].t(), out=out_AD[run])
-        if kept:
+        if any(ctx.needs_input_grad):
+            for expert, run in _runs(counts_N):
+                gate, up = (_linear(x_AD[run], weight[expert], fast) for weight in (gate_NFD, up_NFD))
+                hidden = F.silu(gate).mul_(up)
+                if fast:
+                    out_AD[run] = product(hidden, down_NDF[expert])
+                else:
+                    torch.mm(hidden, down_NDF[expert].t(), out=out_AD[run])
+                kept += gate, up
             ctx.counts_N = counts_N
-            ctx.save_for_backward(x_AD, gate_NFD, up_NFD, down_NDF, gate_AF, up_AF)
+            ctx.save_for_backward(x_AD, gate_NFD, up_NFD, down_NDF, *kept)
+        elif fast:
+            for expert, run in _runs(counts_N):
+                out_AD[run] = gated(x_AD[run], gate_NFD[expert], up_NFD[expert], down_NDF[expert])
+        else:
+            gate_AF, up_AF = (x_AD.new_empty(max(counts_N), gate_NFD.shape[1]) for _ in range(2))
+            for expert, run in _runs(counts_N):
+                gate, up = (memory_AF[: run.stop - run.start] for memory_AF in (gate_AF, up_AF))
+                torch.mm(x_AD[run], gate_NFD[expert].t(), out=gate)
+                torch.mm(x_AD[run], up_NFD[expert].t(), out=up)
+                torch.mm(F.silu(gate).mul_(up), down_NDF[expert].t(), out=out_AD[run])
         return out_AD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_AD: Tensor) -> tuple[Tensor | None, ...]:
-        x_AD, gate_NFD, up_NFD, down_NDF, gate_AF, up_AF = ctx.saved_tensors
+        x_AD, gate_NFD, up_NFD, down_NDF, *kept = ctx.saved_tensors
         needs_x, _, *needs_weights = ctx.needs_input_grad
+        fast = in_onednn(x_AD)
         to_x = torch.empty_like(x_AD) if needs_x else None
         weights = (gate_NFD, up_NFD, down_NDF)
         to_gate, to_up, to_down = (
@@ -65,12 +84,12 @@ class _InTurn(torch.autograd.Function):
             for weight, needed in zip(weights, needs_weights, strict=True)
         )
         gradient_AD = gradient_AD.contiguous()
-        for expert, run in _runs(ctx.counts_N):
-            x, gate, up, gradient = x_AD[run], gate_AF[run], up_AF[run], gradient_AD[run]
+        for (expert, run), gate, up in zip(_runs(ctx.counts_N), kept[::2], kept[1::2], strict=True):
+            x, gradient = x_AD[run], gradient_AD[run]
             activated = F.silu(gate)
             if to_down is not None:
                 torch.mm(gradient.t(), activated * up, out=to_down[expert])
-            hidden = gradient @ down_NDF[expert]
+            hidden = _linear(gradient, down_NDF[expert].t(), fast)
             gradient_gate = torch.ops.aten.silu_backward(hidden * up, gate)
             gradient_up = hidden.mul_(activated)
             if to_gate is not None:
@@ -78,8 +97,11 @@ class _InTurn(torch.autograd.Function):
             if to_up is not None:
                 torch.mm(gradient_up.t(), x, out=to_up[expert])
             if to_x is not None:
-                torch.mm(gradient_gate, gate_NFD[expert], out=to_x[run])
-                to_x[run].addmm_(gradient_up, up_NFD[expert])
+                to_x[run] = _linear(gradient_gate, gate_NFD[expert].t(), fast)
+                if fast:
+                    to_x[run] += product(gradient_up, up_NFD[expert].t())
+                else:
+                    to_x[run].addmm_(gradient_up, up_NFD[expert])
         for expert, count in enumerate(ctx.counts_N):
             if not count:
                 for to_weight in (to_gate, to_up, to_down):

@@ -16,6 +16,7 @@ from ditmoe.model.experts.blocks import block_product
 from ditmoe.model.experts.dispatch import assign, combine, dispatch
 from ditmoe.model.experts.in_turn import experts_in_turn
 from ditmoe.model.layers import DenseMlp, SwiGlu
+from ditmoe.model.products import linear
 
 
 class Router(nn.Module):
@@ -27,7 +28,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """`[T, D]` → logits `[T, N]`."""
-        return F.linear(x_TD, self.weight)
+        return linear(x_TD, self.weight)
 
 
 class Experts(nn.Module):
@@ -94,7 +95,7 @@ class Experts(nn.Module):
     def in_blocks(self, x_AD: Tensor, counts_N: Tensor, size: int) -> Tensor:
         """Each expert's rows in blocks of `size`, the last one filled up with zeros; for inference in fp32.
 
-        Matrix products on CPUs round by the number of rows. The size of the blocks follows from the batch's alone,
+        MKL's products round by the number of rows. The size of the blocks follows from the batch's alone,
         so a token's result has the same bits whichever other tokens go to its expert, and an image does not depend
         on those drawn beside it.
         """

@@ -1,0 +1,116 @@
+"""Matrix products of float32 on x86 CPUs by oneDNN, and linear layers that use them.
+
+torch gives float32 products to MKL, and lets oneDNN compute them in compiled networks alone. oneDNN's are 6 to 15%
+faster (docs/performance.md), and a row's result has the same bits among any number of rows, from two on: with MKL
+it depends on the number where that is small or odd. So an expert's rows need not be filled up to a fixed number
+for an image not to depend on those drawn beside it.
+"""
+
+import platform
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_AVAILABLE: Final = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_TRIED_ROWS: Final = (1, 2, 3, 5, 16, 48, 77, 250)
+"""Beside 512: small ones, odd ones, multiples of a vector kernel's 16 rows."""
+
+
+def in_onednn(*tensors: Tensor | None) -> bool:
+    """Whether products of these are oneDNN's; its switch is torch's (`torch.backends.mkldnn.flags`)."""
+    return (
+        _AVAILABLE
+        and bool(torch.backends.mkldnn.enabled)
+        and not torch.compiler.is_compiling()  # a compiler chooses kernels itself
+        and all(
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
+            for tensor in tensors
+            if tensor is not None
+        )
+    )
+
+
+def product(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, then: Literal["none", "swish"] = "none"
+) -> Tensor:
+    """x·weightᵀ + bias, and SiLU of that if asked for: `[..., I]` → `[..., O]`, by oneDNN and without a gradient.
+
+    The weight may be a transposed view. One row takes another kernel, which rounds otherwise; so it is computed
+    twice.
+    """
+    if x.numel() == x.shape[-1]:
+        twice = product(x.reshape(1, -1).expand(2, -1), weight_OI, bias_O, then)
+        return twice[0].view(*x.shape[:-1], len(weight_OI))
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, bias_O, then, [], "")
+    return result
+
+
+def gated(x_AD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    """down(SiLU(gate(x))·up(x)) by oneDNN, without a gradient: activation and gating happen in the products."""
+    if len(x_AD) == 1:
+        return gated(x_AD.expand(2, -1), gate_FD, up_FD, down_DF)[:1]
+    opened = product(x_AD, gate_FD, then="swish")
+    return product(torch.ops.mkldnn._linear_pointwise.binary(x_AD, opened, up_FD, None, "mul"), down_DF)
+
+
+def rows_agree(hidden: int, width: int) -> bool:
+    """Whether `gated` gives a row the same bits among any number of rows, tried out once for each shape and number
+    of threads; False where oneDNN is not to be had."""
+    return in_onednn(torch.empty(1)) and _rows_agree(hidden, width, torch.get_num_threads())
+
+
+@lru_cache
+def _rows_agree(hidden: int, width: int, _threads: int) -> bool:
+    with torch.inference_mode():
+        source = torch.Generator().manual_seed(0)
+        gate, up, down, x = (
+            torch.randn(shape, generator=source) / shape[1] ** 0.5
+            for shape in ((width, hidden), (width, hidden), (hidden, width), (512, hidden))
+        )
+        whole = gated(x, gate, up, down)
+        return all(torch.equal(gated(x[:rows].clone(), gate, up, down), whole[:rows]) for rows in _TRIED_ROWS)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, by oneDNN where that is faster."""
+    if not in_onednn(x, weight_OI, bias_O):
+        return F.linear(x, weight_OI, bias_O)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, weight_OI, bias_O)
+    ):
+        result: Tensor = _Linear.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+        return result
+    return product(x, weight_OI, bias_O)
+
+
+class Linear(nn.Linear):
+    """torch's linear layer with `linear`'s products."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., in]` → `[..., out]`."""
+        return linear(input, self.weight, self.bias)
+
+
+class _Linear(torch.autograd.Function):
+    """The weight's gradient is MKL's, which is the faster one there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return product(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        flat = gradient.reshape(-1, len(weight_OI))
+        return (
+            product(gradient, weight_OI.t()) if of_x else None,
+            flat.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+            flat.sum(0) if of_bias else None,
+        )
