@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.model.experts.moe import MoE
+from ditmoe.model.kernels.products import Linear
 from ditmoe.model.layers import (
     DenseMlp,
     FinalLayer,
@@ -24,7 +25,6 @@ from ditmoe.model.layers import (
     modulate,
     position_embedding,
 )
-from ditmoe.model.products import Linear
 
 
 class Block(nn.Module):

@@ -1,8 +1,5 @@
-"""What was measured, and on what: commit, versions, hardware; and what the machine can do at best.
-
-The limits are measured in the same run: the rate of large matrix products in each precision, and of moving memory.
-The best of many repetitions counts, because whatever else the machine does only slows it.
-"""
+"""What was measured, and on what: commit, versions, hardware; and what the machine can do at best, measured in the
+same run: the rate of large matrix products in each precision, and of moving memory."""
 
 import os
 import platform
@@ -17,15 +14,12 @@ from typing import Any, Final
 import psutil
 import torch
 
-from benchmarks.suite.figure import timed
+from ditmoe.launcher.profiling import limits
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PACKAGES: Final = ("torch", "deepspeed", "numpy")
 MATRIX_UNITS: Final = ("amx_bf16", "amx_tile", "avx512_bf16", "avx512f", "avx2")
 DTYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ON_CPU: Final = ((256, 384, 1536), (1024, 384, 768), (1024, 1024, 1024), (1024, 768, 3072))
-ON_GPU: Final = ((8192, 8192, 8192), (16384, 4096, 4096))
-REPEATS: Final = 25
 
 
 @dataclass(frozen=True)
@@ -48,29 +42,10 @@ class Limits:
 
 def measure_limits(device: torch.device, small: bool = False) -> Limits:
     """Measure them, in seconds."""
-    shapes = ((64, 64, 64),) if small else ON_GPU if device.type == "cuda" else ON_CPU
-    products = {
-        name: max(_product_rate(shape, dtype, device) for shape in shapes) for name, dtype in DTYPES.items()
-    }
-    numbers = 2**16 if small else 2**28 if device.type == "cuda" else 2**25
-    x, y = (torch.ones(numbers, device=device) for _ in range(2))
-    z = torch.empty_like(x)
-    moved = 3 * x.nbytes
-    return Limits(products, moved / min(timed(lambda: torch.add(x, y, out=z), device) for _ in range(REPEATS)))
-
-
-def _product_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
-    rows, inner, columns = shape
-    x, weight = (torch.randn(size, inner, device=device).to(dtype) for size in (rows, columns))
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
-    calls = max(1, 2**28 // (2 * rows * inner * columns))  # long enough to be timed
-
-    def run() -> None:
-        for _ in range(calls):
-            torch.mm(x, weight.t(), out=out)
-
-    best = min(timed(run, device) for _ in range(REPEATS))
-    return 2 * rows * inner * columns * calls / best
+    shapes = ((64, 64, 64),) if small else limits.SHAPES[device.type]
+    numbers = 2**16 if small else limits.NUMBERS[device.type]
+    products = {name: limits.product_rate(device, dtype, shapes) for name, dtype in DTYPES.items()}
+    return Limits(products, limits.memory_rate(device, numbers))
 
 
 def facts(device: torch.device) -> dict[str, Any]:

@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ditmoe.model.products import gated, in_onednn, product
+from ditmoe.model.kernels.products import gated, in_onednn, product
 
 
 def experts_in_turn(
     x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
 ) -> Tensor:
     """down(SiLU(gate(x))·up(x)) of each expert on its `counts_N[i]` rows, `[A, D]`."""
-    result: Tensor = _InTurn.apply(x_AD, counts_N, gate_NFD, up_NFD, down_NDF)  # type: ignore[no-untyped-call]
-    return result
+    inputs = (x_AD, gate_NFD, up_NFD, down_NDF)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        result: Tensor = _InTurn.apply(x_AD, counts_N, gate_NFD, up_NFD, down_NDF)  # type: ignore[no-untyped-call]
+        return result
+    return _without_gradients(x_AD, counts_N, gate_NFD, up_NFD, down_NDF)
 
 
 def _runs(counts_N: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -40,6 +43,24 @@ def _linear(x: Tensor, weight_OI: Tensor, fast: bool) -> Tensor:
     return product(x, weight_OI) if fast else x @ weight_OI.t()
 
 
+def _without_gradients(
+    x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
+) -> Tensor:
+    """Each expert's hidden numbers take the place of the last one's."""
+    out_AD = torch.empty_like(x_AD)
+    if in_onednn(x_AD):
+        for expert, run in _runs(counts_N):
+            out_AD[run] = gated(x_AD[run], gate_NFD[expert], up_NFD[expert], down_NDF[expert])
+        return out_AD
+    gate_AF, up_AF = (x_AD.new_empty(max(counts_N), gate_NFD.shape[1]) for _ in range(2))
+    for expert, run in _runs(counts_N):
+        gate, up = (memory_AF[: run.stop - run.start] for memory_AF in (gate_AF, up_AF))
+        torch.mm(x_AD[run], gate_NFD[expert].t(), out=gate)
+        torch.mm(x_AD[run], up_NFD[expert].t(), out=up)
+        torch.mm(F.silu(gate).mul_(up), down_NDF[expert].t(), out=out_AD[run])
+    return out_AD
+
+
 class _InTurn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -48,27 +69,16 @@ class _InTurn(torch.autograd.Function):
         fast = in_onednn(x_AD)
         kept: list[Tensor] = []
         out_AD = torch.empty_like(x_AD)
-        if any(ctx.needs_input_grad):
-            for expert, run in _runs(counts_N):
-                gate, up = (_linear(x_AD[run], weight[expert], fast) for weight in (gate_NFD, up_NFD))
-                hidden = F.silu(gate).mul_(up)
-                if fast:
-                    out_AD[run] = product(hidden, down_NDF[expert])
-                else:
-                    torch.mm(hidden, down_NDF[expert].t(), out=out_AD[run])
-                kept += gate, up
-            ctx.counts_N = counts_N
-            ctx.save_for_backward(x_AD, gate_NFD, up_NFD, down_NDF, *kept)
-        elif fast:
-            for expert, run in _runs(counts_N):
-                out_AD[run] = gated(x_AD[run], gate_NFD[expert], up_NFD[expert], down_NDF[expert])
-        else:
-            gate_AF, up_AF = (x_AD.new_empty(max(counts_N), gate_NFD.shape[1]) for _ in range(2))
-            for expert, run in _runs(counts_N):
-                gate, up = (memory_AF[: run.stop - run.start] for memory_AF in (gate_AF, up_AF))
-                torch.mm(x_AD[run], gate_NFD[expert].t(), out=gate)
-                torch.mm(x_AD[run], up_NFD[expert].t(), out=up)
-                torch.mm(F.silu(gate).mul_(up), down_NDF[expert].t(), out=out_AD[run])
+        for expert, run in _runs(counts_N):
+            gate, up = (_linear(x_AD[run], weight[expert], fast) for weight in (gate_NFD, up_NFD))
+            hidden = F.silu(gate).mul_(up)
+            if fast:
+                out_AD[run] = product(hidden, down_NDF[expert])
+            else:
+                torch.mm(hidden, down_NDF[expert].t(), out=out_AD[run])
+            kept += gate, up
+        ctx.counts_N = counts_N
+        ctx.save_for_backward(x_AD, gate_NFD, up_NFD, down_NDF, *kept)
         return out_AD
 
     @staticmethod

@@ -15,8 +15,8 @@ from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.model.experts.blocks import block_product
 from ditmoe.model.experts.dispatch import assign, combine, dispatch
 from ditmoe.model.experts.in_turn import experts_in_turn
+from ditmoe.model.kernels.products import linear
 from ditmoe.model.layers import DenseMlp, SwiGlu
-from ditmoe.model.products import linear
 
 
 class Router(nn.Module):

@@ -11,7 +11,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from ditmoe.model.products import rows_agree
+from ditmoe.model.kernels.products import rows_agree
 
 Path = Literal["grouped", "batched", "in_blocks", "in_turn", "one_by_one"]
 """`grouped`: one launch for all experts; `batched`: blocks of rows, each with its expert's weights, in one batched

@@ -49,12 +49,13 @@ def product(
     return result
 
 
-def gated(x_AD: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-    """down(SiLU(gate(x))·up(x)) by oneDNN, without a gradient: activation and gating happen in the products."""
-    if len(x_AD) == 1:
-        return gated(x_AD.expand(2, -1), gate_FD, up_FD, down_DF)[:1]
-    opened = product(x_AD, gate_FD, then="swish")
-    return product(torch.ops.mkldnn._linear_pointwise.binary(x_AD, opened, up_FD, None, "mul"), down_DF)
+def gated(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+    """down(SiLU(gate(x))·up(x)), `[..., D]` → `[..., D]`, by oneDNN and without a gradient: activation and gating
+    happen in the products."""
+    if x.numel() == x.shape[-1]:
+        return gated(x.reshape(1, -1).expand(2, -1), gate_FD, up_FD, down_DF)[0].view_as(x)
+    opened = product(x, gate_FD, then="swish")
+    return product(torch.ops.mkldnn._linear_pointwise.binary(x, opened, up_FD, None, "mul"), down_DF)
 
 
 def rows_agree(hidden: int, width: int) -> bool:

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditmoe.model import products
 from ditmoe.model.experts.moe import Experts
+from ditmoe.model.kernels import products
 
 needs_onednn = pytest.mark.skipif(not products.in_onednn(torch.empty(1)), reason="needs oneDNN on an x86 CPU")
 

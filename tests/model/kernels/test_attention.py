@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditmoe.model.attention import attend
+from ditmoe.model.kernels.attention import attend
 from ditmoe.model.layers import _split_heads
 
 SHAPE = (2, 4, 40, 16)
