@@ -6,6 +6,7 @@ Their modules are imported when they are used, so that `ditmoe --help` answers a
 import importlib
 import os
 import sys
+import time
 import traceback
 from contextlib import suppress
 from typing import Any, Final, NamedTuple, NoReturn
@@ -26,6 +27,8 @@ INTERRUPTED: Final = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 USER_ERROR: Final = 2
 FAILED: Final = 1
+LAST_WORDS_SECONDS: Final = 1.0
+"""Between a failed task's message and its end, for srun to pass the message on."""
 
 
 class Verb(NamedTuple):
@@ -182,13 +185,16 @@ def _end(code: int) -> NoReturn:
     """End this process after a failure.
 
     In a process group at once: its threads may wait for ranks that are gone, and the interpreter's own end would
-    cut them short, which C++ answers with SIGABRT in place of the exit code.
+    cut them short, which C++ answers with SIGABRT in place of the exit code. A task of srun's stays a moment: at
+    the first task that fails srun ends the step, and shows nothing of what it has not been sent by then.
     """
+    with suppress(OSError):  # it goes nowhere, as on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
+    if "SLURM_PROCID" in os.environ:
+        time.sleep(LAST_WORDS_SECONDS)
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        with suppress(OSError):  # it goes nowhere, as on a full disk
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
 

@@ -111,7 +111,7 @@ def verdict(
 def _outcome(seen: Seen) -> tuple[Outcome, str]:
     """What ended an attempt, and one sentence of it."""
     if seen.exit_code == EXIT_USER_ERROR:
-        told = seen.state_reason or "the output of the job has the message"
+        told = seen.state_reason or "the output of the job has its message, if srun passed one on"
         return "user-error", f"the program refused its input (exit code {EXIT_USER_ERROR}): {told}"
     if seen.exit_code == 0 and seen.state in (None, "complete"):
         return "complete", "the program completed its work"

@@ -121,3 +121,17 @@ def test_configuration_page_is_up_to_date() -> None:
     assert page.read_text(encoding="utf-8") == render(), (
         "run: python -m ditmoe.launcher.configuration.reference > docs/configuration.md"
     )
+
+
+@pytest.mark.parametrize(("variables", "stays"), [({"SLURM_PROCID": "1"}, True), ({}, False)])
+def test_a_task_of_srun_stays_a_moment_after_its_message(variables: dict[str, str], stays: bool) -> None:
+    """srun ends the step at the first task that fails, and loses what it was not sent by then."""
+    code = (
+        "import sys, time\nfrom ditmoe.launcher.cli import main\n"
+        "time.sleep = lambda seconds: print('then', seconds, 'seconds', file=sys.stderr)\nmain()"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "SLURM_PROCID"} | variables
+    command = [sys.executable, "-c", code, "train", "absent.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2 and "absent.yaml" in done.stderr
+    assert done.stderr.endswith("then 1.0 seconds\n") == stays

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditmoe.parallel.checkpoint.folder import newest_checkpoint, read_weights
+from ditmoe.parallel.checkpoint.folder import newest_checkpoint, read_weights, step_of
 from ditmoe.slurm.attempts import Record, read_attempts
 from ditmoe.slurm.job_folder import PHASES, Job, training_folder
 from tests.forked import DITMOE
@@ -173,8 +173,9 @@ class Supervised:
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
         self.cluster.wait(condition, lambda: f"{what}; the job printed:\n{self.output[-6000:]}", seconds)
 
-    def wait_for_training(self, attempt: int, more: int = 6) -> None:
-        """Wait until an attempt has trained some steps, and a checkpoint is behind them."""
+    def wait_for_training(self, attempt: int, more: int = 6, saved: bool = True) -> None:
+        """Wait until an attempt has trained some steps, and if `saved` until a checkpoint of them is whole: one is
+        written while the run goes on."""
         self.wait(lambda: len(self.record.attempts) >= attempt, f"attempt {attempt}")
         started = time.time()
         state = self.run / "state.json"
@@ -184,7 +185,9 @@ class Supervised:
                 return False
             told = json.loads(state.read_text())
             begun = self.record.attempts[attempt - 1].step or 0
-            return told["state"] == "training" and told["step"] >= begun + more
+            newest = newest_checkpoint(self.run)
+            is_saved = newest is not None and step_of(newest) > begun
+            return told["state"] == "training" and told["step"] >= begun + more and (is_saved or not saved)
 
         self.wait(trains, f"attempt {attempt} to train")
 

@@ -54,7 +54,8 @@ def ends(supervised: Supervised) -> list[End]:
 @pytest.mark.timeout(200)
 def test_what_is_not_requeued(play: Callable[..., Supervised], cluster: Cluster) -> None:
     """A user's error, though srun kills the other task and says so; nor a second time, by anybody."""
-    job = play('[ $SLURM_PROCID = 1 ] && { echo "error: optim.lr: wrong" >&2; exit 2; }; sleep 100')
+    # A second between the two, as `launcher/cli.py` leaves: srun loses the last words of a task that ends at once.
+    job = play('[ $SLURM_PROCID = 1 ] && { echo "error: optim.lr: wrong" >&2; sleep 1; exit 2; }; sleep 100')
     number = job.submit()
     cluster.wait_for_state(number, "FAILED")
     (end,) = ends(job)

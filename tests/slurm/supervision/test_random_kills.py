@@ -113,7 +113,7 @@ def test_random_kills(make_run: Callable[..., Supervised], shards: Path, tmp_pat
         if kill.steps is None:
             run.wait(lambda number=number: len(run.record.attempts) >= number, f"attempt {number}")  # type: ignore[misc]
         else:
-            run.wait_for_training(number, kill.steps)
+            run.wait_for_training(number, kill.steps, saved=False)
         time.sleep(kill.seconds)
         attempts = run.record.attempts
         assert len(attempts) == number and attempts[-1].end is None, f"attempt {number} ended before {kill}"
