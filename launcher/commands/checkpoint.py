@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ditmoe.parallel.checkpoint.folder import CheckpointInfo
 
 app = Commands(
-    """Look into a checkpoint.
+    """Inspect a checkpoint.
 
     Examples:
         ditmoe checkpoint inspect runs/photos

@@ -51,7 +51,7 @@ def command(
     ] = None,
     not_sit: Annotated[
         bool,
-        typer.Option("--not-sit", help="It is dense rectified flow with t = 1 as noise, as ours, and not SiT's."),
+        typer.Option("--not-sit", help="The weights are a flow with noise at t = 1, like ours, not SiT's."),
     ] = False,
     trust_objective: Annotated[
         bool,
@@ -77,9 +77,8 @@ def command(
         bool,
         typer.Option(
             "--stock",
-            help="With --to diffusers: use diffusers' own class for a dense network with DiT's time "
-            "frequencies, though it"
-            " computes other ones. Its pictures then differ from ours.",
+            help="With --to diffusers: write diffusers' own class for a dense network with DiT's time frequencies,"
+            " although that class computes others. Its pictures then differ from ours.",
         ),
     ] = False,
     shard_size: Annotated[

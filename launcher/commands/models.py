@@ -10,7 +10,7 @@ def command(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Presets such as DiT-S/2-32E4A, or quoted patterns such as 'DiT-B/*'. Default: the published."
+            help="Presets such as DiT-S/2-32E4A, or quoted patterns such as 'DiT-B/*'. [default: all published]"
         ),
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Also list dense DiT and patches 4 and 8.")] = False,

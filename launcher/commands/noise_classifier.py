@@ -21,7 +21,7 @@ def _group() -> None:
     """Train the noise-level classifier that DLG chains need."""
 
 
-@app.command("train", short_help="Train it, or go on.")
+@app.command("train", short_help="Train it, or resume.")
 def train(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
     steps: Annotated[int, typer.Option(min=1, help="Steps of Adam, at a rate that falls from 1e-3 to 0.")] = 5000,
@@ -40,7 +40,9 @@ def train(
         ),
     ] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images; 0: this one.")] = 1,
-    device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a classifier that has other settings.")
     ] = False,

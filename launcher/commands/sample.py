@@ -47,7 +47,9 @@ def command(
     ] = None,
     step: StepOption = None,
     weights: WeightsOption = "ema",
-    device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")
+    ] = None,
     vae: VaeOption = None,
     expert_parallel: ExpertParallelOption = 1,
     out: Annotated[
@@ -55,7 +57,7 @@ def command(
         typer.Option(
             metavar="FILE|FOLDER/",
             help="A picture of all images (png, jpg, webp), an animation (gif, apng, mp4), an array (npz, npy) "
-            "or a folder for a file of each. [default: a picture under RUN/samples, named by the settings]",
+            "or a folder with a file for each. [default: a picture under RUN/samples, named by the settings]",
         ),
     ] = None,
     format: Annotated[  # as the option is called

@@ -35,8 +35,8 @@ def command(
     score: Annotated[
         Literal["classifier", "features", "none"],
         typer.Option(
-            help="Quality: the probability of the intended class, minus the distance to its mean real image in a "
-            "feature network's space, or none."
+            help="Score of an image: classifier, the probability of its class; features, minus the distance to "
+            "the mean real image of its class; or none."
         ),
     ] = "classifier",
     reference: Annotated[
@@ -52,7 +52,7 @@ def command(
         typer.Option(help="With --score features: a network trained on the real images, Inception-v3 or DINOv2."),
     ] = "classifier",
     features_path: Annotated[
-        Path | None, typer.Option(help="The Inception weights; see docs/evaluate.md.")
+        Path | None, typer.Option(help="File of Inception-v3 or DINOv2; see docs/evaluate.md.")
     ] = None,
     sharing: Sharing,
     drawing: Drawing,

@@ -28,7 +28,9 @@ def command(
     state: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder for jobs. [default: RUNS/.service]")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="[default: cuda if there is one, else cpu]")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")
+    ] = None,
     memory: Annotated[float, typer.Option(min=0.001, help="Memory for the weights of all networks, GiB.")] = 8.0,
     batch: Annotated[
         int,

@@ -214,7 +214,7 @@ def synthesize(context: typer.Context, *, asked: Asked) -> None:
     _submit(synthesis_job, context, asked)
 
 
-@app.command("workers", short_help="Start workers for evaluations that are led elsewhere.")
+@app.command("workers", short_help="Start workers for commands that are led elsewhere.")
 @asks_slurm
 def workers(
     folder: Annotated[

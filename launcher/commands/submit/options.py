@@ -34,14 +34,17 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "mem": (Annotated[str | None, typer.Option(help="Memory of each node, such as 64G; 0: all.")], None),
     "cpus_per_task": (Annotated[int | None, typer.Option(help="CPUs of each task.")], None),
     "gpu": (
-        Annotated[str | None, typer.Option(help="Kind of GPU, as of `ditmoe plan --gpu`: memory is checked.")],
+        Annotated[str | None, typer.Option(help="Kind of GPU, as in `ditmoe plan --gpu`, to check memory.")],
         None,
     ),
     "container": (
         Annotated[str | None, typer.Option(help="Container image that tasks run in. [default: no container]")],
         None,
     ),
-    "container_runtime": (Annotated[str | None, typer.Option(help="apptainer or pyxis.")], None),
+    "container_runtime": (
+        Annotated[str | None, typer.Option(help="apptainer or pyxis. [default: apptainer]")],
+        None,
+    ),
     "container_mount": (
         Annotated[
             list[str],
@@ -60,7 +63,7 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[
             int | None,
             typer.Option(
-                help="How many seconds before its time limit the job saves and is queued again. [default: 300]"
+                help="Seconds before the time limit at which the job saves. [default: 300, at most a quarter]"
             ),
         ],
         None,
@@ -70,7 +73,7 @@ _JOB_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
             list[str],
             typer.Option(
                 metavar="PHASE=DURATION",
-                help="How long a start, step, save or evaluation may take before the job counts as hung.",
+                help="How long a rank may be silent. [default: start=30m, step=10m, save=30m, evaluation=2h]",
             ),
         ],
         (),
