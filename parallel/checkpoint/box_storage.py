@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +34,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.boxes import Box, matrix_shape, tiling_problems, whole
+from ditmoe.parallel.checkpoint.box_reading import Read, Target, read_boxes
 from ditmoe.parallel.checkpoint.box_table import BoxTable, FileBoxes, Numbers
-from ditmoe.parallel.checkpoint.shard_files import SUFFIX, ShardWriter, read_box, read_header
+from ditmoe.parallel.checkpoint.shard_files import SUFFIX, ShardWriter, read_header
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,31 @@ def whole_piece(name: str, tensor: Tensor) -> Piece:
     return Piece(name, tuple(tensor.shape), box, tensor.view(box.rows, box.columns))
 
 
-def save_pieces(
-    folder: Path, pieces: Sequence[Piece], group: ProcessGroup | None = None
-) -> dict[str, dict[str, Any]]:
+@dataclass(frozen=True)
+class Written:
+    """What all ranks have written, as the first rank knows it; elsewhere nothing."""
+
+    files: dict[str, dict[str, Any]]
+    """Name → `bytes` and `sha256`."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of the parameters, whole."""
+
+
+def save_pieces(folder: Path, pieces: Sequence[Piece], group: ProcessGroup | None = None) -> Written:
     """Write every rank's pieces; a collective call when a process group exists.
 
     Args:
         group: all ranks, to talk in; None: the default one.
-
-    Returns:
-        On the first rank the files' facts: file name → `bytes` and `sha256`. Elsewhere nothing.
 
     Raises:
         OSError, or torch's CheckpointException holding each failed rank's error: nothing is to be trusted then.
     """
     writer = ShardWriter(folder)
     alone = not dist.is_initialized()
+    planner = _SavePieces(pieces)
     with _without_a_word() if alone else nullcontext():
-        save({}, storage_writer=writer, planner=_SavePieces(pieces), process_group=group, no_dist=alone)
-    return writer.files
+        save({}, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
+    return Written(writer.files, planner.shapes)
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,7 @@ class StoredBoxes:
             problems += tiling_problems(name, boxes, shapes[name])
         return [f"{self.folder}: {problem}" for problem in problems]
 
-    def plan(self, pieces: Sequence[Piece]) -> "list[Read]":
+    def plan(self, pieces: Sequence[Piece]) -> list[Read]:
         """What is to be read to fill every piece, file by file, each from its beginning to its end.
 
         Raises:
@@ -134,43 +141,29 @@ class StoredBoxes:
         columns = (file_O, begin_O, self.table.place_T4[found.stored_O], found.wanted_O, found.place_O4)
         return [Read(*row) for row in zip(*(column[order].tolist() for column in columns), strict=True)]
 
-    def read(self, pieces: Sequence[Piece], plan: "Sequence[Read] | None" = None) -> None:
+    def read(self, pieces: Sequence[Piece]) -> None:
         """Fill every piece's memory.
-
-        Args:
-            plan: what `plan` gives for these pieces; None: it is made.
 
         Raises:
             UserError: a piece is not in the files, or a file cannot be read.
         """
-        plan = self.plan(pieces) if plan is None else plan
-        for number, reads in groupby(plan, key=lambda read: read.file):
-            file = self.folder / self.files[number]
-            try:
-                with file.open("rb", buffering=0) as stream:
-                    for read in reads:
-                        piece, (row, column, rows, columns) = pieces[read.piece], read.place
-                        top, left = row - piece.box.row, column - piece.box.column
-                        target = piece.tensor.detach()[top : top + rows, left : left + columns]
-                        part = (row - read.stored[0], column - read.stored[1], rows, columns)
-                        read_box(stream, read.begin, read.stored[3], part, target)
-            except EOFError:
-                raise UserError(f"{file}: ends before what its header tells of; has it changed?") from None
-            except OSError as error:
-                raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+        for number, reads in groupby(self.plan(pieces), key=lambda read: read.file):
+            read_part(self.folder / self.files[number], list(reads), pieces)
 
 
-class Read(NamedTuple):
-    """A part of a stored box that goes to a piece; places are row, column, rows and columns in the parameter."""
+def read_part(file: Path, reads: Sequence[Read], pieces: Sequence[Piece]) -> None:
+    """`read_boxes` into pieces. UserError where the file cannot be read, or ends too early."""
+    try:
+        read_boxes(file, reads, targets(pieces))
+    except EOFError:
+        raise UserError(f"{file}: ends before what its header tells of; has it changed?") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
 
-    file: int
-    begin: int
-    """Where the stored box begins in the file."""
-    stored: tuple[int, int, int, int]
-    """Place of the stored box."""
-    piece: int
-    place: tuple[int, int, int, int]
-    """Of the part."""
+
+def targets(pieces: Sequence[Piece]) -> list[Target]:
+    """Pieces as memory to be filled."""
+    return [Target(piece.box, piece.tensor) for piece in pieces]
 
 
 def load_pieces(folder: Path, pieces: Sequence[Piece], stored: StoredBoxes | None = None) -> None:
@@ -240,6 +233,8 @@ class _SavePieces(SavePlanner):
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = keyed(pieces)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """On the first rank, when all have said what they write: of every parameter."""
 
     def set_up_planner(
         self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
@@ -252,7 +247,9 @@ class _SavePieces(SavePlanner):
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Check that the pieces of all ranks tile every parameter."""
-        problems = unsound([plan.planner_data for plan in all_plans])
+        announced: list[Announced] = [plan.planner_data for plan in all_plans]
+        problems = unsound(announced)
+        self.shapes = shapes_of(announced)
         assert not problems, f"the ranks' pieces do not tile a parameter: {problems}"
         return [replace(plan, planner_data=None) for plan in all_plans], Metadata({})  # the headers hold it
 
@@ -281,12 +278,18 @@ class Announced:
         return cls(boxes, {piece.name: piece.shape for piece in pieces})
 
 
-def unsound(announced: Sequence[Announced]) -> list[str]:
-    """Where what all ranks are about to write does not hold every element of its parameters exactly once."""
+def shapes_of(announced: Sequence[Announced]) -> dict[str, tuple[int, ...]]:
+    """The parameters of which any rank is about to write a part."""
     shapes: dict[str, tuple[int, ...]] = {}
     for one in announced:
         for name, shape in one.shapes.items():
             assert shapes.setdefault(name, shape) == shape, f"the ranks differ on the size of {name}"
+    return shapes
+
+
+def unsound(announced: Sequence[Announced]) -> list[str]:
+    """Where what all ranks are about to write does not hold every element of its parameters exactly once."""
+    shapes = shapes_of(announced)
     table = BoxTable(one.boxes for one in announced)
     found = table.boxes_of(table.untiled(shapes))
     return [problem for name, boxes in found.items() for problem in tiling_problems(name, boxes, shapes[name])]

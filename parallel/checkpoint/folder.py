@@ -25,8 +25,8 @@ from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.files import sync_folder, temporary_beside
-from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
-from ditmoe.parallel.checkpoint.box_storage import StoredBoxes, load_pieces, save_pieces, whole_piece
+from ditmoe.parallel.checkpoint.box_storage import StoredBoxes, save_pieces, whole_piece
+from ditmoe.parallel.checkpoint.checked_files import ALONE, CheckedFiles, Readers, damage
 from ditmoe.parallel.checkpoint.holds import reading
 from ditmoe.parallel.checkpoint.marker import FORMAT, MARKER, Part, marker_text, read_marker
 
@@ -64,7 +64,7 @@ class CheckpointInfo:
     fingerprint: str
     """Hash of all files' checksums."""
     stored: dict[str, StoredBoxes] = field(default_factory=dict, compare=False)
-    """What is known of the headers of its parts: of those that `checked_weights` has read."""
+    """What is known of the headers of its parts: of those that `looked_at` has read."""
 
     @property
     def model(self) -> ModelConfig:
@@ -183,55 +183,73 @@ def load_weights(
     path: Path,
     which: Literal["ema", "weights"],
     allocate: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Tensor]],
+    readers: Readers = ALONE,
 ) -> None:
-    """Read canonical parameters into memory of any type, on any device, without a process group.
+    """Read canonical parameters into memory of any type, on any device; all readers call it.
 
-    No second copy is made: what is read is a parameter at a time out of files that all processes of a machine have
-    in memory once.
+    No second copy is made: of a file a few MiB at a time are on their way to their place, and to its checksum.
 
     Args:
         allocate: called with the shape of each parameter when the files are known to hold just these; gives the
-            memory of each, contiguous.
+            memory of those that are wanted, contiguous. Where this raises, it is worth nothing.
 
     Raises:
         UserError: the part is missing, or a file of it is damaged.
     """
-    with checked_weights(path, which) as info:
+    with looked_at(path, which, readers) as (info, files):
         memory = allocate(info.shapes)
-        fill_weights(info, which, {name: memory[name] for name in info.shapes})
+        pieces = [whole_piece(name, tensor) for name, tensor in memory.items() if name in info.shapes]
+        _raise(files.fill({which: pieces}))
 
 
 @contextmanager
 def checked_weights(
-    path: Path,
-    which: Literal["ema", "weights"],
-    damage: Callable[[CheckpointInfo, list[str]], list[str]] | None = None,
+    path: Path, which: Literal["ema", "weights"], readers: Readers = ALONE, *, read: bool = True
 ) -> Iterator[CheckpointInfo]:
     """A checkpoint whose weights are known to be whole, and stay where they are for the body.
 
     Args:
-        damage: finds damage to the bytes of files, where processes divide that among them; None: `damaged`.
+        read: whether the bytes of all files are read for their checksums, or only the headers.
 
     Raises:
         UserError: the part is missing, or a file of it is damaged.
+    """
+    with looked_at(path, which, readers) as (info, files):
+        _raise(files.damaged() if read else [])
+        yield info
+
+
+@contextmanager
+def looked_at(
+    path: Path, which: Literal["ema", "weights"], readers: Readers
+) -> Iterator[tuple[CheckpointInfo, CheckedFiles]]:
+    """A part of a checkpoint whose headers hold the whole model, and which stays where it is for the body.
+
+    Raises:
+        UserError: the part is missing, or not whole; the bytes of its files are yet to be checked.
     """
     info = read_info(path)
     if which not in info.parts:
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
     with reading(path):
-        problems = (damage or damaged)(info, [name for name in info.files if name.startswith(f"{which}/")])
-        if not problems:
-            info = replace(info, stored={which: StoredBoxes.of(path / which)})
-            problems = incomplete(info, [which])
-        if problems:
-            raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
-        yield info
+        files = files_of(info, [which], readers)
+        _raise(files.look())
+        info = replace(info, stored=files.stored)
+        problems = incomplete(info, [which])
+        _raise(problems and (files.damaged() or problems))
+        yield info, files
 
 
-def fill_weights(info: CheckpointInfo, which: Literal["ema", "weights"], memory: Mapping[str, Tensor]) -> None:
-    """Read parameters of a checked checkpoint into their memory: contiguous, of any type, on any device."""
-    pieces = [whole_piece(name, memory[name]) for name in memory]
-    load_pieces(info.path / which, pieces, info.stored.get(which))
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
+
+
+def files_of(info: CheckpointInfo, parts: Sequence[str], readers: Readers) -> CheckedFiles:
+    """The files of some parts of a checkpoint."""
+    return CheckedFiles(
+        info.path, {name: facts for name, facts in info.files.items() if name.partition("/")[0] in parts}, readers
+    )
 
 
 def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list[str]:
@@ -259,33 +277,8 @@ def incomplete(info: CheckpointInfo, parts: Sequence[str] | None = None) -> list
 
 def damaged(info: CheckpointInfo, names: Iterable[str]) -> list[str]:
     """Problems of these files of a checkpoint: missing, another size, another checksum; one message each."""
-    return [problem for name in names if (problem := _damage(info, name)) is not None]
-
-
-def _damage(info: CheckpointInfo, name: str) -> str | None:
-    file, expected = info.path / name, info.files[name]
-    try:
-        if leads_out(file, info.path):
-            return f"{file}: is a link that leads out of the checkpoint; expected a file of it"
-        size = regular_file_bytes(file)
-        if size != expected["bytes"]:
-            return f"{file}: {size} bytes found, expected {expected['bytes']}"
-        if file_facts(file)["sha256"] != expected["sha256"]:
-            return f"{file}: its contents have changed (checksum differs from the one in {MARKER})"
-    except UserError as error:
-        return str(error)
-    except FileNotFoundError:
-        return f"{file}: missing; expected {expected['bytes']} bytes"
-    except OSError as error:
-        return f"{file}: cannot be read ({error.strerror or error})"
-    return None
-
-
-def file_facts(file: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as the marker lists them."""
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    found = (damage(info.path, name, info.files[name]) for name in names)
+    return [problem for problem in found if problem is not None]
 
 
 def write_marker(
@@ -377,7 +370,7 @@ def _write_weights(
     for part, tensors in parts.items():
         stored = {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
         pieces = [whole_piece(name, tensor.float().contiguous()) for name, tensor in stored.items()]
-        written = save_pieces(partial / part, pieces)
+        written = save_pieces(partial / part, pieces).files
         files |= {f"{part}/{name}": facts for name, facts in written.items()}
     facts = {
         "step": 0,

@@ -121,7 +121,6 @@ class CheckpointSaver:
         start = time.perf_counter()
         path = checkpoint_path(self._run_dir, engine.step)
         pieces = {part: owned_pieces(engine, part) for part in PARTS}
-        shapes = {fragment.name: fragment.shape for fragment in engine.fragments}
         facts = {
             "step": engine.step,
             "images": images,
@@ -137,7 +136,7 @@ class CheckpointSaver:
         copied = time.perf_counter()
 
         def write() -> Saved:
-            self._write(path, pieces, facts, shapes)
+            self._write(path, pieces, facts)
             return Saved(path, copied - start, time.perf_counter() - copied)
 
         self._writing = Future()
@@ -187,22 +186,22 @@ class CheckpointSaver:
         path: Path,
         pieces: Mapping[str, Sequence[Piece]],
         facts: dict[str, Any],
-        shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         """Write a checkpoint; a collective call in the saver's own group."""
         partial = self._on_first_rank(path, lambda: start_partial(path))
         files: dict[str, dict[str, Any]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         try:
             for part in PARTS:
                 written = save_pieces(partial / part, pieces[part], self._group)
-                files |= {f"{part}/{name}": file for name, file in written.items()}
+                files |= {f"{part}/{name}": file for name, file in written.files.items()}
+                shapes |= written.shapes
         except (OSError, CheckpointException) as error:
             self._on_first_rank(path, lambda: shutil.rmtree(partial, ignore_errors=True))
             if not any(isinstance(cause, OSError) for cause in _causes(error)):
                 raise  # no disk's refusal, but an error of the program
             raise write_failure(error, self._run_dir, path) from None
-        everywhere = {name: shape for own in gather_objects(shapes, self._group) for name, shape in own.items()}
-        facts = {**facts, "shapes": {name: list(shape) for name, shape in sorted(everywhere.items())}}
+        facts = {**facts, "shapes": {name: list(shape) for name, shape in sorted(shapes.items())}}
         self._on_first_rank(path, lambda: self._finish(partial, path, facts, files))
 
     def _finish(self, partial: Path, path: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:

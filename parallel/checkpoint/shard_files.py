@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,13 +28,10 @@ from torch.futures import Future
 from ditmoe.model.errors import UserError
 from ditmoe.model.weights.untrusted import leads_out, regular_file_bytes
 from ditmoe.parallel.boxes import Box
+from ditmoe.parallel.checkpoint.box_reading import BYTES
 from ditmoe.parallel.checkpoint.box_table import FileBoxes, Numbers
 
-BYTES = 4
-"""Of an element: a checkpoint holds float32 only."""
 SUFFIX: Final = ".safetensors"
-AT_ONCE: Final = 32 * 2**20
-"""Bytes that are read before they are put where they belong."""
 _LARGEST_HEADER: Final = 100_000_000
 """Bytes, as the format has it."""
 _LARGEST_PLACE: Final = 2**40
@@ -121,6 +118,15 @@ def read_header(file: Path) -> FileBoxes:
     """The boxes of a file that `ShardWriter` wrote.
 
     Raises:
+        UserError: as `read_head`.
+    """
+    return read_head(file)[1]
+
+
+def read_head(file: Path) -> tuple[bytes, FileBoxes]:
+    """The bytes of a file before its tensors, and the boxes that they tell of.
+
+    Raises:
         UserError: its header is not one that `ShardWriter` writes, or the file is not as long as that says.
     """
     try:
@@ -128,10 +134,12 @@ def read_header(file: Path) -> FileBoxes:
             raise UserError(f"{file}: is a link that leads out of its folder, expected a file")
         size = regular_file_bytes(file)
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            begin = stream.read(8)
+            length = int.from_bytes(begin, "little")
             if size < 8 or length > min(size - 8, _LARGEST_HEADER):
                 raise _HeaderError(f"cannot be read as a {SUFFIX} file (a header of {length} bytes)")
-            return _boxes_of(stream.read(length), size)
+            header = stream.read(length)
+        return begin + header, _boxes_of(header, size)
     except _HeaderError as error:
         raise UserError(f"{file}: {error}") from None
     except OSError as error:
@@ -217,43 +225,3 @@ def _check_bytes(size_T2: Numbers, bytes_T2: Numbers, total: int) -> None:
     order = np.argsort(bytes_T2[:, 0])
     if not np.array_equal(np.append(bytes_T2[order, 0], total), np.insert(bytes_T2[order, 1], 0, 0)):
         raise ValueError("its tensors are not all of it, one behind the other")
-
-
-def read_box(stream: BinaryIO, begin: int, columns: int, part: tuple[int, int, int, int], target: Tensor) -> None:
-    """Read a part of a stored box.
-
-    Args:
-        begin: where the box begins in the file.
-        columns: of the box.
-        part: row, column, rows and columns of it that are wanted.
-        target: `[rows, columns]`, of any type and on any device.
-
-    Raises:
-        EOFError: the file ends before.
-    """
-    row, column, rows, width = part
-    in_place = target.dtype == torch.float32 and target.device.type == "cpu" and target.is_contiguous()
-    if in_place and (width == columns or rows == 1):
-        stream.seek(begin + BYTES * (row * columns + column))
-        _fill(stream, target.view(-1).numpy())
-        return
-    step = max(1, AT_ONCE // (BYTES * columns))
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
-        # From the first element that is wanted to the last; of a box that is wanted whole these are all wanted.
-        elements = (count - 1) * columns + width
-        buffer = np.empty(count * columns, np.float32)
-        stream.seek(begin + BYTES * ((row + first) * columns + column))
-        _fill(stream, buffer[:elements])
-        found = torch.from_numpy(buffer).view(count, columns)[:, :width]
-        target[first : first + count].copy_(found)
-
-
-def _fill(stream: BinaryIO, buffer: Any) -> None:
-    memory = memoryview(buffer).cast("B")
-    done = 0
-    while done < len(memory):
-        count = stream.readinto(memory[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError
-        done += count

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -9,21 +10,19 @@ from torch import Tensor
 
 from ditmoe.model.errors import UserError
 from ditmoe.parallel.boxes import boxes_of_run, whole
-from ditmoe.parallel.checkpoint.box_storage import Piece, Read, StoredBoxes, shard_files
-from ditmoe.parallel.checkpoint.box_table import BoxTable, FileBoxes
+from ditmoe.parallel.checkpoint.box_storage import Piece
+from ditmoe.parallel.checkpoint.checked_files import Readers
 from ditmoe.parallel.checkpoint.folder import (
     EMA,
     PROBLEMS_SHOWN,
     WEIGHTS,
     CheckpointInfo,
     checkpoint_entries,
-    damaged,
+    files_of,
     incomplete,
     read_info,
     weights_alone,
 )
-from ditmoe.parallel.checkpoint.marker import MARKER
-from ditmoe.parallel.checkpoint.shard_files import read_header
 from ditmoe.parallel.engine.fragments import MOMENTS, Fragment
 from ditmoe.parallel.engine.training_engine import TrainingEngine
 from ditmoe.parallel.processes import from_first_rank, gather_objects
@@ -72,20 +71,19 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
         UserError: none of the run's checkpoints is intact, or one is not of this model.
     """
     skipped: list[str] = []
+    readers = Readers(dist.get_rank(), dist.get_world_size(), gather_objects)
     # Rank 0 looks for all: two machines need not see the same of a shared folder at the same time.
-    for found in from_first_rank(
-        lambda: [_info_or_problem(path) for path in reversed(checkpoint_entries(run_dir))]
-    ):
-        if isinstance(found, str):
-            skipped.append(found)
+    for path in reversed(from_first_rank(lambda: checkpoint_entries(run_dir))):
+        info = from_first_rank(partial(_info_or_problem, path))
+        if isinstance(info, str):
+            skipped.append(info)
             continue
-        stored, problems = _looked_at(found)
+        problems = _filled(info, engine, readers)
         if problems:
             skipped.extend(problems[:PROBLEMS_SHOWN])
             continue
-        _load(stored, engine)
-        engine.resume_at(found.step)
-        return found, skipped
+        engine.resume_at(info.step)
+        return info, skipped
     if skipped:
         raise UserError(
             "\n".join(
@@ -103,73 +101,18 @@ def _info_or_problem(path: Path) -> CheckpointInfo | str:
     return weights_alone(info) or info
 
 
-def _looked_at(info: CheckpointInfo) -> tuple[dict[str, StoredBoxes], list[str]]:
-    """Check all files, each by one rank, and that they hold the whole model; every rank gets the same answer.
-
-    Each header is read by one rank, which tells the others; so are the bytes, for their checksums.
+def _filled(info: CheckpointInfo, engine: TrainingEngine, readers: Readers) -> list[str]:
+    """Read a checkpoint into the engine, each rank its own share, and check all of it.
 
     Returns:
-        What is stored in each part, and the problems: where there are any, the first may be empty.
+        The problems, the same on every rank. Where there are any, the engine's state is worth nothing.
+
+    Raises:
+        UserError: on every rank; it is intact, and not of this engine, or could not be read.
     """
-    # The files of one number have one header in all parts, and most likely one rank's state.
-    names = sorted(info.files, key=lambda name: (name.partition("/")[2], name))
-    number = {shard: place for place, shard in enumerate(sorted({name.partition("/")[2] for name in names}))}
-    mine = [name for name in names if number[name.partition("/")[2]] % dist.get_world_size() == dist.get_rank()]
-    boxes: dict[str, FileBoxes] = {}
-    problems = damaged(info, mine)
-    try:
-        if not problems:
-            boxes = {name: read_header(info.path / name) for name in mine}
-    except UserError as error:
-        problems = [str(error)]
-    gathered = gather_objects((problems, boxes))
-    problems = [problem for found, _ in gathered for problem in found]
-    if problems:
-        return {}, problems
-    stored = _together(info, {name: found for _, of_rank in gathered for name, found in of_rank.items()})
-    return stored, from_first_rank(lambda: _incomplete(info, stored))
-
-
-def _together(info: CheckpointInfo, boxes: dict[str, FileBoxes]) -> dict[str, StoredBoxes]:
-    """The parts, of which most often all have the same boxes: then these are put together once."""
-    tables: dict[tuple[int, ...], BoxTable] = {}
-    stored = {}
-    for part in info.parts:
-        names = sorted(name for name in boxes if name.startswith(f"{part}/"))
-        of_part = [boxes[name] for name in names]
-        key = tuple(map(id, of_part))
-        if key not in tables:
-            tables[key] = BoxTable(of_part)
-        files = tuple(name.partition("/")[2] for name in names)
-        stored[part] = StoredBoxes(info.path / part, files, tables[key])
-    return stored
-
-
-def _incomplete(info: CheckpointInfo, stored: dict[str, StoredBoxes]) -> list[str]:
-    try:
-        unlisted = [
-            f"{info.path / part / file}: is not in the list of {MARKER}"
-            for part in info.parts
-            for file in shard_files(info.path / part)
-            if f"{part}/{file}" not in info.files
-        ]
-        return unlisted or incomplete(replace(info, stored=stored))
-    except UserError as error:
-        return [str(error)]
-
-
-def _load(stored: dict[str, StoredBoxes], engine: TrainingEngine) -> None:
-    """Read this rank's share; all ranks fail together."""
-    problem = None
-    plans: dict[int, list[Read]] = {}  # parts with the same boxes have the same plan
-    try:
-        for part in PARTS:
-            pieces, table = held_pieces(engine, part), id(stored[part].table)
-            if table not in plans:
-                plans[table] = stored[part].plan(pieces)
-            stored[part].read(pieces, plans[table])
-    except UserError as error:
-        problem = str(error)
-    problems = [found for found in gather_objects(problem) if found is not None]
-    if problems:
-        raise UserError(problems[0])
+    files = files_of(info, info.parts, readers)
+    problems = files.look()
+    if not problems:
+        problems = incomplete(replace(info, stored=files.stored))
+        problems = problems and (files.damaged() or problems)
+    return problems or files.fill({part: held_pieces(engine, part) for part in PARTS})

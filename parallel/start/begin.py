@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from ditmoe.model.outside.text import counted
 from ditmoe.model.weights.transfer import Value, differences, listed, plan_transfer, transferred
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_entries, damaged
+from ditmoe.parallel.checkpoint.checked_files import Readers
+from ditmoe.parallel.checkpoint.folder import checkpoint_entries
 from ditmoe.parallel.engine.initial import Initial
 from ditmoe.parallel.processes import from_first_rank, gather_objects
 from ditmoe.parallel.start.source import Source, Start, opened
@@ -45,7 +46,7 @@ def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginn
     if start is None:
         yield Beginning(fresh)
         return
-    with opened(start, _damage_on_any_rank) as source:
+    with opened(start, Readers(dist.get_rank(), dist.get_world_size(), gather_objects)) as source:
         values = plan_transfer(source.config, start.model, str(start.path))
         yield Beginning(
             transferred(values, source.fetch, fresh), source.facts, tuple(_lines(start, source, values))
@@ -65,18 +66,12 @@ def check_start(run_dir: Path, start: Start | None) -> list[str]:
         return []
     if checkpoint_entries(run_dir):
         return [_ignored(start)]
-    with opened(start, lambda info, names: []) as source:
+    with opened(start, read=False) as source:
         return list(_lines(start, source, plan_transfer(source.config, start.model, str(start.path))))
 
 
 def _ignored(start: Start) -> str:
     return f"train.start_from = {start.path} is ignored: the run goes on from a checkpoint of its own"
-
-
-def _damage_on_any_rank(info: CheckpointInfo, names: list[str]) -> list[str]:
-    """Check files, each by one rank; every rank gets the same answer."""
-    found = gather_objects(damaged(info, names[dist.get_rank() :: dist.get_world_size()]))
-    return [problem for problems in found for problem in problems]
 
 
 def _lines(start: Start, source: Source, values: dict[str, Value]) -> Iterator[str]:

@@ -19,13 +19,13 @@ from ditmoe.model.weights.positions import check_position_embedding
 from ditmoe.model.weights.published import PublishedWeights, read_published
 from ditmoe.model.weights.sit import could_be_sit
 from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
+from ditmoe.parallel.checkpoint.checked_files import ALONE, Readers
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, newest_checkpoint, read_info
 from ditmoe.parallel.checkpoint.marker import MARKER
 
 Set = Literal["ema", "weights"]
 Objective = Literal["ddpm", "rectified_flow", "sit"]
 """What a file may be said to have been trained to predict."""
-Damage = Callable[[CheckpointInfo, list[str]], list[str]]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,12 @@ class Source:
 
 
 @contextmanager
-def opened(start: Start, damage: Damage | None = None) -> Iterator[Source]:
+def opened(start: Start, readers: Readers = ALONE, *, read: bool = True) -> Iterator[Source]:
     """Open the weights that a run starts from, which stay where they are for the body.
 
     Args:
-        damage: finds damage to the bytes of a checkpoint's files; None: each of them is read.
+        readers: who reads a checkpoint together; all of them call it.
+        read: whether the bytes of a checkpoint's files are read for their checksums, or only the headers.
 
     Raises:
         UserError: they are not there, damaged, no weights of a network of this family, or what they were trained
@@ -84,7 +85,7 @@ def opened(start: Start, damage: Damage | None = None) -> Iterator[Source]:
         return
     info = read_info(checkpoint)
     which: Set = start.which or ("ema" if "ema" in info.parts else "weights")
-    with checked_weights(checkpoint, which, damage) as info:
+    with checked_weights(checkpoint, which, readers, read=read) as info:
         yield _of_checkpoint(start, info, which)
 
 

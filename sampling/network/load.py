@@ -3,7 +3,6 @@
 import copy
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +22,8 @@ from ditmoe.model.outside.yaml_reader import read_yaml
 from ditmoe.model.settings import check_path
 from ditmoe.parallel.checkpoint.folder import (
     CheckpointInfo,
-    checked_weights,
     checkpoint_path,
     checkpoints,
-    fill_weights,
     load_weights,
     newest_checkpoint,
     read_info,
@@ -206,18 +203,15 @@ def _sharing_network(path: Path, which: Weights, config: ModelConfig, dtype: tor
     """A network with weights that the processes of this machine share; UnwritableError where that cannot be."""
     with torch.device("meta"):
         network = DiT(config).to(dtype)
-    info = read_info(path)
-    with ExitStack() as stack:
-        checked: list[CheckpointInfo] = []
 
-        def fill(memory: Mapping[str, Tensor]) -> None:
-            """Read weights; the first time, look whether all of them are whole."""
-            if not checked:
-                checked.append(stack.enter_context(checked_weights(path, which)))
-                check_canonical(info.shapes, canonical_shapes(config), origin=f"{path} ({which})")
-            fill_weights(checked[0], which, dict(canonical_items(iter(memory.items()))))
+    def fill(memory: Mapping[str, Tensor]) -> None:
+        def take(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+            check_canonical(shapes, canonical_shapes(config), origin=f"{path} ({which})")
+            return dict(canonical_items(iter(memory.items())))
 
-        share_weights(network, f"{info.fingerprint}-{which}", folder, fill)
+        load_weights(path, which, take)
+
+    share_weights(network, f"{read_info(path).fingerprint}-{which}", folder, fill)
     network.pos_embed = _position_embedding(config).to(dtype)
     return network
 

@@ -1,9 +1,9 @@
 """A network that the ranks of a group sample with together, because one of them could not hold it.
 
-Each reads its part of the experts, and all the rest; the checksums of the files are divided among them.
+Each reads its part of the experts, and all the rest; headers and checksums of the files are divided among them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,8 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.layers import position_embedding
 from ditmoe.model.outside.text import counted
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, damaged, fill_weights
+from ditmoe.parallel.checkpoint.checked_files import Readers
+from ditmoe.parallel.checkpoint.folder import load_weights
 from ditmoe.parallel.expert_group import ExpertGroup, NetworkOfGroup
 
 
@@ -42,17 +43,18 @@ def network_of_group(
     """
     check_dealt(config, group.size)
 
-    def damage(info: CheckpointInfo, names: list[str]) -> list[str]:
-        found = group.gather(damaged(info, names[group.rank :: group.size]))
-        return [problem for problems in found for problem in problems]
+    held: list[NetworkOfGroup] = []
 
-    with checked_weights(path, which, damage) as info:
-        check_canonical(info.shapes, canonical_shapes(config), origin=f"{path} ({which})")
+    def allocate(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        check_canonical(shapes, canonical_shapes(config), origin=f"{path} ({which})")
         with torch.device("meta"):
             network = NetworkOfGroup(DiT(config).to(dtype), group)
         network.to_empty(device=group.device)
-        memory = dict(_memory(network, group.experts(config.experts)))
-        fill_weights(info, which, memory)
+        held.append(network)
+        return dict(_memory(network, group.experts(config.experts)))
+
+    load_weights(path, which, allocate, Readers(group.rank, group.size, group.gather))
+    (network,) = held
     assert config.image_size is not None
     network.network.pos_embed.copy_(position_embedding(config.hidden, config.image_size // config.patch))
     return network

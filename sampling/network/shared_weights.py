@@ -37,14 +37,12 @@ from ditmoe.model.outside.files import replacing
 SHARED_WEIGHTS: Final = "shared-weights"
 """In the folder of a run, unless another is named."""
 SUFFIX: Final = ".safetensors"
-AT_ONCE: Final = 64 * 2**20
-"""Bytes of tensors that are read before they are written."""
 _ALIGNMENT: Final = 64
 _NAMES: Final = {torch.float32: "F32", torch.bfloat16: "BF16", torch.uint8: "U8"}
 _WAIT_SECONDS: Final = 0.1
 
 Write = Callable[[Mapping[str, Tensor]], None]
-"""(name of a tensor → its memory): fills it from the checkpoint."""
+"""(name → memory of all tensors): fills them from the checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -91,30 +89,20 @@ class WeightsFile:
         return f"{hashlib.sha256(self.header).hexdigest()[:16]}{SUFFIX}"
 
     def write(self, file: BinaryIO, fill: Write) -> None:
-        """Write the weights, of which `AT_ONCE` bytes are in memory, or one tensor."""
+        """Write the weights into the file's own pages, where they will be mapped: no other copy is made.
+
+        Raises:
+            OSError: the file system has no room for them, which is asked for first. A page without room would end
+                the process.
+        """
         file.write(self.header)
-        for names in self._pieces():
-            memory = {name: torch.empty_like(self.tensors[name], device="cpu") for name in names}
-            fill(memory)
-            for name, tensor in memory.items():
-                assert file.tell() == self.begins[name]
-                file.write(tensor.flatten().view(torch.uint8).numpy().data)
-                file.write(bytes(-file.tell() % _ALIGNMENT))
-        assert file.tell() == self.size
+        file.flush()
+        _reserve(file, self.size)
+        fill(self.map(Path(file.name), written=True))
 
-    def _pieces(self) -> Iterator[list[str]]:
-        """The names in their order, a few at a time."""
-        piece: list[str] = []
-        for name, tensor in self.tensors.items():
-            if piece and sum(self.tensors[each].nbytes for each in piece) + tensor.nbytes > AT_ONCE:
-                yield piece
-                piece = []
-            piece.append(name)
-        yield piece
-
-    def map(self, path: Path) -> dict[str, Tensor]:
-        """The weights in the file; what is written to them stays with this process."""
-        whole = torch.from_file(str(path), shared=False, size=self.size, dtype=torch.uint8)
+    def map(self, path: Path, written: bool = False) -> dict[str, Tensor]:
+        """The weights in the file; what is written to them stays with this process, or goes there (`written`)."""
+        whole = torch.from_file(str(path), shared=written, size=self.size, dtype=torch.uint8)
         return {
             name: whole[self.begins[name] : self.begins[name] + tensor.nbytes]
             .view(tensor.dtype)
@@ -132,7 +120,7 @@ def share_weights(network: nn.Module, identity: str, folder: Path, fill: Write) 
         network: its parameters are given memory, with `requires_grad` off; its buffers stay as they are.
         identity: stands for the values of the weights.
         folder: where the file lies, or is made.
-        fill: reads weights of the checkpoint, as one process does for all.
+        fill: reads the weights from the checkpoint, as one process does for all.
 
     Raises:
         UnwritableError: the file system refuses, or has not twice the room.
@@ -172,6 +160,16 @@ def _made(path: Path, content: WeightsFile, fill: Write) -> BinaryIO:
                     content.write(file, fill)
                 continue
         time.sleep(_WAIT_SECONDS)
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Give a file its size, with room on the disk for all of it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, size)
+        return
+    while missing := size - file.tell():
+        file.write(bytes(min(missing, 2**20)))
+    file.flush()
 
 
 def _held(path: Path, content: WeightsFile) -> BinaryIO | None:

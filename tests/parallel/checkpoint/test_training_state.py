@@ -17,9 +17,7 @@ import torch.distributed as dist
 from ditmoe.model.errors import UserError
 from ditmoe.parallel import processes
 from ditmoe.parallel.boxes import column_slice, matrix_shape, row_slices, whole
-from ditmoe.parallel.checkpoint import training_state
 from ditmoe.parallel.checkpoint.box_storage import load_pieces
-from ditmoe.parallel.checkpoint.box_table import FileBoxes
 from ditmoe.parallel.checkpoint.folder import (
     PARTIAL,
     CheckpointInfo,
@@ -172,35 +170,6 @@ def test_tensor_parallel_parts_move(tmp_path: Path, source: tuple[int, int], tar
         assert all(map(torch.equal, found.ema, expected.ema))
 
 
-@pytest.mark.parametrize("ranks", [1, 3, 8])
-def test_ranks_divide_headers_and_bytes_among_them(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
-    """Each file is looked at by one rank; those of one number, which are most likely its own, by the same."""
-    files = [f"{part}/shard-{number:05d}.safetensors" for part in PARTS for number in range(1, 6)]
-    info: Any = SimpleNamespace(path=Path("checkpoint"), parts=PARTS, files=dict.fromkeys(files), shapes={})
-    boxes = FileBoxes.of(["w"], np.array([[0, 0, 1, 1]]), np.zeros(1, np.int64))
-    looked_at: list[tuple[int, str]] = []
-    checked: list[str] = []
-    told: list[Any] = []
-    at = SimpleNamespace(rank=0)
-
-    def read(file: Path) -> FileBoxes:
-        looked_at.append((at.rank, str(file.relative_to("checkpoint"))))
-        return boxes
-
-    monkeypatch.setattr(training_state.dist, "get_rank", lambda: at.rank)
-    monkeypatch.setattr(training_state.dist, "get_world_size", lambda: ranks)
-    monkeypatch.setattr(training_state, "damaged", lambda info, names: checked.extend(names) or [])
-    monkeypatch.setattr(training_state, "read_header", read)
-    monkeypatch.setattr(training_state, "from_first_rank", lambda make: [])
-    monkeypatch.setattr(training_state, "gather_objects", lambda value: told.append(value) or told)
-    for at.rank in range(ranks):
-        stored, problems = training_state._looked_at(info)
-    assert not problems and sorted(checked) == sorted(name for _, name in looked_at) == sorted(files)
-    assert len({(rank, name.partition("/")[2]) for rank, name in looked_at}) == 5
-    assert all(found.files == tuple(name.partition("/")[2] for name in files[:5]) for found in stored.values())
-    assert len({id(found.table) for found in stored.values()}) == 1 and len(stored["ema"].table) == 5
-
-
 def odd(run: Path, step: int, kind: str) -> str:
     """Make something by the name of a checkpoint; what is said of it."""
     path = checkpoint_path(run, step)
@@ -238,6 +207,12 @@ def odd(run: Path, step: int, kind: str) -> str:
         file.rename(run / "elsewhere")
         file.symlink_to(run / "elsewhere")
         return f"{file}: is a link that leads out of the checkpoint"
+    if kind in ("a changed number", "a changed header"):
+        content = bytearray(file.read_bytes())
+        place = len(content) - 2 if kind == "a changed number" else content.index(b"saved_offsets")
+        content[place] ^= 4
+        file.write_bytes(content)
+        return f"{file}: its contents have changed (checksum differs from the one in {MARKER})"
     assert kind == "an odd header"
     content = file.read_bytes().replace(b"saved_offsets", b"saved_0ffsets", 1)
     file.write_bytes(content)
@@ -253,7 +228,7 @@ def only(files: dict[str, Any], prefix: str) -> dict[str, Any]:
 ODDITIES = (
     *("a file that is not listed",),
     *("a file", "no marker", "another step", "a folder for the marker", "a folder for a file", "odd values"),
-    *("no optimiser", "a link out", "an odd header"),
+    *("no optimiser", "a link out", "an odd header", "a changed number", "a changed header"),
 )
 
 
@@ -269,6 +244,8 @@ def test_odd_checkpoints_are_told_and_an_older_one_taken(tmp_path: Path, monkeyp
     engine.step = 0
     info, skipped = load_training_state(tmp_path, engine)
     assert info is not None and info.step == engine.step == 7
+    for fragment, good in zip(engine.fragments, sharded(1, 1, fill=True, ranks=[0]).fragments, strict=True):
+        assert torch.equal(fragment.weight, good.weight), "what a damaged one has left is written over"
     assert len(skipped) == len(expected)
     for found, beginning in zip(reversed(skipped), expected, strict=True):
         assert found.startswith(beginning), found

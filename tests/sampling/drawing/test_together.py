@@ -52,7 +52,7 @@ from pathlib import Path
 import torch
 from ditmoe.sampling.drawing.together import generate_together
 from ditmoe.sampling.jobs.workers import join_workers
-from ditmoe.sampling.network import of_group
+from ditmoe.parallel.checkpoint.checked_files import CheckedFiles
 from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.settings.config import SamplerConfig
 
@@ -60,17 +60,14 @@ torch.set_num_threads(1)
 checkpoint, out, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 workers = join_workers("test", size)
 group, asked, hashed = workers.group, [], []
-fill, damaged = of_group.fill_weights, of_group.damaged
+fill = CheckedFiles.fill
 
-def watched_fill(info, which, memory):
-    asked.extend(memory)
-    fill(info, which, memory)
+def watched_fill(files, wanted):
+    asked.extend(piece.name for pieces in wanted.values() for piece in pieces)
+    hashed.extend(files.own)
+    return fill(files, wanted)
 
-def watched_damaged(info, names):
-    hashed.extend(names)
-    return damaged(info, names)
-
-of_group.fill_weights, of_group.damaged = watched_fill, watched_damaged
+CheckedFiles.fill = watched_fill
 for number, (settings, count) in enumerate(json.loads(sys.argv[4])):
     config = SamplerConfig.model_validate({"seed": 3, **settings})
     asked.clear(), hashed.clear()
