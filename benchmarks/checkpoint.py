@@ -37,6 +37,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
+from ditmoe.parallel.alone import from_first_rank
 from ditmoe.parallel.checkpoint import box_storage
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import PARTS, owned_pieces
@@ -164,7 +165,8 @@ def saver_of(folder: Path, asynchronous: bool) -> CheckpointSaver:
 @contextmanager
 def run_folder(parent: Path) -> Iterator[Path]:
     """A folder that all ranks share and that is removed in the end."""
-    folder = Path(processes.from_first_rank(lambda: tempfile.mkdtemp(prefix="ditmoe-benchmark-", dir=parent)))
+    make = partial(tempfile.mkdtemp, prefix="ditmoe-benchmark-", dir=parent)
+    folder = Path(from_first_rank(make, "makes a folder"))
     yield folder
     dist.barrier()
     if dist.get_rank() == 0:

@@ -2,9 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,14 +11,9 @@ from torch.distributed import ProcessGroup, Store, TCPStore  # type: ignore[attr
 
 from ditmoe.model.errors import MissingProcessesError
 from ditmoe.parallel import meeting
+from ditmoe.parallel.alone import TIMEOUT
 from ditmoe.parallel.meeting import PATIENCE, Patience
 from ditmoe.parallel.ranks import this_process
-
-Value = TypeVar("Value")
-
-
-TIMEOUT = timedelta(minutes=10)
-"""Longest wait in a collective: a rank that died without a word ends the others after it."""
 
 
 def join(device: torch.device) -> None:
@@ -98,14 +92,6 @@ def leave() -> None:
 
 def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
-
-
-def from_first_rank(make: Callable[[], Value]) -> Value:
-    """What rank 0 makes, on every rank."""
-    made: list[Any] = [make() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(made, src=0)
-    value: Value = made[0]
-    return value
 
 
 def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:

@@ -24,6 +24,7 @@ from ditmoe.launcher.training.state import RunState, StateFile
 from ditmoe.launcher.training.trainer import Trainer
 from ditmoe.model.errors import UnwritableError, UserError
 from ditmoe.parallel import processes
+from ditmoe.parallel.alone import first_rank_works
 from ditmoe.parallel.checkpoint.folder import newest_checkpoint, step_of
 from ditmoe.parallel.checkpoint.saver import write_failure
 from ditmoe.parallel.ranks import own_device, this_process
@@ -60,8 +61,8 @@ def run_training(config: RunConfig, line: str | None = None) -> int:
         folder = RunFolder(config.run.dir)
         changes: list[Change] = []
         state = None
-        if dist.get_rank() == 0:
-            with telling_checkpoint(folder.path):
+        with telling_checkpoint(folder.path), first_rank_works("opens the run's folder") as works:
+            if works:
                 stack.enter_context(folder.lock())
                 changes = folder.compare_config(config)
                 if not folder.config.exists():
@@ -74,8 +75,9 @@ def run_training(config: RunConfig, line: str | None = None) -> int:
                 raise data
             trainer = Trainer(config, folder, device, stop, heart, state, *data)
             with telling_checkpoint(folder.path):
-                if dist.get_rank() == 0:
-                    trainer.open_reports(stack, changes, [] if line is None else [line])
+                with first_rank_works("opens the reports") as works:
+                    if works:
+                        trainer.open_reports(stack, changes, [] if line is None else [line])
                 if device.type == "cpu":
                     keep_freed_memory()  # not before: what the start frees is not needed again
                 complete = trainer.train()

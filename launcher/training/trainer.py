@@ -39,6 +39,7 @@ from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.model.outside.text import counted
 from ditmoe.parallel import processes
+from ditmoe.parallel.alone import first_rank_works
 from ditmoe.parallel.checkpoint.folder import step_of
 from ditmoe.parallel.checkpoint.saver import CheckpointSaver
 from ditmoe.parallel.checkpoint.training_state import load_training_state
@@ -77,11 +78,12 @@ class Trainer:
         """Of a step: the first one belongs to the start, for all that it has to prepare."""
         self.layout = layout_of(config)
         self.dataset, self.readers = dataset, readers
-        if dist.get_rank() == 0:
-            self.dataset.check_files()
-            if config.preview.every and self.dataset.index.latents is not None:
-                # Rather now than at the first preview.
-                find_vae(self.dataset.index.latents, config.data.vae, option="data.vae=FOLDER")
+        with first_rank_works("looks for the files of the data") as works:
+            if works:
+                self.dataset.check_files()
+                if config.preview.every and self.dataset.index.latents is not None:
+                    # Rather now than at the first preview.
+                    find_vae(self.dataset.index.latents, config.data.vae, option="data.vae=FOLDER")
         self.objective: Objective = make_objective(config.objective)
         self.stages = stage_blocks(config.model, self.layout.pipe)
         with torch.device("meta"):
@@ -226,10 +228,11 @@ class Trainer:
         self.heart.beat("evaluation", self.engine.step, "writes a profile")
         with self.clock.part("record"):
             written = self.profile.finish()
-            if self.report is not None and written is not None:
-                self.report.log(f"profile written to {written.folder}\n{written.table}")
-                self.report.text("profile", written.table, self.engine.step)
-                self.report.image("profile", written.timeline_HWC, self.engine.step)
+            with first_rank_works("shows the profile"):
+                if self.report is not None and written is not None:
+                    self.report.log(f"profile written to {written.folder}\n{written.table}")
+                    self.report.text("profile", written.table, self.engine.step)
+                    self.report.image("profile", written.timeline_HWC, self.engine.step)
 
     def _asked_by(self) -> str:
         """The signal that stopped the run, and where it came if not here; all ranks ask."""
@@ -374,9 +377,10 @@ class Trainer:
         self.heart.beat("evaluation", step, "draws a preview")
         with self.clock.part("preview"), self.engine.ema_weights() as network:
             picture = draw_preview(self.config, network, self.layout, self.dataset.index, self.device, step)
-            if self.report is not None and picture is not None:
-                save_picture(picture, self.folder.samples / f"preview-step-{step:08d}.png")
-                self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), step)
+            with first_rank_works("shows a preview"):
+                if self.report is not None and picture is not None:
+                    save_picture(picture, self.folder.samples / f"preview-step-{step:08d}.png")
+                    self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), step)
 
     def _say(self, message: str) -> None:
         if self.report is not None:

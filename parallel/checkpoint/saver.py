@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.alone import from_first_rank
 from ditmoe.parallel.checkpoint.box_storage import Piece, save_pieces
 from ditmoe.parallel.checkpoint.folder import (
     checkpoint_path,
@@ -40,15 +41,15 @@ from ditmoe.parallel.checkpoint.removal import Removal
 from ditmoe.parallel.checkpoint.training_state import PARTS, owned_pieces
 from ditmoe.parallel.config import CheckpointConfig
 from ditmoe.parallel.engine.training_engine import TrainingEngine
-from ditmoe.parallel.processes import gather_objects
 
 TIMEOUT = timedelta(hours=2)
 """Longest wait of a rank that has written its share for the others."""
 SECONDS_TO_FINISH = 10.0
 """Seconds that a program which fails gives the save under way to finish. A second Ctrl-C is given none."""
 
-SECONDS_TO_REMOVE = 60.0
-"""Seconds that a program which ends well gives old checkpoints to be deleted; the next start deletes the rest."""
+SECONDS_TO_REMOVE = 30.0
+"""Seconds that a program which ends well gives old checkpoints to be deleted, while the others wait for rank 0;
+the next start deletes the rest."""
 
 T = TypeVar("T")
 Best = Callable[[Sequence[Path]], Collection[int]]
@@ -188,7 +189,7 @@ class CheckpointSaver:
         facts: dict[str, Any],
     ) -> None:
         """Write a checkpoint; a collective call in the saver's own group."""
-        partial = self._on_first_rank(path, lambda: start_partial(path))
+        partial = self._on_first_rank(path, "begins to write", lambda: start_partial(path))
         files: dict[str, dict[str, Any]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         try:
@@ -197,31 +198,31 @@ class CheckpointSaver:
                 files |= {f"{part}/{name}": file for name, file in written.files.items()}
                 shapes |= written.shapes
         except (OSError, CheckpointException) as error:
-            self._on_first_rank(path, lambda: shutil.rmtree(partial, ignore_errors=True))
+            self._on_first_rank(path, "gives up", lambda: shutil.rmtree(partial, ignore_errors=True))
             if not any(isinstance(cause, OSError) for cause in _causes(error)):
                 raise  # no disk's refusal, but an error of the program
             raise write_failure(error, self._run_dir, path) from None
         facts = {**facts, "shapes": {name: list(shape) for name, shape in sorted(shapes.items())}}
-        self._on_first_rank(path, lambda: self._finish(partial, path, facts, files))
+        self._on_first_rank(path, "completes", lambda: self._finish(partial, path, facts, files))
 
     def _finish(self, partial: Path, path: Path, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> None:
         finish(partial, path, facts, files, self._config, self._removal, self._best)
 
-    def _on_first_rank(self, path: Path, action: Callable[[], T]) -> T:
+    def _on_first_rank(self, path: Path, what: str, action: Callable[[], T]) -> T:
         """Do something on rank 0, and have its result on all; if it fails, every rank raises."""
-        result: T | None = None
-        failure: tuple[int | None, str] | None = None
-        if dist.get_rank() == 0:
+
+        def attempt() -> tuple[Any, tuple[int | None, str] | None]:
             try:
-                result = action()
+                return action(), None
             except OSError as error:
-                failure = (error.errno or errno.EIO, error.strerror or str(error))
+                return None, (error.errno or errno.EIO, error.strerror or str(error))
             except Exception:
-                failure = (None, traceback.format_exc())
-        found: tuple[T, tuple[int | None, str] | None] = gather_objects((result, failure), self._group)[0]
-        result, failure = found
+                return None, (None, traceback.format_exc())
+
+        result, failure = from_first_rank(attempt, f"{what} {path}", self._group, thread="saves")
         if failure is None:
-            return result
+            found: T = result
+            return found
         number, text = failure
         if number is None:
             raise RuntimeError(f"rank 0 could not finish {path}:\n{text}")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ditmoe.model.errors import UserError
+from ditmoe.parallel.alone import from_first_rank
 from ditmoe.parallel.boxes import boxes_of_run, whole
 from ditmoe.parallel.checkpoint.box_storage import Piece
 from ditmoe.parallel.checkpoint.checked_files import Readers
@@ -25,7 +26,7 @@ from ditmoe.parallel.checkpoint.folder import (
 )
 from ditmoe.parallel.engine.fragments import MOMENTS, Fragment
 from ditmoe.parallel.engine.training_engine import TrainingEngine
-from ditmoe.parallel.processes import from_first_rank, gather_objects
+from ditmoe.parallel.processes import gather_objects
 
 PARTS = (WEIGHTS, EMA, *MOMENTS)
 
@@ -73,8 +74,8 @@ def load_training_state(run_dir: Path, engine: TrainingEngine) -> tuple[Checkpoi
     skipped: list[str] = []
     readers = Readers(dist.get_rank(), dist.get_world_size(), gather_objects)
     # Rank 0 looks for all: two machines need not see the same of a shared folder at the same time.
-    for path in reversed(from_first_rank(lambda: checkpoint_entries(run_dir))):
-        info = from_first_rank(partial(_info_or_problem, path))
+    for path in reversed(from_first_rank(lambda: checkpoint_entries(run_dir), "looks for checkpoints")):
+        info = from_first_rank(partial(_info_or_problem, path), f"reads the marker of {path}")
         if isinstance(info, str):
             skipped.append(info)
             continue

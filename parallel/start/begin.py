@@ -10,10 +10,11 @@ import torch.distributed as dist
 
 from ditmoe.model.outside.text import counted
 from ditmoe.model.weights.transfer import Value, differences, listed, plan_transfer, transferred
+from ditmoe.parallel.alone import from_first_rank
 from ditmoe.parallel.checkpoint.checked_files import Readers
 from ditmoe.parallel.checkpoint.folder import checkpoint_entries
 from ditmoe.parallel.engine.initial import Initial
-from ditmoe.parallel.processes import from_first_rank, gather_objects
+from ditmoe.parallel.processes import gather_objects
 from ditmoe.parallel.start.source import Source, Start, opened
 
 
@@ -40,7 +41,7 @@ def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginn
     Raises:
         UserError: what the run is to start from is not there, is damaged, or does not fit: the same on all ranks.
     """
-    if from_first_rank(lambda: bool(checkpoint_entries(run_dir))):
+    if from_first_rank(lambda: bool(checkpoint_entries(run_dir)), "looks for checkpoints"):
         yield Beginning(None, lines=() if start is None else (_ignored(start),))
         return
     if start is None:

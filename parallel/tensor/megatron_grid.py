@@ -6,9 +6,9 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ditmoe.parallel.alone import TIMEOUT
 from ditmoe.parallel.groups import Pair, check_groups, groups_of_unit
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.processes import TIMEOUT
 
 
 class MegatronGrid:

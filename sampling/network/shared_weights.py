@@ -176,7 +176,9 @@ def _held(path: Path, content: WeightsFile) -> BinaryIO | None:
     """The file, open and locked by this process; None: it is not there, or is not whole."""
     while True:
         try:
-            file = path.open("r+b" if os.access(path, os.W_OK) else "rb")  # some systems lock open files so only
+            # Some systems lock only files that are open for writing. Closing one without a buffer does not seek:
+            # processes that are forked meanwhile have its position in common.
+            file: BinaryIO = path.open("r+b" if os.access(path, os.W_OK) else "rb", buffering=0)
         except FileNotFoundError:
             return None
         _lock(file, fcntl.LOCK_SH)
@@ -197,9 +199,14 @@ def _held(path: Path, content: WeightsFile) -> BinaryIO | None:
 def _release(file: BinaryIO, path: Path, process: int) -> None:
     """Let go of a file, which the last of its users removes."""
     with file:
-        if os.getpid() == process and _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if os.getpid() != process:
+            return
+        # First the own lock: of two who let go at once, each would else find the other's.
+        _lock(file, fcntl.LOCK_UN)
+        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
             with suppress(OSError):
-                path.unlink()
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    path.unlink()
 
 
 def _lock(file: BinaryIO, how: int) -> bool:

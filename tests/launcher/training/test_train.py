@@ -28,7 +28,7 @@ from ditmoe.data.stream.dataset import changed_facts
 from ditmoe.launcher.configuration.run_config import load_config
 from ditmoe.launcher.planning.room import room_here
 from ditmoe.launcher.training.throughput import PARTS
-from ditmoe.parallel import processes
+from ditmoe.parallel.alone import TIMEOUT
 from ditmoe.parallel.checkpoint.folder import PARTIAL, checkpoints, newest_checkpoint, read_info, read_weights
 from ditmoe.parallel.config import OptimConfig
 from tests.forked import DITMOE, packed_digits, run_forked
@@ -208,7 +208,7 @@ def test_killed_on_one_layout_and_continued_on_others(
     killed = time.monotonic()
     os.kill(process_of_rank(1, process), signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - killed < processes.TIMEOUT.total_seconds()  # no rank waited for one that is gone
+    assert time.monotonic() - killed < TIMEOUT.total_seconds()  # no rank waited for one that is gone
     assert process.returncode == 128 + signal.SIGKILL and "rank 1 was killed by SIGKILL" in err, err
     for layout, steps in ((TENSOR_RANKS, 8), ("parallel.expert=2", 12)):
         result = train(config, *layout.split(), f"train.steps={steps}")
@@ -345,7 +345,7 @@ def test_one_rank_is_killed_while_a_checkpoint_is_written(
         os.kill(rank, signal.SIGKILL)
         killed = time.monotonic()
         _, err = process.communicate(timeout=60)
-        assert time.monotonic() - killed < processes.TIMEOUT.total_seconds()  # no rank waited for one that is gone
+        assert time.monotonic() - killed < TIMEOUT.total_seconds()  # no rank waited for one that is gone
         assert process.returncode == 128 + signal.SIGKILL, err
         assert "error: rank 1 was killed by SIGKILL" in err and "the others were ended" in err, err
         if [*folder.glob(f"*{PARTIAL}")]:
