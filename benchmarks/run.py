@@ -83,8 +83,17 @@ def main() -> int:
     tell(header())
     figures: list[Figure] = []
     failed = []
+    target = options.to or RESULTS / f"suite-{options.device}-{found['date'][:10]}-{found['commit'][:8]}.json"
+    begun = found.pop("begun")
+
+    def write() -> None:
+        found["seconds"] = round(time.time() - begun)
+        result = {**found, "limits": limits.plain(), "figures": [figure.plain() for figure in figures]}
+        target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        target.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
     for name in chosen:
-        begun = time.monotonic()
+        started = time.monotonic()
         try:
             measured = _in_process(name, limits, options)
         except subprocess.CalledProcessError as error:
@@ -94,13 +103,10 @@ def main() -> int:
         figures += measured
         for figure in measured:
             tell(line(figure))
-        tell(f"  {name}: {time.monotonic() - begun:.0f} s")
-    found["seconds"] = round(time.time() - found.pop("begun"))
-    tell(f"in all {found['seconds']} s")
-    target = options.to or RESULTS / f"suite-{options.device}-{found['date'][:10]}-{found['commit'][:8]}.json"
-    result = {**found, "limits": limits.plain(), "figures": [figure.plain() for figure in figures]}
-    target.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    target.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        tell(f"  {name}: {time.monotonic() - started:.0f} s")
+        write()  # a run that is stopped leaves what it has measured
+    tell(f"in all {time.time() - begun:.0f} s")
+    write()
     print(f"written to {target}")
     return 1 if failed else 0
 

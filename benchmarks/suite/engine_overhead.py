@@ -24,7 +24,7 @@ def measure(settings: Settings) -> Iterator[Figure]:
             engine.train_step([batch], lr=1e-5, stop_requested=False)
 
         contenders = {"bare": lambda bare=bare: bare(batch), "ours": ours}
-        seconds = in_turns(contenders, settings.rounds_of(7), settings.device, warm_up=3)
+        seconds = in_turns(contenders, settings.rounds_of(5), settings.device, warm_up=3)
         yield duration(
             f"step through DeepSpeed, {settings.model_name}, {precision}",
             seconds["ours"],

@@ -22,7 +22,7 @@ def measure(settings: Settings) -> Iterator[Figure]:
             flops = 2 * tokens * 3 * hidden * hidden * (4 * ACTIVE + SHARED)
             for backward in (False, True):
                 torch.manual_seed(0)
-                layer, dense, loop = rounds(case, backward, settings.rounds_of(9))
+                layer, dense, loop = rounds(case, backward, settings.rounds_of(5))
                 what = f"mixture layer {hidden}, {precision}, {'both passes' if backward else 'forward'}"
                 limit = settings.limits.seconds(precision, flops * (3 if backward else 1))
                 yield duration(f"{what} / loop", layer, loop, limit=limit, against="a loop over its experts")

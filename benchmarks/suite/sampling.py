@@ -41,7 +41,7 @@ def measure(settings: Settings) -> Iterator[Figure]:
         "plain": lambda: plain.sample(theirs, start_BCHW, label_B, STEPS, SCALE),
         **{precision: lambda precision=precision: ours(precision) for precision in DTYPES},
     }
-    seconds = in_turns(contenders, settings.rounds_of(7), settings.device)
+    seconds = in_turns(contenders, settings.rounds_of(5), settings.device)
     passes = settings.batch * STEPS
     for precision in DTYPES:
         limit = settings.limits.seconds(precision, 2 * passes * count(config).flops)

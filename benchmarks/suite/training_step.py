@@ -38,7 +38,7 @@ def measure(settings: Settings) -> Iterator[Figure]:
             engine.train_step([batch], lr=1e-5, stop_requested=False)
 
         # The first steps check DeepSpeed's gradients.
-        seconds = in_turns({"plain": baseline, "ours": ours}, settings.rounds_of(7), settings.device, warm_up=3)
+        seconds = in_turns({"plain": baseline, "ours": ours}, settings.rounds_of(5), settings.device, warm_up=3)
         limit = settings.limits.seconds(precision, flops, BYTES_OF_STEP * counted.total)
         name = f"training step {settings.model_name}, batch {settings.batch}, {precision}"
         yield rate(
