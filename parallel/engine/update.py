@@ -9,7 +9,7 @@ It calls private parts of DeepSpeed 0.19 (`averaged_gradients`, `unscale_and_cli
 tests/parallel covers each stage.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,30 @@ from ditmoe.parallel.tensor.shards import shard_of
 
 _CLIP_EPSILON = 1e-6
 """Added to the norm that is clipped, as DeepSpeed and torch do."""
+_ROW = 256
 
 
 def clipping_divisor(norm: Tensor, clip: float) -> Tensor:
     """What a gradient of this norm is divided by, so that its norm is at most `clip`; of no dims."""
     return ((norm + _CLIP_EPSILON) / clip).clamp(min=1.0)
+
+
+def square_of_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The sum of the squares of all their numbers, float64 of no dims.
+
+    On a CPU a norm in float64 takes 24 times as long as one in float32, which alone is vectorised. So short rows
+    are summed in float32, and only their sums in float64: to eight digits, unless a few numbers outweigh others.
+    """
+    if gradients[0].is_cuda:
+        return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum()
+    total = torch.zeros((), dtype=torch.float64)
+    for gradient in gradients:
+        flat = gradient.reshape(-1)
+        whole = len(flat) // _ROW * _ROW
+        for rows in (flat[:whole].view(-1, _ROW), flat[whole:].view(1, -1)):
+            if rows.numel():
+                total += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
+    return total
 
 
 def order_streams(optimizer: Any, accelerator: Any) -> None:
@@ -90,8 +109,7 @@ class Update:
         for gradient, copies in self._gradients():
             by_copies.setdefault(copies, []).append(gradient)
         for copies, gradients in by_copies.items():
-            norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)
-            total += torch.stack(norms).square().sum() / copies
+            total += square_of_norm(gradients) / copies
         return total
 
     def _gradients(self) -> Iterator[tuple[Tensor, int]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ditmoe.parallel.engine.step_totals import DeviceTotals
-from ditmoe.parallel.engine.update import clipping_divisor
+from ditmoe.parallel.engine.update import clipping_divisor, square_of_norm
 
 Runner = Callable[..., list[dict[str, Any]]]
 
@@ -75,3 +75,17 @@ def test_what_is_summed_is_what_is_read() -> None:
 def test_only_a_larger_norm_is_clipped(norm: float, divisor: float) -> None:
     found = clipping_divisor(torch.tensor(norm, dtype=torch.float64), 0.5)
     assert found.item() == pytest.approx(divisor, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("spread", "error"), [(0.0, 1e-8), (4.0, 2e-7)])
+def test_the_norm_is_exact_whatever_the_pieces(dtype: torch.dtype, spread: float, error: float) -> None:
+    """Pieces of any length and layout; where one number outweighs all others it is as exact as that is."""
+    torch.manual_seed(0)
+    shapes = [(1,), (0,), (255,), (256,), (1000, 513), (3, 5, 7)]
+    pieces = [(torch.randn(shape) * torch.exp(spread * torch.randn(shape))).to(dtype) for shape in shapes]
+    pieces.append(pieces[4].t())
+    exact = torch.stack([piece.double().square().sum() for piece in pieces]).sum()
+    assert square_of_norm(pieces).dtype == torch.float64
+    torch.testing.assert_close(square_of_norm(pieces), exact, rtol=error, atol=0)
+    assert not torch.isfinite(square_of_norm([*pieces, torch.tensor([float("nan")])]))
