@@ -34,7 +34,7 @@ def square_of_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The sum of the squares of all their numbers, float64 of no dims.
 
     On a CPU a norm in float64 takes 24 times as long as one in float32, which alone is vectorised. So short rows
-    are summed in float32, and only their sums in float64: to eight digits, unless a few numbers outweigh others.
+    are summed in float32, and only their sums in float64: to seven digits or more.
     """
     if gradients[0].is_cuda:
         return torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float64)).square().sum()

@@ -78,7 +78,7 @@ def test_only_a_larger_norm_is_clipped(norm: float, divisor: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("spread", "error"), [(0.0, 1e-8), (4.0, 2e-7)])
+@pytest.mark.parametrize(("spread", "error"), [(0.0, 4e-8), (4.0, 2e-7)])
 def test_the_norm_is_exact_whatever_the_pieces(dtype: torch.dtype, spread: float, error: float) -> None:
     """Pieces of any length and layout; where one number outweighs all others it is as exact as that is."""
     torch.manual_seed(0)
