@@ -258,6 +258,14 @@ def needed(requirement: Requirement) -> Iterator[Requirement]:
             yield found
 
 
+def test_the_image_has_the_python_that_the_versions_were_tested_with() -> None:
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    tested = re.search(r"tested together \(Python (\d+\.\d+),", pins)
+    image = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    base = re.search(r"^FROM python:(\d+\.\d+)-slim$", image, re.MULTILINE)
+    assert tested is not None and base is not None and tested[1] == base[1]
+
+
 def test_declared_versions_are_pinned() -> None:
     pinned = constraints()
     for requirement in declared():

@@ -33,7 +33,7 @@ OTHERS_OPTIONS = {
     "apptainer": {"--nv"},
     "tensorboard": {"--logdir"},
     "benchmarks/": {"--compact", "--repeats"},
-    "docker": {"--ipc"},
+    "docker": {"--ipc", "--user", "--build-arg"},
     "DiT, DiT-MoE": {"--data-path", "--results-dir", "--epochs", "--global-batch-size", "--global-seed", "--model"}
     | {"--log-every", "--ckpt-every", "--ckpt", "--num_experts", "--num_experts_per_tok", "--num-sampling-steps"}
     | {"--num-fid-samples", "--per-proc-batch-size", "--num-workers"},
