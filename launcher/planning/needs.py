@@ -117,6 +117,8 @@ def needs_lines(found: Needs, machine: Machine) -> list[str]:
         "training": host.training,
         "processes": host.processes,
     }
+    if host.start == host.total:
+        parts = {"at the start": host.start}
     listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
     return [
         f"to the end: {span(found.hours)} and {found.gpu_hours:,.1f} {unit}-hours, for {found.images:,} images",

@@ -121,7 +121,7 @@ def _want(
         asynchronous=config.checkpoint.asynchronous,
         workers=config.data.workers,
     )
-    return _Wanted(words, layout, workload, 0 if room.on_cpu else memory.peak, host.total * ranks_here)
+    return _Wanted(words, layout, workload, 0 if room.on_cpu else memory.most, host.total * ranks_here)
 
 
 def _variants(config: RunConfig, ranks_here: int, room: Room) -> Iterator[_Wanted]:

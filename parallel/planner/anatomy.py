@@ -65,3 +65,14 @@ def anatomy(config: ModelConfig) -> Anatomy:
         weight = Weight(tensor.numel(), inside.startswith("moe.experts."), _SPLIT.fullmatch(inside) is not None)
         parts[part if part in parts else "embedders"].append(weight)
     return Anatomy(tuple(parts["embedders"]), tuple(parts["blocks"]), tuple(parts["final_layer"]), config.depth)
+
+
+@lru_cache(maxsize=16)
+def canonical_parameters(config: ModelConfig) -> tuple[int, int, int]:
+    """Of the parameters as a checkpoint has them, each expert by itself: the most elements; how many there are of
+    routed experts, and how many others."""
+    experts = max(1, config.experts)
+    weights = list(anatomy(config).stage(range(config.depth)))
+    routed = sum(weight.routed for weight in weights)
+    largest = max(weight.numel // (experts if weight.routed else 1) for weight in weights)
+    return largest, experts * routed, len(weights) - routed

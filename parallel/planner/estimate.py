@@ -56,7 +56,7 @@ class Machine:
 
     def fits(self, memory: RankMemory) -> bool:
         """Whether a rank's memory is there."""
-        return memory.peak <= self.USABLE * self.gpu.memory_gib * 2**30
+        return memory.most <= self.USABLE * self.gpu.memory_gib * 2**30
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def fullest_stage(config: ModelConfig, layout: Layout, workload: Workload) -> tu
         number: rank_memory(config, layout, blocks, number, workload)
         for number, blocks in _distinct(config, stage_blocks(config, layout.pipe))
     }
-    fullest = max(memories, key=lambda number: memories[number].peak)
+    fullest = max(memories, key=lambda number: memories[number].most)
     return fullest, memories[fullest]
 
 

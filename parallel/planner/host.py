@@ -7,7 +7,7 @@ from ditmoe.model.config import ModelConfig
 from ditmoe.model.count import count
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.anatomy import anatomy
-from ditmoe.parallel.planner.memory import RankMemory, Workload
+from ditmoe.parallel.planner.memory import RankMemory, Workload, start_of_stage
 from ditmoe.parallel.planner.zero import shards
 from ditmoe.parallel.stages import stage_blocks
 
@@ -16,7 +16,14 @@ STATE_BYTES: Final = 16
 OFFLOADED_BYTES: Final = 20
 """Of each parameter whose optimiser is offloaded: the same state, and an fp32 gradient."""
 PROCESS_BYTES: Final = 2**29
-"""Of a process with torch and DeepSpeed loaded, before it has a network."""
+"""Of a process with torch and DeepSpeed loaded, and all that a run needs beside its network."""
+LIBRARY_BYTES: Final = round(0.09 * 2**30)
+"""Of that, pages of libraries, which the processes of a machine share."""
+STARTING_BYTES: Final = round(0.36 * 2**30)
+"""Of such a process on a CPU before its first step, with threads that have made initial values."""
+BUFFERS_HELD: Final = 3
+"""Times that a step's buffers are held on a CPU, unless activations take as much: the C library keeps what a step
+frees, and others have taken a part of it before the next buffer is made."""
 WORKER_BYTES: Final = 2**28
 """Of a process that reads data."""
 
@@ -31,13 +38,15 @@ class HostMemory:
     """The optimiser's state and the EMA, where they are kept there."""
     training: int
     """Weights, gradients, optimiser, EMA and activations, where the rank computes on a CPU."""
+    start: int
+    """All of it at most before the first step, the process and its readers included."""
     processes: int
     """The process itself, and those that read its data."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return self.copy + self.offload + self.training + self.processes
+        """The most at any time."""
+        return max(self.start, self.copy + self.offload + self.training + self.processes)
 
 
 def host_memory(
@@ -58,14 +67,31 @@ def host_memory(
         asynchronous: whether checkpoints are written while training goes on.
         workers: processes of a rank that read data.
     """
+    stages = stage_blocks(config, layout.pipe)
     owned = max(
         sum(part.held // part.replicas for part in shards(anatomy(config).stage(blocks), layout, workload.zero))
-        for blocks in stage_blocks(config, layout.pipe)
+        for blocks in stages
     )
+    # Stages of equal tensors start alike.
+    distinct = {(len(blocks), blocks[0] == 0, blocks[-1] == config.depth - 1): blocks for blocks in stages}
+    starts = [start_of_stage(config, layout, blocks, workload, on_cpu=on_cpu) for blocks in distinct.values()]
+    start = max(starts, key=lambda found: found.host)
+    offload = OFFLOADED_BYTES * owned if layout.offload else 0
+    copy = STATE_BYTES * owned if asynchronous else 0
+    training = 0
+    if on_cpu:
+        # Of a bucket only what is written to counts: the gradients that the rank has.
+        held = max(
+            sum(part.held for part in shards(anatomy(config).stage(b), layout, workload.zero)) for b in stages
+        )
+        buffers = round(memory.buffers * min(1.0, held / count(config).total))
+        moving = max(memory.activations, BUFFERS_HELD * buffers)
+        training = start.kept + memory.gradients + start.gathered + moving
     return HostMemory(
-        copy=STATE_BYTES * owned if asynchronous else 0,
-        offload=OFFLOADED_BYTES * owned if layout.offload else 0,
-        training=memory.peak if on_cpu else 0,
+        copy=copy,
+        offload=offload,
+        training=training,
+        start=start.host + offload + (STARTING_BYTES if on_cpu else PROCESS_BYTES) + workers * WORKER_BYTES,
         processes=PROCESS_BYTES + workers * WORKER_BYTES,
     )
 

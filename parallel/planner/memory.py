@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from ditmoe.model.config import ModelConfig
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
-from ditmoe.parallel.planner.anatomy import anatomy
+from ditmoe.parallel.planner.anatomy import anatomy, canonical_parameters
+from ditmoe.parallel.planner.start import StartMemory, start_memory
 from ditmoe.parallel.planner.zero import DEFAULTS, Shard, ZeroSettings, shards
 
 
@@ -30,12 +31,19 @@ class RankMemory:
     buffers: int = 0
     """Fixed tensors, buckets that gradients are reduced in, and with ZeRO 3 gathered weights."""
     peak: int = 0
-    """The most at once: buckets of ZeRO 1 come after the activations are gone."""
+    """The most at once in a step: buckets of ZeRO 1 come after the activations are gone."""
+    start: int = 0
+    """The most at once before the first step."""
 
     @property
     def state(self) -> int:
         """Weights, gradients, optimiser and EMA."""
         return self.weights + self.gradients + self.optimizer + self.ema
+
+    @property
+    def most(self) -> int:
+        """The most at any time, which must be there."""
+        return max(self.peak, self.start)
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,22 @@ def rank_memory(config: ModelConfig, layout: Layout, blocks: range, stage: int, 
         activations=at_once,
         buffers=fixed + max(in_backward, in_step),
         peak=peak,
+        start=fixed + _start(config, parts, layout, workload, on_cpu=False).device,
     )
+
+
+def start_of_stage(
+    config: ModelConfig, layout: Layout, blocks: range, workload: Workload, *, on_cpu: bool
+) -> StartMemory:
+    """Memory of a rank of a pipeline stage while it starts."""
+    return _start(config, shards(anatomy(config).stage(blocks), layout, workload.zero), layout, workload, on_cpu)
+
+
+def _start(
+    config: ModelConfig, parts: list[Shard], layout: Layout, workload: Workload, on_cpu: bool
+) -> StartMemory:
+    largest, routed, others = canonical_parameters(config)
+    return start_memory(parts, layout, workload.number_bytes, largest, (routed, others), on_cpu=on_cpu)
 
 
 def _gathered(parts: list[Shard], workload: Workload) -> int:
