@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ditmoe.data.storage.files import replacing
+from ditmoe.model.config import ModelConfig
 
 MARKDOWN_FILE: Final = "row.md"
 LATEX_FILE: Final = "row.tex"
@@ -104,9 +105,10 @@ def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, 
 
 
 def _network(model: Mapping[str, Any]) -> str:
-    """The preset, or the corners of a network that is none."""
-    if model.get("preset"):
-        return str(model["preset"])
+    """The preset, or the corners of a network that is none: with another `model.depth` beside it, for example."""
+    known = {key: value for key, value in model.items() if key in ModelConfig.model_fields}
+    if known.get("preset") and (name := ModelConfig.model_validate(known).published_name):
+        return name
     corners = [f"{name} {model[name]}" for name in ("depth", "hidden", "patch", "experts") if model.get(name)]
     return ", ".join(corners) or NOTHING
 

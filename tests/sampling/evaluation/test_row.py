@@ -3,6 +3,7 @@
 import re
 from typing import Any
 
+from ditmoe.model.config import ModelConfig
 from ditmoe.sampling.evaluation.row import FIGURES, NOTHING, latex, markdown, rows_of
 
 METRICS: dict[str, Any] = {
@@ -89,6 +90,13 @@ def test_latex_is_escaped() -> None:
     assert latex([{r"\&%$#_{}~^": "×"}]).splitlines()[2] == (
         r"\textbackslash{}\&\%\$\#\_\{\}\textasciitilde{}\textasciicircum{} \\"
     )
+
+
+def test_a_network_that_differs_from_its_preset_does_not_have_its_name() -> None:
+    for changes, name in (({}, "DiT-S/2-8E2A"), ({"depth": 3}, "depth 3, hidden 384, patch 2, experts 8")):
+        model = ModelConfig(preset="DiT-S/2-8E2A", **changes).model_dump()
+        metrics = METRICS | {"evaluation": METRICS["evaluation"] | {"model": model}}
+        assert rows_of(metrics)[0]["network"] == name
 
 
 def test_a_network_without_a_preset_is_told_by_its_corners() -> None:
