@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ditmoe.data.stream.dataset import Dataset, open_dataset
 from ditmoe.data.stream.remembered import kept_in_checkpoint
 from ditmoe.data.stream.stream import dealing_of, open_stream
 from ditmoe.model.errors import UserError
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_path, file_facts, read_info
+from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checkpoint_path, read_info
 from ditmoe.parallel.ranks import ThisProcess
 from ditmoe.sampling.metrics import decoding
 from ditmoe.sampling.metrics import reference as reference_module
@@ -262,7 +263,9 @@ def damaged_copy(shards: Path, out: Path) -> Path:
     data = bytearray((out / names[1]).read_bytes())
     data[148:156] = b"garbage!"  # the checksum of the first header
     (out / names[1]).write_bytes(data)
-    entries = [entry.model_copy(update=file_facts(out / entry.file)) for entry in index.shards]
+    contents = {entry.file: (out / entry.file).read_bytes() for entry in index.shards}
+    facts = {file: {"bytes": len(data), "sha256": sha256(data).hexdigest()} for file, data in contents.items()}
+    entries = [entry.model_copy(update=facts[entry.file]) for entry in index.shards]
     write_index(out, index.model_copy(update={"shards": tuple(entries)}))
     return out
 
