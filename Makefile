@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-memory test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,7 +34,8 @@ test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the planner's figures, on real processes
-	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py \
+		--ignore tests/parallel/planner/test_start_memory.py $(PYTEST_ARGS)
 
 test-service: venv ## the service under load, and its processes killed again and again (DITMOE_KILLS=25)
 	@$(BIN)/python -m pytest -m slow tests/sampling/service --ignore tests/sampling/service/page $(PYTEST_ARGS)
@@ -54,6 +55,9 @@ test-metrics: venv ## distances of 2,048 features against 70 digits, figures on 
 
 test-drawing: venv ## groups of processes that share out experts, and the benchmark of evaluations, small
 	@$(BIN)/python -m pytest -m slow tests/sampling/drawing tests/sampling/evaluation/test_evaluation_benchmark.py $(PYTEST_ARGS)
+
+test-memory: venv ## real starts of S and B sizes on 2 and 4 processes hold what the planner says; needs 8 GiB
+	@$(BIN)/python -m pytest -m slow tests/parallel/planner/test_start_memory.py $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)
