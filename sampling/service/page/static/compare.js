@@ -112,8 +112,9 @@ async function showImages(scope, place, jobs) {
   const gone = jobs.some((job) => job.status === "expired" || (job.status === "completed" && job.kind === "evaluate" && (job.request.keep ?? "chunks") !== "chunks"));
   const problem = gone ? "The images of one of them are not kept." : sameStarts(jobs);
   const there = Math.min(...jobs.map((job) => job.progress.done));
+  const say = (text) => replace(place, h("section", { class: "card" }, title, h("p", { class: "empty" }, text)));
   if (problem || !there || !jobs.every((job) => job.kind === "draw" || ENDED.has(job.status))) {
-    replace(place, h("section", { class: "card" }, title, h("p", { class: "empty" }, problem || "Both need images first.")));
+    say(problem || "Both need images first.");
     return;
   }
   const grid = h("div", { class: "tiles pairs" });
@@ -123,12 +124,17 @@ async function showImages(scope, place, jobs) {
   const load = async () => {
     const last = Math.min(there, next + IMAGES);
     const numbers = Array.from({ length: last - next }, (_, step) => next + step);
-    next = last;
-    more.hidden = next === there;
     const rows = await Promise.all(numbers.map((image) => Promise.all(jobs.map((job, which) => fetchPicture(scope, `${path("v1", "jobs", job.id)}/images/${image}`, `${"AB"[which]}, image ${image}`)))));
     rows.forEach((pair, row) => grid.append(h("figure", { class: "tile pair" }, h("div", { class: "both" }, pair.map((image, which) => h("div", { class: "one" }, image, mark("AB"[which])))),
       h("figcaption", {}, h("span", {}, `seed ${jobs[0].request.seed} · image ${numbers[row]}`)))));
+    next = last;
+    more.hidden = next === there;
   };
   more.addEventListener("click", () => load().catch((error) => { if (!scope.signal.aborted) more.textContent = error.message; }));
-  await load();
+  try {
+    await load();
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    say("The first images are still being drawn."); // parts of a job come in any order
+  }
 }

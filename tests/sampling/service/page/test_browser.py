@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -689,8 +690,18 @@ def test_jobs_under_way_are_compared_as_they_go(site: Site) -> None:
         site.client.post("/v1/jobs", json={**asked, **more}).json()["id"]
         for more in ({"count": 100_000, "steps": 20}, {"count": 64, "steps": 2})
     )
+    while site.client.get(f"/v1/jobs/{endless}").json()["progress"]["done"] < 64:
+        time.sleep(0.1)
     with site.page() as page:
+        # A job's later images may be there before its first: then the page looks again.
+        site.allowed += ["status of 404"]
+        looks: list[Route] = []
+        first_image = f"**/v1/jobs/{endless}/images/0"
+        page.route(first_image, lambda route: (looks.append(route), route.fulfill(status=404, json={})))
         site.go(page, f"compare?a={endless}&b={short}", "Compare")
+        expect(page.get_by_text("The first images are still being drawn.")).to_be_visible()
+        assert looks
+        page.unroute(first_image)
         expect(page.locator(".badge")).to_have_text(["in progress", "completed"])
         expect(page.locator(".pairs figure")).to_have_count(12)
         [first] = drawn(site.client, model="digits", sampler="euler", steps=20, seed=51, first=3)
