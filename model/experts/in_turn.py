@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ditmoe.model.kernels.products import gated, in_onednn, product
-
 
 def experts_in_turn(
     x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
@@ -38,20 +36,11 @@ def _runs(counts_N: Sequence[int]) -> Iterator[tuple[int, slice]]:
         first += count
 
 
-def _linear(x: Tensor, weight_OI: Tensor, fast: bool) -> Tensor:
-    """x·weightᵀ, by the way that is fast for these numbers."""
-    return product(x, weight_OI) if fast else x @ weight_OI.t()
-
-
 def _without_gradients(
     x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
 ) -> Tensor:
     """Each expert's hidden numbers take the place of the last one's."""
     out_AD = torch.empty_like(x_AD)
-    if in_onednn(x_AD):
-        for expert, run in _runs(counts_N):
-            out_AD[run] = gated(x_AD[run], gate_NFD[expert], up_NFD[expert], down_NDF[expert])
-        return out_AD
     gate_AF, up_AF = (x_AD.new_empty(max(counts_N), gate_NFD.shape[1]) for _ in range(2))
     for expert, run in _runs(counts_N):
         gate, up = (memory_AF[: run.stop - run.start] for memory_AF in (gate_AF, up_AF))
@@ -66,16 +55,12 @@ class _InTurn(torch.autograd.Function):
     def forward(
         ctx: Any, x_AD: Tensor, counts_N: Sequence[int], gate_NFD: Tensor, up_NFD: Tensor, down_NDF: Tensor
     ) -> Tensor:
-        fast = in_onednn(x_AD)
         kept: list[Tensor] = []
         out_AD = torch.empty_like(x_AD)
         for expert, run in _runs(counts_N):
-            gate, up = (_linear(x_AD[run], weight[expert], fast) for weight in (gate_NFD, up_NFD))
+            gate, up = (x_AD[run] @ weight[expert].t() for weight in (gate_NFD, up_NFD))
             hidden = F.silu(gate).mul_(up)
-            if fast:
-                out_AD[run] = product(hidden, down_NDF[expert])
-            else:
-                torch.mm(hidden, down_NDF[expert].t(), out=out_AD[run])
+            torch.mm(hidden, down_NDF[expert].t(), out=out_AD[run])
             kept += gate, up
         ctx.counts_N = counts_N
         ctx.save_for_backward(x_AD, gate_NFD, up_NFD, down_NDF, *kept)
@@ -86,7 +71,6 @@ class _InTurn(torch.autograd.Function):
     def backward(ctx: Any, gradient_AD: Tensor) -> tuple[Tensor | None, ...]:
         x_AD, gate_NFD, up_NFD, down_NDF, *kept = ctx.saved_tensors
         needs_x, _, *needs_weights = ctx.needs_input_grad
-        fast = in_onednn(x_AD)
         to_x = torch.empty_like(x_AD) if needs_x else None
         weights = (gate_NFD, up_NFD, down_NDF)
         to_gate, to_up, to_down = (
@@ -99,7 +83,7 @@ class _InTurn(torch.autograd.Function):
             activated = F.silu(gate)
             if to_down is not None:
                 torch.mm(gradient.t(), activated * up, out=to_down[expert])
-            hidden = _linear(gradient, down_NDF[expert].t(), fast)
+            hidden = gradient @ down_NDF[expert]
             gradient_gate = torch.ops.aten.silu_backward(hidden * up, gate)
             gradient_up = hidden.mul_(activated)
             if to_gate is not None:
@@ -107,11 +91,8 @@ class _InTurn(torch.autograd.Function):
             if to_up is not None:
                 torch.mm(gradient_up.t(), x, out=to_up[expert])
             if to_x is not None:
-                to_x[run] = _linear(gradient_gate, gate_NFD[expert].t(), fast)
-                if fast:
-                    to_x[run] += product(gradient_up, up_NFD[expert].t())
-                else:
-                    to_x[run].addmm_(gradient_up, up_NFD[expert])
+                torch.mm(gradient_gate, gate_NFD[expert], out=to_x[run])
+                to_x[run].addmm_(gradient_up, up_NFD[expert])
         for expert, count in enumerate(ctx.counts_N):
             if not count:
                 for to_weight in (to_gate, to_up, to_down):

@@ -11,8 +11,6 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from ditmoe.model.kernels.products import rows_agree
-
 Path = Literal["grouped", "batched", "in_blocks", "in_turn", "one_by_one"]
 """`grouped`: one launch for all experts; `batched`: blocks of rows, each with its expert's weights, in one batched
 product; `in_turn`: each expert's rows on a CPU; `in_blocks`: blocks in turn, on a CPU whose products round by the
@@ -34,7 +32,7 @@ def expert_path(x_AD: Tensor, width: int) -> Path:
     if x_AD.is_cuda:
         fits = x_AD.dtype == torch.bfloat16 and x_AD.shape[1] % 8 == 0 and width % 8 == 0
         return "grouped" if fits and _has_grouped_kernel(x_AD.device) else "batched"
-    if not torch.is_grad_enabled() and x_AD.dtype == torch.float32 and not rows_agree(x_AD.shape[1], width):
+    if not torch.is_grad_enabled() and x_AD.dtype == torch.float32:
         return "in_blocks"
     return "in_turn"
 

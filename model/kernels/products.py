@@ -2,12 +2,13 @@
 
 torch gives float32 products to MKL, and lets oneDNN compute them in compiled networks alone. oneDNN's are 6 to 15%
 faster (docs/performance.md), and a row's result has the same bits among any number of rows, from two on: with MKL
-it depends on the number where that is small or odd. So an expert's rows need not be filled up to a fixed number
-for an image not to depend on those drawn beside it.
+it depends on the number where that is small or odd.
+
+oneDNN makes a kernel for each shape and keeps it. So these are for layers, whose shapes come again, and not for
+experts, which have another number of rows each time: there kernels took more time and memory than they saved.
 """
 
 import platform
-from functools import lru_cache
 from typing import Any, Final, Literal
 
 import torch
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _AVAILABLE: Final = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-_TRIED_ROWS: Final = (1, 2, 3, 5, 16, 48, 77, 250)
-"""Beside 512: small ones, odd ones, multiples of a vector kernel's 16 rows."""
 
 
 def in_onednn(*tensors: Tensor | None) -> bool:
@@ -56,24 +55,6 @@ def gated(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
         return gated(x.reshape(1, -1).expand(2, -1), gate_FD, up_FD, down_DF)[0].view_as(x)
     opened = product(x, gate_FD, then="swish")
     return product(torch.ops.mkldnn._linear_pointwise.binary(x, opened, up_FD, None, "mul"), down_DF)
-
-
-def rows_agree(hidden: int, width: int) -> bool:
-    """Whether `gated` gives a row the same bits among any number of rows, tried out once for each shape and number
-    of threads; False where oneDNN is not to be had."""
-    return in_onednn(torch.empty(1)) and _rows_agree(hidden, width, torch.get_num_threads())
-
-
-@lru_cache
-def _rows_agree(hidden: int, width: int, _threads: int) -> bool:
-    with torch.inference_mode():
-        source = torch.Generator().manual_seed(0)
-        gate, up, down, x = (
-            torch.randn(shape, generator=source) / shape[1] ** 0.5
-            for shape in ((width, hidden), (width, hidden), (hidden, width), (512, hidden))
-        )
-        whole = gated(x, gate, up, down)
-        return all(torch.equal(gated(x[:rows].clone(), gate, up, down), whole[:rows]) for rows in _TRIED_ROWS)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
