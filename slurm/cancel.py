@@ -78,7 +78,7 @@ def cancel_run(run: Path, queue: Queue, seconds: float, tell: Callable[[str], No
 def _live(snapshot: Snapshot) -> dict[str, QueuedJob]:
     """All jobs of the run that have not ended: of its training, and of its evaluations."""
     if isinstance(snapshot.queue, Unseen):
-        raise UserError(f"{snapshot.run}: its jobs were not seen: {snapshot.queue.reason}; nothing was cancelled")
+        raise UserError(f"{snapshot.run}: its jobs were not seen: {snapshot.queue.problem}. Nothing was cancelled")
     jobs = dict(snapshot.queue or {})
     for other in snapshot.others:
         jobs |= {job.job: job for job in other.jobs}

@@ -2,11 +2,13 @@
 
 Questions are answered with what the queue knows, or with `Unseen` and why: a program may be missing on a compute
 node, accounting is off in many clusters, and a controller that restarts does not answer for a while. Orders
-(`submit`, `requeue`, …) raise UserError with the program's own words.
+(`submit`, `requeue`, …) raise UserError: without Slurm, or a controller that answers, with what is missing, else
+with the program's own words.
 """
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +43,15 @@ _SEPARATOR: Final = "\x1f"
 _QUEUE_COLUMNS: Final = _SEPARATOR.join(("%i", "%T", "%r", "%N", "%V", "%S", "%e", "%j"))
 _ACCOUNT_COLUMNS: Final = "JobID,State,ExitCode,NodeList,Submit,Start,End,Reason,JobName"
 _UNKNOWN_JOB: Final = "invalid job id specified"
+
+_A_CLUSTER: Final = "a machine of a Slurm cluster that submits jobs, such as its login node"
+_A_CONTROLLER: Final = "a controller that answers: `scontrol ping` says whether it is up"
+_NO_CONFIGURATION: Final = "Could not establish a configuration source"
+"""What the programs say where there is no slurm.conf, after several lines about where they looked."""
+_NO_CONTROLLER: Final = re.compile(
+    r"Unable to contact slurm controller(?: \([^)]*\))?|Socket timed out on send/recv operation"
+    r"|Zero Bytes were transmitted or received|Slurm backup controller in standby mode"
+)
 _FIELD: Final = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=")
 
 
@@ -49,6 +60,14 @@ class Unseen:
     """No answer, and why: never to be taken for good news."""
 
     reason: str
+    """What was found."""
+    expected: str = ""
+    """What was expected in its place; empty: the reason leaves nothing to add."""
+
+    @property
+    def problem(self) -> str:
+        """Both, for a message."""
+        return f"{self.reason}; expected {self.expected}" if self.expected else self.reason
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ Runner = Callable[[Sequence[str], float], "Output | Unseen"]
 
 
 def run_program(command: Sequence[str], seconds: float) -> Output | Unseen:
-    """Run one of Slurm's programs to its end; `Unseen`: it is missing or takes too long."""
+    """Run one of Slurm's programs to its end; `Unseen`: it is missing, takes too long, or finds no Slurm."""
     try:
         done = subprocess.run(
             list(command),
@@ -115,10 +134,23 @@ def run_program(command: Sequence[str], seconds: float) -> Output | Unseen:
             timeout=seconds,
         )
     except OSError as error:
-        return Unseen(f"{command[0]} cannot be run: {error.strerror}")
+        if shutil.which(command[0]) is None:
+            return Unseen(f"{command[0]} is not on the PATH", _A_CLUSTER)
+        return Unseen(f"{command[0]} cannot be run: {error.strerror}", _A_CLUSTER)
     except subprocess.TimeoutExpired:
-        return Unseen(f"{command[0]} gave no answer within {seconds:.0f} s")
-    return Output(done.returncode, done.stdout, done.stderr)
+        return Unseen(f"{command[0]} gave no answer within {seconds:.0f} s", _A_CONTROLLER)
+    output = Output(done.returncode, done.stdout, done.stderr)
+    return _without_slurm(command[0], output) or output
+
+
+def _without_slurm(program: str, output: Output) -> Unseen | None:
+    """What a program's failure says of Slurm itself; None: it did not fail, or for another reason."""
+    if not output.code:
+        return None
+    if _NO_CONFIGURATION in output.err:
+        return Unseen(f"{program} finds no configuration of Slurm (slurm.conf)", _A_CLUSTER)
+    silent = _NO_CONTROLLER.search(output.err)
+    return Unseen(f"{program} gets no answer from Slurm: {silent[0]}", _A_CONTROLLER) if silent else None
 
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
@@ -239,7 +271,7 @@ class Queue:
         self._order(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(hosts)}"])
         excluded = self.excluded(job)
         if isinstance(excluded, Unseen):
-            raise UserError(excluded.reason)
+            raise UserError(excluded.problem)
         return excluded
 
     def signal(self, job: str, signal: str, steps: bool = False) -> None:
@@ -253,9 +285,7 @@ class Queue:
     def _order(self, command: Sequence[str]) -> Output:
         output = self._run(command, ORDER_SECONDS)
         if isinstance(output, Unseen):
-            raise UserError(
-                f"{output.reason}; expected Slurm's programs on the PATH, and a controller that answers"
-            )
+            raise UserError(output.problem)
         # scancel says what it could not do, and some versions end with 0 then.
         if output.code or output.err.lower().startswith(f"{command[0]}: error"):
             raise UserError(_complaint(command, output))

@@ -14,6 +14,7 @@ from ditmoe.slurm.job_folder import JobFolder, job_name
 from ditmoe.slurm.submission.array import render_array, submit_array
 from ditmoe.slurm.submission.script import Request
 from ditmoe.slurm.submission.settings import JobSettings
+from ditmoe.slurm.submission.submit import unseen_queue
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _refuse_second(queue: Queue, arrays: Sequence[str], requests: Sequence[Reque
     """UserError where a job of these waits or runs, or the queue does not say whether."""
     found = queue.named(*arrays, *(request.job.name for request in requests))
     if isinstance(found, Unseen):
-        raise UserError(f"{found.reason}; expected the queue to say whether a job of the sweep is in it")
+        raise unseen_queue(found, "the sweep")
     busy = [job for job in found.values() if not job.has_ended]
     if busy:
         first = busy[0]

@@ -94,7 +94,7 @@ def read_crew(place: Path, queue: Queue, now: float | None = None) -> CrewSnapsh
         now=time.time() if now is None else now,
         leader=Claims(crew).holder(LEADER_CLAIM),
         jobs=tuple(_job(folder, record, found) for folder, record in zip(folders, records, strict=True)),
-        unseen=listed.reason if isinstance(listed, Unseen) else "",
+        unseen=listed.problem if isinstance(listed, Unseen) else "",
     )
 
 
@@ -194,7 +194,7 @@ def cancel_workers(place: Path, queue: Queue, tell: Callable[[str], None], poll:
     while True:
         snapshot = read_crew(place, queue)
         if snapshot.unseen and not seen:
-            raise UserError(f"{place}: its jobs were not seen: {snapshot.unseen}; nothing was cancelled")
+            raise UserError(f"{place}: its jobs were not seen: {snapshot.unseen}. Nothing was cancelled")
         live = {each.job: job for job in snapshot.jobs for each in job.live}
         if not snapshot.unseen:
             for gone in sorted(seen.keys() - live.keys()):

@@ -67,7 +67,7 @@ def script_of(request: Request) -> str:
     """The batch script, checked by bash.
 
     Raises:
-        UserError: a folder cannot stand in it, or the preamble is no shell.
+        UserError: a folder cannot stand in it, the preamble is no shell, or there is no bash.
     """
     try:
         script = render(request)
@@ -81,13 +81,16 @@ def script_of(request: Request) -> str:
 
 
 def _bash_complaint(text: str) -> str:
-    """What bash says of a text that it reads and does not run; also of a here-document without an end."""
+    """What bash says of a text that it reads and does not run; also of a here-document without an end.
+
+    UserError where there is no bash.
+    """
     try:
         done = subprocess.run(
             ["bash", "-n"], input=text.encode(errors="surrogateescape"), capture_output=True, timeout=_BASH_SECONDS
         )
-    except FileNotFoundError:
-        return "it is not there; expected it on the PATH"
+    except OSError as error:
+        raise UserError(f"bash cannot be run ({error.strerror}); expected it on the PATH: jobs are bash") from None
     except subprocess.TimeoutExpired:
         return f"no answer within {_BASH_SECONDS} s"
     return printable(done.stderr.decode(errors="replace").strip().partition("\n")[0])
@@ -119,7 +122,7 @@ def submit(request: Request, queue: Queue, config: str | None = None, private: b
                 jobs.append(queue.submit(folder.script))
             except UserError as error:
                 taken = f" (of the chain it has taken {', '.join(jobs)})" if jobs else ""
-                raise UserError(f"{error}{taken}") from None
+                raise UserError(f"{error}{taken}; the batch script is {folder.script}") from None
             record_submission(folder.path, jobs[-1], time.time())
     return jobs
 
@@ -149,7 +152,7 @@ def refuse_second(queue: Queue, name: str, folder: Path) -> None:
     """UserError where a job of this name waits or runs, or the queue does not say whether."""
     found = queue.named(name)
     if isinstance(found, Unseen):
-        raise UserError(f"{found.reason}; expected the queue to say whether a job of {folder} is in it")
+        raise unseen_queue(found, str(folder))
     for job in found.values():
         if not job.has_ended:
             where = f" on {', '.join(job.hosts)}" if job.hosts else f" ({job.reason})" if job.reason else ""
@@ -157,6 +160,14 @@ def refuse_second(queue: Queue, name: str, folder: Path) -> None:
                 f"{folder}: job {job.job} is {job.state}{where}; expected none in the queue: wait for its end, or"
                 f" cancel it"
             )
+
+
+def unseen_queue(found: Unseen, what: str) -> UserError:
+    """The message for who submits something, where the queue does not say whether it is there already."""
+    return UserError(
+        f"{what}: whether a job of it is in the queue cannot be seen: {found.problem}. Nothing was submitted;"
+        " --dry-run shows the batch script, and needs no Slurm"
+    )
 
 
 def never_starting(queue: Queue, jobs: Sequence[str]) -> list[str]:

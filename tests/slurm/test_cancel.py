@@ -121,7 +121,7 @@ def test_where_nothing_runs_nothing_is_done(run: Path) -> None:
 
 
 def test_a_queue_that_is_not_seen_is_an_error(run: Path) -> None:
-    with pytest.raises(UserError, match="were not seen: squeue cannot be run; nothing was cancelled"):
+    with pytest.raises(UserError, match=r"were not seen: squeue cannot be run\. Nothing was cancelled"):
         cancel_run(run, Queue(lambda command, seconds: Unseen(f"{command[0]} cannot be run")), 60, print)
 
 

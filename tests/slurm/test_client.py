@@ -1,5 +1,6 @@
 """Slurm's programs: what they print is read, what they refuse is told, and that they are missing is an answer."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,8 +121,8 @@ def test_the_number_of_a_submitted_job_is_read() -> None:
         ),
         (Output(7, "", ""), "sbatch: exit code 7"),
         (
-            Unseen("sbatch gave no answer within 120 s"),
-            "sbatch gave no answer within 120 s; expected Slurm's programs",
+            Unseen("sbatch gave no answer within 120 s", "a controller that answers"),
+            "sbatch gave no answer within 120 s; expected a controller that answers",
         ),
     ],
 )
@@ -136,10 +137,55 @@ def test_what_scancel_refuses_with_exit_code_0_is_told() -> None:
         printed("", 0, "scancel: error: Kill job error on job id 9: Invalid job id specified\n").cancel("9")
 
 
-def test_a_missing_program_and_a_slow_one_are_values(tmp_path: Path) -> None:
-    missing = run_program([str(tmp_path / "squeue")], 5)
-    assert missing == Unseen(f"{tmp_path / 'squeue'} cannot be run: No such file or directory")
-    assert run_program(["sleep", "60"], 0.1) == Unseen("sleep gave no answer within 0 s")
+def test_a_missing_program_and_a_slow_one_are_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = run_program(["sleep", "60"], 0.1)
+    assert isinstance(slow, Unseen) and slow.reason == "sleep gave no answer within 0 s"
+    assert slow.problem == "sleep gave no answer within 0 s; expected a controller that answers: " + (
+        "`scontrol ping` says whether it is up"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = run_program(["squeue"], 5)
+    assert isinstance(missing, Unseen) and missing.reason == "squeue is not on the PATH"
+    assert missing.expected.startswith("a machine of a Slurm cluster")
+    (tmp_path / "squeue").write_text("#!/no/such/shell\n")
+    (tmp_path / "squeue").chmod(0o755)
+    broken = run_program(["squeue"], 5)
+    assert isinstance(broken, Unseen) and broken.reason == "squeue cannot be run: No such file or directory"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "reason"),
+    [
+        (
+            "x: error: fetch_config: DNS SRV lookup failed\nx: fatal: Could not establish a configuration source",
+            1,
+            "x finds no configuration of Slurm (slurm.conf)",
+        ),
+        (
+            "x: error: Batch job submission failed: Unable to contact slurm controller (connect failure)",
+            1,
+            "x gets no answer from Slurm: Unable to contact slurm controller (connect failure)",
+        ),
+        (
+            "slurm_load_jobs error: Socket timed out on send/recv operation",
+            1,
+            "x gets no answer from Slurm: Socket timed out on send/recv operation",
+        ),
+        ("x: error: Unable to contact slurm controller, and then it answered", 0, None),
+        ("x: error: Invalid partition specified", 1, None),
+    ],
+)
+def test_a_failure_of_slurm_is_told_from_a_refusal(
+    words: str, code: int, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit {code}\n")
+    (tmp_path / "x").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    found = run_program(["x"], 20)
+    if reason is None:
+        assert found == Output(code, "", f"{words}\n")
+    else:
+        assert isinstance(found, Unseen) and found.reason == reason and found.expected
 
 
 def test_a_users_own_settings_of_the_programs_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def command(
     import time
 
     from ditmoe.model.errors import UserError
-    from ditmoe.slurm.client import Queue
+    from ditmoe.slurm.client import Queue, Unseen
     from ditmoe.slurm.status.crews import crew_output, is_crew, read_crew
     from ditmoe.slurm.status.outputs import followed, last_lines, output_of
     from ditmoe.slurm.status.read import is_run, read_snapshots
@@ -50,15 +50,21 @@ def command(
     typer.echo(text, nl=False)
     if not follow:
         return
-    queue, asked, ended = Queue(), 0.0, False
+    queue, asked, ended, told = Queue(), 0.0, False, False
 
     def has_ended() -> bool:
-        nonlocal asked, ended
+        nonlocal asked, ended, told
         if time.monotonic() - asked > QUEUE_SECONDS or not asked:
             if of_crew:
-                ended = read_crew(run, queue).is_final
+                crew = read_crew(run, queue)
+                ended, unseen = crew.is_final, crew.unseen
             else:
-                ended = standing(read_snapshots([run], queue)[0]).is_final
+                (snapshot,) = read_snapshots([run], queue)
+                ended = standing(snapshot).is_final
+                unseen = snapshot.queue.problem if isinstance(snapshot.queue, Unseen) else ""
+            if unseen and not ended and not told:
+                typer.echo(f"the queue does not say when {run} ends: {unseen}. Ctrl-C ends this", err=True)
+                told = True
             asked = time.monotonic()
         return ended
 

@@ -142,7 +142,7 @@ def test_a_queue_that_does_not_answer_or_obey_is_told(tmp_path: Path, monkeypatc
     submitted(tmp_path, 1, "11")
     queue = OwnQueue(running("11", "n1"))
     queue.answers = False
-    with pytest.raises(UserError, match="its jobs were not seen: no answer; nothing was cancelled"):
+    with pytest.raises(UserError, match=r"its jobs were not seen: no answer\. Nothing was cancelled"):
         cancel_workers(tmp_path, queue, print)
     queue.answers, queue.ends = True, False
     monkeypatch.setattr("ditmoe.slurm.status.crews._LAST_WAIT", 0.05)

@@ -182,7 +182,7 @@ def test_a_chain_where_nodes_have_no_scontrol(
     assert [attempt.job for attempt in job.record.attempts] == chain, job.output
     assert [(end.outcome, end.decision) for end in ends(job)] == [("stopped", "requeue"), ("stopped", "stop")]
     assert f"job {chain[1]} of its chain goes on" in job.output
-    assert "submit.sbatch" in ends(job)[1].reason and "scontrol cannot be run" in ends(job)[1].reason
+    assert "submit.sbatch" in ends(job)[1].reason and "scontrol is not on the PATH" in ends(job)[1].reason
 
 
 @pytest.mark.timeout(280)
