@@ -1,4 +1,4 @@
-"""What talks to Slurm, on machines that have none of it or whose controller is away: one message, and exit code 2."""
+"""What talks to Slurm, where there is none of it or its controller is away: one message, and exit code 2."""
 
 import shutil
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def test_each_order_is_one_message(machine: str, made: Path, tmp_path: Path) -> 
         assert done.returncode == 2 and done.stdout == "", (arguments, done)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (arguments, done.stderr)
         assert TOLD[machine] in done.stderr and "Traceback" not in done.stderr, (arguments, done.stderr)
-        end = "Nothing was cancelled" if arguments[0] == "cancel" else "--dry-run shows the batch script, and needs"
+        end = "Nothing was cancelled" if arguments[0] == "cancel" else "--dry-run shows the batch script"
         assert end in done.stderr, (arguments, done.stderr)
     assert not (made / "runs").exists() and not list(made.rglob("submit.sbatch"))
     assert not [line for path in made.rglob("attempts.jsonl") for line in path.read_text().splitlines()[1:]]
