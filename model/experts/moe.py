@@ -16,6 +16,7 @@ from ditmoe.model.experts.blocks import block_product
 from ditmoe.model.experts.dispatch import assign, combine, dispatch
 from ditmoe.model.experts.in_turn import experts_in_turn
 from ditmoe.model.kernels.products import linear
+from ditmoe.model.kernels.row_bits import linear_by_pieces
 from ditmoe.model.layers import DenseMlp, SwiGlu
 
 
@@ -44,8 +45,8 @@ class Experts(nn.Module):
         """Apply expert i to its `counts_N[i]` rows; rows come sorted by expert. `[A, D]` → `[A, D]`.
 
         Args:
-            block: rows of a block, where the products are computed in blocks: what the rows are laid out by, if
-                `together` asks for that. None: as follows from the number of these rows.
+            block: rows of a block, where the products are batched ones of blocks: what the rows are laid out by,
+                as `together` asks for. None: as follows from the number of these rows.
         """
         path = paths.expert_path(x_AD, self.gate_proj.shape[1])
         if path == "grouped":
@@ -55,8 +56,9 @@ class Experts(nn.Module):
         if path == "in_turn":
             weights = (self.gate_proj, self.up_proj, self.down_proj)
             return experts_in_turn(x_AD, counts_N.tolist(), *weights)
-        size = block or paths.block_rows(len(x_AD), len(counts_N))
-        return self.batched(x_AD, counts_N, size) if path == "batched" else self.in_blocks(x_AD, counts_N, size)
+        if path == "by_pieces":
+            return self.by_pieces(x_AD, counts_N)
+        return self.batched(x_AD, counts_N, block or paths.block_rows(len(x_AD), len(counts_N)))
 
     def together(self, x_TD: Tensor, assignments: int) -> int | None:
         """What each expert's rows are to be a multiple of, for so many assignments of these tokens; None
@@ -92,22 +94,16 @@ class Experts(nn.Module):
             ]
         )
 
-    def in_blocks(self, x_AD: Tensor, counts_N: Tensor, size: int) -> Tensor:
-        """Each expert's rows in blocks of `size`, the last one filled up with zeros; for inference in fp32.
-
-        MKL's products round by the number of rows. The size of the blocks follows from the batch's alone,
-        so a token's result has the same bits whichever other tokens go to its expert, and an image does not depend
-        on those drawn beside it.
-        """
+    def by_pieces(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
+        """Each expert in turn, for inference in fp32: a token's result has the same bits whichever other tokens go
+        to its expert. So an image does not depend on those drawn beside it."""
         out_AD = torch.empty_like(x_AD)
         first = 0
         weights = zip(self.gate_proj, self.up_proj, self.down_proj, strict=True)
         for count, (gate, up, down) in zip(counts_N.tolist(), weights, strict=True):
-            for start in range(first, first + count, size):
-                rows = min(size, first + count - start)
-                block = F.pad(x_AD[start : start + rows], (0, 0, 0, size - rows))
-                result = F.linear(F.silu(F.linear(block, gate)) * F.linear(block, up), down)
-                out_AD[start : start + rows] = result[:rows]
+            run = slice(first, first + count)
+            hidden = F.silu(linear_by_pieces(x_AD[run], gate)).mul_(linear_by_pieces(x_AD[run], up))
+            out_AD[run] = linear_by_pieces(hidden, down)
             first += count
         return out_AD
 

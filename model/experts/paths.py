@@ -11,10 +11,10 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-Path = Literal["grouped", "batched", "in_blocks", "in_turn", "one_by_one"]
+Path = Literal["grouped", "batched", "by_pieces", "in_turn", "one_by_one"]
 """`grouped`: one launch for all experts; `batched`: blocks of rows, each with its expert's weights, in one batched
-product; `in_turn`: each expert's rows on a CPU; `in_blocks`: blocks in turn, on a CPU whose products round by the
-number of rows; `one_by_one`: what that computes, written plainly, which the others are compared with."""
+product; `in_turn`: each expert's rows on a CPU; `by_pieces`: likewise, where a row's bits must not depend on how
+many there are; `one_by_one`: what they compute, written plainly, which the others are compared with."""
 
 _GROUPED_ROWS: Final = 16
 """Rows that an expert's begin at a multiple of: 16 bytes or more in each number type."""
@@ -33,7 +33,7 @@ def expert_path(x_AD: Tensor, width: int) -> Path:
         fits = x_AD.dtype == torch.bfloat16 and x_AD.shape[1] % 8 == 0 and width % 8 == 0
         return "grouped" if fits and _has_grouped_kernel(x_AD.device) else "batched"
     if not torch.is_grad_enabled() and x_AD.dtype == torch.float32:
-        return "in_blocks"
+        return "by_pieces"
     return "in_turn"
 
 
