@@ -1,8 +1,8 @@
 """Products of float32 on a CPU whose rows have the same bits among any number of rows.
 
 MKL chooses kernels by shape, and with several threads some add up in another order than others: with two threads
-64 to 192 rows of 1,536 numbers were rounded otherwise than fewer or more. Which shapes do so is not documented, and
-differs between processors. So sizes are tried once, on random numbers, where another order shows in some of
+64 to 192 rows of 1,536 numbers were rounded otherwise than fewer or more. Which shapes do so is not documented,
+and differs between processors. So sizes are tried once, on random numbers, where another order shows in some of
 thousands of results, and rows are computed in pieces of sizes that agree.
 
 R rows, I in, O out.

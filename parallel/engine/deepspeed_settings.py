@@ -82,11 +82,18 @@ def deepspeed_settings(
 
 
 def _overlaps(layout: Layout, device: torch.device) -> bool:
-    """Whether gradients are averaged while the backward pass goes on: on GPUs, in streams of their own.
+    """Whether gradients are averaged while the backward pass goes on: on GPUs, in streams of their own, where more
+    than one rank has them.
 
     ZeRO 3 does that by itself; DeepSpeed's pipeline does not, and with offload gradients leave the GPU one by one.
     """
-    return device.type == "cuda" and layout.zero in (1, 2) and layout.pipe == 1 and not layout.offload
+    return (
+        device.type == "cuda"
+        and layout.data > 1
+        and layout.zero in (1, 2)
+        and layout.pipe == 1
+        and not layout.offload
+    )
 
 
 def fast_expert_settings(device: torch.device) -> dict[str, Any]:

@@ -5,8 +5,8 @@ square of the norm joins the sums of the step, which one all-reduce brings toget
 whether loss and norm are finite, are tensors; and AdamW leaves a step out by itself where its `found_inf` says so:
 then weights, moments and its count of steps keep their values.
 
-It calls private parts of DeepSpeed 0.19 (`averaged_gradients`, `unscale_and_clip_grads`, `_get_norm_groups`);
-tests/parallel covers each stage.
+It calls private parts of DeepSpeed 0.19 (`averaged_gradients`, `unscale_and_clip_grads`, `_get_norm_groups`,
+`average_tensor`); tests/parallel covers each stage.
 """
 
 from collections.abc import Iterator, Sequence
@@ -93,6 +93,8 @@ class Update:
             self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]  # of the host, and finite
         else:
             self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
+            if layout.data == 1:  # DeepSpeed would divide by one, and copy to fp32 and back
+                self._engine.optimizer.average_tensor = lambda *_: None
             ordered = self._engine.optimizer.overlap_comm and self._engine.optimizer.contiguous_gradients
             if ordered and device.type == "cuda":
                 from deepspeed.accelerator import get_accelerator

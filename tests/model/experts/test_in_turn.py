@@ -1,10 +1,14 @@
 """Experts in turn with gradients in place, against the plain products."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from ditmoe.model.experts.in_turn import rounded_up
 from ditmoe.model.experts.moe import Experts
 
 HIDDEN, WIDTH, EXPERTS = 32, 64, 8
@@ -87,3 +91,39 @@ def test_without_gradients_nothing_is_kept_and_the_result_is_the_same() -> None:
     with torch.no_grad():
         found = experts(x_AD, counts_N)
     assert found.grad_fn is None and torch.equal(found, expected)
+
+
+def test_rows_are_rounded_up_to_few_numbers_by_an_eighth_at_most() -> None:
+    assert [rounded_up(count) for count in (0, 1, 16, 17, 127, 128, 129, 300, 600)] == [
+        *(0, 16, 16, 32, 128, 128, 144, 320, 640)
+    ]
+    rounded = {count: rounded_up(count) for count in range(1, 4097)}
+    assert all(count <= rows <= max(count + 15, 1.125 * count) for count, rows in rounded.items())
+    assert all(rounded_up(rows) == rows for rows in rounded.values())
+    assert len(set(rounded.values())) <= 8 * 6
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_products_in_bf16_have_few_shapes(gradients: bool) -> None:
+    """oneDNN makes a kernel for each: of new numbers of rows in each step, that took longer than the products."""
+    experts = make_experts(torch.bfloat16)
+    shapes: set[tuple[int, ...]] = set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm_.default):
+                left, right = [tensor for tensor in given if isinstance(tensor, Tensor)][-2:]
+                shapes.add((*left.shape, right.shape[1]))
+            return function(*given, **(named or {}))
+
+    drawn = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        counts_N = torch.randint(EXPERTS, (512,), generator=drawn).bincount(minlength=EXPERTS)
+        x_AD = torch.randn(512, HIDDEN, generator=drawn).bfloat16().requires_grad_(gradients)
+        with Shapes(), torch.set_grad_enabled(gradients):
+            out = experts(x_AD, counts_N)
+            if gradients:
+                out.backward(torch.randn(512, HIDDEN, generator=drawn).bfloat16())
+    rows = {rounded_up(count) for count in range(32, 112)}
+    assert 4 <= len(shapes) <= len(rows) * (7 if gradients else 2)
+    assert all(rows & set(shape) for shape in shapes)
