@@ -72,4 +72,5 @@ def agreeing_sizes(inner: int, outer: int, threads: int) -> tuple[int, ...]:
                 break
         else:
             alike.append((found, [size]))
-    return tuple(sorted(max((sizes for _, sizes in alike), key=lambda sizes: len(sizes))))
+    most: list[int] = max((sizes for _, sizes in alike), key=len)
+    return tuple(reversed(most))
