@@ -18,6 +18,7 @@ from ditmoe.sampling.service.page import evaluation_folders
 from ditmoe.sampling.service.page.evaluation_folders import Evaluations, evaluations_of, find_evaluation, sheet
 from ditmoe.sampling.service.page.run_folders import RunFolders, preview, previews
 from ditmoe.sampling.service.page.static_files import PREFIX, static_files
+from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import ChainName, IntegratorName, ScheduleName
 
 LARGEST: Final = 2**31 - 1
@@ -89,7 +90,8 @@ def add_page(app: FastAPI, listing: Listing) -> None:
     @app.get("/v1/samplers")
     async def samplers() -> JSONResponse:
         names = {"samplers": IntegratorName, "chains": ChainName, "schedules": ScheduleName}
-        return JSONResponse({name: get_args(literal) for name, literal in names.items()})
+        told = {name: get_args(literal) for name, literal in names.items()}
+        return JSONResponse({**told, "settings": SamplerConfig().model_dump(mode="json")})
 
     @app.get("/v1/runs")
     async def runs() -> JSONResponse:

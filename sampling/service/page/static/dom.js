@@ -82,8 +82,15 @@ export function samplerText(settings) {
   if (settings.sampler && settings.sampler.endsWith("rk45")) parts.push(`tolerance ${number(settings.tolerance)}`);
   else parts.push(`${settings.steps} ${settings.steps === 1 ? "step" : "steps"}`);
   if (settings.schedule) parts.push(settings.schedule);
-  if (settings.cfg_scale !== undefined && settings.cfg_scale !== 1) parts.push(`guidance ${number(settings.cfg_scale)}`);
+  if (settings.cache_interval > 1) parts.push(`blocks at every ${number(settings.cache_interval)} steps`, `order ${number(settings.cache_order ?? 1)}`);
+  if (settings.cfg_scale !== undefined && settings.cfg_scale !== 1) parts.push(`guidance ${number(settings.cfg_scale)}${intervalText(settings)}`);
   return parts.join(", ");
+}
+
+/** " at 0.3 < σ ≤ 5", where guidance does not act at all noise levels. */
+function intervalText({ cfg_sigma_min: least, cfg_sigma_max: most }) {
+  const below = most === null || most === undefined ? "" : ` ≤ ${number(most)}`;
+  return least > 0 || below ? ` at ${number(least ?? 0)} < σ${below}` : "";
 }
 
 /** Pairs of a term and what it is. */

@@ -24,10 +24,10 @@ export async function evaluation(scope, [run, id]) {
       Seed: found.seed, ...Object.fromEntries(Object.entries(sampler).filter(([name]) => !["dlg", "seed"].includes(name)).map(([name, value]) => [name.replaceAll("_", " "), String(value)])),
     }), found.chains ? h("details", {}, h("summary", {}, "Settings of the chains"), facts(Object.fromEntries(Object.entries(sampler.dlg).map(([name, value]) => [name.replaceAll("_", " "), JSON.stringify(value)])))) : null));
   if (!found.kept) return;
-  const { images: some } = await ask(`${where}/images${query({ limit: 12 })}`, scope);
+  const [{ images: some }, { settings: usual }] = await Promise.all([ask(`${where}/images${query({ limit: 12 })}`, scope), ask("v1/samplers", scope)]);
   for (const each of some) {
     images.append(tile(pictureOf(scope, each.b64_json, `image ${each.number}, class ${each.class}`), [each.class, `seed ${found.seed} · image ${each.number}`],
-      playgroundLink(run, found.step, found.which, sampler, each.label, each.number)));
+      playgroundLink(usual, run, found.step, found.which, sampler, each.label, each.number)));
   }
 }
 

@@ -17,7 +17,7 @@ export async function gallery(scope, _, params) {
   }
   const run = usable.find((each) => each.id === params.get("run")) || usable[0];
   const where = path("v1", "runs", run.id);
-  const [{ data }, { classes }] = await Promise.all([ask(`${where}/evaluations`, scope), ask(where, scope)]);
+  const [{ data }, { classes }, { settings: usual }] = await Promise.all([ask(`${where}/evaluations`, scope), ask(where, scope), ask("v1/samplers", scope)]);
   const kept = data.filter((each) => each.kept || each.finished).sort((a, b) => Number(b.kept) - Number(a.kept) || b.step - a.step || Number(a.chains) - Number(b.chains) || (b.nfe ?? 0) - (a.nfe ?? 0));
   const runField = select("run", usable.map((each) => [each.id, each.id]), run.id);
   const shown = kept.find((each) => each.id === params.get("evaluation")) || kept[0];
@@ -45,7 +45,7 @@ export async function gallery(scope, _, params) {
   const images = `${where}/evaluations/${path(shown.id)}/images`;
 
   const tileOf = (each) => tile(pictureOf(scope, each.b64_json, `class ${each.class}, image ${each.number}`), [`seed ${shown.seed}`, `image ${each.number}`],
-    playgroundLink(run.id, shown.step, shown.which, shown.sampler, each.label, each.number));
+    playgroundLink(usual, run.id, shown.step, shown.which, shown.sampler, each.label, each.number));
 
   if (label !== null) {
     const grid = h("div", { class: "tiles" });

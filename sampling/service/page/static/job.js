@@ -11,7 +11,7 @@ const MODES = { live: "live", polling: "asked every two seconds: the stream of e
 
 export async function job(scope, [id]) {
   const where = path("v1", "jobs", id);
-  const first = await ask(where, scope);
+  const [first, { settings: usual }] = await Promise.all([ask(where, scope), ask("v1/samplers", scope)]);
   const state = h("p", { class: "line" });
   const bar = h("div", { class: "progress wide" });
   const mode = h("span", { class: "hint" });
@@ -20,7 +20,7 @@ export async function job(scope, [id]) {
   const settings = h("section", { class: "card", "aria-labelledby": "settings" });
   const figures = h("div");
   const files = h("div");
-  const images = new Images(scope, where, first);
+  const images = new Images(scope, where, first, usual);
   cancel.addEventListener("click", async () => {
     cancel.disabled = true;
     show(await give(`${where}/cancel`, {}, scope.signal));
@@ -88,8 +88,9 @@ function rateSince(first) {
 
 /** The images of a job, as they come. */
 class Images {
-  constructor(scope, where, job) {
+  constructor(scope, where, job, usual) {
     this.scope = scope;
+    this.usual = usual;
     this.where = where;
     this.shown = 0;
     this.most = AT_ONCE;
@@ -138,8 +139,16 @@ class Images {
     const numbers = Array.from({ length: last - this.shown }, (_, place) => this.shown + place);
     const name = request.class ?? null;
     const found = await Promise.all(numbers.map((each) => fetchPicture(this.scope, `${this.where}/images/${each}`, `image ${each}${name === null ? "" : `, class ${name}`}`)));
-    found.forEach((image, place) => this.grid.append(tile(image, [name, `seed ${request.seed} · image ${numbers[place]}`])));
+    // A name of digits may be that of a class, or its number: that the run alone can tell.
+    const asked = /^\d+$/.test(name) && typeof name === "string" ? null : name ?? "";
+    found.forEach((image, place) => this.grid.append(tile(image, [name, `seed ${request.seed} · image ${numbers[place]}`], asked === null ? null : this.link(asked, numbers[place]))));
     this.shown = last;
+  }
+
+  /** Where an image is drawn again. */
+  link(label, number) {
+    const { request } = this.job;
+    return playgroundLink(this.usual, request.model, request.step, request.weights, request, label, number);
   }
 
   async evaluation() {
@@ -150,7 +159,7 @@ class Images {
     const fresh = images.slice(this.shown);
     for (const each of fresh) {
       const image = pictureOf(this.scope, each.b64_json, `image ${each.number}, class ${each.class}`);
-      this.grid.append(tile(image, [each.class, `seed ${request.seed} · image ${each.number}`], playgroundLink(request.model, request.step, request.weights, request, each.label, each.number)));
+      this.grid.append(tile(image, [each.class, `seed ${request.seed} · image ${each.number}`], this.link(each.label, each.number)));
     }
     this.shown += fresh.length;
     if (this.most > 60) this.most = this.shown; // the gallery has the others

@@ -2,7 +2,7 @@
 
 import { ask, ENDED, give, path, pause, query } from "./api.js";
 import { clearProblems, counted, duration, field, h, number, replace, samplerText, say, select, showProblem } from "./dom.js";
-import { chainField, chainSettings, classOptions, guidanceField, isChain, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
+import { chainField, chainSettings, classOptions, guidanceField, isChain, numberField, otherField, otherSettings, PACE, paceFields, paceOf, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
 
 const PAGE = 30;
 const EVERY = 1500;
@@ -151,6 +151,7 @@ async function newJob(scope, onGiven) {
   form = h("form", { class: "grid", "aria-label": "New job" },
     field("Kind", kind), field("Run", run), classes, ofEvaluations,
     field("Images", numberField("count", 64, { min: 1, step: 1 })), seedField(0), sampler, stepsField(25), guidanceField(1), chains,
+    h("details", {}, h("summary", {}, "More settings"), paceFields((name) => PACE[name]), otherField("")),
     h("div", { class: "buttons" }, h("button", { class: "main" }, "Give the job")), problem);
   adapt();
   kind.addEventListener("change", adapt);
@@ -160,14 +161,14 @@ async function newJob(scope, onGiven) {
     event.preventDefault();
     clearProblems(form, problem);
     const texts = ["kind", "model", "sampler", ...(kind.value === "evaluate" ? ["labels", "features", "reference", "keep"] : [])];
-    const body = { ...valuesOf(form, ["count", "seed", "steps", "cfg_scale", "class"], texts), key: crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}` };
+    const body = { ...valuesOf(form, ["count", "seed", "steps", "cfg_scale", "class"], texts), ...paceOf(form), key: crypto.randomUUID ? crypto.randomUUID() : `${Date.now()}-${Math.random()}` };
     try {
       if (isChain(body.sampler)) body.dlg = chainSettings(form);
-      const job = await give("v1/jobs", body, scope.signal);
+      const job = await give("v1/jobs", { ...body, ...otherSettings(form) }, scope.signal);
       say(`Job ${shortId(job)} is on disk`);
       await onGiven();
     } catch (error) {
-      if (!scope.signal.aborted) showProblem(form, problem, error);
+      if (!scope.signal.aborted) showProblem(form, problem, error, (param) => (form.elements.namedItem(param) ? param : "other"));
     }
   });
   return h("details", { class: "card new" }, h("summary", {}, "New job"), form);

@@ -2,6 +2,7 @@
 
 import { blobOf, fetchBlob } from "./api.js";
 import { h } from "./dom.js";
+import { isChain, NUMBERS, TEXTS } from "./fields.js";
 
 /** An image element of some bytes; of fewer pixels than 96 each is shown as a square. */
 export function picture(scope, blob, alt) {
@@ -19,11 +20,27 @@ export function tile(image, lines, link = null) {
     h("figcaption", {}, lines.filter(Boolean).map((line) => h("span", {}, line))));
 }
 
-/** Where the playground draws an image again. */
-export function playgroundLink(run, step, which, settings, label, number) {
-  const values = { model: run, step, weights: which, class: label, seed: settings.seed, first: number, n: 1, sampler: settings.sampler, steps: settings.steps, cfg_scale: settings.cfg_scale };
-  for (const name of ["schedule", "precision"]) if (settings[name]) values[name] = settings[name];
-  if (!settings.sampler) delete values.sampler;
-  if (settings.sampler?.startsWith("dlg:")) values.dlg = JSON.stringify(settings.dlg);
+/** The playground starts with others than the API does. */
+const ALWAYS = ["seed", "steps", "cfg_scale"];
+
+/** Where the playground draws an image again.
+ *
+ * `usual` has each setting of samplers as it is where nothing is chosen (`settings` of v1/samplers): all that differ
+ * go into the address, also those that have no field of their own. `label` may be empty, for classes in turn.
+ */
+export function playgroundLink(usual, run, step, which, settings, label, number) {
+  const values = { model: run, step, class: label, first: number, n: 1 };
+  if (which !== "ema") values.weights = which;
+  const other = {};
+  for (const [name, before] of Object.entries(usual)) {
+    const now = settings[name] ?? before;
+    if (name === "dlg") {
+      if (isChain(settings.sampler)) values.dlg = JSON.stringify(now);
+    } else if (ALWAYS.includes(name) || now !== before) {
+      if (NUMBERS.includes(name) || TEXTS.includes(name)) values[name] = now;
+      else other[name] = now;
+    }
+  }
+  if (Object.keys(other).length) values.other = JSON.stringify(other);
   return `#/playground?${new URLSearchParams(values)}`;
 }

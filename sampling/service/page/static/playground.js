@@ -2,13 +2,23 @@
 
 import { ask, give } from "./api.js";
 import { clearProblems, field, h, number, replace, say, samplerText, select, showProblem } from "./dom.js";
-import { chainField, chainSettings, classOptions, guidanceField, isChain, numberField, runOptions, samplerField, seedField, stepsField, valuesOf } from "./fields.js";
+import { cacheField, chainField, chainSettings, classOptions, guidanceField, isChain, NUMBERS as SETTINGS, numberField, otherField, otherSettings, PACE, paceFields, paceOf, runOptions, samplerField, seedField, stepsField, TEXTS as NAMES, valuesOf } from "./fields.js";
 import { pictureOf } from "./pictures.js";
 
-const NUMBERS = ["step", "class", "seed", "first", "n", "steps", "cfg_scale", "ddim_eta"];
-const TEXTS = ["model", "weights", "sampler", "schedule", "precision"];
+const NUMBERS = ["step", "class", "first", "n", ...SETTINGS.filter((name) => !(name in PACE))];
+const TEXTS = ["model", "weights", ...NAMES];
 const SECOND = ["with", "with_steps"];
-const START = { seed: "0", n: "8", steps: "25", cfg_scale: "1.5", with_steps: "25", first: "0", ddim_eta: "0", dlg: '{"samples_per_chain": 4}' };
+const USUAL = { first: "0", ddim_eta: "0", other: "", ...PACE };
+const START = { ...USUAL, seed: "0", n: "8", steps: "25", cfg_scale: "1.5", with_steps: "25", with_cache_interval: "1", dlg: '{"samples_per_chain": 4}' };
+
+/** "48 evaluations, in 25 passes through the network and 23 extrapolated": means over images. */
+function costText(images) {
+  const mean = (name) => images.reduce((sum, each) => sum + each[name], 0) / images.length;
+  const [evaluations, passes, cached] = ["nfe", "passes", "cached_passes"].map(mean);
+  const told = `${number(evaluations)} evaluations`;
+  if (passes === evaluations && !cached) return told;
+  return `${told}, in ${number(passes)} passes through the network${cached ? ` and ${number(cached)} extrapolated` : ""},`;
+}
 
 export async function playground(scope, _, params) {
   const [{ data: models }, names] = await Promise.all([ask("v1/models", scope), ask("v1/samplers", scope)]);
@@ -26,14 +36,16 @@ export async function playground(scope, _, params) {
   const checkpoints = h("div");
   const second = h("input", { type: "checkbox", name: "second", id: "second", checked: params.has("with") });
   const other = h("fieldset", { class: "row" }, h("legend", { class: "unseen" }, "The second sampler"),
-    samplerField(names.samplers, value("with"), { name: "with", label: "Second sampler", chains: names.chains }), stepsField(value("with_steps"), "with_steps", "Its steps"));
+    samplerField(names.samplers, value("with"), { name: "with", label: "Second sampler", chains: names.chains }), stepsField(value("with_steps"), "with_steps", "Its steps"),
+    cacheField(value("with_cache_interval"), "with_cache_interval", "Its blocks at every N-th step"));
   const chains = chainField(value("dlg"));
   const showOther = () => {
     other.hidden = other.disabled = !second.checked;
     chains.hidden = !(isChain(form.elements.namedItem("sampler").value) || (second.checked && isChain(form.elements.namedItem("with").value)));
   };
   const showModel = (model, label, step) => {
-    replace(classes, field("Class", select("class", classOptions(model), label)));
+    const chosen = /^\d*$/.test(label) ? label : model.classes.indexOf(label); // a job may have its name
+    replace(classes, field("Class", select("class", classOptions(model), chosen)));
     replace(checkpoints, field("Checkpoint", select("step", [["", `newest (${number(model.step)})`], ...model.steps.map((each) => [each, `step ${number(each)}`])], step)));
   };
   const run = select("model", runOptions(models), chosen.id);
@@ -44,13 +56,15 @@ export async function playground(scope, _, params) {
     samplerField(names.samplers, value("sampler"), { chains: names.chains }),
     h("div", { class: "row" }, stepsField(value("steps")), guidanceField(value("cfg_scale"))),
     h("label", { class: "check", for: "second" }, second, "Compare with a second sampler"), other, chains,
-    h("details", { open: ["step", "weights", "schedule", "first", "ddim_eta", "precision"].some((name) => params.has(name)) }, h("summary", {}, "More settings"),
+    h("details", { open: ["step", "weights", "schedule", "precision", ...Object.keys(USUAL)].some((name) => params.has(name)) }, h("summary", {}, "More settings"),
       checkpoints,
       field("Weights", select("weights", [["", "moving average"], ["weights", "as trained"]], value("weights") === "weights" ? "weights" : "")),
       field("Schedule", select("schedule", [["", "of the sampler"], ...names.schedules.map((each) => [each, each])], value("schedule"))),
+      paceFields(value),
       field("Number of the first image", numberField("first", value("first"), { min: 0, step: 1 })),
       field("Noise of ddim (η)", numberField("ddim_eta", value("ddim_eta"), { min: 0, max: 1, step: "any" })),
-      field("Arithmetic", select("precision", [["", "fp32"], ["bf16", "bf16"]], value("precision") === "bf16" ? "bf16" : ""))),
+      field("Arithmetic", select("precision", [["", "fp32"], ["bf16", "bf16"]], value("precision") === "bf16" ? "bf16" : "")),
+      otherField(value("other"))),
     h("div", { class: "row buttons" }, draw, h("button", { type: "button", on: { click: otherSeed } }, "Another seed")), problem);
   showModel(chosen, params.get("class") ?? "", params.get("step") ?? "");
   showOther();
@@ -58,13 +72,14 @@ export async function playground(scope, _, params) {
   /** What the form says, as the address has it; what is as it was at the start is left out. */
   function address() {
     const values = {};
-    for (const name of [...NUMBERS, ...TEXTS]) {
+    for (const name of [...NUMBERS, ...TEXTS, ...Object.keys(PACE), "other"]) {
       const given = form.elements.namedItem(name)?.value ?? "";
-      const usual = ["first", "ddim_eta"].includes(name) ? START[name] : "";
-      if (given !== usual) values[name] = given;
+      if (given !== (USUAL[name] ?? "")) values[name] = given;
     }
     if (second.checked) {
       for (const name of SECOND) values[name] = form.elements.namedItem(name).value;
+      const every = form.elements.namedItem("with_cache_interval").value;
+      if (every !== PACE.cache_interval) values.with_cache_interval = every;
     }
     if (!chains.hidden) values.dlg = form.elements.namedItem("dlg").value;
     return `#/playground?${new URLSearchParams(values)}`;
@@ -82,12 +97,13 @@ export async function playground(scope, _, params) {
 
   /** What is asked of the service, of each sampler. */
   function bodies() {
-    const first = valuesOf(form, NUMBERS, TEXTS);
+    const first = { ...valuesOf(form, NUMBERS, TEXTS), ...paceOf(form), ...otherSettings(form) };
     const asked = [first];
     if (second.checked) {
       const { sampler, ...rest } = first;
       const name = form.elements.namedItem("with").value;
-      asked.push({ ...rest, steps: Number(form.elements.namedItem("with_steps").value), ...(name ? { sampler: name } : {}) });
+      const [steps, every] = ["with_steps", "with_cache_interval"].map((each) => Number(form.elements.namedItem(each).value));
+      asked.push({ ...rest, steps, cache_interval: every, ...(name ? { sampler: name } : {}) });
     }
     return asked.map((body) => (isChain(body.sampler) ? { ...body, dlg: chainSettings(form) } : body));
   }
@@ -122,7 +138,7 @@ export async function playground(scope, _, params) {
     } catch (error) {
       if (mine.signal.aborted) return;
       if (!results.querySelector("figure")) replace(results, h("p", { class: "empty" }, "No images were drawn."));
-      showProblem(form, problem, error, (param) => (param === "labels" ? "class" : param));
+      showProblem(form, problem, error, (param) => (param === "labels" ? "class" : form.elements.namedItem(param) ? param : "other"));
     } finally {
       if (drawing === mine) results.setAttribute("aria-busy", "false");
     }
@@ -132,7 +148,7 @@ export async function playground(scope, _, params) {
     const marks = replies.length > 1 ? ["A", "B"] : [""];
     const told = replies.map(({ reply, seconds }, place) => h("li", {},
       marks[place] ? h("span", { class: `mark mark-${marks[place]}` }, marks[place]) : null,
-      h("span", {}, `${samplerText(reply.sampler)}: ${number(reply.data.reduce((sum, each) => sum + each.nfe, 0) / reply.data.length)} evaluations an image, all in ${seconds.toFixed(1)} s`)));
+      h("span", {}, `${samplerText(reply.sampler)}: ${costText(reply.data)} an image, all in ${seconds.toFixed(1)} s`)));
     return [
       h("h2", { class: "unseen" }, "Images"),
       h("ul", { class: "told" }, told),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 import httpx
 import numpy as np
@@ -24,6 +24,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 
 from ditmoe.sampling.service.access import Tokens
 from ditmoe.sampling.service.jobs.store import COMPLETED, EXPIRED, JobStore
+from ditmoe.sampling.settings.config import SamplerConfig
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 from tests.sampling.small_run import write_run
@@ -343,6 +344,180 @@ def test_the_playground_by_keyboard_alone(site: Site) -> None:
         page.goto(address)
         expect(page.locator(".results figure")).to_have_count(3)
         compare(page)
+
+
+def test_steps_without_blocks_and_an_interval_of_guidance_in_the_playground(site: Site) -> None:
+    """By keyboard on a phone: beside the same sampler with all blocks, and the address has all of it."""
+    asked = {"model": "digits", "class": 3, "seed": 7, "n": 2, "sampler": "euler", "steps": 9, "cfg_scale": 2.0}
+    paced = {"cache_interval": 3, "cache_order": 0, "cfg_sigma_min": 0.2, "cfg_sigma_max": 4.0}
+    cheap = drawn(site.client, **asked, **paced)
+    full = drawn(site.client, **asked, **{**paced, "cache_interval": 1})
+    plain = drawn(site.client, **asked)
+    for other in (full, plain):
+        assert any((a != b).any() for a, b in zip(cheap, other, strict=True))
+
+    def compare(shown: Page) -> None:
+        told = shown.locator(".told li")
+        of_cheap = "euler, 9 steps, own, blocks at every 3 steps, order 0, guidance 2 at 0.2 < σ ≤ 4: 9 eval"
+        expect(told.nth(0)).to_contain_text(of_cheap)
+        expect(told.nth(0)).to_contain_text(re.compile(r"in \d+ passes through the network and \d+ extrapolated"))
+        expect(told.nth(1)).to_contain_text("euler, 9 steps, own, guidance 2 at 0.2 < σ ≤ 4: 9 evaluations, in")
+        expect(told.nth(1)).not_to_contain_text("extrapolated")
+        for number, pair in enumerate(zip(cheap, full, strict=True)):
+            images = shown.locator(".results figure").nth(number).locator("img")
+            expect(images).to_have_count(2)
+            for place, known in enumerate(pair):
+                assert np.array_equal(pixels(images.nth(place)), known)
+
+    with site.page(360, "dark") as page:
+        address = "&".join(f"{name}={value:g}" for name, value in asked.items() if not isinstance(value, str))
+        site.go(page, f"playground?model=digits&{address}&with=euler&with_steps=9", "Playground")
+        page.get_by_label("Sampler", exact=True).select_option("euler")
+        page.get_by_text("More settings").press("Enter")
+        for label, value in (
+            ("Blocks at every N-th step", "3"),
+            ("Order of the extrapolation", "0"),
+            ("Guidance above σ", "0.2"),
+            ("Guidance up to σ", "4"),
+        ):
+            control = page.get_by_label(label, exact=True)
+            control.focus()
+            page.keyboard.press("Control+A")
+            page.keyboard.type(value)
+        page.keyboard.press("Enter")
+        compare(page)
+        problems = page.evaluate(AUDIT)
+        assert not problems, problems
+        address = page.url
+    for name, each in paced.items():
+        assert f"{name}={each:g}" in address
+    with site.page() as page:
+        page.goto(address)
+        compare(page)
+        expect(page.get_by_label("Guidance up to σ", exact=True)).to_be_visible()
+
+
+def test_a_sampler_that_has_no_steps_refuses_the_cache(site: Site) -> None:
+    site.allowed += ["status of 400"]
+    with site.page() as page:
+        site.go(page, "playground?model=digits&cache_interval=2", "Playground")
+        page.get_by_label("Sampler", exact=True).select_option("rk45")
+        page.get_by_role("button", name="Draw").click()
+        expect(page.get_by_role("alert")).to_contain_text("cache_interval with sampler = rk45: each image")
+
+
+def test_a_job_with_fewer_blocks_leads_to_the_same_image(site: Site) -> None:
+    with site.page() as page:
+        site.go(page, "jobs", "Jobs")
+        page.get_by_text("New job").click()
+        form = page.get_by_role("form", name="New job")
+        for label, value in (("Images", "3"), ("Steps", "8"), ("Seed", "83"), ("Guidance", "2")):
+            form.get_by_label(label, exact=True).fill(value)
+        form.get_by_label("Run").select_option("digits")
+        form.get_by_label("Sampler").select_option("heun")
+        form.get_by_text("More settings").click()
+        form.get_by_label("Blocks at every N-th step").fill("4")
+        form.get_by_label("Guidance up to σ").fill("6")
+        form.get_by_role("button", name="Give the job").click()
+        wait_for(page, lambda: len(jobs_of(site.client, seed=83)) == 1)
+        [job_id] = jobs_of(site.client, seed=83, cache_interval=4, cfg_sigma_max=6, cache_order=1, cfg_sigma_min=0)
+        site.go(page, f"jobs/{job_id}", re.compile("Draw "))
+        expect(page.locator("main .badge")).to_have_text("completed")
+        first = pixels(page.locator("main .tile img").first)
+        page.locator("main .tile a").first.click()
+        expect(page.locator(".told")).to_contain_text("blocks at every 4 steps, order 1, guidance 2 at 0 < σ ≤ 6")
+        assert np.array_equal(pixels(page.locator(".results img").first), first)
+
+
+def test_images_of_a_class_that_was_named_are_drawn_again_of_it(site: Site) -> None:
+    asked = {"model": "digits", "class": MARKUP, "sampler": "euler", "steps": 4, "seed": 84}
+    job_id = site.client.post("/v1/jobs", json={"kind": "draw", "count": 2, **asked}).json()["id"]
+    with site.page() as page:
+        site.go(page, f"jobs/{job_id}", re.compile("Draw "))
+        expect(page.locator("main .badge")).to_have_text("completed")
+        page.locator("main .tile a").nth(1).click()
+        expect(page.locator(".results figcaption")).to_contain_text("seed 84 · image 1")
+        expect(page.locator(".results figcaption span").first).to_have_text(MARKUP)
+        [known] = drawn(site.client, **asked, first=1)
+        assert np.array_equal(pixels(page.locator(".results img")), known)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sampler": {"sampler": "ddim"},
+    "steps": {"steps": 3},
+    "schedule": {"sampler": "heun", "schedule": "own"},
+    "ddim_eta": {"sampler": "ddim", "ddim_eta": 0.5},
+    "churn": {"sampler": "kar2", "churn": 7.5},
+    "churn_min": {"sampler": "kar2", "churn_min": 0.25},
+    "churn_max": {"sampler": "kar2", "churn_max": 3.5},
+    "churn_noise": {"sampler": "kar2", "churn_noise": 1.0625},
+    "tolerance": {"sampler": "rk45", "tolerance": 0.01},
+    "corrector_steps": {"sampler": "reverse-diffusion", "corrector_steps": 2},
+    "corrector_snr": {"sampler": "euler-maruyama", "corrector_steps": 1, "corrector_snr": 0.25},
+    "tweedie": {"sampler": "heun", "tweedie": True},
+    "cfg_scale": {"cfg_scale": 3.25},
+    "cfg_channels": {"cfg_scale": 2.0, "cfg_channels": 1},
+    "cfg_sigma_min": {"cfg_scale": 2.0, "cfg_sigma_min": 0.25},
+    "cfg_sigma_max": {"cfg_scale": 2.0, "cfg_sigma_max": 4.0},
+    "cache_interval": {"cache_interval": 2},
+    "cache_order": {"cache_interval": 3, "cache_order": 0},
+    "ddpm_timestep": {"sampler": "heun", "ddpm_timestep": "nearest"},
+    "dlg": {"sampler": "dlg:euler", "dlg": {"samples_per_chain": 3, "skip": 2}},
+    "precision": {"precision": "bf16"},
+    "seed": {"seed": 12345},
+}
+"""Each setting of a sampler at another value than its default, with what it needs."""
+
+
+@pytest.mark.parametrize("name", SamplerConfig.model_fields)
+def test_a_link_to_the_playground_has_every_setting(site: Site, name: str) -> None:
+    """As an evaluation stores it and as a job has it; the page asks for what the address says."""
+    config = SamplerConfig.model_validate({"sampler": "euler", "steps": 4, "seed": 8} | SETTINGS[name])
+    assert getattr(config, name) != SamplerConfig.model_fields[name].default
+    asked_of_job = {"model": "digits", "kind": "draw", "count": 1, "class": 3, **config.model_dump(mode="json")}
+    with site.page() as page:
+        site.go(page, "jobs", "Jobs")
+        for settings in (config.plain(), asked_of_job):
+            link = page.evaluate(
+                """async (settings) => {
+                    const { playgroundLink } = await import('/page/pictures.js');
+                    const { settings: usual } = await (await fetch('v1/samplers')).json();
+                    return playgroundLink(usual, 'digits', 3, 'weights', settings, 3, 5);
+                }""",
+                settings,
+            )
+            page.goto("about:blank")
+            with page.expect_request("**/v1/images/generations") as asked:
+                page.goto(f"{site.address}/{link}")
+            expect(page.locator(".results img")).to_have_count(1)
+            body = asked.value.post_data_json
+            rest = {"model": "digits", "step": 3, "weights": "weights", "class": 3, "first": 5, "n": 1}
+            assert {key: body.pop(key) for key in rest} == rest
+            assert SamplerConfig.model_validate(body) == config
+            shown, given = (dict(parse_qsl(address.partition("?")[2])) for address in (page.url, link))
+            assert shown == given and len(given) > 5, "the page says the same of itself"
+
+
+def test_settings_without_a_field_are_told_at_the_one_for_others(site: Site) -> None:
+    site.allowed += ["status of 400"]
+    with site.page() as page:
+        site.go(page, "playground?model=digits", "Playground")
+        page.get_by_text("More settings").click()
+        other = page.get_by_label("Other settings")
+        for wrong in ("{", "[]", '{"churn": -1}', '{"chrun": 1}'):
+            other.fill(wrong)
+            page.get_by_role("button", name="Draw").click()
+            expect(other).to_have_attribute("aria-invalid", "true")
+        other.fill('{"churn": 5, "churn_max": 60}')
+        page.get_by_label("Sampler", exact=True).select_option("kar2")
+        page.get_by_label("Steps", exact=True).fill("4")
+        page.get_by_label("Images").fill("2")
+        page.get_by_role("button", name="Draw").click()
+        images = page.locator(".results img")
+        expect(images).to_have_count(2)
+        asked = {"model": "digits", "seed": 0, "n": 2, "cfg_scale": 1.5, "sampler": "kar2", "steps": 4}
+        for number, known in enumerate(drawn(site.client, **asked, churn=5.0, churn_max=60.0)):
+            assert np.array_equal(pixels(images.nth(number)), known)
 
 
 def test_what_is_wrong_is_told_at_its_field(site: Site) -> None:

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ditmoe.sampling.service.access import Tokens
+from ditmoe.sampling.settings.config import SamplerConfig
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 
@@ -90,6 +91,13 @@ def test_no_name_leads_out_of_the_runs(page: httpx.Client, name: str) -> None:
         reply = page.get(path)
         listed = str(reply.url.path) in ("/v1/runs", "/v1/runs/digits", EVALUATIONS, "/v1/runs/other", "/")
         assert reply.status_code in (400, 404) or listed, path
+
+
+def test_samplers_are_told_with_their_settings(page: httpx.Client) -> None:
+    told = page.get("/v1/samplers").json()
+    assert "heun" in told["samplers"] and "dlg:heun" in told["chains"] and told["schedules"] == ["own", "karras"]
+    assert told["settings"].keys() == SamplerConfig.model_fields.keys()
+    assert SamplerConfig.model_validate(told["settings"]) == SamplerConfig()
 
 
 def test_links_are_not_followed(trained: Path, tmp_path: Path) -> None:
