@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from ditmoe.launcher.commands.shared_options import with_options
-from ditmoe.sampling.settings.names import SamplerName, ScheduleName
+from ditmoe.sampling.settings.names import DiffusionForm, LastStep, SamplerName, ScheduleName
 
 if TYPE_CHECKING:
     from ditmoe.sampling.settings.config import SamplerConfig
@@ -107,8 +107,7 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
             ScheduleName | None,
             typer.Option(
                 help="Noise levels: the objective's own, or EDM's (karras). [default: own for euler, "
-                "ddim and ddpm, else "
-                "karras]"
+                "ddim, ddpm and sit-sde, else karras]"
             ),
         ],
         None,
@@ -136,6 +135,19 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "corrector_snr": (
         Annotated[float, typer.Option(help="Signal-to-noise ratio of the corrector's steps.")],
         0.16,
+    ),
+    "diffusion_form": (
+        Annotated[DiffusionForm, typer.Option(help="Diffusion of sit-sde over time; see docs/sample.md.")],
+        "sigma",
+    ),
+    "diffusion_norm": (Annotated[float, typer.Option(min=0, help="Size of that diffusion.")], 1.0),
+    "last_step": (
+        Annotated[LastStep, typer.Option(help="Last step of sit-sde: the mean of a step, or x ← D (tweedie).")],
+        "mean",
+    ),
+    "last_step_size": (
+        Annotated[float, typer.Option(help="Size of that last step, in SiT's time from 0 to 1.")],
+        0.04,
     ),
     "tweedie": (
         Annotated[

@@ -35,8 +35,11 @@ FEWEST: Final[Mapping[tuple[IntegratorName, ScheduleName], Fewest]] = {
     ("reverse-diffusion", "own"): Fewest(4, 1),
     ("euler-maruyama", "karras"): Fewest(14, 7),
     ("euler-maruyama", "own"): Fewest(6, 1),
+    ("sit-sde", "karras"): Fewest(13, 7),
+    ("sit-sde", "own"): Fewest(10, 7),
 }
-"""Integrators by their first names; what is not here leaves none at any number of steps."""
+"""Integrators by their first names, sit-sde with its default diffusion and last step; what is not here leaves none
+at any number of steps."""
 LARGEST_TOLERANCE: Final = 0.05
 """That of rk45 up to which no more than `NOISE` was left."""
 

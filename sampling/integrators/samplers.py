@@ -10,7 +10,8 @@ from torch import Tensor
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.sampling.integrators.adaptive import rk45
 from ditmoe.sampling.integrators.ddpm import ancestral, ddim
-from ditmoe.sampling.integrators.flow import SCHEDULES, Drawn, NoiseSource, euler, heun
+from ditmoe.sampling.integrators.flow import SCHEDULES, Drawn, NoiseSource, Schedule, euler, heun
+from ditmoe.sampling.integrators.interpolant import interpolant_schedule_of, interpolant_sde
 from ditmoe.sampling.integrators.multistep import dpm_solver
 from ditmoe.sampling.integrators.stochastic import euler_maruyama, heun_with_churn, reverse_diffusion
 from ditmoe.sampling.network.denoiser import DdpmDenoiser, Denoiser, FlowDenoiser
@@ -50,6 +51,8 @@ class Sampler:
     """It takes `noise`."""
     ends_by_tweedie: bool = False
     """It goes to the smallest σ, and its last step is Tweedie's formula there."""
+    own_schedule: Callable[[SamplerConfig], Schedule] | None = None
+    """What `own` stands for; None: the objective's schedule."""
     from_prior: bool = False
     """On the objective's own schedule it starts at pure noise. The others start at `sigma_max` on either: at
     t = 1 of a flow, σ has no bound, and neither have the slope in σ and the noise of a step."""
@@ -65,6 +68,7 @@ def _corrected(config: SamplerConfig) -> int:
 
 _CORRECTOR: Final = {"corrector_steps": "corrector_steps", "corrector_snr": "corrector_snr"}
 _CHURN: Final = {name: name for name in ("churn", "churn_min", "churn_max", "churn_noise")}
+_DIFFUSION: Final = {"form": "diffusion_form", "norm": "diffusion_norm", "last_step": "last_step"}
 
 SAMPLERS: Final[dict[IntegratorName, Sampler]] = {
     "ddpm": Sampler(ancestral, noisy=True, from_prior=True),
@@ -78,6 +82,13 @@ SAMPLERS: Final[dict[IntegratorName, Sampler]] = {
         reverse_diffusion, _one_per_step_and_correction, _corrected, _CORRECTOR, noisy=True
     ),
     "euler-maruyama": Sampler(euler_maruyama, _one_per_step_and_correction, _corrected, _CORRECTOR, noisy=True),
+    "sit-sde": Sampler(
+        interpolant_sde,
+        settings=_DIFFUSION,
+        noisy=True,
+        own_schedule=lambda config: interpolant_schedule_of(config.last_step_size),
+        from_prior=True,
+    ),
     "dpm-solver++": Sampler(dpm_solver, from_prior=True),
 }
 
@@ -102,11 +113,18 @@ def integrate(
     sampler = SAMPLERS[config.integrator]
     arguments: dict[str, Any] = {name: getattr(config, key) for name, key in sampler.settings.items()}
     if sampler.on_schedule:
-        arguments |= {"steps": config.steps, "schedule": SCHEDULES[config.schedule]}
+        arguments |= {"steps": config.steps, "schedule": schedule_of(config)}
     if sampler.noisy:
         arguments["noise"] = noise
     drawn = sampler.integrator(denoiser, x_BCHW, sigma_B, label_B, **arguments)
     return tweedie(denoiser, drawn, sigma_B, label_B) if _adds_tweedie(config) else drawn
+
+
+def schedule_of(config: SamplerConfig) -> Schedule:
+    """The noise levels of a resolved configuration's steps."""
+    assert config.schedule is not None, "the configuration is not resolved"
+    own = SAMPLERS[config.integrator].own_schedule
+    return SCHEDULES[config.schedule] if own is None or config.schedule != "own" else own(config)
 
 
 def _adds_tweedie(config: SamplerConfig) -> bool:
@@ -145,9 +163,9 @@ def pace_of(denoiser: Denoiser, config: SamplerConfig) -> Pace | None:
     if not config.paced:
         return None
     sampler = SAMPLERS[config.integrator]
-    assert sampler.nfe is not None and config.schedule is not None and not config.chains
+    assert sampler.nfe is not None and not config.chains
     sigma_B = torch.tensor([start_of(denoiser, config).sigma], dtype=torch.float64)
-    levels = SCHEDULES[config.schedule](denoiser, sigma_B, config.steps)[0, :-1].tolist()
+    levels = schedule_of(config)(denoiser, sigma_B, config.steps)[0, :-1].tolist()
     guided = [config.guides_at(level) for level in (*levels, denoiser.sigma_min)]
     full = full_steps(guided, config.cache_interval, config.cache_order)
     caches = config.cache_interval > 1

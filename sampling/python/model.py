@@ -28,7 +28,7 @@ from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, load_m
 from ditmoe.sampling.python.choices import Classes, Seeds, image_numbers, labels_of, seeds_of
 from ditmoe.sampling.python.files import load_file
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import SAMPLE_STEPS, SamplerName, ScheduleName
+from ditmoe.sampling.settings.names import SAMPLE_STEPS, DiffusionForm, LastStep, SamplerName, ScheduleName
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -43,6 +43,10 @@ class SamplerSettings(TypedDict, total=False):
     tolerance: float
     corrector_steps: int
     corrector_snr: float
+    diffusion_form: DiffusionForm
+    diffusion_norm: float
+    last_step: LastStep
+    last_step_size: float
     tweedie: bool
     cfg_channels: int | None
     cfg_sigma_min: float

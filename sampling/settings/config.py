@@ -10,7 +10,14 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.outside.nearest import expected_name
 from ditmoe.model.settings import LARGEST_SEED, MOST_STEPS, NO_UNIT, Settings, Unit, message_of
 from ditmoe.sampling.settings.chains import DlgConfig
-from ditmoe.sampling.settings.names import CHAIN_PREFIX, IntegratorName, SamplerName, ScheduleName
+from ditmoe.sampling.settings.names import (
+    CHAIN_PREFIX,
+    DiffusionForm,
+    IntegratorName,
+    LastStep,
+    SamplerName,
+    ScheduleName,
+)
 
 SAMPLER_RULES: Final = 3
 """Raised when samplers draw other images from the same settings: what was begun before is not continued."""
@@ -18,7 +25,7 @@ SAMPLER_RULES: Final = 3
 
 def default_schedule(sampler: IntegratorName) -> ScheduleName:
     """The schedule of a sampler that none was chosen for."""
-    return "own" if sampler in ("ddpm", "ddim", "euler") else "karras"
+    return "own" if sampler in ("ddpm", "ddim", "euler", "sit-sde") else "karras"
 
 
 class SamplerConfig(Settings):
@@ -26,16 +33,17 @@ class SamplerConfig(Settings):
 
     sampler: SamplerName | None = None
     """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
-    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
-    runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin Gibbs
-    chains, which need the run's noise-level classifier."""
+    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `sit-sde`, `dpm-solver++` (2M); null: `ddpm`
+    for DDPM runs, `euler` for flow runs. With `dlg:` before its name it finishes the states of Denoising Langevin
+    Gibbs chains, which need the run's noise-level classifier."""
     steps: Annotated[int, Unit("integrator steps")] = Field(default=250, ge=1, le=10**6)
     """Steps of the integrator. Each costs one evaluation of the network, except that heun and kar2 take
     2·steps − 1 in all. Not used by rk45."""
     schedule: ScheduleName | None = None
     """The noise levels that the steps go through. `own`: the objective's (flow: t uniform from 1 to 0; DDPM:
     the 1000 timesteps, respaced). `karras`: EDM's, ρ = 7, from the largest to the smallest σ of the range.
-    Null: `own` for ddpm, ddim and euler, `karras` for the others. Not used by rk45."""
+    Null: `own` for ddpm, ddim, euler and sit-sde, `karras` for the others. `own` of sit-sde is t in equal steps
+    from 0, as SiT counts it, to 1 − last_step_size. Not used by rk45."""
     ddim_eta: Annotated[float, Unit("share")] = Field(default=0.0, ge=0, le=1)
     """Fresh noise in each DDIM step: 0 none, 1 as much as the ancestral sampler (with its smaller
     variance)."""
@@ -56,6 +64,16 @@ class SamplerConfig(Settings):
     corrector_snr: Annotated[float, Unit("ratio")] = Field(default=0.16, gt=0, lt=1)
     """Signal-to-noise ratio of a Langevin step, whose length grows with its square. A larger ratio corrects
     more, but leaves the variance too large by a share of about snr²."""
+    diffusion_form: DiffusionForm = "sigma"
+    """The diffusion of sit-sde at SiT's time t, from 0 for noise to 1 for data. `sigma`: norm·(1 − t);
+    `decreasing`: ¼·(norm·cos πt + 1)²; `increasing-decreasing`: norm·sin² πt. The larger it is, the more noise a
+    step adds and takes out."""
+    diffusion_norm: Annotated[float, NO_UNIT] = Field(default=1.0, ge=0, le=1e6)
+    """The size of that diffusion; 0 with `sigma`: none, which leaves the flow's ODE."""
+    last_step: LastStep = "mean"
+    """How sit-sde ends. `mean`: a step without its noise; `tweedie`: x ← D, which SiT's `Euler` is too."""
+    last_step_size: Annotated[float, Unit("SiT's time")] = Field(default=0.04, gt=0, lt=1)
+    """How far from t = 1 sit-sde takes its last step; on the `own` schedule only."""
     tweedie: bool = False
     """End with x ← D(x, smallest σ), which removes remaining noise of that size. It costs one more
     evaluation. The step to σ = 0 that ends each integrator already does this. Chains have their own
@@ -112,6 +130,11 @@ class SamplerConfig(Settings):
         """Whether evaluations of one image differ in what they ask of the network."""
         return self.cache_interval > 1 or self.guides_in_part
 
+    @property
+    def _of_interpolant(self) -> bool:
+        """Whether SiT's SDE draws images, or what chains start from."""
+        return (self.sampler or "").endswith("sit-sde") or (self.chains and self.dlg.initial == "sit-sde")
+
     def guides_at(self, sigma: float) -> bool:
         """Whether a step from this σ is guided."""
         below = self.cfg_sigma_max is None or sigma <= self.cfg_sigma_max
@@ -125,6 +148,8 @@ class SamplerConfig(Settings):
         without = set() if self.chains else {"dlg"}
         without |= {"cache_interval", "cache_order"} if self.cache_interval == 1 else set()
         without |= set() if self.guides_in_part else {"cfg_sigma_min", "cfg_sigma_max"}
+        without |= set() if self._of_interpolant else {"diffusion_form", "diffusion_norm"}
+        without |= set() if self._of_interpolant else {"last_step", "last_step_size"}
         return self.model_dump(mode="json", exclude=without)
 
     @model_validator(mode="after")
@@ -212,8 +237,8 @@ class PreviewSampler(SamplerConfig):
 
     sampler: IntegratorName | None = None
     """`ddpm` (ancestral), `ddim`, `euler` (the probability flow), `heun` or `kar1` (the same), `kar2` (Heun with
-    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `dpm-solver++` (2M); null: `ddpm` for DDPM
-    runs, `euler` for flow runs."""
+    churn), `rk45` (adaptive), `reverse-diffusion`, `euler-maruyama`, `sit-sde`, `dpm-solver++` (2M); null: `ddpm`
+    for DDPM runs, `euler` for flow runs."""
     steps: Annotated[int, Unit("integrator steps")] = Field(default=50, ge=1, le=10**6)
     """Steps of the integrator. Each costs one evaluation of the network, except that heun and kar2 take
     2·steps − 1 in all. Not used by rk45."""

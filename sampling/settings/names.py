@@ -12,6 +12,7 @@ IntegratorName = Literal[
     "rk45",
     "reverse-diffusion",
     "euler-maruyama",
+    "sit-sde",
     "dpm-solver++",
 ]
 """From pure noise, or from any noisy image, to an image."""
@@ -25,11 +26,14 @@ ChainName = Literal[
     "dlg:rk45",
     "dlg:reverse-diffusion",
     "dlg:euler-maruyama",
+    "dlg:sit-sde",
     "dlg:dpm-solver++",
 ]
 """Denoising Langevin Gibbs chains, whose states the integrator finishes."""
 SamplerName = Literal[IntegratorName, ChainName]
 ScheduleName = Literal["own", "karras"]
+DiffusionForm = Literal["sigma", "decreasing", "increasing-decreasing"]
+LastStep = Literal["mean", "tweedie"]
 ChainPreset = Literal["published", "velocity"]
 LevelRule = Literal["argmax", "sample"]
 StepRule = Literal["constant", "proportional", "exponential", "underdamped"]

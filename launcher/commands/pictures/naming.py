@@ -71,6 +71,11 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
             value = getattr(config, key)
             if value != SamplerConfig.model_fields[key].default:
                 words.append(f"{key.replace('_', '-')}{value:g}")
+    if config.integrator == "sit-sde":
+        for key in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"):
+            value = getattr(config, key)
+            if value != SamplerConfig.model_fields[key].default:
+                words.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else format(value, 'g')}")
     if config.corrector_steps:
         words.append(f"{config.corrector_steps}corrections-snr{config.corrector_snr:g}")
     if config.cache_interval > 1:

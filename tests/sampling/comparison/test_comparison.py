@@ -18,11 +18,12 @@ from ditmoe.sampling.comparison.cells import (
 )
 from ditmoe.sampling.comparison.results import curves_of, markdown, mean_row
 from ditmoe.sampling.comparison.verdicts import BEST, Point, between, frontier, judge, verdicts
+from ditmoe.sampling.integrators.samplers import SAMPLERS
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import CHAIN_PREFIX
 
 FLOW = ObjectiveConfig()
-PLANNED = ("ddpm", "ddim", "euler", "heun", "kar2", "reverse-diffusion", "euler-maruyama", "dpm-solver++")
+PLANNED = tuple(name for name in SAMPLERS if name not in ("kar1", "rk45"))
 
 samplers = st.builds(
     lambda name, corrections, tweedie: SamplerConfig(

@@ -28,6 +28,7 @@ CONFIGS: dict[str, SamplerConfig] = {name: SamplerConfig(sampler=name) for name 
     "dpm-solver++ on the own schedule": SamplerConfig(sampler="dpm-solver++", schedule="own"),
     "reverse-diffusion, corrected": SamplerConfig(sampler="reverse-diffusion", corrector_steps=1),
     "euler-maruyama, corrected twice": SamplerConfig(sampler="euler-maruyama", corrector_steps=2),
+    "sit-sde, decreasing": SamplerConfig(sampler="sit-sde", diffusion_form="decreasing", last_step="tweedie"),
     "kar2 and Tweedie": SamplerConfig(sampler="kar2", tweedie=True),
     "rk45 and Tweedie": SamplerConfig(sampler="rk45", tweedie=True),
 }
@@ -85,7 +86,7 @@ def test_every_sampler_reaches_the_mixture(name, start):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("name", ["reverse-diffusion", "euler-maruyama", "kar2", "ddpm"])
+@pytest.mark.parametrize("name", ["reverse-diffusion", "euler-maruyama", "sit-sde", "kar2", "ddpm"])
 def test_noise_that_is_a_sixth_too_small_is_noticed(name):
     """The power of the test above: with a deviation of 5/6 of the right one, the modes are too narrow."""
     assert worst_deviation(CONFIGS[name], "the largest sigma", noise_scale=5 / 6) > 1.2 * WORST
@@ -156,7 +157,8 @@ def test_names_schedules_and_where_they_start():
     denoiser = MixtureDenoiser(FOUR_MODES)
     denoiser.sigma_prior, denoiser.prior_deviation = 1e6, 2e6
     own = {name for name, config in CONFIGS.items() if config.schedule == "own"}
-    assert own == {"ddpm", "ddim", "ddim η=½", "euler", "dpm-solver++ on the own schedule"}
+    of_sit = {"sit-sde", "sit-sde, decreasing"}
+    assert own == {"ddpm", "ddim", "ddim η=½", "euler", "dpm-solver++ on the own schedule"} | of_sit
     for name, config in CONFIGS.items():
         assert start_of(denoiser, config) == ((1e6, 2e6) if name in own else (80.0, 80.0))
     assert start_of(denoiser, SamplerConfig(sampler="kar2", schedule="own")) == (80.0, 80.0)
