@@ -33,8 +33,8 @@ slurm-demo: venv ## a Slurm of two virtual nodes on this machine: train, requeue
 test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
-test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys and the planner's figures, on real processes
-	@$(BIN)/python -m pytest -m slow tests/parallel --ignore tests/parallel/test_layout_matrix.py \
+test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys, the planner's figures, pretended GPUs, on real processes
+	@$(BIN)/python -m pytest -m slow tests/parallel tests/launcher/training/test_running_ahead.py --ignore tests/parallel/test_layout_matrix.py \
 		--ignore tests/parallel/planner/test_start_memory.py $(PYTEST_ARGS)
 
 test-service: venv ## the service under load, and its processes killed again and again (DITMOE_KILLS=25)

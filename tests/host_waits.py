@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _aten = torch.ops.aten
-_READS = {
+READS = {
     _aten._local_scalar_dense.default,
     _aten.equal.default,
     _aten.is_nonzero.default,
@@ -25,7 +25,7 @@ _READS = {
     _aten.masked_fill_.Tensor,
     _aten.masked_fill.Tensor,
 }
-_SHAPED_BY_VALUES = {
+SHAPED_BY_VALUES = {
     _aten.nonzero.default,
     _aten.masked_select.default,
     _aten.bincount.default,
@@ -73,11 +73,11 @@ class HostWaits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _READS or func in _SHAPED_BY_VALUES:
+        if func in READS or func in SHAPED_BY_VALUES:
             self.note(func.overloadpacket.__name__)
         elif func is _aten.repeat_interleave.Tensor and kwargs.get("output_size") is None:
             self.note("repeat_interleave")
-        elif func.overloadpacket in _INDEXED and any(_is_mask(index) for index in args[1]):
+        elif func.overloadpacket in _INDEXED and any(is_mask(index) for index in args[1]):
             self.note("mask as an index")
         return func(*args, **kwargs)
 
@@ -99,7 +99,8 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _is_mask(index: Tensor | None) -> bool:
+def is_mask(index: Tensor | None) -> bool:
+    """Whether an index selects by truth."""
     return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 

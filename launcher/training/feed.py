@@ -1,4 +1,10 @@
-"""A rank's micro-batches, made ready one step ahead while the step before is computed."""
+"""A rank's micro-batches, made ready one step ahead while the step before is computed.
+
+To a GPU they go through pinned memory, in a stream of their own: neither the host nor what the GPU computes waits
+for a copy. What is random in them is drawn by the host, and not on the GPU. For numpy draws normal numbers by
+rejection, which no operation on a whole tensor repeats; a transformation by logarithm and cosine would round
+differently on each device, so that the loss curve would depend on it.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +14,6 @@ from typing import NamedTuple, Self
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ditmoe.data.shards.images import network_input
 from ditmoe.data.storage.workers import Crew
@@ -17,6 +22,7 @@ from ditmoe.data.stream.samples import Skip
 from ditmoe.data.stream.stream import Batch, dealing_of, open_stream
 from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.model.objective import Draws, Objective
+from ditmoe.parallel.copies import Arrival, DeviceCopies
 from ditmoe.parallel.engine.passes import MicroBatch
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.processes import gather_objects
@@ -67,8 +73,9 @@ class Feed:
         self._stream = open_stream(dataset, self.dealing, data_rank, readers) if sees_samples else None
         if readers is not None and not sees_samples:
             readers.close()
+        self._copies = DeviceCopies(device)
         self._thread = ThreadPoolExecutor(1, "feed")
-        self._ahead: Future[StepBatch] | None = None
+        self._ahead: Future[tuple[StepBatch, Arrival]] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -89,8 +96,9 @@ class Feed:
         if self._stream is None:
             return StepBatch([], [], [], [])
         # The first are made here: the stream starts its processes then, and a fork belongs in the main thread.
-        batch = self._prepare(self._stream) if self._ahead is None else self._ahead.result()
+        batch, arrival = self._prepare(self._stream) if self._ahead is None else self._ahead.result()
         self._ahead = self._thread.submit(self._prepare, self._stream)
+        arrival.precede()
         return batch
 
     def crowding(self) -> str | None:
@@ -105,30 +113,27 @@ class Feed:
             " workers"
         )
 
-    def _prepare(self, stream: Iterator[Batch]) -> StepBatch:
+    def _prepare(self, stream: Iterator[Batch]) -> tuple[StepBatch, Arrival]:
         batches = list(islice(stream, self._layout.accumulation))
-        return StepBatch(
-            list(map(self._micro_batch, batches)),
+        with self._copies.begin() as arrival:
+            micro_batches = [self._micro_batch(batch, arrival) for batch in batches]
+        step = StepBatch(
+            micro_batches,
             [position for batch in batches for position in batch.position_B],
             [key for batch in batches for key in batch.keys],
             [skip for batch in batches for skip in batch.skips],
         )
+        return step, arrival
 
-    def _micro_batch(self, batch: Batch) -> MicroBatch:
+    def _micro_batch(self, batch: Batch, arrival: Arrival) -> MicroBatch:
         shape = tuple(batch.image_BCHW.shape[1:])
         draws = self._objective.draw(self._seed, batch.position_B, shape, self._model.label_dropout)
         label_B = torch.where(draws.drop_B, torch.tensor(self._model.num_classes), batch.label_B)
         return MicroBatch(
-            self._to_device(network_input(batch.image_BCHW)),
-            self._to_device(label_B),
-            Draws(*map(self._to_device, (draws.noise_BCHW, draws.timestep_B, draws.drop_B))),
+            arrival.bring(network_input(batch.image_BCHW)),
+            arrival.bring(label_B),
+            Draws(*map(arrival.bring, (draws.noise_BCHW, draws.timestep_B, draws.drop_B))),
         )
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """Through pinned memory to a GPU, so that the copy does not wait for what the GPU computes."""
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
 
 def keys_of_all_ranks(batch: StepBatch, layout: Layout) -> list[str]:

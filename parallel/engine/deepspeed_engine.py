@@ -87,7 +87,16 @@ def start_deepspeed(
             mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
             dist_init_required=False,
         )
+    place_buffers(network, device)
     return engine
+
+
+def place_buffers(network: nn.Module, device: torch.device) -> None:
+    """Bring fixed tensors to the device: of a network that ZeRO 3 has cut DeepSpeed leaves them where they are,
+    those of its own expert layers too."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
 
 
 @contextmanager

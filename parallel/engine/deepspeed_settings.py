@@ -57,6 +57,8 @@ def deepspeed_settings(
         "communication_data_type": "fp32",
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
+        # Nobody reads it, and it would stop a GPU's host twice in each micro-step.
+        "timers": {"throughput": {"enabled": False}},
     }
     if layout.zero in (1, 2) and not layout.offload:
         settings["zero_optimization"]["compute_grad_norm"] = False
@@ -77,7 +79,7 @@ def deepspeed_settings(
     if "overlap_comm" not in (extra.get("zero_optimization") or {}) and not in_buckets:
         zero.pop("overlap_comm", None)
     if layout.expert > 1:
-        _check_experts(merged["expert_parallel"], extra.get("expert_parallel") or {}, device)
+        _check_experts(merged["expert_parallel"], extra.get("expert_parallel") or {}, precision, device)
     return merged
 
 
@@ -114,17 +116,22 @@ def fast_expert_settings(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _check_experts(settings: dict[str, Any], given: dict[str, Any], device: torch.device) -> None:
+def _check_experts(settings: dict[str, Any], given: dict[str, Any], precision: str, device: torch.device) -> None:
     """Bring the ways of the expert-parallel layer into agreement with DeepEP.
 
     Raises:
-        UserError: one is for GPUs, and this is none, or needs a package that is not here.
+        UserError: one is for GPUs, and this is none; or needs a package that is not here, or another number type.
     """
     if given and device.type != "cuda":
         raise UserError(f"deepspeed.expert_parallel = {given} is for GPUs; leave it out on {device.type}")
     if settings.get("comm_backend") != "deepep":
         del settings["comm_max_tokens_per_rank"]
         return
+    if precision != "bf16":
+        raise UserError(
+            f"deepspeed.expert_parallel.comm_backend = deepep with train.precision = {precision}: DeepEP sends"
+            " bf16 alone; expected train.precision = bf16, or comm_backend: comm"
+        )
     if find_spec("deep_ep") is None:
         raise UserError("deepspeed.expert_parallel.comm_backend = deepep: the package deep_ep is not installed")
     settings.pop("combine_impl", None)  # DeepEP sums by itself

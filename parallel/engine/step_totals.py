@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ditmoe.model.experts.balance import BalanceLoss
+from ditmoe.parallel.copies import HostCopy
 
 
 @dataclass(frozen=True)
@@ -109,21 +110,3 @@ class StepTotals:
         sums = torch.cat((loss, *counts, squares, self._balance_L, self._load_LN.flatten()))
         dist.all_reduce(sums)
         return DeviceTotals(sums, *self._load_LN.shape)
-
-
-class HostCopy:
-    """A tensor on its way to the host, from a GPU through pinned memory while the device computes on."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._arrived = tensor, None
-        if tensor.is_cuda:
-            self._tensor = torch.empty_like(tensor, device="cpu", pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def read(self) -> Tensor:
-        """Wait for it."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return self._tensor

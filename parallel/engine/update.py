@@ -9,7 +9,7 @@ It calls private parts of DeepSpeed 0.19 (`averaged_gradients`, `unscale_and_cli
 `average_tensor`); tests/parallel covers each stage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,20 +49,34 @@ def square_of_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def order_streams(optimizer: Any, accelerator: Any) -> None:
-    """Let what ends an overlapped reduction of ZeRO 1 and 2 order streams, where DeepSpeed stops the host for it.
+    """Let ZeRO order streams where DeepSpeed stops the host.
 
-    What comes next on the stream of the backward pass then waits for the gradients; the host does not.
+    It stops at the end of a backward pass for the gradients: ZeRO 1 and 2 for the whole device, ZeRO 3 for the
+    stream that it reduces in. What comes next on the stream of the backward pass waits for them instead. ZeRO 3
+    also stops after a step, once it has gathered small weights: by then that stream waits for the gather already.
     """
-    end = optimizer.overlapping_partition_gradients_reduce_epilogue
+    of_zero_3 = getattr(optimizer, "reduce_and_partition_stream", None)
+    stream = optimizer.reduction_stream if of_zero_3 is None else of_zero_3
 
-    def ordered() -> None:
-        accelerator.synchronize = lambda *_: accelerator.current_stream().wait_stream(optimizer.reduction_stream)
-        try:
-            end()
-        finally:
-            del accelerator.synchronize  # the class's own shows again
+    def replace_stop(method: str, stopping: Any, instead: Callable[..., None]) -> None:
+        run = getattr(optimizer, method)
 
-    optimizer.overlapping_partition_gradients_reduce_epilogue = ordered
+        def ordered(*arguments: Any) -> Any:
+            stopping.synchronize = instead
+            try:
+                return run(*arguments)
+            finally:
+                del stopping.synchronize  # the class's own shows again
+
+        setattr(optimizer, method, ordered)
+
+    replace_stop(
+        "overlapping_partition_gradients_reduce_epilogue",
+        accelerator if of_zero_3 is None else stream,
+        lambda *_: accelerator.current_stream().wait_stream(stream),
+    )
+    if of_zero_3 is not None:
+        replace_stop("_post_step", accelerator, lambda *_: None)
 
 
 class Update:
@@ -93,13 +107,20 @@ class Update:
             self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]  # of the host, and finite
         else:
             self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
-            if layout.data == 1:  # DeepSpeed would divide by one, and copy to fp32 and back
+            if layout.data == 1 and not self._engine.optimizer.overlap_comm:
+                # DeepSpeed would divide by one, and copy to fp32 and back. (Overlapped, it orders streams besides.)
                 self._engine.optimizer.average_tensor = lambda *_: None
-            ordered = self._engine.optimizer.overlap_comm and self._engine.optimizer.contiguous_gradients
-            if ordered and device.type == "cuda":
-                from deepspeed.accelerator import get_accelerator
+        if device.type == "cuda" and self._reduces_in_a_stream():
+            from deepspeed.accelerator import get_accelerator
 
-                order_streams(self._engine.optimizer, get_accelerator())
+            order_streams(self._engine.optimizer, get_accelerator())
+
+    def _reduces_in_a_stream(self) -> bool:
+        """Whether gradients are averaged beside the backward pass, out of buffers that stay."""
+        optimizer = self._engine.optimizer
+        if self._layout.zero in (1, 2):
+            return bool(optimizer.overlap_comm and optimizer.contiguous_gradients)
+        return self._layout.zero == 3
 
     @torch.no_grad()
     def square(self) -> Tensor | None:

@@ -58,10 +58,12 @@ def heun_with_churn(
     """
     before = denoiser.nfe
     growth = min(churn / (steps + 1), LARGEST_CHURN)
-    for step, (now_B, next_B) in enumerate(levels(schedule(denoiser, sigma_B, steps))):
-        inside_B = (now_B >= churn_min) & (now_B <= churn_max)
-        if growth > 0 and bool(inside_B.any()):
-            grown_B = torch.where(inside_B, now_B * (1 + growth), now_B)
+    sigma_BN = schedule(denoiser, sigma_B, steps)
+    inside_BN = (sigma_BN >= churn_min) & (sigma_BN <= churn_max)
+    grows_N = inside_BN.any(0).tolist() if growth > 0 else [False] * (steps + 1)  # a GPU is waited for once
+    for step, (now_B, next_B) in enumerate(levels(sigma_BN)):
+        if grows_N[step]:
+            grown_B = torch.where(inside_BN[:, step], now_B * (1 + growth), now_B)
             fresh_B = churn_noise * (grown_B.square() - now_B.square()).sqrt()
             x_BCHW = x_BCHW + column(fresh_B, x_BCHW) * noise(step)
             now_B = grown_B

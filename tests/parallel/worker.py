@@ -1,6 +1,7 @@
-"""Runs training engines on a tiny network in every process of a group: `python worker.py CASES.json OUT.json`.
+"""Runs training engines on a tiny network in every process of a group: `worker.py CASES.json OUT.json DEVICE`.
 
 Each case is a layout and settings; per case, rank 0 writes the curve of losses, balance losses and gradient norms.
+The device is `cpu`, `gpu`, or `pretended`: a CPU that shows itself as a GPU (`tests/pretend`).
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -75,6 +77,9 @@ DEFAULTS: dict[str, Any] = {
     "waits": None,
     "poison": None,
 }
+
+LAUNCHED: Counter[str] = Counter()
+"""Kernels of Triton's that a pretended GPU was given, and how often."""
 
 
 def make_config(case: dict[str, Any]) -> ModelConfig:
@@ -264,6 +269,7 @@ class LateSaver(CheckpointSaver):
 def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Step, and save at a step in the middle or at the end."""
     curve, load = [], []
+    LAUNCHED.clear()
     saver.trained.clear()
     for step in range(engine.step, case["steps"]):
         lr = 1e-3 * min(1.0, (step + 1) / 5)
@@ -291,6 +297,7 @@ def train(engine: TrainingEngine, saver: LateSaver, case: dict[str, Any], device
         "owned": owned,
         "alike": tensor_ranks_alike(engine),
         "compiler": "torch._inductor.compile_fx" in sys.modules,
+        "kernels": dict(LAUNCHED),
     }
 
 
@@ -301,10 +308,10 @@ def batches_of(engine: TrainingEngine, case: dict[str, Any], device: torch.devic
 
 def waits_of_a_step(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, int]:
     """Places where the host waits for a device in a step, whose experts are computed in the way that is named."""
-    from tests.host_waits import HostWaits
-
     if device.type == "cuda":
         return waits_told_by_cuda(engine, case, device)
+    from tests.host_waits import HostWaits  # not on the path of a process that is started by its file
+
     engine.train_step(batches_of(engine, case, device), 1e-3, False)  # gradients are no longer checked
     batches, waits = batches_of(engine, case, device), HostWaits()
     with patch.object(paths, "expert_path", lambda *_: case["waits"]), waits:
@@ -319,7 +326,22 @@ def waits_told_by_cuda(engine: TrainingEngine, case: dict[str, Any], device: tor
         engine.train_step(batches_of(engine, case, device), 1e-3, False)
     batches = batches_of(engine, case, device)
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as caught:
+    stops: Counter[str] = Counter()
+
+    def counted(name: str, stop: Callable[..., None]) -> Callable[..., None]:
+        """What a program asks for: of that torch does not warn."""
+
+        def stopping(*arguments: Any) -> None:
+            stops[f"{name}, from {'; '.join(map(str, traceback.extract_stack(limit=4)[:-1]))}"] += 1
+            stop(*arguments)
+
+        return stopping
+
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        patch.object(torch.cuda, "synchronize", counted("synchronize", torch.cuda.synchronize)),
+        patch.object(torch.cuda.Stream, "synchronize", counted("Stream", torch.cuda.Stream.synchronize)),
+    ):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -327,8 +349,8 @@ def waits_told_by_cuda(engine: TrainingEngine, case: dict[str, Any], device: tor
         finally:
             torch.cuda.set_sync_debug_mode("default")
     under_way.result()
-    places = [f"{each.filename}:{each.lineno}" for each in caught if "synchroniz" in str(each.message)]
-    return dict(Counter(places))
+    told = [each for each in caught if "synchroniz" in str(each.message)]
+    return dict(stops + Counter(f"{each.filename}:{each.lineno} {each.message}" for each in told))
 
 
 def poisoned_steps(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -383,19 +405,40 @@ def save(saver: CheckpointSaver, engine: TrainingEngine, case: dict[str, Any]) -
     saver.save(engine, engine.step * case["batch"], sums, config, {"name": "test"})
 
 
+@contextmanager
+def own_device(kind: str) -> Iterator[torch.device]:
+    """The device of this rank."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if kind == "gpu":
+        torch.backends.cudnn.allow_tf32 = False  # products of matrices are not rounded to it by default
+        yield torch.device("cuda", local_rank)
+    elif kind == "pretended":
+        from tests.pretend.gpu import deepspeed_on_it, pretended_gpu
+        from tests.pretend.kernels import pretended_triton
+
+        with (
+            pretended_gpu(local_rank, int(os.environ["WORLD_SIZE"])) as gpu,
+            deepspeed_on_it(),
+            pretended_triton(gpu.memory, LAUNCHED),
+        ):
+            yield gpu.device
+    else:
+        yield torch.device("cpu")
+
+
 def main() -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "gpu" in sys.argv else torch.device("cpu")
-    processes.join(device)
-    results = []
-    for case in cases:
-        results.append(run({**DEFAULTS, **case}, device))
-        end_groups()
-    if dist.get_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results))
-    processes.leave()
+    with own_device(sys.argv[3]) as device:
+        processes.join(device)
+        results = []
+        for case in cases:
+            results.append(run({**DEFAULTS, **case}, device))
+            end_groups()
+        if dist.get_rank() == 0:
+            Path(sys.argv[2]).write_text(json.dumps(results))
+        processes.leave()
 
 
 if __name__ == "__main__":

@@ -28,10 +28,14 @@ MODEL = ModelConfig(
 
 
 def generated(
-    extra: dict[str, Any] | None = None, device: torch.device = GPU, largest: int = 1000, **axes: Any
+    extra: dict[str, Any] | None = None,
+    device: torch.device = GPU,
+    largest: int = 1000,
+    precision: str = "bf16",
+    **axes: Any,
 ) -> dict[str, Any]:
     grid = {"pipe": 1, "data": 4, "expert": 1, "tensor": 1, "zero": 1, "micro_batch": 2, "accumulation": 1, **axes}
-    return settings.deepspeed_settings(Layout(**grid), MODEL, "bf16", 1.0, extra or {}, device, largest)
+    return settings.deepspeed_settings(Layout(**grid), MODEL, precision, 1.0, extra or {}, device, largest)
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +51,7 @@ def test_gradients_are_summed_in_fp32_unless_bf16_is_asked_for() -> None:
     assert generated({"communication_data_type": "bf16"})["communication_data_type"] == "bf16"
 
 
-@pytest.mark.parametrize("axes", [{"zero": 0}, {"zero": 3}, {"pipe": 2, "data": 2}, {"offload": True}])
+@pytest.mark.parametrize("axes", [{"zero": 0}, {"zero": 3}, {"data": 1}, {"pipe": 2, "data": 2}, {"offload": True}])
 def test_only_zero_1_and_2_overlap(axes: dict[str, Any]) -> None:
     assert "overlap_comm" not in generated(**axes)["zero_optimization"]
     for zero in (1, 2):
@@ -86,6 +90,8 @@ def test_experts_take_the_fast_ways_and_deepspeed_accepts_them(monkeypatch: pyte
     assert "gate_up_impl" not in accepted()
     with pytest.raises(UserError, match="deep_ep is not installed"):
         accepted({"comm_backend": "deepep"})
+    with pytest.raises(UserError, match=r"train\.precision = fp32: DeepEP sends bf16 alone"):
+        generated({"expert_parallel": {"comm_backend": "deepep"}}, expert=2, precision="fp32")
     monkeypatch.setattr(settings, "find_spec", lambda _: importlib.util.find_spec("torch"))
     deep = accepted({"comm_backend": "deepep"})
     assert deep["comm_max_tokens_per_rank"] == 2 * MODEL.tokens and "combine_impl" not in deep
@@ -99,25 +105,38 @@ def test_a_cpu_has_none_of_these_ways() -> None:
         generated({"expert_parallel": {"async_split_plan": True}}, device=cpu, expert=2)
 
 
-def test_streams_are_ordered_in_place_of_a_stop() -> None:
-    """Only while a reduction ends; afterwards the accelerator stops the host as it did."""
+@pytest.mark.parametrize("zero", [2, 3])
+def test_streams_are_ordered_in_place_of_a_stop(zero: int) -> None:
+    """Only while a reduction ends; afterwards whatever stopped the host does so again."""
     events: list[str] = []
 
-    class Accelerator:
+    class Stopping:
         def synchronize(self) -> None:
             events.append("stop")
 
+    class Accelerator(Stopping):
         def current_stream(self) -> Any:
-            return SimpleNamespace(wait_stream=lambda stream: events.append(f"wait for {stream}"))
+            return SimpleNamespace(wait_stream=lambda stream: events.append(f"wait {stream is reduction}"))
 
-    accelerator = Accelerator()
+    accelerator, reduction = Accelerator(), Stopping()
+    stops = accelerator if zero == 2 else reduction
 
     def end() -> None:
-        accelerator.synchronize()
+        stops.synchronize()
         events.append("end")
 
-    optimizer = SimpleNamespace(overlapping_partition_gradients_reduce_epilogue=end, reduction_stream="reduction")
+    def post_step(names: set[str]) -> None:
+        accelerator.synchronize()
+        events.append(f"{names}")
+
+    name = "reduction_stream" if zero == 2 else "reduce_and_partition_stream"
+    optimizer = SimpleNamespace(
+        overlapping_partition_gradients_reduce_epilogue=end, _post_step=post_step, **{name: reduction}
+    )
     order_streams(optimizer, accelerator)
     optimizer.overlapping_partition_gradients_reduce_epilogue()
+    stops.synchronize()
+    assert events == ["wait True", "end", "stop"]
+    optimizer._post_step({"a"})
     accelerator.synchronize()
-    assert events == ["wait for reduction", "end", "stop"]
+    assert events[3:] == (["stop", "{'a'}", "stop"] if zero == 2 else ["{'a'}", "stop"])
