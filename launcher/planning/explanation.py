@@ -47,6 +47,7 @@ def explanation(plan: Plan, machine: Machine) -> list[str]:
         f"  memory: {memory.peak / GIB:.1f} of {gpu.memory_gib:g} GiB on a rank of stage {plan.stage}",
         f"  limited by {limit(plan)}",
         f"  time: {times(plan)}",
+        *_without_exchange(plan),
         "Sent by a rank in one step (payloads):",
         *(sent or ["  nothing"]),
     ]
@@ -63,6 +64,14 @@ def times(plan: Plan) -> str:
     """The parts of a step that take any time to speak of, the longest first."""
     longest = sorted(plan.seconds.items(), key=lambda part: -part[1])
     return ", ".join(f"{name} {part:.3f} s" for name, part in longest if part >= 0.0005)
+
+
+def _without_exchange(plan: Plan) -> list[str]:
+    """What could be gained at most, if tokens travelled while something else is computed."""
+    if plan.layout.expert == 1:
+        return []
+    least = plan.least_seconds
+    return [f"  if compute hid all that it can of the all-to-all, of which it hides nothing: {least:.3f} s a step"]
 
 
 def _why_pipe(plan: Plan) -> str:

@@ -33,7 +33,15 @@ def workload_of(config: RunConfig, recompute: bool | None = None, imbalance: flo
     assert config.train.precision != "auto", "of a run that starts it is chosen before, of a plan by `planned`"
     if recompute is None:
         recompute = config.parallel.activation_checkpointing
-    return Workload(config.train.precision, recompute, imbalance, zero)
+    experts = config.deepspeed.get("expert_parallel") or {}  # an empty section reads as null
+    return Workload(
+        config.train.precision,
+        recompute,
+        imbalance,
+        zero,
+        deep_ep=experts.get("comm_backend") == "deepep",
+        stops_for_sizes=experts.get("async_split_plan") is False,
+    )
 
 
 def planned(config: RunConfig, device: str | None = None) -> tuple[RunConfig, str | None]:

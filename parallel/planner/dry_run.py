@@ -63,8 +63,12 @@ def dry_run(
         rank: of the layout's processes.
 
     Raises:
-        UserError: fp32 with experts that are dealt out.
+        UserError: fp32 with experts that are dealt out, or tokens that travel by DeepEP.
     """
+    if workload.deep_ep and layout.expert > 1:
+        raise UserError(
+            "deepspeed.expert_parallel.comm_backend = deepep: a dry run sends tokens in all-to-alls; expected comm"
+        )
     if workload.precision == "fp32" and layout.expert > 1:
         raise UserError(
             "train.precision = fp32 with parallel.expert > 1: torch knows grouped products under fake tensors in"

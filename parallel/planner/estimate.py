@@ -16,7 +16,7 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
 from ditmoe.parallel.planner.anatomy import anatomy
 from ditmoe.parallel.planner.gpus import Gpu
-from ditmoe.parallel.planner.links import COLLECTIVE_SECONDS, link_seconds
+from ditmoe.parallel.planner.links import COLLECTIVE_SECONDS, deep_ep_seconds, link_seconds
 from ditmoe.parallel.planner.memory import RankMemory, Workload, rank_memory
 from ditmoe.parallel.planner.traffic import (
     Traffic,
@@ -85,6 +85,11 @@ class Plan:
     def step_seconds(self) -> float:
         """Of one optimiser step."""
         return sum(self.seconds.values())
+
+    @property
+    def least_seconds(self) -> float:
+        """The step if compute hid all that it could of the experts' exchange; it hides nothing of it."""
+        return self.step_seconds - min(self.seconds["compute"], self.seconds["all-to-all"])
 
     @property
     def limit(self) -> tuple[str, float]:
@@ -198,9 +203,7 @@ def _seconds(
         compute: its seconds for a micro-step.
     """
     gpu, micro_steps = machine.gpu, layout.accumulation
-    expert = expert_traffic(config, layout, blocks, workload)["all-to-all"] / micro_steps
-    exchange = link_seconds("all-to-all", expert, layout, "expert", gpu)
-    exchange += len(blocks) * (3 * (1 + workload.recompute) + 2) * COLLECTIVE_SECONDS if layout.expert > 1 else 0
+    exchange = _exchange_seconds(config, layout, blocks, workload, gpu)
     tensor = tensor_traffic(config, layout, blocks, workload)["all-reduce"] / micro_steps
     ring = link_seconds("all-reduce", tensor, layout, "tensor", gpu)
     ring += len(blocks) * 2 * (2 + workload.recompute) * COLLECTIVE_SECONDS if layout.tensor > 1 else 0
@@ -227,6 +230,33 @@ def _seconds(
         "ZeRO and gradients": averaging,
         "optimiser": stepping,
     }
+
+
+def _exchange_seconds(config: ModelConfig, layout: Layout, blocks: range, workload: Workload, gpu: Gpu) -> float:
+    """Of one micro-step: tokens to their experts and back, and what each exchange takes to start.
+
+    Nothing of it is beside compute: AutoEP waits for each exchange before it starts the next kernel, in the same
+    stream. Where the host stops for sizes, the device has nothing to do for about as long as a collective takes to
+    start; DeepEP stops for them in every pass forward.
+    """
+    if layout.expert == 1:
+        return 0.0
+    passes = 1 + workload.recompute
+    stops = passes if workload.deep_ep or workload.stops_for_sizes else 0
+    if workload.deep_ep:
+        row = (
+            layout.micro_batch
+            * config.tokens
+            * config.hidden
+            * workload.number_bytes
+            * (1 + workload.imbalance)
+            / 2
+        )
+        seconds = deep_ep_seconds(row, config.experts, config.experts_per_token, layout, gpu)
+        return len(blocks) * (2 * (passes + 1) * (seconds + COLLECTIVE_SECONDS) + stops * COLLECTIVE_SECONDS)
+    payload = expert_traffic(config, layout, blocks, workload)["all-to-all"] / layout.accumulation
+    starts = len(blocks) * (3 * passes + 2 + stops)
+    return link_seconds("all-to-all", payload, layout, "expert", gpu) + starts * COLLECTIVE_SECONDS
 
 
 def _averaging_seconds(

@@ -10,6 +10,7 @@ All ranks wait for the slowest group of their kind.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from math import comb
 from typing import Final
 
 from ditmoe.parallel.layout import Group, Layout
@@ -25,13 +26,28 @@ COLLECTIVE_SECONDS: Final = 3e-5
 class Spread:
     """How the ranks of a group lie on machines."""
 
-    ranks: int
-    machines: int
-    """Machines that have any of them."""
-    fewest: int
-    """Ranks on the machine that has the fewest of them."""
-    most: int
-    """Ranks on the machine that has the most of them."""
+    members: tuple[int, ...]
+    """How many each machine has that has any, in the order of the machines."""
+
+    @property
+    def ranks(self) -> int:
+        """All of them."""
+        return sum(self.members)
+
+    @property
+    def machines(self) -> int:
+        """Machines that have any of them."""
+        return len(self.members)
+
+    @property
+    def fewest(self) -> int:
+        """Ranks on the machine that has the fewest of them."""
+        return min(self.members)
+
+    @property
+    def most(self) -> int:
+        """Ranks on the machine that has the most of them."""
+        return max(self.members)
 
 
 def spreads(layout: Layout, group: Group, gpus_per_node: int) -> frozenset[Spread]:
@@ -54,8 +70,7 @@ def _spreads(size: int, stride: int, processes: int, gpus_per_node: int) -> froz
 
 
 def _spread(ranks: range, gpus_per_node: int) -> Spread:
-    counts = list(_members_of_machines(ranks, gpus_per_node))
-    return Spread(len(ranks), len(counts), min(counts), max(counts))
+    return Spread(tuple(_members_of_machines(ranks, gpus_per_node)))
 
 
 def _members_of_machines(ranks: range, gpus_per_node: int) -> Iterator[int]:
@@ -113,3 +128,58 @@ def _hop(payload: float, spread: Spread, gpu: Gpu) -> float:
     """From a rank to its neighbour; the stages go at the pace of those on different machines, if any are."""
     bandwidth = gpu.bandwidth if spread.machines == 1 else min(gpu.bandwidth, gpu.node_bandwidth)
     return payload / (NETWORK_SHARE * bandwidth * 1e9)
+
+
+def copies_of_token(experts: int, chosen: int, groups: int) -> float:
+    """Of so many alike groups of the experts, those that a token goes to: mean, where all choices are as likely.
+
+    Args:
+        experts: in all.
+        chosen: different ones that a token is sent to.
+    """
+    held = experts // groups
+    return groups * _share_reached(experts, chosen, held)
+
+
+def _share_reached(experts: int, chosen: int, held: int) -> float:
+    """Share of the tokens that go to at least one of `held` of the experts."""
+    return 1 - comb(experts - held, chosen) / comb(experts, chosen)
+
+
+def deep_ep_seconds(row: float, experts: int, chosen: int, layout: Layout, gpu: Gpu) -> float:
+    """Time on the links of one exchange by DeepEP, its start left out, where all choices of experts are as likely.
+
+    A token is sent once to each rank that has any of its experts, not once for each expert. To another machine it
+    is sent once, to the rank that has the sender's place there, which passes it on to the others that want it.
+    Results come back the same way: what a machine's ranks give a token is summed there before it leaves.
+
+    Args:
+        row: bytes of all tokens of a rank, each once.
+        experts: in all, of which each rank of an expert group holds as many.
+        chosen: different ones that each token is sent to.
+    """
+    if layout.expert == 1:
+        return 0.0
+    held = experts // layout.expert
+    ways = spreads(layout, "expert", gpu.gpus_per_node)
+    return max(row * _deep_ep(spread, experts, chosen, held, gpu) for spread in ways) / (NETWORK_SHARE * 1e9)
+
+
+def _deep_ep(spread: Spread, experts: int, chosen: int, held: int, gpu: Gpu) -> float:
+    """Time for each byte of a row, at the full bandwidth: of the busiest link or card, in either direction."""
+    by_rank = _share_reached(experts, chosen, held)
+    by_machine = [_share_reached(experts, chosen, held * count) for count in spread.members]
+    slowest = 0.0
+    for machine, count in enumerate(spread.members):
+        others = [number for number in range(spread.machines) if number != machine]
+        strangers = sum(spread.members[number] for number in others)
+        for place in range(count):
+            # Ranks of other machines whose tokens come in here.
+            senders = sum(len(range(place, spread.members[number], count)) for number in others)
+            link_out = (count - 1) * by_rank * (1 + senders)
+            link_in = by_rank * (count - 1 + strangers - senders)
+            card_out = sum(by_machine[number] for number in others)
+            card_in = senders * by_machine[machine]
+            link, card = max(link_out, link_in), max(card_out, card_in)
+            slowest = max(slowest, link / gpu.bandwidth, card / gpu.node_bandwidth)
+    return slowest

@@ -57,6 +57,10 @@ class Workload:
     imbalance: float = 1.0
     """The fullest expert rank gets this many times the mean."""
     zero: ZeroSettings = DEFAULTS
+    deep_ep: bool = False
+    """Tokens travel by DeepEP, rather than in all-to-alls of NCCL."""
+    stops_for_sizes: bool = False
+    """The host stops in each mixture layer whose experts are dealt out, until the device has the sizes."""
 
     @property
     def number_bytes(self) -> int:

@@ -10,6 +10,7 @@ from collections import Counter
 from ditmoe.model.config import ModelConfig
 from ditmoe.parallel.layout import Group, Layout
 from ditmoe.parallel.planner.anatomy import anatomy
+from ditmoe.parallel.planner.links import copies_of_token
 from ditmoe.parallel.planner.memory import Workload
 from ditmoe.parallel.planner.zero import Shard, shards
 
@@ -32,15 +33,22 @@ def step_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: W
 
 
 def expert_traffic(config: ModelConfig, layout: Layout, blocks: range, workload: Workload) -> Traffic:
-    """AutoEP: tokens to their experts and back, in the forward pass and as gradients; counts ahead of them."""
+    """AutoEP: tokens to their experts and back, in the forward pass and as gradients; counts ahead of them.
+
+    By DeepEP, a token goes once to each rank that has any of its experts.
+    """
     if layout.expert == 1:
         return Counter()
-    assignments = layout.micro_batch * config.tokens * config.experts_per_token
+    passes = 2 if workload.recompute else 1
     row = config.hidden * workload.number_bytes
+    if workload.deep_ep:
+        copies = copies_of_token(config.experts, config.experts_per_token, layout.expert)
+        exchange = layout.micro_batch * config.tokens * copies * row * (1 + workload.imbalance) / 2
+        return Counter({"DeepEP": round(layout.accumulation * len(blocks) * 2 * (passes + 1) * exchange)})
+    assignments = layout.micro_batch * config.tokens * config.experts_per_token
     # There and back: the rows that leave, and the rows that arrived and leave again.
     there_and_back = round(assignments * row * (1 + workload.imbalance))
     forward = there_and_back + 4 * config.experts
-    passes = 2 if workload.recompute else 1
     return Counter({"all-to-all": layout.accumulation * len(blocks) * (passes * forward + there_and_back)})
 
 
