@@ -108,7 +108,7 @@ class Update:
         else:
             self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
             if layout.data == 1 and not self._engine.optimizer.overlap_comm:
-                # DeepSpeed would divide by one, and copy to fp32 and back. (Overlapped, it orders streams besides.)
+                # DeepSpeed would divide by one, and copy to fp32 and back; overlapped, it orders streams besides.
                 self._engine.optimizer.average_tensor = lambda *_: None
         if device.type == "cuda" and self._reduces_in_a_stream():
             from deepspeed.accelerator import get_accelerator

@@ -24,14 +24,16 @@ def started(engine: TrainingEngine, *arguments: Any) -> StepUnderWay:
     """As `start_step`, counted; with an infinite gradient where it is that step's turn."""
     global most
     most = max(most, len(under_way))
+    if dist.get_rank() == 0:
+        LAG.write_text(str(most))
     number = engine.step + 1
     broken = str(number) == STEP and dist.get_rank() == dist.get_world_size() - 1
     last = list(engine._network.parameters())[-1]
     handles = [last.register_hook(lambda gradient: gradient / 0)] if broken else []  # type: ignore[no-untyped-call]
+    under_way.add(number)  # the first ones are looked at before they are given back
     found = start(engine, *arguments)
     for handle in handles:
         handle.remove()
-    under_way.add(number)
     return found
 
 
@@ -45,8 +47,4 @@ training_engine.runs_ahead = lambda device: AHEAD
 TrainingEngine.start_step = started  # type: ignore[method-assign]
 TrainingEngine.finish = finished  # type: ignore[method-assign]
 sys.argv = ["ditmoe", *sys.argv[4:]]
-try:
-    main()
-finally:
-    if dist.is_initialized() is False or dist.get_rank() == 0:
-        LAG.write_text(str(most))
+main()

