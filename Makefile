@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-memory test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
+.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-memory test-compile test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,10 @@ test-drawing: venv ## groups of processes that share out experts, and the benchm
 
 test-memory: venv ## real starts of S and B sizes on 2 and 4 processes hold what the planner says; needs 8 GiB
 	@$(BIN)/python -m pytest -m slow tests/parallel/planner/test_start_memory.py $(PYTEST_ARGS)
+
+test-compile: venv ## blocks compiled on this machine against the same blocks without a compiler; needs g++
+	@$(BIN)/python -m pytest -m slow tests/model/compiling tests/parallel/engine/test_compiled.py \
+		tests/sampling/network/test_compiled.py tests/launcher/training/test_compiled.py $(PYTEST_ARGS)
 
 test-layouts: venv ## every layout against one process over 50 steps: prints the table
 	@$(BIN)/python -m pytest -m slow tests/parallel/test_layout_matrix.py $(PYTEST_ARGS)

@@ -37,6 +37,8 @@ class Family:
     name: str
     on_gpu: bool
     """Whether it says something about a GPU."""
+    on_cpu: bool = True
+    """Whether a CPU has the time for it, where it is not asked for by name."""
 
 
 FAMILIES: Final = (
@@ -44,6 +46,7 @@ FAMILIES: Final = (
     Family("training_step", True),
     Family("sampling", True),
     Family("engine_overhead", True),
+    Family("compiled", True, on_cpu=False),
     Family("stream", False),
     Family("checkpoint", False),
     Family("evaluation", False),
@@ -68,7 +71,11 @@ def main() -> int:
     chosen = [
         family.name
         for family in FAMILIES
-        if (family.name in options.only if options.only else family.on_gpu or device.type == "cpu")
+        if (
+            family.name in options.only
+            if options.only
+            else (family.on_cpu if device.type == "cpu" else family.on_gpu)
+        )
     ]
     found = machine.facts(device)
     limits = machine.measure_limits(device, options.small)

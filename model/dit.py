@@ -4,6 +4,7 @@ With `experts: 0` the blocks have a dense MLP and the network is the DiT of arXi
 the published state-dict names, except that experts are stacked (see `ditmoe.model.canonical`).
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from ditmoe.model.layers import (
     PlainAttention,
     QkNormAttention,
     TimestepEmbedder,
+    add_gated,
     modulate,
     position_embedding,
 )
@@ -45,13 +47,37 @@ class Block(nn.Module):
             self.mlp = DenseMlp(hidden)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden, 6 * hidden))
 
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The mixture of experts, or the MLP of a dense network."""
+        return self.moe if hasattr(self, "moe") else self.mlp
+
     def forward(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
         """`[B, T, D]`, `[B, D]` → `[B, T, D]`."""
+        x_BTD, modulated_BTD, gate_B1D = self.attend(x_BTD, condition_BD)
+        return add_gated(x_BTD, gate_B1D, self.feed_forward(modulated_BTD))
+
+    def attend(self, x_BTD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All that comes before the feed-forward part.
+
+        Returns:
+            The tokens after attention `[B, T, D]`, what the feed-forward part is given of them `[B, T, D]`, and
+            the gate of what it gives `[B, 1, D]`.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition_BD).chunk(6, dim=1)
-        feed_forward = self.moe if hasattr(self, "moe") else self.mlp
-        x_BTD = x_BTD + gate_a.unsqueeze(1) * self.attn(modulate(self.norm1(x_BTD), shift_a, scale_a))
-        x_BTD = x_BTD + gate_m.unsqueeze(1) * feed_forward(modulate(self.norm2(x_BTD), shift_m, scale_m))
-        return x_BTD
+        attended_BTD = self.attn(modulate(self.norm1(x_BTD), shift_a, scale_a))
+        x_BTD = add_gated(x_BTD, gate_a.unsqueeze(1), attended_BTD)
+        return x_BTD, modulate(self.norm2(x_BTD), shift_m, scale_m), gate_m.unsqueeze(1)
+
+
+ComputeBlock = Callable[[Block, Tensor, Tensor], Tensor]
+"""(block, x_BTD, condition_BD) → what the block gives, `[B, T, D]`."""
+
+
+def call_block(block: Block, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:
+    """What a block gives, by itself."""
+    given_BTD: Tensor = block(x_BTD, condition_BD)
+    return given_BTD
 
 
 class DiT(nn.Module):
@@ -83,6 +109,8 @@ class DiT(nn.Module):
         """Whether the final layer is here."""
         self.checkpoint_blocks = False
         """Recompute each block in the backward pass instead of keeping its activations."""
+        self.compute_block: ComputeBlock = call_block
+        """How a block is computed: by itself, or by code that was compiled for all of them."""
         if self.has_first:
             self.x_embedder = PatchEmbed(config.channels, config.hidden, config.patch)
             self.t_embedder = TimestepEmbedder(config.hidden, config.timestep_frequencies)
@@ -119,10 +147,11 @@ class DiT(nn.Module):
     def transform(self, x_BTD: Tensor, condition_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks that are here, one after the other: new tokens, and the condition as it was."""
         for block in self.blocks.values():
+            assert isinstance(block, Block)
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_BTD = checkpoint(block, x_BTD, condition_BD, use_reentrant=False)
+                x_BTD = checkpoint(self.compute_block, block, x_BTD, condition_BD, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, condition_BD)
+                x_BTD = self.compute_block(block, x_BTD, condition_BD)
         return x_BTD, condition_BD
 
     def predict(self, x_BTD: Tensor, condition_BD: Tensor) -> Tensor:

@@ -22,6 +22,11 @@ def modulate(x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
     return x_BTD * (1 + scale_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
 
 
+def add_gated(x_BTD: Tensor, gate_B1D: Tensor, added_BTD: Tensor) -> Tensor:
+    """How adaLN-Zero adds what a part of a block gives: x + gate·added, one gate for all tokens of an image."""
+    return x_BTD + gate_B1D * added_BTD
+
+
 class PatchEmbed(nn.Module):
     """Images to tokens: each patch×patch square becomes one token, row by row."""
 

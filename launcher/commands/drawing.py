@@ -202,6 +202,15 @@ _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
         Annotated[Literal["fp32", "bf16"], typer.Option(help="Number type in which the network computes.")],
         "fp32",
     ),
+    "compile": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--compile", help="Let torch compile a block first, which takes a minute: for many images."
+            ),
+        ],
+        False,
+    ),
     "seed": (
         Annotated[
             int, typer.Option(min=0, help="Seed of the noise: image i depends only on (seed, i) and its class.")

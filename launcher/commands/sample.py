@@ -100,6 +100,7 @@ def command(
     from ditmoe.launcher.commands.pictures.naming import picture_name
     from ditmoe.launcher.commands.pictures.output import Drawn, Looks, file_names, write_images
     from ditmoe.launcher.commands.pictures.progress import DrawingProgress
+    from ditmoe.model.compiling.blocks import compiled_blocks
     from ditmoe.model.errors import UserError
     from ditmoe.parallel.checkpoint.folder import read_info
     from ditmoe.parallel.ranks import this_process
@@ -216,6 +217,8 @@ def command(
         if not group.first:
             return
     took = time.perf_counter() - start
+    if config.compile:
+        took -= compiled_blocks(with_gradients=False).seconds
     check_finite(images.finite_N, numbers)
     looks = Looks(columns, labels, seconds, fps, len(chosen), chosen_seeds)
     write_images(

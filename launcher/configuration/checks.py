@@ -146,6 +146,24 @@ def check_precision(parallel: ParallelConfig, train: TrainConfig) -> list[str]:
     return []
 
 
+def check_compile(parallel: ParallelConfig, train: TrainConfig) -> list[str]:
+    """A compiler meets the weights of a block, and nothing that computes with other ranks."""
+    if not train.compile:
+        return []
+    problems = []
+    if parallel.zero == 3:
+        problems.append(
+            "train.compile = true with parallel.zero = 3: DeepSpeed gathers a layer's weights when it is called,"
+            " and a compiled block calls none; expected train.compile = false, or parallel.zero = 2 or less"
+        )
+    if parallel.tensor > 1:
+        problems.append(
+            f"train.compile = true with parallel.tensor = {parallel.tensor}: megatron-core's layers send within a"
+            " block, which cannot be compiled; expected train.compile = false or parallel.tensor = 1"
+        )
+    return problems
+
+
 def check_preview(preview: PreviewConfig, model: ModelConfig) -> list[str]:
     """The preview's guidance fits the model."""
     problems = []
@@ -234,6 +252,7 @@ CHECKS: tuple[Check, ...] = (
     check_batch,
     check_balance_group,
     check_precision,
+    check_compile,
     check_objective,
     check_preview,
     check_schedule,

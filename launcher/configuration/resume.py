@@ -37,6 +37,7 @@ FROM_THEN_ON: Final = (
     "model.balance",
     "model.balance_weight",
     "model.balance_group",
+    "train.compile",
     "train.skip_steps",
     "train.tf32",
 )

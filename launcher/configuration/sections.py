@@ -73,6 +73,10 @@ class TrainConfig(Settings):
     emulated_bf16: bool = False
     """Allow bf16 on a CPU without instructions for it (AMX, AVX512-BF16 or Arm's BF16), where training is 44 to
     500 times slower than in fp32. false: such a run is refused."""
+    compile: bool = False
+    """At each start, let torch compile one block of the network; all blocks use its code. This takes about a
+    minute, which the log states, and needs a C++ compiler (on GPUs triton and a C compiler). docs/performance.md
+    says what is gained. Not with `parallel.zero` = 3 or `parallel.tensor` > 1."""
     skip_steps: Annotated[tuple[int, ...], Unit("optimiser steps")] = ()
     """Steps (counted from 1) that pass without an update: they consume their samples and count as steps, but
     weights, moments and EMA stay as they are. Meant for a step whose loss is not finite whenever it is

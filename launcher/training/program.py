@@ -22,6 +22,7 @@ from ditmoe.launcher.training.precision import agreed
 from ditmoe.launcher.training.run_folder import RunFolder
 from ditmoe.launcher.training.state import RunState, StateFile
 from ditmoe.launcher.training.trainer import Trainer
+from ditmoe.model.compiling.tools import check_tools
 from ditmoe.model.errors import UnwritableError, UserError
 from ditmoe.parallel import processes
 from ditmoe.parallel.alone import first_rank_works
@@ -55,6 +56,8 @@ def run_training(config: RunConfig, line: str | None = None) -> int:
         device = own_device(config.launch.device, "launch.processes =")
         if device.type == "cpu":
             check_bf16(config.train.precision, config.train.emulated_bf16)
+        if config.train.compile:
+            check_tools(device.type, "train.compile = true")
         set_tf32(device, config.train.tf32)
         processes.join(device)
         config, line = agreed(config, line)

@@ -32,6 +32,7 @@ from ditmoe.launcher.training.skips import SkipLedger, skips_of_data_ranks
 from ditmoe.launcher.training.state import StateFile
 from ditmoe.launcher.training.throughput import Clock, Sums, peak_memory_gib, peak_tflops
 from ditmoe.launcher.training.updates import Updates
+from ditmoe.model.compiling.blocks import compiled_blocks
 from ditmoe.model.count import TRAINING_PASSES, flops_per_image
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
@@ -89,6 +90,8 @@ class Trainer:
         with torch.device("meta"):
             network = DiT(config.model, self.stages[self.layout.stage(dist.get_rank())])
         network.checkpoint_blocks = config.parallel.activation_checkpointing
+        if config.train.compile:
+            network.compute_block = compiled_blocks(with_gradients=True)
         start = start_of(config, self.dataset.index.class_names)
         with begun(folder.path, start, partial(initial_value, seed=config.seed)) as self.start:
             self.engine = TrainingEngine(
@@ -123,6 +126,7 @@ class Trainer:
         self.updates = Updates(config, folder, self.saver, self.engine, lambda result: self.sums.add(result))
         self.clock = Clock()
         self.garbage = GarbageCollection()
+        self.network = network
         self.profile = Profile(Profiled(config, self.layout, network, self.engine, device), folder.path)
         self.report: Reporter | None = None
 
@@ -180,6 +184,8 @@ class Trainer:
         stopped = False
         if (problem := self.profile.problem(steps)) is not None:
             self._say(problem)
+        if self.config.train.compile:
+            self._compile()
         self.clock = Clock()
         with feed, self.saver, self.garbage, self.profile:
             while self.engine.step < steps and not stopped:
@@ -210,6 +216,12 @@ class Trainer:
             self._say(f"{reason}; saved {saved}; repeat the command to continue")
             self._tell_state(state="stopped", reason=reason)
         return complete
+
+    def _compile(self) -> None:
+        """Before the clock runs: the code of a block."""
+        self.heart.beat("start", self.engine.step, "compiles a block")
+        seconds = compiled_blocks(with_gradients=True).prepare(self.network, self.layout.micro_batch)
+        self._say(f"compiled a block in {seconds:.1f} s, which no rate counts")
 
     def _save_if_due(self, stopped: bool) -> Path | None:
         """The checkpoint, if this step has one: each that runs end with does."""

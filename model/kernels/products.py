@@ -6,9 +6,13 @@ it depends on the number where that is small or odd.
 
 oneDNN makes a kernel for each shape and keeps it. So these are for layers, whose shapes come again, and not for
 experts, which have another number of rows each time: there kernels took more time and memory than they saved.
+
+In a compiled region a layer's product is one operator, which computes what the layer computes without a compiler:
+the same bits, and oneDNN's speed.
 """
 
 import platform
+from collections.abc import Callable
 from typing import Any, Final, Literal
 
 import torch
@@ -23,8 +27,8 @@ def in_onednn(*tensors: Tensor | None) -> bool:
     """Whether products of these are oneDNN's; its switch is torch's (`torch.backends.mkldnn.flags`)."""
     return (
         _AVAILABLE
+        and not torch.compiler.is_compiling()  # a compiler cannot ask; `linear_operator` does
         and bool(torch.backends.mkldnn.enabled)
-        and not torch.compiler.is_compiling()  # a compiler chooses kernels itself
         and all(
             tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
             for tensor in tensors
@@ -59,6 +63,9 @@ def gated(x: Tensor, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, by oneDNN where that is faster."""
+    if torch.compiler.is_compiling():
+        in_operator = x.device.type == "cpu" and x.dtype == torch.float32
+        return linear_operator(x, weight_OI, bias_O) if in_operator else F.linear(x, weight_OI, bias_O)
     if not in_onednn(x, weight_OI, bias_O):
         return F.linear(x, weight_OI, bias_O)
     if torch.is_grad_enabled() and any(
@@ -78,8 +85,6 @@ class Linear(nn.Linear):
 
 
 class _Linear(torch.autograd.Function):
-    """The weight's gradient is MKL's, which is the faster one there."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
@@ -88,11 +93,40 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_OI = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
-        flat = gradient.reshape(-1, len(weight_OI))
-        return (
-            product(gradient, weight_OI.t()) if of_x else None,
-            flat.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
-            flat.sum(0) if of_bias else None,
-        )
+        return _gradients(ctx, gradient, product)
+
+
+def _gradients(ctx: Any, gradient: Tensor, times: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor | None, ...]:
+    """Of a product's factors and its bias. The weight's is MKL's, which is the faster one there."""
+    x, weight_OI = ctx.saved_tensors
+    of_x, of_weight, of_bias = ctx.needs_input_grad
+    flat = gradient.reshape(-1, len(weight_OI))
+    return (
+        times(gradient, weight_OI.t()) if of_x else None,
+        flat.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None,
+        flat.sum(0) if of_bias else None,
+    )
+
+
+@torch.library.custom_op("ditmoe::linear", mutates_args=())
+def linear_operator(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`linear` as one operator, into which a compiler does not look."""
+    with torch.no_grad():
+        return linear(x, weight_OI, bias_O)
+
+
+@linear_operator.register_fake
+def _(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight_OI))
+
+
+def _keep_factors(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    x, weight_OI, _ = inputs
+    ctx.save_for_backward(x, weight_OI)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, gradient, linear_operator)
+
+
+linear_operator.register_autograd(_backward, setup_context=_keep_factors)

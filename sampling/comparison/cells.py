@@ -31,6 +31,7 @@ _NOT_OF_ONE_SAMPLER: Final = {
     "seed": "it is one for the whole comparison",
     "cache_interval": "`nfe` counts evaluations, and does not tell apart what is extrapolated",
     "cache_order": "it goes with cache_interval",
+    "compile": "times of cells would not be of the same network",
 }
 _COMMON: Final = (
     "cfg_scale",

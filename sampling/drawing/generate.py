@@ -26,6 +26,7 @@ from ditmoe.sampling.drawing.noise import ImageNoise, noise_threads
 from ditmoe.sampling.drawing.pixels import as_bytes, as_pictures, bytes_on_cpu, developed, pixels_of
 from ditmoe.sampling.integrators.flow import Drawn, NoiseSource
 from ditmoe.sampling.integrators.samplers import integrate, pace_of, planned_nfe, planned_passes, start_of
+from ditmoe.sampling.network.compiled import with_compiled_blocks
 from ditmoe.sampling.network.denoiser import Denoiser, make_denoiser
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.network.pace import Passes
@@ -171,7 +172,8 @@ def generate(
         if film is not None and frames is not None:
             filmed[0][rows_R] = developed(model, film, frames, device, image_BHWC)[chosen_R]
 
-    with _evaluating(model, config) as (denoisers, shape), torch.inference_mode(), threads_of(device):
+    rows = images_at_once(model, config, batch, image_numbers)
+    with _evaluating(model, config, rows) as (denoisers, shape), torch.inference_mode(), threads_of(device):
         drawn = draw_chain_images(
             watched(denoisers(), film, None),
             posterior,
@@ -259,7 +261,7 @@ def _draw_batches(
     size = shard_size(model.model_config, batch, device)
     # Ranks of a group meet within layers: each draws one shard after the other.
     apart = not isinstance(model.network, NetworkOfGroup)
-    with _evaluating(model, config) as (denoisers, shape), noise_threads() as threads:
+    with _evaluating(model, config, size) as (denoisers, shape), noise_threads() as threads:
 
         def shards_of(wanted: list[int]) -> list[_Shard]:
             cuts = (wanted[first : first + size] for first in range(0, len(wanted), size))
@@ -331,13 +333,21 @@ def shard_size(config: ModelConfig, batch: int, device: torch.device) -> int:
     return -(-batch // -(-batch // fitting))
 
 
+def images_at_once(model: LoadedModel, config: SamplerConfig, batch: int, image_numbers: Sequence[int]) -> int:
+    """Images that `generate` draws at once, in one thread: the shards of a batch, or its chains."""
+    if config.chains:
+        return min(batch, len({number // config.images_per_unit for number in image_numbers}))
+    return shard_size(model.model_config, batch, next(model.network.parameters()).device)
+
+
 @contextmanager
 def _evaluating(
-    model: LoadedModel, config: SamplerConfig
+    model: LoadedModel, config: SamplerConfig, images: int
 ) -> Iterator[tuple[Callable[[], Denoiser], tuple[int, int, int]]]:
-    """Makes denoisers of the model, one for each thread; and the (C, H, W) of what it draws. The network is in
-    evaluation mode."""
+    """Makes denoisers of the model for so many images at once, one for each thread; and the (C, H, W) of what it
+    draws. The network is in evaluation mode."""
     network, model_config = model.network_in(config.precision), model.model_config
+    network = with_compiled_blocks(network, images, config)
     assert model_config.channels and model_config.image_size
     training = network.training
     network.eval()

@@ -16,6 +16,7 @@ from ditmoe.data.crew.making import Make
 from ditmoe.data.encoding.vae import VaeFacts
 from ditmoe.data.storage.digests import cache_folder
 from ditmoe.data.storage.progress import show_progress
+from ditmoe.model.compiling.tools import check_tools
 from ditmoe.model.errors import UserError
 from ditmoe.model.outside.text import normal
 from ditmoe.parallel.checkpoint.folder import CheckpointInfo, read_info
@@ -131,6 +132,8 @@ def prepare_jobs(options: EvaluationOptions, samplers: Sequence[SamplerConfig]) 
     for sampler in resolved:
         check_guidance(complete_config(info.model, info), sampler)
     check_dealt(info.model, options.expert_parallel)
+    if any(sampler.compile for sampler in resolved):
+        check_tools("cuda" if torch.cuda.is_available() else "cpu", "--compile")
     posterior = classifier_fingerprint(info, resolved)
     evaluations = [
         Evaluation(

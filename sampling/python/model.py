@@ -53,6 +53,7 @@ class SamplerSettings(TypedDict, total=False):
     cfg_sigma_max: float | None
     cache_interval: int
     cache_order: int
+    compile: bool
     dlg: Mapping[str, Any]
 
 

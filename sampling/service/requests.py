@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.outside.text import counted
@@ -43,6 +43,13 @@ class Asked(SamplerConfig):
     """The moving average, or the weights themselves."""
     user: str = Field(default="", max_length=64)
     """Users take turns; without tokens, those of one address are told apart by this."""
+
+    @field_validator("compile")
+    @classmethod
+    def _not_compiled(cls, compile: bool) -> bool:
+        if compile:
+            raise ValueError("the service draws images of many users in one pass, by code that is not compiled")
+        return compile
 
     @model_validator(mode="before")
     @classmethod

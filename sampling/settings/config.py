@@ -101,6 +101,9 @@ class SamplerConfig(Settings):
     """How chains move; with a sampler of chains only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the network's weights and arithmetic; the image between its evaluations is fp32 either way."""
+    compile: bool = False
+    """Let torch compile one block of the network; all blocks use its code. An image then differs by rounding
+    (docs/sample.md)."""
     seed: Annotated[int, NO_UNIT] = Field(default=0, ge=0, le=LARGEST_SEED)
     """Image i is a function of (seed, i) alone; of chains, chain i div S is one of (seed, its number)."""
 
@@ -150,6 +153,7 @@ class SamplerConfig(Settings):
         without |= set() if self.guides_in_part else {"cfg_sigma_min", "cfg_sigma_max"}
         without |= set() if self._of_interpolant else {"diffusion_form", "diffusion_norm"}
         without |= set() if self._of_interpolant else {"last_step", "last_step_size"}
+        without |= set() if self.compile else {"compile"}
         return self.model_dump(mode="json", exclude=without)
 
     @model_validator(mode="after")
@@ -249,6 +253,7 @@ class PreviewSampler(SamplerConfig):
     dlg: ClassVar[DlgConfig] = DlgConfig()  # type: ignore[misc]
     cache_interval: ClassVar[int] = 1  # type: ignore[misc]  # the network that trains may be in several processes
     cache_order: ClassVar[int] = 1  # type: ignore[misc]
+    compile: ClassVar[bool] = False  # type: ignore[misc]  # nor would so few images repay the time
 
     @field_validator("sampler", mode="before")
     @classmethod

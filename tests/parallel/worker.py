@@ -27,6 +27,7 @@ from batches import CLASSES, SHAPE, micro_batches
 from between_cases import end_groups
 
 from ditmoe.model import randomness
+from ditmoe.model.compiling.blocks import compiled_blocks
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
@@ -60,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "clip": None,
     "precision": "fp32",
     "checkpointing": False,
+    "compile": False,
     "balance_group": 1,
     "experts": 4,
     "attention": "plain",
@@ -118,10 +120,12 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
     with torch.device("meta"):
         network = DiT(config, stage_blocks(config, layout.pipe)[layout.stage(dist.get_rank())])
     network.checkpoint_blocks = case["checkpointing"]
+    if case["compile"]:
+        network.compute_block = compiled_blocks(with_gradients=True)
     objective = ObjectiveConfig(kind=case["objective"])
     start = case["start_from"] and Start(Path(case["start_from"]), None, None, config, objective)
     with begun(Path(case["load"] or "no run"), start, initial_of(case)) as beginning:
-        return TrainingEngine(
+        engine = TrainingEngine(
             network,
             make_objective(objective),
             layout,
@@ -132,6 +136,17 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
             device,
             beginning.initial,
         )
+    if case["compile"]:
+        compiled_blocks(with_gradients=True).prepare(network, layout.micro_batch)
+    return engine
+
+
+def all_compiled(case: dict[str, Any]) -> AbstractContextManager[None]:
+    """Fail where a case with compiled blocks compiles anything beside what was prepared."""
+    if not case["compile"]:
+        return nullcontext()
+    patched: AbstractContextManager[None] = torch._dynamo.config.patch(error_on_recompile=True)
+    return patched
 
 
 def initial_of(case: dict[str, Any]) -> Initial:
@@ -171,7 +186,7 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     for _ in range(case["skip"]):
         engine.skip_step(stop_requested=False)
     try:
-        with LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
+        with all_compiled(case), LateSaver(Path(case["save"] or ""), CheckpointConfig()) as saver:
             result = train(engine, saver, case, device)
         if case["waits"]:
             result["waits"] = waits_of_a_step(engine, case, device)

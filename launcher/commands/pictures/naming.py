@@ -82,6 +82,8 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
         words.append(f"cache{config.cache_interval}-order{config.cache_order}")
     if config.tweedie:
         words.append("tweedie")
+    if config.compile:
+        words.append("compiled")
     if config.chains:
         fields = type(config.dlg).model_fields
         chosen = {key: value for key, value in config.dlg if key != "preset" and value != fields[key].default}

@@ -19,7 +19,7 @@ def configured(folder: Path) -> Any:
         data=None,
         seed=0,
         launch=SimpleNamespace(device="cpu"),
-        train=SimpleNamespace(tf32=True, precision="fp32", emulated_bf16=False),
+        train=SimpleNamespace(tf32=True, precision="fp32", emulated_bf16=False, compile=False),
         run=SimpleNamespace(dir=folder),
     )
 

@@ -1,0 +1,1 @@
+"""Blocks computed by code that torch compiles on this machine (`torch.compile`)."""
