@@ -53,8 +53,9 @@ test-crew: venv ## random kills and stops of the workers of a crew, of who leads
 test-metrics: venv ## distances of 2,048 features against 70 digits, figures on 1 to 4 threads, killed trainings
 	@$(BIN)/python -m pytest -m slow tests/sampling/metrics tests/sampling/evaluation/test_evaluate_threads.py $(PYTEST_ARGS)
 
-test-drawing: venv ## groups of processes that share out experts, and the benchmark of evaluations, small
-	@$(BIN)/python -m pytest -m slow tests/sampling/drawing tests/sampling/evaluation/test_evaluation_benchmark.py $(PYTEST_ARGS)
+test-drawing: venv ## groups that share out experts, the benchmark of evaluations, small; DiT's and SiT's own code if named
+	@$(BIN)/python -m pytest -m slow tests/sampling/drawing tests/sampling/exchange \
+		tests/sampling/evaluation/test_evaluation_benchmark.py $(PYTEST_ARGS)
 
 test-memory: venv ## real starts of S and B sizes on 2 and 4 processes hold what the planner says; needs 8 GiB
 	@$(BIN)/python -m pytest -m slow tests/parallel/planner/test_start_memory.py $(PYTEST_ARGS)
