@@ -35,7 +35,7 @@ test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
 
 test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys, the planner's figures, pretended GPUs, on real processes
 	@$(BIN)/python -m pytest -m slow tests/parallel tests/launcher/training/test_running_ahead.py --ignore tests/parallel/test_layout_matrix.py \
-		--ignore tests/parallel/planner/test_start_memory.py $(PYTEST_ARGS)
+		--ignore tests/parallel/planner/test_start_memory.py --ignore tests/parallel/engine/test_compiled.py $(PYTEST_ARGS)
 
 test-service: venv ## the service under load, and its processes killed again and again (DITMOE_KILLS=25)
 	@$(BIN)/python -m pytest -m slow tests/sampling/service --ignore tests/sampling/service/page $(PYTEST_ARGS)
