@@ -32,7 +32,7 @@ OTHERS_OPTIONS = {
     "torchrun": {"--nproc-per-node", "--standalone"},
     "apptainer": {"--nv"},
     "tensorboard": {"--logdir"},
-    "benchmarks/": {"--compact", "--repeats"},
+    "benchmarks/": {"--compact", "--repeats", "--only"},
     "docker": {"--ipc", "--user", "--build-arg"},
     "DiT, DiT-MoE": {"--data-path", "--results-dir", "--epochs", "--global-batch-size", "--global-seed", "--model"}
     | {"--log-every", "--ckpt-every", "--ckpt", "--num_experts", "--num_experts_per_tok", "--num-sampling-steps"}

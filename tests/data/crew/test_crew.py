@@ -68,7 +68,7 @@ def attempts(journal: Path, part: object = "*") -> list[int]:
 def test_both_make_parts_and_none_twice(
     crew: Crew, toys: Callable[..., Any], tmp_path: Path, journal: Path
 ) -> None:
-    task, told = toys(8, seconds=0.2), list[int]()
+    task, told = toys(8, seconds=0.6), list[int]()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "3.txt").write_bytes(b"9 ")
     assert crew.make(task, task.parts(), on_progress=told.append) == 7
