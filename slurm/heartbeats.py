@@ -31,6 +31,8 @@ _STDERR: Final = 2
 """The descriptor: sys.stderr may have been replaced, and its file let go."""
 DUMP_SHARE: Final = 0.8
 """Of a phase's limit, after which a rank prints its stacks."""
+LAST_WRITE_SECONDS: Final = 10.0
+"""How long the end of a rank waits for its last file to be written; a folder that hangs does not hold it up."""
 
 Phase = Literal["start", "step", "save", "evaluation", "ended"]
 """What a rank is in. Until its first step is done it starts; `evaluation` is drawing and scoring, previews too."""
@@ -92,6 +94,8 @@ class Heart:
         self._terms = Terms()
         self._rank, self._ranks = rank, ranks
         self._now: tuple[Phase, int | None, str, int, float] = ("start", None, "", 0, time.time())
+        self._lock = threading.Lock()
+        """Held while `_now` is replaced, as several threads of a rank beat."""
         self._end = threading.Event()
         self._wake = threading.Event()
         """The thread is to write now."""
@@ -115,19 +119,26 @@ class Heart:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._thread is not None:
-            faulthandler.cancel_dump_traceback_later()
-            if kind is None:
-                self.beat("ended")
-            self._end.set()
+            with self._lock:
+                if kind is None:
+                    self._say("ended", None, "")
+                self._end.set()
+                faulthandler.cancel_dump_traceback_later()
             self._wake.set()
-            self._thread.join(self._terms.interval)
+            self._thread.join(LAST_WRITE_SECONDS)
 
     def beat(self, phase: Phase, step: int | None = None, doing: str = "") -> None:
-        """Say that the rank has got further, and what it is in now. Never waits."""
-        if self._thread is None:
-            return
+        """Say that the rank has got further, and what it is in now. Never waits for the folder.
+
+        After the end it does nothing: a thread that is late does not bring an earlier phase back.
+        """
+        with self._lock:
+            if self._thread is not None and not self._end.is_set():
+                self._say(phase, step, doing)
+
+    def _say(self, phase: Phase, step: int | None, doing: str) -> None:
         is_another = phase != self._now[0]
-        # One assignment: the thread reads all of it or none.
+        # One assignment: the thread that writes reads all of it or none.
         self._now = (phase, step, doing, self._now[3] + 1, time.time())
         if is_another:
             # A process that is stopped now is held to the limit of the phase that its file shows.

@@ -40,7 +40,7 @@ class Signs:
             yield
         finally:
             end.set()
-            follower.join(self._look)  # a folder that hangs does not hold up the end
+            follower.join(LOOK_SECONDS)  # a folder that hangs does not hold up the end
 
     def _follow(self, folders: tuple[Path, ...], step: int | None, end: threading.Event) -> None:
         before = None

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ditmoe.slurm import heartbeats
 from ditmoe.slurm.heartbeats import (
     FOLDER_VARIABLE,
     TERMS,
@@ -173,6 +176,42 @@ def test_another_phase_is_written_at_once(tmp_path: Path) -> None:
                 time.sleep(0.005)
             assert found.step == number
     assert read_heartbeats(tmp_path, 1)[0].phase == "ended"
+
+
+def test_a_thread_that_is_late_does_not_bring_an_earlier_phase_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It beats while the folder is slow: after the rank's end and before that is written."""
+    Terms(1, LIMITS, 3600.0).write(tmp_path)
+    answers = threading.Event()
+    replaces = heartbeats._replace
+
+    def slow(path: Path, values: dict[str, object]) -> None:
+        if values["phase"] == "step":
+            answers.wait(30)
+        replaces(path, values)
+
+    monkeypatch.setattr(heartbeats, "_replace", slow)
+    monkeypatch.setattr(heartbeats, "LAST_WRITE_SECONDS", 0.1)
+    with Heart(tmp_path, 0, 1) as heart:
+        heart.beat("step", 1)
+        time.sleep(0.1)  # the thread is writing that
+    heart.beat("evaluation", 2)
+    answers.set()
+    deadline = time.monotonic() + 20
+    while (found := read_heartbeats(tmp_path, 1).get(0)) is None or found.phase in ("start", "step"):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.005)
+    assert found.phase == "ended"
+
+
+def test_all_beats_of_several_threads_count(tmp_path: Path) -> None:
+    Terms(1, LIMITS, 3600.0).write(tmp_path)
+    with Heart(tmp_path, 0, 1) as heart, ThreadPoolExecutor(8) as pool:
+        for _ in range(4000):
+            pool.submit(heart.beat, "step", 1)
+        pool.shutdown()
+    assert read_heartbeats(tmp_path, 1)[0].beats == 4001  # and its end
 
 
 def test_without_a_watcher_nothing_happens(tmp_path: Path) -> None:
