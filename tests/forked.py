@@ -5,6 +5,7 @@ own, and nothing is in its modules that another has left there. Tests of how pro
 ended start them as a user does.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -115,6 +116,7 @@ def _wait(running: Sequence[ForkServerProcess], deadline: float) -> int:
 
 def _become(program: list[str], environment: Mapping[str, str], out: Path, err: Path) -> None:
     """Be `python PROGRAM …` with this environment and output."""
+    gc.freeze()  # the modules stay: going through their objects is most of what a collection costs
     os.setsid()
     threading.Thread(target=_end_with_the_tests, daemon=True).start()
     os.environ.clear()
