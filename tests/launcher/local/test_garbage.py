@@ -2,10 +2,20 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
 from ditmoe.launcher.local.garbage import ALL_EVERY, YOUNG_EVERY, GarbageCollection
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_command() -> Iterator[None]:
+    """Nothing is frozen before; afterwards the tests' own objects are again."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 class Knot:
