@@ -3,14 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Of `make test`; 0: one process, which a debugger or `-s` needs.
+# Of `make test`, `make test-training` and `make test-docs`; 0: one process, which a debugger or `-s` needs.
 TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo slurm-demo test test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-memory test-compile test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
+.PHONY: help venv demo slurm-demo test test-training test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-memory test-compile test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ slurm-demo: venv ## a Slurm of two virtual nodes on this machine: train, requeue
 
 test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+
+test-training: venv ## training killed, stopped, moved to other layouts and out of disk, by TEST_PROCESSES=2
+	@$(BIN)/python -m pytest -m slow tests/launcher/training/test_train.py -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys, the planner's figures, pretended GPUs, on real processes
 	@$(BIN)/python -m pytest -m slow tests/parallel tests/launcher/training/test_running_ahead.py --ignore tests/parallel/test_layout_matrix.py \

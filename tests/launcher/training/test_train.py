@@ -169,7 +169,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> lis
     folder = tmp_path_factory.mktemp("whole")
     file = folder / "run.yaml"
     file.write_text(CONFIG.format(run=folder / "run", processes=2, shards=shards))
-    result = train_by_command(file)
+    result = train(file)
     assert result.returncode == 0, result.stderr
     assert "the run is complete: step 12" in result.stdout
     found = curve(folder / "run")
@@ -178,24 +178,28 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> lis
 
 
 @pytest.mark.timeout(240)
-def test_kill_at_a_random_step(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_kill_at_a_random_step(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], kills: int
+) -> None:
     """Of a run that leaves its number type to the machine: so small a network is computed in fp32."""
     config, auto = make_config(), "train.precision=auto"
     run = config.with_suffix("")
-    for _ in range(2):
+    for _ in range(kills):
         done = len(curve(run)) if (run / "stats.jsonl").exists() else 0
         process = start(config, auto)
         wait_for(reached(run, done + random.randint(1, 4)), process)
         kill_everything(process, run)
         assert state_of(run) == ("training", "")
-    result = train(config, auto)
+    result = (train if kills == 1 else train_by_command)(config, auto)
     assert result.returncode == 0, result.stderr
-    assert (run / "log.txt").read_text().count("train.precision = auto: fp32, for ") == 3
+    assert (run / "log.txt").read_text().count("train.precision = auto: fp32, for ") == kills + 1
     assert "precision: fp32" in (run / "config.yaml").read_text()
     assert curve(run) == uninterrupted
     assert state_of(run) == ("complete", "")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_killed_on_one_layout_and_continued_on_others(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
@@ -220,6 +224,7 @@ def test_killed_on_one_layout_and_continued_on_others(
         assert [record[key] for record in found] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_other_ranks_and_workers_read_the_same_samples_in_the_same_order(
     make_config: Callable[..., Path], shards: Path
@@ -255,6 +260,7 @@ def test_other_ranks_and_workers_read_the_same_samples_in_the_same_order(
     assert last["sources"]["digits 1"]["images"] == 144
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_from_images_to_latents_to_images(
     make_config: Callable[..., Path], make_vae: Callable[..., Path], tmp_path: Path
@@ -303,6 +309,7 @@ def test_from_images_to_latents_to_images(
     assert not changed_facts(info.dataset, {**info.dataset, **index.facts})
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_kill_while_a_checkpoint_is_written(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
@@ -329,6 +336,7 @@ def test_kill_while_a_checkpoint_is_written(
     assert curve(run) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_one_rank_is_killed_while_a_checkpoint_is_written(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]
@@ -364,6 +372,7 @@ def test_one_rank_is_killed_while_a_checkpoint_is_written(
     assert curve(run)[:12] == uninterrupted and len(curve(run)) == steps
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_one_rank_cannot_write(make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]]) -> None:
     """All ranks stop at the same step, with one message; nothing is lost."""
@@ -406,7 +415,11 @@ def test_the_best_checkpoints_stay(make_config: Callable[..., Path]) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGUSR1, "SIGUSR1 on rank 1")],
+    [
+        (signal.SIGTERM, "SIGTERM"),
+        pytest.param(signal.SIGINT, "SIGINT", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "SIGUSR1 on rank 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_saves_and_ends_with_a_code_of_its_own(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals, reason: str
@@ -598,6 +611,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_a_full_disk(
     make_config: Callable[..., Path], small_disk: Path, uninterrupted: list[dict[str, Any]]
@@ -626,6 +640,7 @@ def test_a_full_disk(
     assert curve(run) == uninterrupted
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("left", [0, 100_000])
