@@ -26,7 +26,7 @@ def make_engine(settings: Settings, precision: str) -> TrainingEngine:
 
 
 class BareStep:
-    """The network's own step: no engine, no processes, fused AdamW on fp32 weights, the EMA.
+    """The network's own step: no engine, no processes, the gradient's norm, fused AdamW on fp32 weights, the EMA.
 
     It begins from the weights of `make_engine`.
     """
@@ -50,6 +50,9 @@ class BareStep:
         for master, parameter in zip(self.master, self.network.parameters(), strict=True):
             assert parameter.grad is not None
             master.grad, parameter.grad = parameter.grad.float(), None
+        self.norm = torch.nn.utils.get_total_norm(
+            [master.grad for master in self.master if master.grad is not None]
+        )
         self.optimizer.step()
         if self.master is not self._weights:
             torch._foreach_copy_(self._weights, self.master)

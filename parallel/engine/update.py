@@ -6,7 +6,8 @@ whether loss and norm are finite, are tensors; and AdamW leaves a step out by it
 then weights, moments and its count of steps keep their values.
 
 It calls private parts of DeepSpeed 0.19 (`averaged_gradients`, `unscale_and_clip_grads`, `_get_norm_groups`,
-`average_tensor`); tests/parallel covers each stage.
+`average_tensor`, `reduce_independent_p_g_buckets_and_remove_grads`, `GradPartitionBufferGroup`); tests/parallel
+covers each stage.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,28 @@ def square_of_norm(gradients: Sequence[Tensor]) -> Tensor:
             if rows.numel():
                 total += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
     return total
+
+
+def join_gradients(optimizer: Any) -> None:
+    """Bring what ZeRO 1 or 2 is about to step with into one tensor for each group, in AdamW's number type.
+
+    DeepSpeed would join the gradients in their own type and convert the whole: one more pass over them, and one
+    more copy in memory. So the norm, too, is taken of numbers that need no conversion.
+    """
+    from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+    for number, gradients in optimizer.averaged_gradients.items():
+        if getattr(gradients, "flat_partition", None) is not None:
+            continue  # with fp32 sums of micro-steps in bf16 DeepSpeed has done so
+        dtype = optimizer.single_partition_of_fp32_groups[number].dtype
+        flat = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients), dtype=dtype)
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        places = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
+        torch._foreach_copy_(places, gradients)
+        for place, gradient in zip(places, gradients, strict=True):
+            if getattr(gradient, "_zero_padding", False):
+                place._zero_padding = True
+        optimizer.averaged_gradients[number] = GradPartitionBufferGroup(places, flat)
 
 
 def order_streams(optimizer: Any, accelerator: Any) -> None:
@@ -108,7 +131,9 @@ class Update:
         else:
             self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
             if layout.data == 1 and not self._engine.optimizer.overlap_comm:
-                # DeepSpeed would divide by one, and copy to fp32 and back; overlapped, it orders streams besides.
+                # Gradients stay where autograd left them. DeepSpeed would copy them to a bucket, average that with
+                # nobody's, and copy them to where they are kept. Overlapped, it orders streams besides.
+                self._engine.optimizer.reduce_independent_p_g_buckets_and_remove_grads = lambda *_: None
                 self._engine.optimizer.average_tensor = lambda *_: None
         if device.type == "cuda" and self._reduces_in_a_stream():
             from deepspeed.accelerator import get_accelerator
@@ -127,6 +152,8 @@ class Update:
         """This rank's part of the square of the gradient's norm, after the gradients are averaged; float64."""
         if not self.on_device:
             return None
+        if self._layout.zero in (1, 2):
+            join_gradients(self._engine.optimizer)
         total = torch.zeros((), dtype=torch.float64, device=self._left_out.device)
         by_copies: dict[int, list[Tensor]] = {}
         for gradient, copies in self._gradients():

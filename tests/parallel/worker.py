@@ -77,6 +77,7 @@ DEFAULTS: dict[str, Any] = {
     "start_from": None,
     "model": {},
     "waits": None,
+    "copies": False,
     "poison": None,
 }
 
@@ -190,6 +191,8 @@ def run(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
             result = train(engine, saver, case, device)
         if case["waits"]:
             result["waits"] = waits_of_a_step(engine, case, device)
+        if case["copies"]:
+            result["copies"] = copies_of_a_step(engine, case, device)
         if case["poison"]:
             result["poison"] = poisoned_steps(engine, case, device)
     except UserError as error:
@@ -333,6 +336,17 @@ def waits_of_a_step(engine: TrainingEngine, case: dict[str, Any], device: torch.
         under_way = engine.start_step(batches, 1e-3, False)
     under_way.result()
     return dict(waits.places)
+
+
+def copies_of_a_step(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> float:
+    """Numbers that DeepSpeed and our update copy in a step, for each number that is trained."""
+    from tests.copies import Copies  # not on the path of a process that is started by its file
+
+    engine.train_step(batches_of(engine, case, device), 1e-3, False)  # gradients are no longer checked
+    batches, copies = batches_of(engine, case, device), Copies("/deepspeed/", "parallel/engine/update.py")
+    with copies:
+        engine.train_step(batches, 1e-3, False)
+    return copies.numbers / sum(fragment.weight.numel() for fragment in engine.fragments)
 
 
 def waits_told_by_cuda(engine: TrainingEngine, case: dict[str, Any], device: torch.device) -> dict[str, int]:
