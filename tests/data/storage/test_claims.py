@@ -179,10 +179,10 @@ def take_and_die(folder: Path, dies_at: int) -> None:
         os._exit(mortal.moments)  # it is over with the process
 
 
-def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path) -> None:
+def die_at_all_moments(parent: Path) -> None:
     last = 9  # moments of a takeover: two looks, the link, its draft, up to three claims before it, two drafts
     for case, (first, second) in enumerate(itertools.product(range(1, last + 2), repeat=2)):
-        folder = tmp_path / str(case)
+        folder = parent / str(case)
         for dies_at in (100, first, second, 100):
             process = FORK.Process(target=take_and_die, args=(folder, dies_at))
             process.start()
@@ -194,6 +194,15 @@ def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path) -
             assert claim is not None and claim.held()
             assert len([*folder.iterdir()]) == 1
         assert not [*folder.iterdir()]  # the drafts of the killed are gone too
+
+
+def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Out of a small process: the tests' own, with all that it has imported, takes long to be forked 400 times."""
+    small = multiprocessing.get_context("spawn").Process(target=die_at_all_moments, args=(tmp_path,))
+    small.start()
+    small.join(120)
+    assert small.exitcode == 0, capfd.readouterr().err
+    assert len([*tmp_path.iterdir()]) == 100
 
 
 def test_drafts_are_removed_when_nobody_can_be_at_them(

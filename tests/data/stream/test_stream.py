@@ -76,7 +76,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
-@given(
+class History(NamedTuple):
+    """A mixture, how it is read, and what a run does between its starts."""
+
+    chosen: list[int]
+    weights: list[int]
+    lanes: int
+    shuffle: int
+    seed: int
+    flip: bool
+    parts: list[Part]
+
+
+HISTORIES = st.builds(
+    History,
     chosen=st.lists(st.integers(0, 5), min_size=1, max_size=3),
     weights=st.lists(st.integers(1, 3), min_size=3, max_size=3),
     lanes=st.integers(1, 9),
@@ -85,29 +98,38 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     flip=st.booleans(),
     parts=st.lists(PARTS, min_size=1, max_size=4),
 )
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@given(history=HISTORIES)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_run_that_is_killed_and_changed_reads_what_one_process_reads(
-    folders: list[Path],
-    chosen: list[int],
-    weights: list[int],
-    lanes: int,
-    shuffle: int,
-    seed: int,
-    flip: bool,
-    parts: list[Part],
+    folders: list[Path], history: History
 ) -> None:
     """Ranks, workers and micro-batch change at every start; what is read beyond the last full step is lost.
 
     The workers' parts are read here, one after the other; `test_one_sequence_for_every_layout` forks them.
     """
+    check_history(folders, history)
+
+
+@pytest.mark.slow
+@given(history=HISTORIES)
+@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_thousand_runs_that_are_killed_and_changed(folders: list[Path], history: History) -> None:
+    check_history(folders, history)
+
+
+def check_history(folders: list[Path], history: History) -> None:
     sources = [
-        {"path": str(folders[number]), "weight": weight} for number, weight in zip(chosen, weights, strict=False)
+        {"path": str(folders[number]), "weight": weight}
+        for number, weight in zip(history.chosen, history.weights, strict=False)
     ]
-    values = {"sources": sources, "lanes": lanes, "shuffle": shuffle, "flip": flip, "workers": 0}
+    lanes, seed = history.lanes, history.seed
+    values = {"sources": sources, "lanes": lanes, "shuffle": history.shuffle, "flip": history.flip, "workers": 0}
     config = DataConfig.model_validate(values)
     found: dict[int, tuple[str, int, bytes]] = {}
     position = 0
-    for part in parts:
+    for part in history.parts:
         dataset = open_dataset(config, seed)  # anew, as after a kill
         dealing = deal(
             start=position,

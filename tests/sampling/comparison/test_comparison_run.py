@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from ditmoe.launcher.cli import app
 from ditmoe.launcher.configuration.grid_file import load_comparison
+from ditmoe.data.storage.files import make_folder
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.comparison.cells import cells_of
+from ditmoe.sampling.diagnostics import results as chain_files
 from ditmoe.sampling.evaluation import of_run as evaluate_run
 from ditmoe.sampling.evaluation.of_run import EvaluationOptions, evaluate_jobs, prepare_jobs
 from ditmoe.sampling.metrics.networks import opening
@@ -41,6 +43,17 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path):
     return write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def unpainted(monkeypatch):
+    """Pictures of chains are empty files: others look at them, and each takes as long to draw as its evaluation."""
+
+    def write(path, *_):
+        make_folder(path.parent)
+        path.touch()
+
+    monkeypatch.setattr(chain_files, "write_chain_picture", write)
 
 
 GRID = """
@@ -120,6 +133,7 @@ def test_a_crew_evaluates_the_cells_as_one_process_does(
     assert rows(run / "evaluations") == rows(run / "alone")
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_chains_are_compared_with_the_sampler_that_finishes_them(
     run: Path, shards: Path, cache: Path, tmp_path: Path
 ) -> None:
