@@ -74,6 +74,26 @@ def _weighted_restore_backward_kernel(
     of_rows[inverse.long()] = (upstream * scores.float().unsqueeze(2)).flatten(0, 1).to(of_rows.dtype)
 
 
+def _swiglu_fwd_kernel(gate: Tensor, up: Tensor, out: Tensor, elements: int, **_: Any) -> None:
+    assert gate.numel() == up.numel() == out.numel() == elements
+    out.copy_(F.silu(gate.float()) * up.float())
+
+
+def _swiglu_bwd_kernel(
+    gradient: Tensor, gate: Tensor, up: Tensor, of_gate: Tensor, of_up: Tensor, elements: int, **_: Any
+) -> None:
+    assert gradient.numel() == gate.numel() == up.numel() == elements
+    through_gate, through_up = _through_swiglu(gradient.float(), gate.float(), up.float())
+    of_gate.copy_(through_gate)
+    of_up.copy_(through_up)
+
+
+def _through_swiglu(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up of silu(gate)·up."""
+    open_ = torch.sigmoid(gate)
+    return gradient * up * open_ * (1 + gate * (1 - open_)), gradient * gate * open_
+
+
 def _swiglu_packed_fwd_kernel(both: Tensor, out: Tensor, elements: int, **_: Any) -> None:
     assert out.numel() == elements
     gate, up = both.float().chunk(2, -1)
@@ -83,9 +103,7 @@ def _swiglu_packed_fwd_kernel(both: Tensor, out: Tensor, elements: int, **_: Any
 def _swiglu_packed_bwd_kernel(gradient: Tensor, both: Tensor, of_both: Tensor, elements: int, **_: Any) -> None:
     assert gradient.numel() == elements
     gate, up = both.float().chunk(2, -1)
-    open_, upstream = torch.sigmoid(gate), gradient.float()
-    of_gate = upstream * up * open_ * (1 + gate * (1 - open_))
-    of_both.copy_(torch.cat((of_gate, upstream * gate * open_), -1))
+    of_both.copy_(torch.cat(_through_swiglu(gradient.float(), gate, up), -1))
 
 
 _COMPUTED: Final[dict[str, Callable[..., None]]] = {
@@ -96,6 +114,8 @@ _COMPUTED: Final[dict[str, Callable[..., None]]] = {
         _invert_index_kernel,
         _weighted_restore_forward_kernel,
         _weighted_restore_backward_kernel,
+        _swiglu_fwd_kernel,
+        _swiglu_bwd_kernel,
         _swiglu_packed_fwd_kernel,
         _swiglu_packed_bwd_kernel,
     )
