@@ -34,7 +34,6 @@ from ditmoe.launcher.local.launch import spawn
 from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
-from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.alone import from_first_rank
@@ -45,6 +44,7 @@ from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine.training_engine import MicroBatch, TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.processes import gather_objects
+from ditmoe.parallel.start.fresh import Fresh
 
 MODEL: Final = ModelConfig(
     depth=6,
@@ -185,7 +185,7 @@ def make_engine(model: ModelConfig) -> TrainingEngine:
         "fp32",
         {},
         torch.device("cpu"),
-        partial(initial_value, seed=0),
+        Fresh(0),
     )
 
 

@@ -11,7 +11,7 @@ no room on the disk.
     proof    that what is stored is the whole model, which every rank finds out by itself
     plan     which bytes of which files a rank needs: of all ranks, one after the other, though each makes its own
     alone    what the first rank does while the others wait
-    values   the initial values that one rank makes of what it keeps; a resume makes none
+    values   the initial values of the rank in the middle, which draws half of each parameter; a resume makes none
     read     one rank reads its share of the state and its files' checksums
 
 All are seconds of a core, so that other work on the machine hardly counts. The baseline of saves, headers, proof
@@ -48,6 +48,8 @@ from ditmoe.parallel.checkpoint.box_storage import Announced, Piece, StoredBoxes
 from ditmoe.parallel.checkpoint.box_table import BoxTable
 from ditmoe.parallel.checkpoint.checked_files import damage
 from ditmoe.parallel.checkpoint.shard_files import header_of, read_header
+from ditmoe.parallel.engine.initial import Part
+from ditmoe.parallel.start.fresh import Fresh
 
 PARTS: Final = ("weights", "ema", "exp_avg", "exp_avg_sq")
 Shapes = dict[str, tuple[int, ...]]
@@ -144,8 +146,8 @@ def ours(folder: Path, shapes: Shapes, config: ModelConfig, ranks: int) -> Measu
     for rank in range(ranks):
         pieces = pieces_of(shapes, config, ranks, rank)
         plan += timed(lambda pieces=pieces: stored[PARTS[0]].plan(pieces))
-    names = {piece.name for piece in pieces_of(shapes, config, ranks, 0)}
-    values = timed(lambda: [initial_value(name, shapes[name], 0) for name in names])
+    kept = list(_kept(shapes, config, ranks, ranks // 2, memory=True))
+    values = timed(lambda: Fresh(0).fill(kept))
     read = share_read(stored, shapes, config, ranks, passes=1)
     announced = sum(map(len, sent))
     return Measured(ranks, len(table), save, headers, proof, plan, save, announced, values, read)
@@ -243,8 +245,15 @@ def pieces_of(shapes: Shapes, config: ModelConfig, ranks: int, rank: int, memory
 
 
 def _pieces_of(shapes: Shapes, config: ModelConfig, ranks: int, rank: int, memory: bool) -> Iterator[Piece]:
-    experts = config.experts or 1
     nothing = torch.empty(0)
+    for part in _kept(shapes, config, ranks, rank, memory=False):
+        for _, box in boxes_of_run(part.placement, part.start, len(part.memory)):
+            yield Piece(part.name, part.shape, box, torch.empty(box.rows, box.columns) if memory else nothing)
+
+
+def _kept(shapes: Shapes, config: ModelConfig, ranks: int, rank: int, *, memory: bool) -> Iterator[Part]:
+    experts = config.experts or 1
+    device = "cpu" if memory else "meta"
     for name, shape in shapes.items():
         number = name.partition(".experts.")[2].partition(".")[0]
         if number and int(number) != rank % experts:
@@ -252,8 +261,8 @@ def _pieces_of(shapes: Shapes, config: ModelConfig, ranks: int, rank: int, memor
         place, cuts = (rank // experts, ranks // experts) if number else (rank, ranks)
         length = -(-_numel(shape) // cuts)
         first, last = min(place * length, _numel(shape)), min((place + 1) * length, _numel(shape))
-        for _, box in boxes_of_run(whole(shape), first, last - first):
-            yield Piece(name, shape, box, torch.empty(box.rows, box.columns) if memory else nothing)
+        if first < last:
+            yield Part(name, shape, whole(shape), first, torch.empty(last - first, device=device))
 
 
 def write_plan(pieces: list[Piece]) -> SavePlan:

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -203,19 +202,19 @@ def _be_rank(values: list[Any], folder: str, start: str) -> None:
     torch.set_num_threads(1)
     from ditmoe.model.config import EmaConfig, ObjectiveConfig
     from ditmoe.model.dit import DiT
-    from ditmoe.model.initialise import initial_value
     from ditmoe.model.objective import make_objective
     from ditmoe.parallel import processes
     from ditmoe.parallel.checkpoint.saver import CheckpointSaver
     from ditmoe.parallel.checkpoint.training_state import load_training_state
     from ditmoe.parallel.config import CheckpointConfig, OptimConfig
     from ditmoe.parallel.engine.training_engine import TrainingEngine
+    from ditmoe.parallel.start.fresh import Fresh
 
     watch, device = _Watch(), torch.device("cpu")
     processes.join(device)
     with torch.device("meta"):
         network = DiT(case.config)
-    initial = None if start == "resumed" else partial(initial_value, seed=0)
+    initial = None if start == "resumed" else Fresh(0)
     objective = make_objective(ObjectiveConfig())
     settings = OptimConfig(lr=1e-4), EmaConfig(), case.precision
     engine = TrainingEngine(network, objective, case.layout, *settings, {}, device, initial)

@@ -33,6 +33,22 @@ class Box:
         """Its elements."""
         return self.rows * self.columns
 
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its place as the index of an array."""
+        return slice(self.row, self.row + self.rows), slice(self.column, self.column + self.columns)
+
+    def overlap(self, other: "Box") -> "Box | None":
+        """What both have; None: nothing."""
+        row, column = max(self.row, other.row), max(self.column, other.column)
+        rows = min(self.row + self.rows, other.row + other.rows) - row
+        columns = min(self.column + self.columns, other.column + other.columns) - column
+        return Box(row, column, rows, columns) if rows > 0 and columns > 0 else None
+
+    def within(self, other: "Box") -> "Box":
+        """The same place, counted from the beginning of another box."""
+        return Box(self.row - other.row, self.column - other.column, self.rows, self.columns)
+
 
 Placement = tuple[Box, ...]
 """Where a rank's own tensor lies in the canonical matrix: boxes of one width, stacked in its order of rows."""

@@ -10,6 +10,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.ema import update_ema
 from ditmoe.model.objective import RectifiedFlow, make_objective
 from ditmoe.parallel.config import OptimConfig
+from ditmoe.parallel.engine.initial import WholeValues
 from ditmoe.parallel.engine.passes import MicroBatch
 from ditmoe.parallel.engine.training_engine import TrainingEngine
 from ditmoe.parallel.layout import Layout
@@ -20,8 +21,9 @@ def make_engine(settings: Settings, precision: str) -> TrainingEngine:
     network = DiT(settings.model)
     layout = Layout(pipe=1, data=1, expert=1, tensor=1, zero=1, micro_batch=settings.batch, accumulation=1)
     objective = make_objective(ObjectiveConfig())
+    initial = WholeValues(lively_value)
     return TrainingEngine(
-        network, objective, layout, OptimConfig(), EmaConfig(), precision, {}, settings.device, lively_value
+        network, objective, layout, OptimConfig(), EmaConfig(), precision, {}, settings.device, initial
     )
 
 

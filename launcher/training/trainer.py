@@ -2,7 +2,6 @@
 
 import time
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +35,6 @@ from ditmoe.model.compiling.blocks import compiled_blocks
 from ditmoe.model.count import TRAINING_PASSES, flops_per_image
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
-from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import Objective, make_objective
 from ditmoe.model.outside.text import counted
 from ditmoe.parallel import processes
@@ -93,7 +91,7 @@ class Trainer:
         if config.train.compile:
             network.compute_block = compiled_blocks(with_gradients=True)
         start = start_of(config, self.dataset.index.class_names)
-        with begun(folder.path, start, partial(initial_value, seed=config.seed)) as self.start:
+        with begun(folder.path, start, config.seed) as self.start:
             self.engine = TrainingEngine(
                 network,
                 self.objective,

@@ -5,7 +5,7 @@ way. That memory is filled before the checksum is known.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
@@ -31,12 +31,27 @@ class Target(NamedTuple):
     box: Box
     tensor: Tensor
     """`[box.rows, box.columns]`, of any type and on any device."""
+    scale: float = 1.0
+    """What is read is multiplied by it."""
 
     def part(self, place: Place) -> Tensor:
         """The memory of a part of the box, by its place in the parameter."""
         row, column, rows, columns = place
         top, left = row - self.box.row, column - self.box.column
         return self.tensor.detach()[top : top + rows, left : left + columns]
+
+    def takes(self, place: Place) -> memoryview | None:
+        """The memory of a part of the box, where a file's bytes can go as they are."""
+        part = self.part(place)
+        fits = part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous()
+        if not fits or self.scale != 1:
+            return None
+        content: memoryview = part.view(-1).numpy().data
+        return content.cast("B")
+
+    def put(self, place: Place, found_RC: Tensor) -> None:
+        """Fill a part of the box with what a file holds of it."""
+        self.part(place).copy_(found_RC if self.scale == 1 else found_RC * self.scale)
 
 
 class Read(NamedTuple):
@@ -54,7 +69,7 @@ class Read(NamedTuple):
 
 
 def read_boxes(file: Path, reads: Sequence[Read], targets: Sequence[Target]) -> None:
-    """Read what is wanted of a file, and no more.
+    """Read what is wanted of a file, and no more; what several targets want, once.
 
     Args:
         reads: in the order of the file.
@@ -64,10 +79,24 @@ def read_boxes(file: Path, reads: Sequence[Read], targets: Sequence[Target]) -> 
         OSError: it cannot be read.
     """
     with file.open("rb", buffering=0) as stream:
-        for read in reads:
-            row, column, rows, columns = read.place
-            part = (row - read.stored[0], column - read.stored[1], rows, columns)
-            read_box(stream, read.begin, read.stored[3], part, targets[read.piece].part(read.place))
+        for _, of_box in groupby(reads, key=lambda read: read.begin):
+            for together in _overlapping(of_box):
+                _read_box(stream, together, targets)
+
+
+def _overlapping(reads: Iterable[Read]) -> Iterator[list[Read]]:
+    """Reads of one stored box, those together that want some of the same stretch of the file."""
+    together: list[Read] = []
+    end = 0
+    for read in sorted(reads, key=lambda read: read.place[:2]):
+        row, column, rows, columns = read.place
+        width = read.stored[3]
+        if together and row * width + column >= end:
+            yield together
+            together = []
+        end = max(end, (row + rows - 1) * width + column + columns)
+        together.append(read)
+    yield together
 
 
 def read_whole(file: Path, head: bytes, reads: Sequence[Read], targets: Sequence[Target]) -> tuple[int, str]:
@@ -127,61 +156,58 @@ def _put(hashed: _Hashed, reads: list[Read], targets: Sequence[Target]) -> None:
     """Read a stored box, and put its parts where they are wanted."""
     row, column, rows, columns = reads[0].stored
     if len(reads) == 1 and reads[0].place == reads[0].stored:
-        target = targets[reads[0].piece].part(reads[0].place)
-        if _in_place(target):
-            hashed.into(_bytes_of(target))
+        memory = targets[reads[0].piece].takes(reads[0].place)
+        if memory is not None:
+            hashed.into(memory)
             return
     step = max(1, AT_ONCE // (BYTES * columns))
     buffer = np.empty((min(step, rows), columns), np.float32)
     for first in range(0, rows, step):
         found = buffer[: min(step, rows - first)]
         hashed.into(found.data.cast("B"))
-        for read in reads:
-            top, left, high, wide = read.place
-            begin, end = max(top, row + first), min(top + high, row + first + len(found))
-            if begin < end:
-                part = found[begin - row - first : end - row - first, left - column : left - column + wide]
-                target = targets[read.piece].part((begin, left, end - begin, wide))
-                target.copy_(torch.from_numpy(part))
+        _deal(torch.from_numpy(found), row + first, column, reads, targets)
 
 
-def _in_place(target: Tensor) -> bool:
-    """Whether a file's bytes are those of the memory."""
-    return target.dtype == torch.float32 and target.device.type == "cpu" and target.is_contiguous()
-
-
-def _bytes_of(target: Tensor) -> memoryview:
-    content: memoryview = target.view(-1).numpy().data
-    return content.cast("B")
-
-
-def read_box(stream: BinaryIO, begin: int, columns: int, part: Place, target: Tensor) -> None:
-    """Read a part of a stored box.
+def _deal(found_RC: Tensor, row: int, column: int, reads: list[Read], targets: Sequence[Target]) -> None:
+    """Put parts of what was read where they are wanted.
 
     Args:
-        begin: where the box begins in the file.
-        columns: of the box.
-        part: row, column, rows and columns of it that are wanted.
-        target: `[rows, columns]`, of any type and on any device.
-
-    Raises:
-        EOFError: the file ends before.
+        row: with the column, where in the parameter what was read begins; it has all columns that are wanted.
     """
-    row, column, rows, width = part
-    if _in_place(target) and (width == columns or rows == 1):
-        stream.seek(begin + BYTES * (row * columns + column))
-        fill(stream, _bytes_of(target))
-        return
+    for read in reads:
+        top, left, high, wide = read.place
+        begin, end = max(top, row), min(top + high, row + len(found_RC))
+        if begin < end:
+            part = found_RC[begin - row : end - row, left - column : left - column + wide]
+            targets[read.piece].put((begin, left, end - begin, wide), part)
+
+
+def _read_box(stream: BinaryIO, reads: list[Read], targets: Sequence[Target]) -> None:
+    """Read of a stored box what is wanted by some targets that overlap. EOFError: the file ends before."""
+    begin, (first_row, first_column, _, columns) = reads[0].begin, reads[0].stored
+    top, left = (min(read.place[axis] for read in reads) for axis in (0, 1))
+    bottom, right = (max(read.place[axis] + read.place[axis + 2] for read in reads) for axis in (0, 1))
+    rows, width = bottom - top, right - left
+
+    def seek(row: int) -> None:
+        stream.seek(begin + BYTES * ((row - first_row) * columns + left - first_column))
+
+    if len(reads) == 1 and (width == columns or rows == 1):
+        memory = targets[reads[0].piece].takes(reads[0].place)
+        if memory is not None:
+            seek(top)
+            fill(stream, memory)
+            return
     step = max(1, AT_ONCE // (BYTES * columns))
     buffer = np.empty(min(step, rows) * columns, np.float32)
-    for first in range(0, rows, step):
-        count = min(step, rows - first)
+    for row in range(top, bottom, step):
+        count = min(step, bottom - row)
         # From the first element that is wanted to the last; of a box that is wanted whole these are all wanted.
         elements = (count - 1) * columns + width
-        stream.seek(begin + BYTES * ((row + first) * columns + column))
+        seek(row)
         fill(stream, buffer[:elements].data.cast("B"))
-        found = torch.from_numpy(buffer[: count * columns]).view(count, columns)[:, :width]
-        target[first : first + count].copy_(found)
+        found_RC = torch.from_numpy(buffer[: count * columns]).view(count, columns)[:, :width]
+        _deal(found_RC, row, left, reads, targets)
 
 
 def fill(stream: Any, memory: memoryview) -> None:

@@ -49,6 +49,8 @@ class Piece:
     box: Box
     tensor: Tensor
     """`[box.rows, box.columns]`: fp32 to be written; to be filled, of any type and on any device."""
+    scale: float = 1.0
+    """What is read is multiplied by it; nothing that is written is."""
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
@@ -163,7 +165,7 @@ def read_part(file: Path, reads: Sequence[Read], pieces: Sequence[Piece]) -> Non
 
 def targets(pieces: Sequence[Piece]) -> list[Target]:
     """Pieces as memory to be filled."""
-    return [Target(piece.box, piece.tensor) for piece in pieces]
+    return [Target(piece.box, piece.tensor, piece.scale) for piece in pieces]
 
 
 def load_pieces(folder: Path, pieces: Sequence[Piece], stored: StoredBoxes | None = None) -> None:

@@ -199,24 +199,7 @@ def load_weights(
     with looked_at(path, which, readers) as (info, files):
         memory = allocate(info.shapes)
         pieces = [whole_piece(name, tensor) for name, tensor in memory.items() if name in info.shapes]
-        _raise(files.fill({which: pieces}))
-
-
-@contextmanager
-def checked_weights(
-    path: Path, which: Literal["ema", "weights"], readers: Readers = ALONE, *, read: bool = True
-) -> Iterator[CheckpointInfo]:
-    """A checkpoint whose weights are known to be whole, and stay where they are for the body.
-
-    Args:
-        read: whether the bytes of all files are read for their checksums, or only the headers.
-
-    Raises:
-        UserError: the part is missing, or a file of it is damaged.
-    """
-    with looked_at(path, which, readers) as (info, files):
-        _raise(files.damaged() if read else [])
-        yield info
+        raise_problems(files.fill({which: pieces}))
 
 
 @contextmanager
@@ -233,14 +216,15 @@ def looked_at(
         raise UserError(f"{path}: has no {which} (found: {', '.join(info.parts)})")
     with reading(path):
         files = files_of(info, [which], readers)
-        _raise(files.look())
+        raise_problems(files.look())
         info = replace(info, stored=files.stored)
         problems = incomplete(info, [which])
-        _raise(problems and (files.damaged() or problems))
+        raise_problems(problems and (files.damaged() or problems))
         yield info, files
 
 
-def _raise(problems: Sequence[str]) -> None:
+def raise_problems(problems: Sequence[str]) -> None:
+    """One UserError of all problems, of which it lists the first; none where there are none."""
     if problems:
         raise UserError("\n".join(problems[:PROBLEMS_SHOWN]))
 

@@ -46,7 +46,7 @@ def start_deepspeed(
     """The DeepSpeed engine that trains what the passes go through, with torch's AdamW.
 
     Args:
-        initial: the value of each parameter; None: a checkpoint's values will be written.
+        initial: the values of its parameters; None: a checkpoint's will be written.
         grid: what `share_out` returned, or None.
     """
     import deepspeed

@@ -2,15 +2,15 @@
 
 A network is built on the meta device. Nothing is written to the memory that it is given here, so on a CPU it
 takes none; experts are then dealt out, and with ZeRO 3 each parameter is cut before the next one has memory. Only
-what is left is filled, by several threads, a parameter at a time in each.
+what is left is filled.
 """
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,14 +19,67 @@ from torch import Tensor, nn
 from ditmoe.model.canonical import split_experts
 from ditmoe.model.dit import DiT
 from ditmoe.model.layers import position_embedding
+from ditmoe.parallel.boxes import Box, Placement, boxes_of_run, matrix_shape, whole
 from ditmoe.parallel.engine.fragments import published_name
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.tensor.shards import TensorShard, shard_of
+from ditmoe.parallel.tensor.shards import shard_of
 
-Initial = Callable[[str, tuple[int, ...]], Tensor]
-"""Name and shape of a canonical parameter → its value; the same on every rank, and called in several threads."""
 MOST_THREADS: Final = 4
-"""That make values, each of which has one canonical parameter in fp32."""
+"""That make values."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank keeps of a canonical parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Of the whole parameter."""
+    placement: Placement
+    """What this rank's tensor is of it."""
+    start: int
+    """Of the elements of that tensor, flattened, the first that is kept."""
+    memory: Tensor
+    """`[length]`, of any type and on any device."""
+
+    def boxes(self) -> Iterator[tuple[Box, Tensor]]:
+        """The boxes of the parameter, each with its memory `[box.rows, box.columns]`."""
+        for offset, box in boxes_of_run(self.placement, self.start, self.memory.numel()):
+            yield box, self.memory[offset : offset + box.size].view(box.rows, box.columns)
+
+
+class Initial(Protocol):
+    """Where the first values of a network are from; on every layout they are the same."""
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Give the memory of all parts that this rank keeps their values; every rank calls it once."""
+
+
+@dataclass(frozen=True)
+class WholeValues:
+    """Values that are made whole, of which a rank then keeps its part."""
+
+    value: Callable[[str, tuple[int, ...]], Tensor]
+    """Name and shape of a canonical parameter → its value; called in several threads."""
+
+    def fill(self, parts: Sequence[Part]) -> None:
+        """Make the value of each part's parameter."""
+        in_threads(self._fill, parts)
+
+    def _fill(self, part: Part) -> None:
+        value_RC = self.value(part.name, part.shape).view(matrix_shape(part.shape))
+        for box, memory_RC in part.boxes():
+            memory_RC.copy_(value_RC[box.slices])
+
+
+Work = TypeVar("Work")
+
+
+def in_threads(do: Callable[[Work], None], works: Iterable[Work]) -> None:
+    """Do some work in a few threads; what the first of them raises is raised."""
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        for _ in threads.map(torch.no_grad()(do), works):
+            pass
 
 
 def give_memory(network: DiT, dtype: torch.dtype, device: torch.device) -> None:
@@ -81,29 +134,6 @@ def cut_for_zero_3(network: nn.Module, layout: Layout, settings: dict[str, Any],
     return cut._convert_to_zero_parameters
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a rank keeps of a canonical parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    """Of all of it, or of this tensor rank's part."""
-    shard: TensorShard | None
-    first: int
-    """Of the elements of that shape, flattened, the first that is kept."""
-    memory: Tensor
-    """`[length]`"""
-
-    def fill(self, initial: Initial) -> None:
-        """Make the value, and keep what is this rank's."""
-        with torch.no_grad():
-            if self.shard is None:
-                value = initial(self.name, self.shape)
-            else:
-                value = self.shard.take(initial(self.name, self.shard.whole_shape(self.shape)))
-            self.memory.copy_(value.reshape(-1).narrow(0, self.first, len(self.memory)))
-
-
 @torch.no_grad()
 def fill(network: nn.Module, layout: Layout, initial: Initial | None) -> None:
     """Give every parameter that this rank holds, or its part of it, the initial value of its canonical name.
@@ -116,10 +146,7 @@ def fill(network: nn.Module, layout: Layout, initial: Initial | None) -> None:
         for parameter in network.parameters():
             _kept(parameter)[0].zero_()
         return
-    parts = [part for name, p in network.named_parameters() for part in _parts(name, p, expert_rank)]
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        for _ in threads.map(lambda part: part.fill(initial), parts):
-            pass  # raises what a thread has raised
+    initial.fill([part for name, p in network.named_parameters() for part in _parts(name, p, expert_rank)])
 
 
 def _kept(parameter: Any) -> tuple[Tensor, int]:
@@ -130,7 +157,7 @@ def _kept(parameter: Any) -> tuple[Tensor, int]:
     return memory, memory.numel() * parameter.ds_zero_partition_rank
 
 
-def _parts(name: str, parameter: Any, expert_rank: int) -> Iterator[_Part]:
+def _parts(name: str, parameter: Any, expert_rank: int) -> Iterator[Part]:
     """What this rank keeps of a parameter, or of each of its experts."""
     memory, start = _kept(parameter)
     shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
@@ -139,10 +166,12 @@ def _parts(name: str, parameter: Any, expert_rank: int) -> Iterator[_Part]:
     names, shape = ([name], shape) if experts is None else (experts, shape[1:])
     size = torch.Size(shape).numel()
     memory[max(0, size * len(names) - start) :].zero_()  # ZeRO 3 fills up the last rank's part
-    for number, canonical in enumerate(names):
+    canonical = shape if shard is None else shard.whole_shape(shape)
+    placement = whole(shape) if shard is None else shard.placement(canonical)
+    for number, one in enumerate(names):
         first, last = max(start, number * size), min(start + len(memory), (number + 1) * size)
         if first < last:
-            yield _Part(canonical, shape, shard, first - number * size, memory[first - start : last - start])
+            yield Part(one, canonical, placement, first - number * size, memory[first - start : last - start])
 
 
 def canonical_parts(name: str, parameter: Tensor, expert_rank: int) -> Iterator[tuple[str, Tensor]]:

@@ -101,7 +101,7 @@ class TrainingEngine:
 
         Args:
             network: the blocks of this rank's pipeline stage, without values: best on the meta device.
-            initial: the value of each parameter; None: a checkpoint's values will be written (`resume_at`).
+            initial: the values of its parameters; None: a checkpoint's will be written (`resume_at`).
             precision: `fp32` or `bf16` (then with fp32 master weights).
             extra: the configuration's `deepspeed` section.
         """

@@ -68,11 +68,9 @@ def anatomy(config: ModelConfig) -> Anatomy:
 
 
 @lru_cache(maxsize=16)
-def canonical_parameters(config: ModelConfig) -> tuple[int, int, int]:
-    """Of the parameters as a checkpoint has them, each expert by itself: the most elements; how many there are of
-    routed experts, and how many others."""
+def canonical_parameters(config: ModelConfig) -> tuple[int, int]:
+    """How many parameters a checkpoint has of routed experts, each of them by itself, and how many others."""
     experts = max(1, config.experts)
     weights = list(anatomy(config).stage(range(config.depth)))
     routed = sum(weight.routed for weight in weights)
-    largest = max(weight.numel // (experts if weight.routed else 1) for weight in weights)
-    return largest, experts * routed, len(weights) - routed
+    return experts * routed, len(weights) - routed

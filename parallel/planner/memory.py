@@ -153,8 +153,7 @@ def start_of_stage(
 def _start(
     config: ModelConfig, parts: list[Shard], layout: Layout, workload: Workload, on_cpu: bool
 ) -> StartMemory:
-    largest, routed, others = canonical_parameters(config)
-    return start_memory(parts, layout, workload.number_bytes, largest, (routed, others), on_cpu=on_cpu)
+    return start_memory(parts, layout, workload.number_bytes, canonical_parameters(config), on_cpu=on_cpu)
 
 
 def _gathered(parts: list[Shard], workload: Workload) -> int:

@@ -11,8 +11,8 @@ from typing import Final
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.zero import Shard
 
-FILLING_THREADS: Final = 4
-"""That make initial values, each of one parameter in fp32 at a time."""
+FILLING_BYTES: Final = 4 * 2**20
+"""Of values on their way to their place: initial ones, which are drawn in blocks, or those that are read."""
 BOX_BYTES: Final = 350
 """Of a box of a checkpoint on every rank, while it is found out what is stored where."""
 BOXES_PER_RUN: Final = 2
@@ -37,14 +37,13 @@ class StartMemory:
 
 
 def start_memory(
-    parts: Sequence[Shard], layout: Layout, size: int, canonical: int, tensors: tuple[int, int], *, on_cpu: bool
+    parts: Sequence[Shard], layout: Layout, size: int, tensors: tuple[int, int], *, on_cpu: bool
 ) -> StartMemory:
     """Of a rank of a pipeline stage.
 
     Args:
         parts: the stage's state by the groups that hold the same, each priced by its own ranks.
         size: bytes of a number of the computation.
-        canonical: elements of the largest parameter as a checkpoint has it: an expert by itself.
         tensors: parameters of a checkpoint: those of routed experts, and the others.
         on_cpu: whether the rank computes on a CPU.
     """
@@ -57,7 +56,6 @@ def start_memory(
     state = 0 if layout.offload else ours
     gathered = 0
     tables = BOX_BYTES * _boxes(layout, tensors)
-    filling = FILLING_THREADS * 4 * canonical
     if layout.zero == 0:
         kept = most = size * held + state
     elif layout.zero == 3:
@@ -73,8 +71,8 @@ def start_memory(
         again = weights * (1 if layout.expert > 1 else KEPT_BY_ALLOCATOR) if on_cpu else 0
         kept = round(weights + again + state)
         most = max(size * held + copied + 2 * masters, kept + gathered)
-    beside = max(tables, filling, size * partition if layout.zero == 3 else 0)
-    host = most + max(tables, filling) if on_cpu else beside
+    beside = max(tables, FILLING_BYTES, size * partition if layout.zero == 3 else 0)
+    host = most + max(tables, FILLING_BYTES) if on_cpu else beside
     return StartMemory(device=most, host=host, kept=kept if on_cpu else 0, gathered=gathered)
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch.distributed as dist
 
 from ditmoe.model.outside.text import counted
-from ditmoe.model.weights.transfer import Value, differences, listed, plan_transfer, transferred
+from ditmoe.model.weights.transfer import Value, differences, listed, plan_transfer
 from ditmoe.parallel.alone import from_first_rank
 from ditmoe.parallel.checkpoint.checked_files import Readers
 from ditmoe.parallel.checkpoint.folder import checkpoint_entries
 from ditmoe.parallel.engine.initial import Initial
 from ditmoe.parallel.processes import gather_objects
+from ditmoe.parallel.start.copied import Copied
+from ditmoe.parallel.start.fresh import Fresh
 from ditmoe.parallel.start.source import Source, Start, opened
 
 
@@ -23,7 +25,7 @@ class Beginning:
     """The first weights of a run."""
 
     initial: Initial | None
-    """The value of each parameter; None: the run resumes, and a checkpoint has them."""
+    """The values of its parameters; None: the run resumes, and a checkpoint has them."""
     facts: dict[str, Any] | None = None
     """Where they are from, as plain data; None: from nowhere, or the run resumes."""
     lines: tuple[str, ...] = ()
@@ -31,27 +33,27 @@ class Beginning:
 
 
 @contextmanager
-def begun(run_dir: Path, start: Start | None, fresh: Initial) -> Iterator[Beginning]:
+def begun(run_dir: Path, start: Start | None, seed: int) -> Iterator[Beginning]:
     """The first weights of a run, which can be asked for in the body; a collective call.
 
     Args:
         start: where they are from; None: all are fresh.
-        fresh: the fresh value of each parameter.
+        seed: of fresh values.
 
     Raises:
-        UserError: what the run is to start from is not there, is damaged, or does not fit: the same on all ranks.
+        UserError: what the run is to start from is not there, or does not fit: the same on all ranks. Damage to
+            its bytes is found where the values are asked for, and raised there.
     """
     if from_first_rank(lambda: bool(checkpoint_entries(run_dir)), "looks for checkpoints"):
         yield Beginning(None, lines=() if start is None else (_ignored(start),))
         return
     if start is None:
-        yield Beginning(fresh)
+        yield Beginning(Fresh(seed))
         return
     with opened(start, Readers(dist.get_rank(), dist.get_world_size(), gather_objects)) as source:
         values = plan_transfer(source.config, start.model, str(start.path))
-        yield Beginning(
-            transferred(values, source.fetch, fresh), source.facts, tuple(_lines(start, source, values))
-        )
+        copied = Copied(values, source, Fresh(seed))
+        yield Beginning(copied, source.facts, tuple(_lines(start, source, values)))
 
 
 def check_start(run_dir: Path, start: Start | None) -> list[str]:
@@ -67,7 +69,7 @@ def check_start(run_dir: Path, start: Start | None) -> list[str]:
         return []
     if checkpoint_entries(run_dir):
         return [_ignored(start)]
-    with opened(start, read=False) as source:
+    with opened(start) as source:
         return list(_lines(start, source, plan_transfer(source.config, start.model, str(start.path))))
 
 

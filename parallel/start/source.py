@@ -1,9 +1,10 @@
 """Weights that a run starts from: those of a run, of a checkpoint, or of a published file.
 
-A parameter is read when it is asked for, so that a rank reads what it holds. Nothing is unpickled.
+Opening them reads headers alone. What a rank keeps is read when it has memory for it, and of a checkpoint also the
+rank's share of the files, in the same pass, for their checksums. Nothing is unpickled.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.weights.objective import with_objective
 from ditmoe.model.weights.positions import check_position_embedding
 from ditmoe.model.weights.published import PublishedWeights, read_published
 from ditmoe.model.weights.sit import could_be_sit
-from ditmoe.parallel.checkpoint.box_storage import load_pieces, whole_piece
-from ditmoe.parallel.checkpoint.checked_files import ALONE, Readers
-from ditmoe.parallel.checkpoint.folder import CheckpointInfo, checked_weights, newest_checkpoint, read_info
+from ditmoe.parallel.boxes import matrix_shape
+from ditmoe.parallel.checkpoint.box_reading import AT_ONCE, BYTES
+from ditmoe.parallel.checkpoint.box_storage import Piece
+from ditmoe.parallel.checkpoint.checked_files import ALONE, CheckedFiles, Readers
+from ditmoe.parallel.checkpoint.folder import (
+    CheckpointInfo,
+    looked_at,
+    newest_checkpoint,
+    raise_problems,
+    read_info,
+)
 from ditmoe.parallel.checkpoint.marker import MARKER
 
 Set = Literal["ema", "weights"]
@@ -56,8 +66,11 @@ class Source:
     """Of their network, complete."""
     objective: ObjectiveConfig | None
     """What it was trained to predict; None: nobody says."""
-    fetch: Callable[[str], Tensor]
-    """Reads a parameter by its canonical name."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of its parameters, by canonical name."""
+    fill: Callable[[Sequence[Piece]], None]
+    """Fills pieces of its parameters; all readers call it, once. Where the source is damaged or cannot be read it
+    raises UserError on all of them, and what was filled is worth nothing."""
     facts: dict[str, Any]
     """What is kept of where they are from, as plain data."""
     class_names: tuple[str, ...] = ()
@@ -67,26 +80,25 @@ class Source:
 
 
 @contextmanager
-def opened(start: Start, readers: Readers = ALONE, *, read: bool = True) -> Iterator[Source]:
+def opened(start: Start, readers: Readers = ALONE) -> Iterator[Source]:
     """Open the weights that a run starts from, which stay where they are for the body.
 
     Args:
-        readers: who reads a checkpoint together; all of them call it.
-        read: whether the bytes of a checkpoint's files are read for their checksums, or only the headers.
+        readers: who reads them together; all of them call it.
 
     Raises:
-        UserError: they are not there, damaged, no weights of a network of this family, or what they were trained
-            to predict has to be known and is not.
+        UserError: they are not there, no weights of a network of this family, their headers are damaged, or what
+            they were trained to predict has to be known and is not.
     """
     path = start.locate(start.path)
     checkpoint = _checkpoint(path)
     if checkpoint is None:
-        yield _of_file(start, path)
+        yield _of_file(start, path, readers)
         return
     info = read_info(checkpoint)
     which: Set = start.which or ("ema" if "ema" in info.parts else "weights")
-    with checked_weights(checkpoint, which, readers, read=read) as info:
-        yield _of_checkpoint(start, info, which)
+    with looked_at(checkpoint, which, readers) as (info, files):
+        yield _of_checkpoint(start, info, which, files)
 
 
 def _checkpoint(path: Path) -> Path | None:
@@ -103,17 +115,15 @@ def _checkpoint(path: Path) -> Path | None:
     return newest
 
 
-def _of_checkpoint(start: Start, info: CheckpointInfo, which: Set) -> Source:
+def _of_checkpoint(start: Start, info: CheckpointInfo, which: Set, files: CheckedFiles) -> Source:
     if start.said not in (None, info.objective.kind):
         raise UserError(
             f"train.start_objective = {start.said}, but {info.path} says {info.objective.kind}; expected it left"
             " out"
         )
 
-    def fetch(name: str) -> Tensor:
-        tensor = torch.empty(info.shapes[name])
-        load_pieces(info.path / which, [whole_piece(name, tensor)], info.stored[which])
-        return tensor
+    def fill(pieces: Sequence[Piece]) -> None:
+        raise_problems(files.fill({which: pieces}))
 
     facts = {
         "path": str(start.path),
@@ -125,7 +135,7 @@ def _of_checkpoint(start: Start, info: CheckpointInfo, which: Set) -> Source:
         "fingerprint": info.fingerprint,
     }
     names = tuple(info.dataset.get("class_names") or ())
-    return Source(_completed(info), info.objective, fetch, facts, names)
+    return Source(_completed(info), info.objective, info.shapes, fill, facts, names)
 
 
 def _completed(info: CheckpointInfo) -> ModelConfig:
@@ -135,8 +145,8 @@ def _completed(info: CheckpointInfo) -> ModelConfig:
     return info.model.model_copy(update=found)
 
 
-def _of_file(start: Start, path: Path) -> Source:
-    published = _with_objective(start, _read(start.model, path))
+def _of_file(start: Start, path: Path, readers: Readers) -> Source:
+    published = _published(start, path, readers)
     which: Set = start.which or ("ema" if published.ema is not None else "weights")
     state = published.state(which)
     note = check_position_embedding(state, published.config, published.origin, averaged=which == "ema")
@@ -150,8 +160,36 @@ def _of_file(start: Start, path: Path) -> Source:
     notes = [note] if note else []
     if objective is None:
         notes.append(f"{start.path} does not say what it was trained to predict; train.start_objective does")
+
+    def fill(pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            _copy(state[piece.name], piece)
+
     names = tuple(published.class_names or ())
-    return Source(published.config, objective, lambda name: state[name], facts, names, tuple(notes))
+    shapes = canonical_shapes(published.config)
+    return Source(published.config, objective, shapes, fill, facts, names, tuple(notes))
+
+
+def _published(start: Start, path: Path, readers: Readers) -> PublishedWeights:
+    """Published weights with their objective. Whether the weights answer to noise as it says is found out by one
+    reader alone, because that reads all of them. UserError on all readers."""
+    published, problem = None, None
+    try:
+        published = _with_objective(start, _read(start.model, path), trusted=readers.rank > 0)
+    except UserError as error:
+        problem = str(error)
+    problems = [found for found in readers.gather(problem) if found is not None]
+    if published is None or problems:
+        raise UserError(problems[0])
+    return published
+
+
+def _copy(tensor: Tensor, piece: Piece) -> None:
+    """Fill a piece from a whole parameter, of which no more is read where it is mapped from a file."""
+    found_RC = tensor.reshape(matrix_shape(tensor.shape))[piece.box.slices]
+    rows = max(1, AT_ONCE // (BYTES * piece.box.columns))
+    for found, memory in zip(torch.split(found_RC, rows), torch.split(piece.tensor, rows), strict=True):
+        memory.copy_(found if piece.scale == 1 else found.float() * piece.scale)
 
 
 def _read(model: ModelConfig, path: Path) -> PublishedWeights:
@@ -163,7 +201,7 @@ def _read(model: ModelConfig, path: Path) -> PublishedWeights:
         return read_published(path, config={key: getattr(model, key) for key in keys if getattr(model, key)})
 
 
-def _with_objective(start: Start, published: PublishedWeights) -> PublishedWeights:
+def _with_objective(start: Start, published: PublishedWeights, *, trusted: bool) -> PublishedWeights:
     """The weights with what they were trained to predict. UserError: it matters, and nobody says it."""
     key, flows = "train.start_objective", start.objective.kind == "rectified_flow"
     if start.said is None and published.objective is None and flows and could_be_sit(published.config):
@@ -172,4 +210,4 @@ def _with_objective(start: Start, published: PublishedWeights) -> PublishedWeigh
             " (ddpm) and SiT's, whose time runs the other way, look alike; expected ddpm, sit, or rectified_flow"
             " where t = 1 is noise"
         )
-    return with_objective(published, start.said, key)
+    return with_objective(published, start.said, key, trusted=trusted)

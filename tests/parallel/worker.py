@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,13 @@ from ditmoe.parallel.checkpoint.training_state import load_training_state
 from ditmoe.parallel.config import CheckpointConfig, OptimConfig
 from ditmoe.parallel.engine import deepspeed_engine, fragments, training_engine
 from ditmoe.parallel.engine.fragments import Fragment
-from ditmoe.parallel.engine.initial import Initial
+from ditmoe.parallel.engine.initial import Initial, WholeValues
 from ditmoe.parallel.engine.passes import MicroBatch
 from ditmoe.parallel.engine.training_engine import NonFiniteLossError, TrainingEngine
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.start.begin import begun
+from ditmoe.parallel.start.fresh import Fresh
 from ditmoe.parallel.start.source import Start
 
 DEFAULTS: dict[str, Any] = {
@@ -125,7 +125,8 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
         network.compute_block = compiled_blocks(with_gradients=True)
     objective = ObjectiveConfig(kind=case["objective"])
     start = case["start_from"] and Start(Path(case["start_from"]), None, None, config, objective)
-    with begun(Path(case["load"] or "no run"), start, initial_of(case)) as beginning:
+    with begun(Path(case["load"] or "no run"), start, seed=0) as beginning:
+        fresh = start is None and beginning.initial is not None
         engine = TrainingEngine(
             network,
             make_objective(objective),
@@ -135,7 +136,7 @@ def make_engine(case: dict[str, Any], device: torch.device) -> TrainingEngine:
             case["precision"],
             case["deepspeed"],
             device,
-            beginning.initial,
+            initial_of(case) if fresh else beginning.initial,
         )
     if case["compile"]:
         compiled_blocks(with_gradients=True).prepare(network, layout.micro_batch)
@@ -153,8 +154,8 @@ def all_compiled(case: dict[str, Any]) -> AbstractContextManager[None]:
 def initial_of(case: dict[str, Any]) -> Initial:
     """The weights that a case starts from."""
     if case["starved"]:
-        return starved_value
-    return awake_value if case["awake"] else partial(initial_value, seed=0)
+        return WholeValues(starved_value)
+    return WholeValues(awake_value) if case["awake"] else Fresh(0)
 
 
 def starved_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:

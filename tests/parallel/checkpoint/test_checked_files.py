@@ -2,8 +2,6 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +18,7 @@ from ditmoe.parallel.checkpoint.box_storage import Piece, StoredBoxes, keyed, sa
 from ditmoe.parallel.checkpoint.box_table import FileBoxes
 from ditmoe.parallel.checkpoint.checked_files import CheckedFiles, Readers, damage
 from ditmoe.parallel.checkpoint.shard_files import header_of
+from tests.parallel.checkpoint.together import Together, counted
 from tests.parallel.test_boxes import Shares, facts_of, moves, part, pieces_of
 
 PARTS = ("weights", "ema")
@@ -85,75 +84,6 @@ def cut(ranks: int, rank: int, part: int | None) -> list[Piece]:
 def value(name: str, part: int) -> torch.Tensor:
     rows, columns = matrix_shape(SHAPES[name])
     return torch.arange(rows * columns, dtype=torch.float32).view(rows, columns) + 1000 * part + ord(name)
-
-
-class Together:
-    """Readers in threads of this process."""
-
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
-        self._told: dict[int, Any] = {}
-        self._barrier = threading.Barrier(ranks, timeout=30)
-
-    def run(self, read: Any) -> list[Any]:
-        found: dict[int, Any] = {}
-
-        def one(rank: int) -> None:
-            def gather(told: Any) -> list[Any]:
-                self._told[rank] = told
-                self._barrier.wait()
-                every = [self._told[other] for other in range(self.ranks)]
-                self._barrier.wait()
-                return every
-
-            try:
-                found[rank] = read(Readers(rank, self.ranks, gather))
-            except UserError as error:
-                found[rank] = error
-
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return [found[rank] for rank in range(self.ranks)]
-
-
-@contextmanager
-def counted() -> Iterator[Counter[str]]:
-    """File → bytes that are read of it, by whomever."""
-    found: Counter[str] = Counter()
-    opened: Any = Path.open
-
-    def open_counted(self: Path, *arguments: Any, **named: Any) -> Any:
-        stream = opened(self, *arguments, **named)
-        key = f"{self.parent.name}/{self.name}"
-
-        class Counted:
-            def __enter__(self) -> Any:
-                return self
-
-            def __exit__(self, *_: Any) -> None:
-                stream.close()
-
-            def read(self, size: int) -> bytes:
-                content: bytes = stream.read(size)
-                found[key] += len(content)
-                return content
-
-            def readinto(self, memory: Any) -> int:
-                count: int = stream.readinto(memory)
-                found[key] += count
-                return count
-
-            def seek(self, place: int) -> None:
-                stream.seek(place)
-
-        return Counted()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "open", open_counted)
-        yield found
 
 
 @pytest.mark.parametrize(("ranks", "readers"), [(1, 1), (5, 5), (6, 3), (3, 1), (2, 5), (5, 3)])

@@ -17,8 +17,10 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.initialise import initial_value, initialise
 from ditmoe.parallel.checkpoint.folder import checkpoint_path
 from ditmoe.parallel.engine import initial
+from ditmoe.parallel.engine.initial import WholeValues
 from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.start.begin import begun
+from ditmoe.parallel.start.fresh import Fresh
 from ditmoe.parallel.tensor.shards import TensorShard, mark
 
 CONFIG = ModelConfig(
@@ -85,7 +87,7 @@ def test_all_ranks_together_have_the_whole(expert: int, copies: int) -> None:
                     for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
                         name = name.replace(ours, theirs)
                 pairs.append((name, cut(shape, place, ranks)))
-            initial.fill(Held(pairs), grid, lambda name, shape: initial_value(name, shape, seed=3))
+            initial.fill(Held(pairs), grid, Fresh(3))
             for name, parameter in pairs:
                 group = f"{name}/{rank % expert if '.experts.' in name else 0}"
                 made.setdefault(group, []).append(parameter.ds_tensor)
@@ -113,7 +115,7 @@ def test_only_what_is_kept_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
     at(monkeypatch, 3)  # of 4: the second half of the experts, and of these the second copy
     pair = ("blocks.0.moe.experts.w3", cut((3, 4, 5), rank=1, ranks=2))
-    initial.fill(Held([pair]), layout(data=4, expert=2), value)
+    initial.fill(Held([pair]), layout(data=4, expert=2), WholeValues(value))
     numbers = sorted(int(name.split(".")[4]) for name, _ in asked)
     assert numbers == [4, 5] and {shape for _, shape in asked} == {(4, 5)}
     whole = torch.stack([initial_value(f"blocks.0.moe.experts.{n}.up_proj.weight", (4, 5), 0) for n in (3, 4, 5)])
@@ -130,7 +132,7 @@ def test_tensor_ranks_keep_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     name, shape, shard = "blocks.0.attn.qkv.weight", (12, 4), TensorShard(-2, 1, 2, 3)
     parameter: Any = cut(shard.part_shape(shape), rank=1, ranks=2)
     mark(parameter, shard)
-    initial.fill(Held([(name, parameter)]), layout(data=2, tensor=2), lambda n, s: initial_value(n, s, seed=1))
+    initial.fill(Held([(name, parameter)]), layout(data=2, tensor=2), Fresh(1))
     part = shard.take(initial_value(name, shape, seed=1))
     assert torch.equal(parameter.ds_tensor, part.flatten()[12:])
 
@@ -138,7 +140,7 @@ def test_tensor_ranks_keep_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        initial.fill(Held([(name, parameter)]), layout(data=2, tensor=2), fails)
+        initial.fill(Held([(name, parameter)]), layout(data=2, tensor=2), WholeValues(fails))
 
 
 def test_memory_is_given_on_the_cpu_and_positions_are_there() -> None:
@@ -157,7 +159,7 @@ def test_a_resume_makes_no_values(tmp_path: Path, resumes: bool) -> None:
     if resumes:
         checkpoint_path(tmp_path, 5).mkdir(parents=True)
     try:
-        with begun(tmp_path, None, lambda name, shape: torch.zeros(shape)) as beginning:
+        with begun(tmp_path, None, seed=0) as beginning:
             assert (beginning.initial is None) == resumes and beginning.lines == ()
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from ditmoe.model import randomness
 from ditmoe.model.config import EmaConfig, ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import Block, DiT
 from ditmoe.model.experts.moe import MoE
-from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.parallel import processes
 from ditmoe.parallel.config import OptimConfig
@@ -33,6 +31,7 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.expert_layer import PlannedExpertLayer, Routing
 from ditmoe.parallel.planner.ledger import Ledger
 from ditmoe.parallel.stages import stage_blocks
+from ditmoe.parallel.start.fresh import Fresh
 from tests.parallel.batches import micro_batches
 from tests.parallel.between_cases import end_groups
 
@@ -60,7 +59,7 @@ def make_engine(case: dict[str, Any]) -> TrainingEngine:
         case["precision"],
         case["extra"],
         torch.device("cpu"),
-        partial(initial_value, seed=0),
+        Fresh(0),
     )
 
 

@@ -17,9 +17,10 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.objective import make_objective
 from ditmoe.model.weights.published import PublishedWeights, save_published
+from ditmoe.parallel.checkpoint.box_storage import whole_piece
 from ditmoe.parallel.checkpoint.folder import checkpoint_path, write_weights_checkpoint
 from ditmoe.parallel.start.begin import check_start
-from ditmoe.parallel.start.source import Start, opened
+from ditmoe.parallel.start.source import Source, Start, opened
 
 Runner = Callable[..., list[dict[str, Any]]]
 
@@ -130,11 +131,18 @@ def asked(path: Path, **changes: Any) -> Start:
     return Start(**{**values, **changes})
 
 
+def fetched(source: Source, name: str) -> torch.Tensor:
+    """A whole parameter."""
+    tensor = torch.empty(source.shapes[name])
+    source.fill([whole_piece(name, tensor)])
+    return tensor
+
+
 def test_the_set_that_is_asked_for_is_read(sources: Path) -> None:
     name = "x_embedder.proj.weight"
     for which, zero in ((None, False), ("ema", False), ("weights", True)):
         with opened(asked(sources / "mixture.pt", which=which)) as source:
-            assert (source.fetch(name) == 0).all().item() is zero
+            assert (fetched(source, name) == 0).all().item() is zero
             assert source.facts["set"] == (which or "ema")
 
 
@@ -162,7 +170,7 @@ def test_sit_s_files_are_turned_round(tmp_path: Path) -> None:
     turned = DiT(dense.config).eval()
     with opened(asked(bare, said="sit", model=dense.config)) as source:
         names = [name for name in canonical_state(dense) if name != "pos_embed"]
-        load_canonical(turned, {name: source.fetch(name) for name in names}, "sit")
+        load_canonical(turned, {name: fetched(source, name) for name in names}, "sit")
     x_BCHW, label_B = torch.linspace(-1, 1, 128).view(2, *SHAPE), torch.tensor([1, 10])
     t_B = torch.tensor([0.25, 0.75])
     with torch.no_grad():
