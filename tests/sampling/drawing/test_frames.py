@@ -8,12 +8,11 @@ from ditmoe.sampling.drawing.frames import Film, PacedFilm, frame_numbers, stret
 from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.settings.config import SamplerConfig
-from tests.sampling.drawing.test_generate import tiny_model
 
 
 @pytest.fixture(scope="module", params=["rectified_flow", "ddpm"])
-def model(request) -> LoadedModel:
-    return tiny_model(request.param)
+def model(request, lively_model) -> LoadedModel:
+    return lively_model(request.param)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "euler", "heun", "kar2", "reverse-diffusion", "dpm-solver++"])

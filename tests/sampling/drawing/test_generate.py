@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ditmoe.model.config import ModelConfig, ObjectiveConfig
-from ditmoe.model.dit import DiT
+from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
-from ditmoe.model.initialise import initialise
 from ditmoe.model.randomness import normal
 from ditmoe.sampling.drawing.generate import (
     as_bytes,
@@ -25,32 +23,9 @@ from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.settings.config import SamplerConfig
 
 
-def tiny_model(kind: str, experts: int = 4) -> LoadedModel:
-    """A network whose zero-initialised layers are filled, so that everything makes a difference."""
-    config = ModelConfig(
-        depth=2,
-        hidden=32,
-        heads=2,
-        patch=2,
-        experts=experts,
-        experts_per_token=min(2, experts),
-        image_size=8,
-        channels=1,
-        num_classes=5,
-    )
-    network = DiT(config)
-    initialise(network, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    names = tuple(f"class {label}" for label in range(5))
-    return LoadedModel(network, config, ObjectiveConfig(kind=kind), names, None, "tiny")
-
-
 @pytest.fixture(scope="module", params=["rectified_flow", "ddpm"])
-def model(request) -> LoadedModel:
-    return tiny_model(request.param)
+def model(request, lively_model) -> LoadedModel:
+    return lively_model(request.param)
 
 
 SAMPLERS = [
@@ -75,9 +50,9 @@ def test_batch_size_and_company_change_an_image_by_rounding_only(model, config):
     torch.testing.assert_close(some, images[[5, 3]], rtol=1e-4, atol=1e-4)
 
 
-def test_rk45_differs_between_batch_sizes_by_no_more_than_its_tolerance():
+def test_rk45_differs_between_batch_sizes_by_no_more_than_its_tolerance(lively_model):
     """Rounding moves the estimate of an error, and with it the length of a step."""
-    model = tiny_model("rectified_flow", experts=0)
+    model = lively_model(experts=0)
     config = SamplerConfig(sampler="rk45", tolerance=1e-3)
     images = [generate_float(model, None, range(7), config, batch).image_NCHW for batch in (7, 3, 1)]
     for other in images[1:]:
@@ -93,9 +68,9 @@ def test_equal_batches_give_equal_bits(model, config):
 
 @pytest.mark.parametrize("config", SAMPLERS, ids=SAMPLER_NAMES)
 @pytest.mark.parametrize("experts", [0, 4])
-def test_equal_batch_shapes_give_equal_bits(config, experts):
+def test_equal_batch_shapes_give_equal_bits(lively_model, config, experts):
     """Whatever other images are in the batch, also where they decide how many rows each expert gets."""
-    model = tiny_model("rectified_flow", experts=experts)
+    model = lively_model(experts=experts)
     whole = generate_float(model, None, range(10), config, batch=4).image_NCHW
     parts = [generate_float(model, None, part, config, batch=4).image_NCHW for part in (range(3), range(3, 10))]
     assert torch.equal(torch.cat(parts), whole)

@@ -11,10 +11,8 @@ from typer.testing import CliRunner
 
 from ditmoe.launcher.cli import app
 from ditmoe.model.compiling.blocks import compiled_blocks
-from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT, call_block
 from ditmoe.model.errors import UserError
-from ditmoe.model.initialise import initialise
 from ditmoe.sampling.comparison.cells import ComparedSampler
 from ditmoe.sampling.drawing.generate import generate, generate_float
 from ditmoe.sampling.network import compiled
@@ -23,32 +21,10 @@ from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.service.errors import ServiceError
 from ditmoe.sampling.service.requests import ImageRequest, parse
 from ditmoe.sampling.settings.config import SamplerConfig
+from tests.sampling.conftest import LivelyModel
 from tests.sampling.small_run import write_run
 
 BATCH = 3
-
-
-def model_of(experts: int = 4, hidden: int = 32, tokens_across: int = 4) -> LoadedModel:
-    """A network in which everything makes a difference."""
-    config = ModelConfig(
-        depth=2,
-        hidden=hidden,
-        heads=2,
-        patch=2,
-        experts=experts,
-        experts_per_token=min(2, experts),
-        image_size=2 * tokens_across,
-        channels=1,
-        num_classes=5,
-    )
-    network = DiT(config)
-    initialise(network, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    names = tuple(f"class {label}" for label in range(5))
-    return LoadedModel(network.requires_grad_(False), config, ObjectiveConfig(), names, None, "tiny")
 
 
 class Shapes:
@@ -85,11 +61,15 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shapes]:
     ],
 )
 def test_what_is_compiled_is_what_is_computed(
-    shapes: Shapes, settings: dict[str, Any], rows: list[int], monkeypatch: pytest.MonkeyPatch
+    lively_model: LivelyModel,
+    shapes: Shapes,
+    settings: dict[str, Any],
+    rows: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For the shards of a batch of 3 images, which are of 2: no thread meets rows that were not prepared."""
     monkeypatch.setattr("ditmoe.sampling.drawing.generate.SHARD_TOKENS", 2 * 16)
-    model = model_of()
+    model = lively_model()
     config = SamplerConfig.model_validate({"sampler": "euler", "steps": 4, "compile": True, **settings})
     compiled_images = generate(model, None, range(5), config, BATCH).image_NHWC
     assert shapes.prepared == rows == rows_of(2, config) and shapes.computed == set(rows)
@@ -149,10 +129,10 @@ def differences(model: LoadedModel, config: SamplerConfig) -> tuple[Tensor, list
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES)
-def test_an_image_has_the_same_bits_in_any_company(case: str) -> None:
+def test_an_image_has_the_same_bits_in_any_company(lively_model: LivelyModel, case: str) -> None:
     """Wherever it has them without a compiler, as it has in batches of even sizes."""
     settings, shape = CASES[case]
-    model = model_of(**shape)
+    model = lively_model(**shape)
     config = SamplerConfig.model_validate({"sampler": "euler", "compile": True, **settings})
     plain, without = differences(model, config.model_copy(update={"compile": False}))
     whole, with_code = differences(model, config)
@@ -165,9 +145,9 @@ def test_an_image_has_the_same_bits_in_any_company(case: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_threads_compile_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_compile_nothing(lively_model: LivelyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ditmoe.sampling.drawing.generate.SHARD_TOKENS", 2 * 16)
-    model, config = model_of(), SamplerConfig(sampler="euler", steps=3, compile=True)
+    model, config = lively_model(), SamplerConfig(sampler="euler", steps=3, compile=True)
     with_compiled_blocks(model.network, 2, config)
     torch.set_num_threads(2)
     before = compiled_blocks(with_gradients=False).seconds

@@ -21,14 +21,14 @@ from ditmoe.sampling.network.load import LoadedModel
 from ditmoe.sampling.network.pace import Evaluation, Forecast, extrapolation, full_steps
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import IntegratorName
-from tests.sampling.drawing.test_generate import tiny_model
+from tests.sampling.conftest import LivelyModel
 
 FIXED = [name for name in get_args(IntegratorName) if name != "rk45"]
 
 
 @pytest.fixture(scope="module", params=["rectified_flow", "ddpm"])
-def model(request: pytest.FixtureRequest) -> LoadedModel:
-    return tiny_model(request.param)
+def model(request: pytest.FixtureRequest, lively_model: LivelyModel) -> LoadedModel:
+    return lively_model(request.param)
 
 
 def floats(model: LoadedModel, count: int = 4, batch: int = 4, **settings: Any) -> Tensor:
@@ -197,9 +197,9 @@ def test_an_image_has_the_same_bits_in_any_company(model: LoadedModel, sampler: 
         assert torch.equal(drawn(order), together[order])
 
 
-def test_extrapolating_is_nearer_than_fewer_steps_on_a_smooth_network() -> None:
+def test_extrapolating_is_nearer_than_fewer_steps_on_a_smooth_network(lively_model: LivelyModel) -> None:
     """Second-order and third-order errors against that of steps twice as long."""
-    model = tiny_model("rectified_flow")
+    model = lively_model()
     whole = floats(model, sampler="euler", steps=40)
 
     def off(**settings: Any) -> float:
