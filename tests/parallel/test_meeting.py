@@ -165,7 +165,7 @@ def test_processes_of_an_earlier_attempt_do_not_join(port: int) -> None:
 
     def left_over(rank: int) -> str:
         with pytest.raises(MissingProcessesError) as error:
-            meet(replace(named(port, "7.0.0"), rank=rank, ranks=3), Patience(60, 3))
+            meet(replace(named(port, "7.0.0"), rank=rank, ranks=3), Patience(60, 6))
         return str(error.value)
 
     with ThreadPoolExecutor() as pool:
@@ -182,7 +182,7 @@ def test_processes_of_an_earlier_attempt_do_not_join(port: int) -> None:
 def test_the_first_gives_up_before_the_others(port: int) -> None:
     def first() -> None:
         with pytest.raises(MissingProcessesError, match=r"2 of 4 processes \(WORLD_SIZE\), rank 2, 3"):
-            meet(replace(named(port), ranks=4), Patience(60, 2))
+            meet(replace(named(port), ranks=4), Patience(60, 5))
 
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(first)
@@ -213,7 +213,7 @@ def test_the_store_is_gone_before_it_is_found(port: int) -> None:
 def test_nodes_that_start_another_number(port: int) -> None:
     def wait() -> None:
         with pytest.raises(UserError, match="3 of 4 processes"):
-            meet(replace(named(port), ranks=4), Patience(60, 2))
+            meet(replace(named(port), ranks=4), Patience(60, 4))
 
     with ThreadPoolExecutor() as pool:
         waiting = pool.submit(wait)

@@ -196,7 +196,9 @@ def die_at_all_moments(parent: Path) -> None:
         assert not [*folder.iterdir()]  # the drafts of the killed are gone too
 
 
-def test_killed_at_any_moments_of_several_takeovers_it_is_free(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_any_moments_of_several_takeovers_it_is_free(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Out of a small process: the tests' own, with all that it has imported, takes long to be forked 400 times."""
     small = multiprocessing.get_context("spawn").Process(target=die_at_all_moments, args=(tmp_path,))
     small.start()

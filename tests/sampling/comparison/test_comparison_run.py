@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from ditmoe.data.storage.files import make_folder
 from ditmoe.launcher.cli import app
 from ditmoe.launcher.configuration.grid_file import load_comparison
-from ditmoe.data.storage.files import make_folder
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.errors import UserError
 from ditmoe.sampling.comparison.cells import cells_of
@@ -46,10 +46,10 @@ def run(tmp_path):
 
 
 @pytest.fixture
-def unpainted(monkeypatch):
-    """Pictures of chains are empty files: others look at them, and each takes as long to draw as its evaluation."""
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of chains are empty files: other tests look at them, and each takes as long as its evaluation."""
 
-    def write(path, *_):
+    def write(path: Path, *_: object) -> None:
         make_folder(path.parent)
         path.touch()
 
