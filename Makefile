@@ -33,8 +33,8 @@ slurm-demo: venv ## a Slurm of two virtual nodes on this machine: train, requeue
 test: venv ## the tests, on the CPU, by TEST_PROCESSES=2
 	@$(BIN)/python -m pytest -m "not slow and not gpu" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
-test-training: venv ## training killed, stopped, moved to other layouts and out of disk, by TEST_PROCESSES=2
-	@$(BIN)/python -m pytest -m slow tests/launcher/training/test_train.py tests/data/stream -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
+test-training: venv ## training killed, stopped, moved to other layouts, swept, watched, out of disk, by TEST_PROCESSES=2
+	@$(BIN)/python -m pytest -m slow tests/launcher/training/test_train.py tests/launcher/sweep tests/launcher/watch tests/data/stream -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 test-parallel: venv ## twenty steps of the layouts, DeepSpeed's keys, the planner's figures, pretended GPUs, on real processes
 	@$(BIN)/python -m pytest -m slow tests/parallel tests/launcher/training/test_running_ahead.py --ignore tests/parallel/test_layout_matrix.py \

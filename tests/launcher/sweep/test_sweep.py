@@ -246,6 +246,7 @@ def test_dry_run_writes_nothing(write_config: Write, tmp_path: Path, monkeypatch
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_a_sweep_trains_every_cell(tmp_path: Path) -> None:
     """With real processes; repeated, it starts none, and tables the same."""

@@ -14,8 +14,9 @@ from tests.forked import DITMOE, run_forked
 from tests.sampling.small_run import write_digits
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
-@pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_a_watch_beside_training(tmp_path: Path, processes: str) -> None:
     """It begins before the first checkpoint, ends with the run, and training keeps what it has marked."""
     run, file = tmp_path / "run", tmp_path / "run.yaml"
