@@ -2,11 +2,15 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ditmoe.model.canonical import canonical_state
+
+Draw = Callable[[Tensor], Tensor]
+"""Fills memory with the next numbers of a parameter, in the order of its elements, and returns it."""
 
 
 def initialise(network: nn.Module, seed: int) -> None:
@@ -18,23 +22,27 @@ def initialise(network: nn.Module, seed: int) -> None:
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The initial value of one canonical parameter, float32 of the given shape.
+    """The initial value of one canonical parameter, float32 of the given shape."""
+    how = initial_rule(name, shape, seed)
+    return torch.full(shape, how) if isinstance(how, float) else how(torch.empty(shape))
+
+
+def initial_rule(name: str, shape: tuple[int, ...], seed: int) -> float | Draw:
+    """What one canonical parameter of a shape starts as: the number that all of it is, or how it is drawn.
 
     Xavier-uniform for every linear map (the patch convolution counts as one), Kaiming-uniform with a = √5 for
     routers, N(0, 0.02) for the label table and the timestep MLP, zero for adaLN, the output layer and biases.
     """
     if name.endswith(("q_norm.weight", "k_norm.weight")):
-        return torch.ones(shape)
+        return 1.0
     if name.endswith(".bias") or "adaLN_modulation" in name or name.startswith("final_layer."):
-        return torch.zeros(shape)
+        return 0.0
+    generator = _generator(name, seed)
     if name.startswith(("y_embedder.", "t_embedder.")):
-        return torch.empty(shape).normal_(0.0, 0.02, generator=_generator(name, seed))
+        return lambda memory: memory.normal_(0.0, 0.02, generator=generator)
     fan_out, fan_in = shape[0], math.prod(shape[1:])
-    if name.endswith(".gate.weight"):
-        bound = 1 / math.sqrt(fan_in)
-    else:
-        bound = math.sqrt(6 / (fan_in + fan_out))
-    return torch.empty(shape).uniform_(-bound, bound, generator=_generator(name, seed))
+    bound = 1 / math.sqrt(fan_in) if name.endswith(".gate.weight") else math.sqrt(6 / (fan_in + fan_out))
+    return lambda memory: memory.uniform_(-bound, bound, generator=generator)
 
 
 def _generator(name: str, seed: int) -> torch.Generator:

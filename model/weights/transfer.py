@@ -17,11 +17,9 @@ kept whole, and each token goes through it.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
-
-from torch import Tensor
 
 from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig
@@ -46,9 +44,6 @@ _MLP: Final = re.compile(r"(blocks\.\d+\.)moe\.shared_experts\.(fc[12]\.(?:weigh
 _EXPERT: Final = re.compile(r"(blocks\.\d+\.moe\.experts\.)\d+(\.(\w+)\.weight)")
 _SHARED: Final = re.compile(r"blocks\.\d+\.moe\.shared_experts\.(gate_proj|up_proj|down_proj)\.weight")
 
-Fetch = Callable[[str], Tensor]
-Initial = Callable[[str, tuple[int, ...]], Tensor]
-"""Name and shape of a canonical parameter → its value."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -64,22 +59,6 @@ class Value:
     """Where the copy lies in it; what lies beside it is fresh."""
     beside: float = 1.0
     """What the fresh values beside a copy are multiplied by."""
-
-    def make(self, name: str, shape: tuple[int, ...], fetch: Fetch, fresh: Callable[[], Tensor]) -> Tensor:
-        """The value, float32 of the given shape."""
-        if self.source is None:
-            return fresh() * self.scale
-        copied = fetch(self.source).float() * self.scale
-        if self.kept == "all":
-            return copied.reshape(shape)
-        value = fresh() * self.beside
-        if self.kept == "first rows":
-            value[: len(copied)] = copied
-        elif self.kept == "first columns":
-            value[:, : copied.shape[1]] = copied
-        else:
-            value[-1] = copied[-1]
-        return value
 
     def fresh_part(self, name: str) -> str | None:
         """What of the parameter is fresh, for a log; None: nothing."""
@@ -217,17 +196,3 @@ def listed(parts: Iterable[str]) -> list[str]:
     return [
         parts[0] if len(parts) == 1 else f"{pattern}, {len(parts)} tensors" for pattern, parts in together.items()
     ]
-
-
-def transferred(values: Mapping[str, Value], fetch: Fetch, fresh: Initial) -> Initial:
-    """The first value of any parameter, by name and shape.
-
-    Args:
-        fetch: gives a parameter of the source.
-        fresh: gives the fresh value of a parameter.
-    """
-
-    def initial(name: str, shape: tuple[int, ...]) -> Tensor:
-        return values[name].make(name, shape, fetch, lambda: fresh(name, shape))
-
-    return initial

@@ -1,7 +1,7 @@
 """First values that are copied from another network's weights, with fresh ones where it has none.
 
-`model/weights/transfer.py` says what each parameter starts as, and makes it whole (`Value.make`). Here only the
-boxes that this rank keeps are made, and nothing else of the source is read.
+`model/weights/transfer.py` says what each parameter starts as. Here the boxes that this rank keeps are made, and
+nothing else of the source is read.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

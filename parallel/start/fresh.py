@@ -5,15 +5,14 @@ that keeps a part of it draws up to the end of that part, and drops what lies be
 draw for the whole parameter, because torch draws uniform numbers one after the other, and normal ones by 16.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ditmoe.model.initialise import initial_value
+from ditmoe.model.initialise import initial_rule
 from ditmoe.parallel.boxes import Box, matrix_shape
 from ditmoe.parallel.engine.initial import Part, in_threads
 
@@ -21,8 +20,6 @@ BLOCK_BYTES: Final = 2**18
 """That are drawn at once, but for parameters of which 16 rows are more."""
 _TOGETHER: Final = 16
 """Normal numbers that torch makes of each other; with fewer it draws in another way."""
-_DRAWS: Final = (torch.Tensor.uniform_, torch.Tensor.normal_)
-_CONSTANTS: Final = {torch.zeros: 0.0, torch.ones: 1.0}
 
 
 class FreshPart(NamedTuple):
@@ -52,7 +49,7 @@ class Fresh:
         in_threads(self._draw, parts)
 
     def _draw(self, part: FreshPart) -> None:
-        how = _how(part.name, part.shape, self.seed)
+        how = initial_rule(part.name, part.shape, self.seed)
         if isinstance(how, float):
             for _, memory_RC in part.boxes:
                 memory_RC.fill_(how * part.scale)
@@ -79,31 +76,3 @@ def _blocks(rows: int, columns: int, end: int) -> Iterator[tuple[int, int]]:
             count = rows - first
         yield first, count
         first += count
-
-
-def _how(name: str, shape: tuple[int, ...], seed: int) -> Callable[[Tensor], Tensor] | float:
-    """What fills a block of a parameter with its next numbers; or the one number that they all are."""
-    told = _Told()
-    with told:
-        initial_value(name, shape, seed)
-    assert told.how is not None
-    return told.how
-
-
-class _Told(TorchFunctionMode):
-    """Has `initial_value` say what it would do, without memory: one draw into all of it, or one constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.how: Callable[[Tensor], Tensor] | float | None = None
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        named = kwargs or {}
-        if function in _CONSTANTS:
-            self.how = _CONSTANTS[function]
-        elif function in _DRAWS:
-            self.how = lambda block: function(block, *args[1:], **named)
-            return args[0]
-        else:
-            assert function is torch.empty, f"initial values are made by {function}, and not by one draw"
-        return torch.empty(*args, **named, device="meta")

@@ -12,7 +12,8 @@ from ditmoe.model.config import ModelConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
-from ditmoe.model.weights.transfer import LABELS, listed, plan_transfer, transferred
+from ditmoe.model.weights.transfer import LABELS, listed, plan_transfer
+from tests.model.weights.whole_transfer import transferred
 
 
 def config(**changes: Any) -> ModelConfig:

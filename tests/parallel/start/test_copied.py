@@ -16,7 +16,7 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
 from ditmoe.model.initialise import initial_value
 from ditmoe.model.weights.published import PublishedWeights, save_published
-from ditmoe.model.weights.transfer import plan_transfer, transferred
+from ditmoe.model.weights.transfer import plan_transfer
 from ditmoe.parallel.boxes import column_slice, row_slices, whole
 from ditmoe.parallel.checkpoint.box_storage import Piece, keyed
 from ditmoe.parallel.checkpoint.checked_files import ALONE, Readers
@@ -26,6 +26,7 @@ from ditmoe.parallel.engine.initial import Part
 from ditmoe.parallel.start.copied import Copied
 from ditmoe.parallel.start.fresh import Fresh
 from ditmoe.parallel.start.source import Start, opened
+from tests.model.weights.whole_transfer import transferred
 from tests.parallel.checkpoint.together import Together, counted_by
 from tests.parallel.start.test_start import FLOW, SOURCES, network_of
 from tests.parallel.test_boxes import facts_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig
-from ditmoe.model.initialise import initial_value
+from ditmoe.model.initialise import Draw, initial_value
 from ditmoe.parallel.boxes import matrix_shape, whole
 from ditmoe.parallel.engine.initial import Part
 from ditmoe.parallel.start import fresh
@@ -76,7 +76,7 @@ def test_every_parameter_of_a_network_has_its_values() -> None:
 def test_what_is_drawn_is_one_block_at_a_time_and_ends_with_the_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """No value is made whole: of a large parameter a few rows take a block of memory, and nothing behind them."""
     drawn: list[int] = []
-    how = fresh._how
+    how = fresh.initial_rule
 
     def watched(name: str, shape: tuple[int, ...], seed: int) -> Callable[[Tensor], Tensor]:
         draw: Any = how(name, shape, seed)
@@ -88,7 +88,7 @@ def test_what_is_drawn_is_one_block_at_a_time_and_ends_with_the_part(monkeypatch
 
         return block
 
-    monkeypatch.setattr(fresh, "_how", watched)
+    monkeypatch.setattr(fresh, "initial_rule", watched)
     shape = (4096, 1024)
     memory = torch.empty(3, 1024)
     box = next(Part("a.weight", shape, whole(shape), 1024 * 2000, memory.view(-1)).boxes())
@@ -97,11 +97,15 @@ def test_what_is_drawn_is_one_block_at_a_time_and_ends_with_the_part(monkeypatch
     assert torch.equal(memory, -2 * initial_value("a.weight", shape, 0)[2000:2003])
 
 
-def test_values_that_are_more_than_one_draw_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that draws and then changes what it drew is not drawn in blocks in silence."""
-    monkeypatch.setattr(
-        fresh, "initial_value", lambda name, shape, seed: torch.empty(shape).uniform_(0, 1).mul_(2)
-    )
-    part = Part("a.weight", (4, 4), whole((4, 4)), 0, torch.empty(16))
-    with pytest.raises(AssertionError, match="not by one draw"):
-        Fresh(0).fill([part])
+def test_a_rule_may_change_what_it_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block too: the rule itself is asked for each of them."""
+
+    def rule(name: str, shape: tuple[int, ...], seed: int) -> Draw:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda memory: memory.uniform_(0, 1, generator=generator).mul_(2)
+
+    monkeypatch.setattr(fresh, "initial_rule", rule)
+    shape = (4096, 64)
+    part = Part("a.weight", shape, whole(shape), 0, torch.empty(4096 * 64))
+    Fresh(3).fill([part])
+    assert torch.equal(part.memory, rule("a.weight", shape, 3)(torch.empty(shape)).flatten())
