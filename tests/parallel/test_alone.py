@@ -8,7 +8,7 @@ import pytest
 from tests.forked import run_forked
 
 PROGRAM = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from datetime import timedelta
 from pathlib import Path
 import torch.distributed as dist
@@ -21,21 +21,32 @@ longer = 1.3 * timeout.total_seconds()
 dist.init_process_group("gloo", timeout=timeout)
 rank, found = dist.get_rank(), {}
 
-with first_rank_works("sleeps", timeout=timeout) as works:
-    if works:
-        time.sleep(longer)
-    found["works"] = works
+# All at a time: work, what work makes, and a collective that nothing but the work holds up.
+group, told_in = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
 dist.barrier()
-found["made"] = from_first_rank(lambda: time.sleep(longer) or [rank, "made"], "sleeps again", timeout=timeout)
 
-group = dist.new_group(timeout=timeout)
+def work():
+    with first_rank_works("sleeps", timeout=timeout) as works:
+        if works:
+            time.sleep(longer)
+        found["works"] = works
+
+def make():
+    wait = lambda: time.sleep(longer) or [rank, "made"]
+    found["made"] = from_first_rank(wait, "sleeps, too", told_in, "another", timeout)
+
+threads = [threading.Thread(target=each) for each in (work, make)]
+for thread in threads:
+    thread.start()
 try:
     if rank == 0:
-        time.sleep(longer)
+        threads[0].join()
     dist.barrier(group=group)
     found["collective"] = "waited"
 except RuntimeError as error:
     found["collective"] = "gave up"
+for thread in threads:
+    thread.join()
 
 if rank == 0:
     # Another process of the machine wakes it up again when the other rank has said what it met.
@@ -68,5 +79,5 @@ def test_the_others_wait_as_long_as_they_hear_of_it(tmp_path: Path) -> None:
     assert second["collective"] == "gave up", "the work was longer than the time-out"
     assert second["stopped"].startswith("rank 0 stands still: nothing was heard of it for")
     said = [line for line in done.stderr.splitlines() if line.startswith("rank 0 ")]
-    assert [line.partition(", for ")[0] for line in said[:2]] == ["rank 0 sleeps", "rank 0 sleeps again"]
+    assert sorted(line.partition(", for ")[0] for line in said[:2]) == ["rank 0 sleeps", "rank 0 sleeps, too"]
     assert all(line.endswith("; the others wait") for line in said[:2])

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from ditmoe.model.errors import UserError
+from ditmoe.sampling.service import listening
 from ditmoe.sampling.service.access import LARGEST_BODY, TOKEN_VARIABLE, Tokens, read_tokens
 from ditmoe.sampling.service.listening import is_loopback, listen
 from tests.sampling.service.conftest import figure, send, serving, until
@@ -187,14 +188,28 @@ def test_turns_and_limits_go_by_the_token(runs: Path) -> None:
         until(lambda: figure(ann, "ditmoe_images_waiting") == 0)
 
 
-def test_a_connection_is_kept_for_longer_than_clients_keep_theirs(client: httpx.Client) -> None:
+def test_a_connection_is_kept_for_longer_than_clients_keep_theirs(
+    client: httpx.Client, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else a request meets one that is just being closed, and is lost."""
+    assert listening.IDLE_SECONDS > 60  # those of proxies and of libraries
     connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=60)
     connection.connect()
     connection.auto_open = 0  # type: ignore[assignment]  # no other in its place
     with closing(connection):
-        for pause in (0.0, 6.0):
-            time.sleep(pause)
-            connection.request("GET", "/health")
-            reply = connection.getresponse()
-            assert (reply.status, reply.read()) == (200, b'{"status":"ok"}')
+        ask_for_health(connection)
+        # The seconds are heeded: of another service this one has closed its connection by then.
+        monkeypatch.setattr(listening, "IDLE_SECONDS", 1)
+        with serving(runs) as short, closing(HTTPConnection(short.base_url.host, short.base_url.port)) as other:
+            other.connect()
+            ask_for_health(other)
+            begin = time.monotonic()
+            assert other.sock.recv(1) == b""
+            assert time.monotonic() - begin > 0.5
+        ask_for_health(connection)
+
+
+def ask_for_health(connection: HTTPConnection) -> None:
+    connection.request("GET", "/health")
+    reply = connection.getresponse()
+    assert (reply.status, reply.read()) == (200, b'{"status":"ok"}')
