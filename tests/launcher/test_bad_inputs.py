@@ -17,6 +17,7 @@ from types import FrameType
 import pytest
 
 from ditmoe.launcher import cli
+from tests.forked import DITMOE, run_forked
 from tests.launcher.bad_inputs import FAMILIES, Case, Workshop, cases
 from tests.sampling.small_run import write_digits, write_run
 
@@ -60,19 +61,29 @@ def test_there_are_more_than_300() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_process_of_its_own_ends_alike(name: str, workshop: Workshop, tmp_path: Path) -> None:
+def test_a_process_of_its_own_ends_alike(
+    name: str, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forked from one that has done the imports; where the system limits files, started as a user does."""
     case = cases(name, SEED, workshop)[-1]
-    case.prepare(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "ditmoe.launcher", *map(os.fsencode, case.arguments)],
-        cwd=tmp_path,
-        env={**os.environ, **case.variables},
-        capture_output=True,
-        preexec_fn=(lambda: _limit_files(case)) if case.file_bytes is not None else None,
-        timeout=300,
-    )
-    problem = fault(done.returncode, done.stdout.decode(), done.stderr.decode())
-    assert problem is None, f"{problem}\n{done.stderr.decode()[-2000:]}"
+    folder = tmp_path / "case"
+    folder.mkdir()
+    case.prepare(folder)
+    monkeypatch.chdir(folder)
+    for variable, value in case.variables.items():
+        monkeypatch.setenv(variable, value)
+    if case.file_bytes is None:
+        done = run_forked([*DITMOE, *case.arguments], tmp_path / "output")
+    else:
+        done = subprocess.run(
+            [sys.executable, *DITMOE, *map(os.fsencode, case.arguments)],
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: _limit_files(case),
+            timeout=300,
+        )
+    problem = fault(done.returncode, done.stdout, done.stderr)
+    assert problem is None, f"{problem}\n{done.stderr[-2000:]}"
 
 
 def fault(code: int | None, out: str, err: str) -> str | None:

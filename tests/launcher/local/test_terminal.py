@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_forked
+
 PROGRAM = """
 import sys
 from ditmoe.launcher.local.terminal import prepare_streams
@@ -56,8 +58,10 @@ def test_nobody_hears_an_error() -> None:
 
 def test_a_run_goes_on_without_a_reader(tmp_path: Path) -> None:
     """What it says is in its log, with a word on why the terminal ends."""
-    code = (
-        "import sys; from pathlib import Path\n"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys; from pathlib import Path\n"
+        "reader, writer = os.pipe(); os.close(reader); sys.stdout = open(writer, 'w')\n"
         "from ditmoe.launcher.local.terminal import prepare_streams\n"
         "from ditmoe.launcher.training.report import Reporter\n"
         "from ditmoe.launcher.training.run_folder import RunFolder\n"
@@ -66,12 +70,8 @@ def test_a_run_goes_on_without_a_reader(tmp_path: Path) -> None:
         "    for step in range(1, 6):\n"
         "        report.log(f'said {step}'); report.record(step, {'loss': 1.0}); report.advance()\n"
     )
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=120)
-    os.close(writer)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    done = run_forked([str(program), str(tmp_path / "run")], tmp_path / "output", seconds=120)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("nobody reads the standard output any more (Broken pipe); this log goes on") == 1
     assert all(f"said {step}" in log and f"(step={step:07d})" in log for step in range(1, 6))

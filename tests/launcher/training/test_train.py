@@ -412,14 +412,58 @@ def test_the_best_checkpoints_stay(make_config: Callable[..., Path]) -> None:
             assert f"saved {run}/checkpoints/step-{step:08d}: copied in" in result.stdout
 
 
+SIGNALLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from ditmoe.launcher.cli import main
+
+run = Path(sys.argv.pop(1))
+
+def ask():
+    records = run / "stats.jsonl"
+    while not (records.exists() and records.read_text().count("\\n") >= 2):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+threading.Thread(target=ask, daemon=True).start()
+try:
+    main()
+except SystemExit as end:  # not by that code, at which the others would be killed
+    Path(f"{run}-{os.environ['RANK']}.code").write_text(str(end.code))
+"""
+
+
+@pytest.mark.timeout(120)
+def test_ranks_that_are_asked_to_stop_save_and_go_on_later(
+    make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Each by itself, whenever it hears of it: they stop at one step, with a code of its own."""
+    config, program = make_config(), tmp_path / "signalled.py"
+    run = config.with_suffix("")
+    program.write_text(SIGNALLED)
+    # More steps than are compared: however late the signal comes, it comes while the run goes on.
+    steps = ["train.checkpoint_every=1000", "train.steps=1000"]
+    arguments = [str(program), str(run), "train", str(config), *steps]
+    done = run_forked(arguments, tmp_path / "output", processes=2, seconds=90)
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    assert [Path(f"{run}-{rank}.code").read_text() for rank in range(2)] == [str(EXIT_STOPPED)] * 2
+    check_stopped(run, done.stdout, "SIGTERM")
+    result = train(config)
+    assert result.returncode == 0, result.stderr
+    assert curve(run)[: len(uninterrupted)] == uninterrupted
+
+
+def check_stopped(run: Path, out: str, reason: str) -> None:
+    assert f"stopped by {reason} at step" in out and "repeat the command to continue" in out
+    state, told = state_of(run)
+    assert state == "stopped" and told.startswith(f"stopped by {reason} at step")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("number", "reason"),
-    [
-        (signal.SIGTERM, "SIGTERM"),
-        pytest.param(signal.SIGINT, "SIGINT", marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, "SIGUSR1 on rank 1", marks=pytest.mark.slow),
-    ],
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (signal.SIGUSR1, "SIGUSR1 on rank 1")],
 )
 def test_a_signal_saves_and_ends_with_a_code_of_its_own(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], number: signal.Signals, reason: str
@@ -434,9 +478,7 @@ def test_a_signal_saves_and_ends_with_a_code_of_its_own(
     out, err = process.communicate(timeout=60)
     assert process.returncode == EXIT_STOPPED, err
     assert "error" not in err
-    assert f"stopped by {reason} at step" in out and "repeat the command to continue" in out
-    state, told = state_of(run)
-    assert state == "stopped" and told.startswith(f"stopped by {reason} at step")
+    check_stopped(run, out, reason)
     result = train(config)
     assert result.returncode == 0, result.stderr
     assert curve(run)[: len(uninterrupted)] == uninterrupted
