@@ -210,11 +210,13 @@ def _encode(source: Path, out: Path, vae: Path, rank: int, dies_at: int) -> None
 
 
 def test_whatever_is_killed_the_bytes_are_those_of_an_encode_that_was_not(
-    vae_folder: Path, tmp_path: Path
+    vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "shapes"
     pack(Shapes(40, 3, 16, seed=1), source, PackSettings(limits=ShardLimits(samples=8)))
     run(source, tmp_path / "whole", vae_folder)
+    vae = load_vae(read_facts(vae_folder))  # once, for all that are forked
+    monkeypatch.setattr("ditmoe.data.encoding.encode.load_vae", lambda *_: vae)
     context = multiprocessing.get_context("fork")
     dice = random.Random(0)
     killed = 0

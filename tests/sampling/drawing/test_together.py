@@ -1,5 +1,6 @@
 """Ranks that share out the experts draw the images of one process, bit for bit."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -101,7 +102,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def alone(run: Path, settings: dict, count: int) -> Generated:
+@functools.cache
+def alone(run: Path, number: int) -> Generated:
+    """A case's images of one process."""
+    settings, count = CASES[number]
     config = SamplerConfig.model_validate({"seed": 3, **settings})
     return generate(load_model(run, precision=config.precision), None, range(count), config, BATCH)
 
@@ -113,8 +117,8 @@ def test_a_group_draws_the_images_of_one_process(run: Path, tmp_path: Path, proc
     arguments = [str(program), str(checkpoint_path(run, 0)), str(tmp_path), str(size), json.dumps(CASES)]
     done = run_forked(arguments, tmp_path / "output", processes=processes, seconds=240)
     assert done.returncode == 0, done.stderr
-    for number, (settings, count) in enumerate(CASES):
-        expected = alone(run, settings, count)
+    for number, (settings, _) in enumerate(CASES):
+        expected = alone(run, number)
         for rank in range(processes):
             found = torch.load(tmp_path / f"{number}-{rank}.pt")
             difference = found["image"].int() - expected.image_NHWC.int()
