@@ -9,6 +9,9 @@ TEST_PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# Tests start hundreds of processes, and each would compile all that it imports of ditmoe anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo slurm-demo test test-training test-parallel test-service test-page test-slurm test-crew test-bench test-drawing test-metrics test-memory test-compile test-layouts test-gpu test-docs test-all bench bench-gpu lint clean
 
