@@ -146,7 +146,7 @@ class DealtExperts(nn.Module):
             # They come by rank, and of each rank by expert.
             held = torch.arange(received_EH.shape[1], device=x_AD.device).repeat(group.size)
             expert_R = held.repeat_interleave(received_EH.flatten(), output_size=len(rows_RD))
-            path = paths.expert_path(rows_RD, self.local.gate_proj.shape[1])
+            path = paths.expert_path(rows_RD, self.local.width)
             together = paths.rows_together(path, max(rows_E), self._experts)
             assignments = assign(expert_R.unsqueeze(1), received_EH.shape[1], together)
             # In blocks as long as those of a process that has all experts, a token's result has the same bits.

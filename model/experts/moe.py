@@ -37,6 +37,9 @@ class Experts(nn.Module):
 
     def __init__(self, experts: int, hidden: int, width: int) -> None:
         super().__init__()
+        # Kept beside the tensors: those that ZeRO 3 has put away have no shape, and outside of an expert's own
+        # forward pass nothing brings them back.
+        self.number, self.width = experts, width
         self.gate_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
@@ -48,7 +51,7 @@ class Experts(nn.Module):
             block: rows of a block, where the products are batched ones of blocks: what the rows are laid out by,
                 as `together` asks for. None: as follows from the number of these rows.
         """
-        path = paths.expert_path(x_AD, self.gate_proj.shape[1])
+        path = paths.expert_path(x_AD, self.width)
         if path == "grouped":
             return self.grouped(x_AD, counts_N)
         if path == "one_by_one":
@@ -63,8 +66,8 @@ class Experts(nn.Module):
     def together(self, x_TD: Tensor, assignments: int) -> int | None:
         """What each expert's rows are to be a multiple of, for so many assignments of these tokens; None
         where it does not matter."""
-        path = paths.expert_path(x_TD, self.gate_proj.shape[1])
-        return paths.rows_together(path, assignments, len(self.gate_proj))
+        path = paths.expert_path(x_TD, self.width)
+        return paths.rows_together(path, assignments, self.number)
 
     def grouped(self, x_AD: Tensor, counts_N: Tensor) -> Tensor:
         """All experts in three grouped matrix products; rows must be multiples of 16 bytes."""

@@ -152,6 +152,7 @@ def _cut_width(experts: Experts) -> None:
         part = nn.Parameter(whole.new_empty(shard.part_shape(tuple(whole.shape))))
         mark(part, shard)
         setattr(experts, name, part)
+    experts.width = len(experts.gate_proj[0])
 
 
 def _cut_shared(mlp: SwiGlu | DenseMlp) -> None:

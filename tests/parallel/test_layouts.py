@@ -25,6 +25,8 @@ GROUP: Final = {"steps": 6, "balance_group": 8}
 BATCH: Final = {"steps": 6, "balance_group": 0}
 STARVED: Final = {"steps": 6, "experts": 8, "starved": True}
 DENSE: Final = {"experts": 0, "steps": 6}
+NOTHING_STAYS: Final = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+"""As in a large network: ZeRO 3 puts every weight away after its use, whatever its size."""
 
 CASES: Final[dict[str, tuple[int, Result]]] = {
     "reference": (1, {**MAIN, "zero": 0}),
@@ -38,6 +40,14 @@ CASES: Final[dict[str, tuple[int, Result]]] = {
     "ddpm, accumulation 4": (2, {**DDPM, "micro_batch": 1, "zero": 2, "expert": 2}),
     "ddpm, recomputation, ZeRO 3": (2, {**DDPM, "micro_batch": 4, "zero": 3, "expert": 2, "checkpointing": True}),
     "ddpm, recomputation, ZeRO 0": (2, {**DDPM, "micro_batch": 2, "zero": 0, "checkpointing": True}),
+    "ddpm, recomputation, ZeRO 3, experts whole": (
+        2,
+        {**DDPM, "micro_batch": 4, "zero": 3, "checkpointing": True},
+    ),
+    "ddpm, recomputation, ZeRO 3, nothing stays": (
+        2,
+        {**DDPM, "micro_batch": 2, "zero": 3, "checkpointing": True, "deepspeed": NOTHING_STAYS},
+    ),
     "own group": (1, {**GROUP, "micro_batch": 8, "balance_group": 1}),
     "group reference": (1, {**GROUP, "micro_batch": 8}),
     "group over four ranks": (4, {**GROUP, "micro_batch": 2, "expert": 4}),

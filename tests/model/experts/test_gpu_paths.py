@@ -1,7 +1,7 @@
 """The ways that GPUs compute the experts, on a CPU: against the loop, without a wait, and with fake tensors."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final, cast
 from unittest.mock import patch
 
@@ -64,6 +64,17 @@ def passed(layer: MoE, routing: Tensor, path: Path) -> list[Tensor]:
         (out_TD.float() * torch.randn(out_TD.shape).to(weight.device)).sum().backward()
     experts = [cast(Tensor, parameter.grad) for parameter in layer.experts.parameters()]
     return [out_TD.detach(), cast(Tensor, x_TD.grad), cast(Tensor, scores_TK.grad), *experts]
+
+
+@pytest.mark.parametrize("path", (None, *GPU_PATHS))
+def test_rows_are_laid_out_without_the_weights(path: Path | None) -> None:
+    """When blocks are recomputed, ZeRO 3 has put the weights away before the experts' own forward pass."""
+    layer, x_TD = make_layer(torch.float32), torch.randn(IMAGES * TOKENS, HIDDEN)
+    with steered(path) if path else nullcontext():
+        expected = layer.experts.together(x_TD, ACTIVE * len(x_TD))
+        for parameter in layer.experts.parameters():
+            parameter.data = torch.empty(0)
+        assert layer.experts.together(x_TD, ACTIVE * len(x_TD)) == expected
 
 
 @pytest.mark.parametrize("path", GPU_PATHS)
