@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
 from ditmoe.model.outside.text import counted
-from ditmoe.model.settings import LARGEST_SEED, Settings
+from ditmoe.model.settings import LARGEST_SEED, Settings, message_of
 from ditmoe.sampling.evaluation.job import LabelSampling
 from ditmoe.sampling.integrators.samplers import planned_nfe
 from ditmoe.sampling.settings.chains import DlgConfig
@@ -161,10 +161,15 @@ class ComparisonConfig(Settings):
 
     def sampler_config(self, sampler: ComparedSampler, chains: DlgConfig | None) -> SamplerConfig:
         """One of the samplers with what is common to all, alone or finishing chains."""
-        values = {key: getattr(self, key) for key in _COMMON} | sampler.settings
-        if chains is not None:
-            values |= {"sampler": f"{CHAIN_PREFIX}{sampler.sampler}", "dlg": chains}
-        return SamplerConfig.model_validate(values)
+        return _joined({key: getattr(self, key) for key in _COMMON}, sampler, chains)
+
+
+def _joined(common: Mapping[str, Any], sampler: ComparedSampler, chains: DlgConfig | None) -> SamplerConfig:
+    """A sampler with what is common to all. pydantic's ValidationError where the two contradict each other."""
+    values = {**common, **sampler.settings}
+    if chains is not None:
+        values |= {"sampler": f"{CHAIN_PREFIX}{sampler.sampler}", "dlg": chains}
+    return SamplerConfig.model_validate(values)
 
 
 def problems_between(values: Mapping[str, Any]) -> list[str]:
@@ -200,7 +205,21 @@ def problems_between(values: Mapping[str, Any]) -> list[str]:
     ]
     if values.get("plain") is False and chains == {}:
         problems.append("plain = false without chains: nothing is left to compare; expected one of them")
-    return problems
+    return problems + _contradictions(values)
+
+
+def _contradictions(values: Mapping[str, Any]) -> list[str]:
+    """What no sampler can be given, of what is common to all and what is its own: a line each."""
+    common = {key: values[key] for key in _COMMON if key in values}
+    variants: list[ChainVariant | None] = [*(values.get("chains") or {}).values()]
+    found = []
+    for place, sampler in enumerate(values.get("samplers", ())):
+        for chains in [None, *variants] if values.get("plain", True) else variants:
+            try:
+                _joined(common, sampler, None if chains is None else chains.chains())
+            except ValidationError as error:
+                found += [f"samplers.{place}: {message_of(problem)}" for problem in error.errors()]
+    return list(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -298,4 +317,7 @@ def cost(config: SamplerConfig) -> float:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    if not isinstance(value, int | float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

@@ -12,6 +12,11 @@ LONGEST_LIST: Final = 60
 """Characters of a file's name that may list classes, seeds, or settings of chains."""
 LONGEST_CLASS: Final = 40
 """Those that the name of a class may take."""
+_OF_SAMPLERS: Final = {
+    "kar2": ("churn", "churn_min", "churn_max", "churn_noise"),
+    "sit-sde": ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),
+}
+"""Settings that one sampler alone takes, and that are named where they are not the defaults."""
 
 
 def picture_name(
@@ -25,12 +30,12 @@ def picture_name(
 ) -> str:
     """A file name that states how the picture came about; classes, count and seeds where they were asked for."""
     parts = [f"step-{step:08d}", *sampler_words(config)]
-    parts.append(f"cfg{config.cfg_scale:g}")
+    parts.append(f"cfg{_number(config.cfg_scale)}")
     if config.cfg_channels is not None and config.cfg_scale != 1:
         parts.append(f"on{config.cfg_channels}channels")
     if config.guides_in_part:
-        most = "" if config.cfg_sigma_max is None else f"{config.cfg_sigma_max:g}"
-        parts.append(f"sigma{config.cfg_sigma_min:g}-{most}")
+        most = "" if config.cfg_sigma_max is None else _number(config.cfg_sigma_max)
+        parts.append(f"sigma{_number(config.cfg_sigma_min)}-{most}")
     parts.append(f"seed{config.seed}" if seeds is None else f"seeds-{_shortened(ranges(seeds), str(len(seeds)))}")
     if weights != "ema":
         parts.append(weights)
@@ -41,6 +46,12 @@ def picture_name(
     if count is not None:
         parts.append(f"{count}images")
     return "_".join(parts) + f".{extension}"
+
+
+def _number(value: float) -> str:
+    """Short, and of two numbers never the same."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 def _shortened(text: str, stead: str) -> str:
@@ -58,26 +69,27 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
 
     assert config.sampler is not None
     words: list[str] = [config.sampler.replace(":", "-")]
+    # The sampler of what chains start from takes the same settings.
+    asked = {config.integrator, config.dlg.initial} if config.chains else {config.integrator}
     if config.integrator == "rk45":
-        words.append(f"tolerance{config.tolerance:g}")
+        words.append(f"tolerance{_number(config.tolerance)}")
     else:
         words.append(f"{config.steps}steps")
         if config.schedule != default_schedule(config.integrator):
             words.append(f"schedule-{config.schedule}")
-    if config.integrator == "ddim" and config.ddim_eta:
-        words.append(f"eta{config.ddim_eta:g}")
-    if config.integrator == "kar2":
-        for key in ("churn", "churn_min", "churn_max", "churn_noise"):
+        if "rk45" in asked:
+            words.append(f"tolerance{_number(config.tolerance)}")
+    if "ddim" in asked and config.ddim_eta:
+        words.append(f"eta{_number(config.ddim_eta)}")
+    for sampler, keys in _OF_SAMPLERS.items():
+        for key in keys if sampler in asked else ():
             value = getattr(config, key)
             if value != SamplerConfig.model_fields[key].default:
-                words.append(f"{key.replace('_', '-')}{value:g}")
-    if config.integrator == "sit-sde":
-        for key in ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"):
-            value = getattr(config, key)
-            if value != SamplerConfig.model_fields[key].default:
-                words.append(f"{key.replace('_', '-')}-{value if isinstance(value, str) else format(value, 'g')}")
+                joint = "-" if sampler == "sit-sde" else ""
+                shown = value if isinstance(value, str) else _number(value)
+                words.append(f"{key.replace('_', '-')}{joint}{shown}")
     if config.corrector_steps:
-        words.append(f"{config.corrector_steps}corrections-snr{config.corrector_snr:g}")
+        words.append(f"{config.corrector_steps}corrections-snr{_number(config.corrector_snr)}")
     if config.cache_interval > 1:
         words.append(f"cache{config.cache_interval}-order{config.cache_order}")
     if config.tweedie:

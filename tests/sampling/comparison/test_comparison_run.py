@@ -246,6 +246,23 @@ def test_what_is_wrong_with_a_grid_is_told_at_once_by_key(tmp_path: Path) -> Non
     file.write_text("samplers: [euler]\nnfe: [1]\nchains:\n  a|b: {}\n  plain: {}\n")
     with pytest.raises(UserError, match=r"(?s)chains\.a\|b: expected a name.*chains\.plain: expected a name"):
         load_comparison(file)
+    file.write_text(
+        "samplers: [heun, {sampler: euler, cfg_sigma_max: 0.2}, rk45]\nnfe: [9]\ntolerances: [0.1]\n"
+        "chains:\n  a: {}\n  b: {}\ncfg_scale: 2\ncfg_sigma_min: 0.3\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load_comparison(file)
+    told = str(caught.value).splitlines()
+    assert told[0] == f"{file}: 4 problems" and [line.split(":")[0].strip(" -") for line in told[1:]] == [
+        "samplers.0",
+        "samplers.1",
+        "samplers.2",
+        "samplers.2",
+    ], told
+    assert "cfg_sigma_min, cfg_sigma_max with sampler = dlg" in told[1]
+    assert "cfg_sigma_min = 0.3 is not below cfg_sigma_max = 0.2" in told[2]
+    file.write_text("samplers: [heun]\nnfe: [9]\nchains: {a: {}}\ncfg_sigma_min: 0.3\n")
+    assert load_comparison(file).cfg_sigma_min == 0.3, "without guidance there is no interval to refuse"
 
 
 @pytest.mark.parametrize(

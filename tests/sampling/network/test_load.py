@@ -158,6 +158,21 @@ def test_the_name_states_the_settings_of_each_sampler():
     long = name(sampler="dlg:kar1", steps=9, dlg=dlg)
     assert len(long) < 90 and long != name(sampler="dlg:kar1", steps=9, dlg={**dlg, "thin": 3})
 
+    # What chains start from takes the settings of its own sampler; the default is kar2.
+    started = {name(sampler="dlg:kar1", steps=9, **more) for more in ({}, {"churn": 10.0}, {"churn_min": 0.3})}
+    for initial, more in (
+        ("ddim", {"ddim_eta": 0.5}),
+        ("rk45", {"tolerance": 1e-3}),
+        ("sit-sde", {"diffusion_form": "decreasing"}),
+    ):
+        for settings in ({}, more):
+            started.add(name(sampler="dlg:kar1", steps=9, dlg={"initial": initial}, **settings))
+    assert len(started) == 9
+    close = {name(cfg_scale=scale) for scale in (1.2345678, 1.2345679)}
+    assert sorted(close) == [
+        f"step-00000007_euler_250steps_cfg{scale}_seed0.png" for scale in (1.2345678, 1.2345679)
+    ]
+
 
 def test_images_take_the_classes_in_turn_and_samples_of_a_chain_stand_in_its_column():
     assert image_numbers(7, 3, 1) == list(range(7))
