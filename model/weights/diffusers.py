@@ -22,6 +22,7 @@ from ditmoe.model.layers import position_embedding
 from ditmoe.model.schedule import BETA_FIRST, BETA_LAST, DDPM_STEPS
 from ditmoe.model.weights.description import Description, parse_description
 from ditmoe.model.weights.files import read_pt, read_safetensors
+from ditmoe.model.weights.lazy import JoinedTensors
 from ditmoe.model.weights.untrusted import first_problem, parse_json, read_file
 
 PIPELINE_FILE: Final = "model_index.json"
@@ -61,8 +62,8 @@ QKV: Final = ("to_q", "to_k", "to_v")
 class DiffusersWeights(NamedTuple):
     """What a folder of diffusers holds."""
 
-    state: dict[str, Tensor]
-    """By canonical name."""
+    state: Mapping[str, Tensor]
+    """By canonical name; of diffusers' own class with queries, keys and values not joined before they are used."""
     description: Description
 
 
@@ -96,8 +97,11 @@ def diffusers_folder(path: Path) -> Path | None:
     return None
 
 
-def read_diffusers(folder: Path) -> DiffusersWeights:
-    """Read a network out of the folder that `diffusers_folder` gave.
+def read_diffusers(folder: Path, *, trusted: bool = False) -> DiffusersWeights:
+    """Read a network out of the folder that `diffusers_folder` gave; of its weights nothing but embedders is read.
+
+    Args:
+        trusted: the embedders of blocks, which must be the same in all, are not compared.
 
     Raises:
         UserError: it holds another model, or its weights are missing, damaged, or cannot be those of one DiT.
@@ -105,9 +109,9 @@ def read_diffusers(folder: Path) -> DiffusersWeights:
     config = _read_json(folder / CONFIG_FILE)
     found = config.get("_class_name")
     if found == OUR_CLASS:
-        state, text = read_safetensors(folder)  # without a text where diffusers itself saved it again
+        held, text = read_safetensors(folder)  # without a text where diffusers itself saved it again
         ours = parse_description(text, folder) or _description_of_ours(config, folder / CONFIG_FILE)
-        return DiffusersWeights(state, ours)
+        return DiffusersWeights(held, ours)
     if found not in STOCK_CLASSES:
         raise UserError(
             f"{folder / CONFIG_FILE}: _class_name is {repr(found)[:60]}; expected {STOCK_CLASSES[0]} or"
@@ -126,7 +130,7 @@ def read_diffusers(folder: Path) -> DiffusersWeights:
             f"{folder / CONFIG_FILE}: out_channels is {size.out_channels}; expected {size.in_channels}, or twice"
             " as many"
         )
-    state = _from_stock(stock, size, described, folder)
+    state = _from_stock(stock, size, described, folder, trusted=trusted)
     return DiffusersWeights(state, described or _description_of_stock(size, folder))
 
 
@@ -225,10 +229,10 @@ def _read_stock_weights(folder: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def _from_stock(
-    stock: Mapping[str, Tensor], size: _Size, described: Description | None, folder: Path
-) -> dict[str, Tensor]:
+    stock: Mapping[str, Tensor], size: _Size, described: Description | None, folder: Path, *, trusted: bool
+) -> JoinedTensors:
     """By canonical names. UserError where the blocks have embedders of their own, or names are left over."""
-    left, state = dict(stock), dict[str, Tensor]()
+    left, parts = dict(stock), dict[str, tuple[Tensor, ...]]()
 
     def take(name: str) -> Tensor:
         if name not in left:
@@ -237,14 +241,13 @@ def _from_stock(
 
     for ours, theirs in OURS_TO_STOCK.items():
         for kind in ("weight", "bias"):
-            state[f"{ours}.{kind}"] = take(f"{theirs}.{kind}")
+            parts[f"{ours}.{kind}"] = (take(f"{theirs}.{kind}"),)
     for number in range(size.num_layers):
         theirs_at, ours_at = f"transformer_blocks.{number}.", f"blocks.{number}."
         for kind in ("weight", "bias"):
-            cut = [take(f"{theirs_at}attn1.{part}.{kind}") for part in QKV]
-            state[f"{ours_at}attn.qkv.{kind}"] = torch.cat(cut)
+            parts[f"{ours_at}attn.qkv.{kind}"] = tuple(take(f"{theirs_at}attn1.{part}.{kind}") for part in QKV)
             for ours, theirs in OF_A_BLOCK.items():
-                state[f"{ours_at}{ours}.{kind}"] = take(f"{theirs_at}{theirs}.{kind}")
+                parts[f"{ours_at}{ours}.{kind}"] = (take(f"{theirs_at}{theirs}.{kind}"),)
         shared = {
             f"{ours}.{kind}": f"{theirs}.{kind}"
             for ours, theirs in EMBEDDERS.items()
@@ -252,7 +255,8 @@ def _from_stock(
         }
         for ours, theirs in {**shared, TABLE: STOCK_TABLE}.items():
             tensor = take(theirs_at + theirs)
-            if not torch.equal(state.setdefault(ours, tensor), tensor):
+            (first,) = parts.setdefault(ours, (tensor,))
+            if not trusted and first is not tensor and not torch.equal(first, tensor):
                 raise UserError(
                     f"{folder}: {theirs_at}{theirs} differs from that of block 0; a DiT of ours has one for all"
                     " blocks"
@@ -261,11 +265,15 @@ def _from_stock(
     if left:
         raise UserError(f"{folder}: {next(iter(left))[:100]} is no weight of a {STOCK_CLASSES[0]}")
     classes = described.config.num_classes if described is not None else None
-    table = state[TABLE]
-    if classes is not None and len(table) > classes + 1:  # filled up for the pipeline's null label
-        state[TABLE] = torch.cat((table[:classes], table[-1:]))
+    (table,) = parts[TABLE]
+    if classes is not None and table.ndim and len(table) > classes + 1:  # filled up for the pipeline's null label
+        parts[TABLE] = (table[:classes], table[-1:])
     hidden = size.num_attention_heads * size.attention_head_dim
-    return {"pos_embed": position_embedding(hidden, size.sample_size // size.patch_size), **state}
+    positions = position_embedding(hidden, size.sample_size // size.patch_size)
+    try:
+        return JoinedTensors({"pos_embed": (positions,), **parts})
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.errors import UserError
 from ditmoe.model.presets import PATCHES, SIZES, parse_preset
 from ditmoe.model.weights.untrusted import first_problem
 
-State = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a state's tensors, by name."""
 Expected = ModelConfig | Mapping[str, Any]
 """A configuration, or some of its fields by name, unchecked."""
 
@@ -23,9 +23,9 @@ _EXPERT = re.compile(r"\.moe\.experts\.(\d{1,6})\.")
 
 
 def identify(
-    state: State, path: Path, preset: str | None, config: Expected | None, described: ModelConfig | None
+    shapes: Shapes, path: Path, preset: str | None, config: Expected | None, described: ModelConfig | None
 ) -> ModelConfig:
-    """The complete configuration of the network that a state belongs to.
+    """The complete configuration of the network that a state of these shapes belongs to.
 
     Args:
         path: where the state is from, for messages.
@@ -38,7 +38,7 @@ def identify(
     """
     wanted = _wanted(path, preset, config, described)
     base = described.model_dump() if described is not None else {}
-    return _identify(state, wanted, base | _given_fields(config or {}), path)
+    return _identify(shapes, wanted, base | _given_fields(config or {}), path)
 
 
 def _wanted(
@@ -64,10 +64,10 @@ def _given_fields(config: Expected) -> dict[str, Any]:
 
 
 def _identify(
-    state: State, wanted: list[tuple[str, dict[str, Any]]], base: dict[str, Any], path: Path
+    shapes: Shapes, wanted: list[tuple[str, dict[str, Any]]], base: dict[str, Any], path: Path
 ) -> ModelConfig:
     """As `identify`; fields that the weights say nothing of are taken from `base`."""
-    known = _shape_of(state, path)
+    known = _shape_of(shapes, path)
     known_from = dict.fromkeys(known, "the weights")
     problems = []
     for source, fields in wanted:
@@ -90,41 +90,41 @@ def _identify(
         raise UserError(f"{path}: no such network: {first_problem(error)}") from error
 
 
-def _shape_of(state: State, path: Path) -> dict[str, Any]:
+def _shape_of(shapes: Shapes, path: Path) -> dict[str, Any]:
     """The fields of ModelConfig that names and shapes give.
 
     They are read from whichever block has them, so that a key missing elsewhere is reported as just that.
     """
-    hidden, channels, patch = _shape(state, "x_embedder.proj.weight", 4, path)[:3]
-    depth = 1 + max((int(match[1]) for match in map(_BLOCK.match, state) if match), default=-1)
-    gate = _first(state, ".moe.gate.weight")
-    numbered = (int(match[1]) for match in map(_EXPERT.search, state) if match)
-    experts = _shape(state, gate, 2, path)[0] if gate else 1 + max(numbered, default=-1)
-    too_many = depth * max(1, experts) > len(state) or depth > _MOST_BLOCKS or experts > _MOST_EXPERTS
+    hidden, channels, patch = _shape(shapes, "x_embedder.proj.weight", 4, path)[:3]
+    depth = 1 + max((int(match[1]) for match in map(_BLOCK.match, shapes) if match), default=-1)
+    gate = _first(shapes, ".moe.gate.weight")
+    numbered = (int(match[1]) for match in map(_EXPERT.search, shapes) if match)
+    experts = _shape(shapes, gate, 2, path)[0] if gate else 1 + max(numbered, default=-1)
+    too_many = depth * max(1, experts) > len(shapes) or depth > _MOST_BLOCKS or experts > _MOST_EXPERTS
     if depth < 1 or too_many or not all((hidden, channels, patch)):
         raise UserError(f"{path}: {depth} blocks, {experts} experts and width {hidden} are no DiT")
-    outputs = _shape(state, "final_layer.linear.weight", 2, path)[0]
+    outputs = _shape(shapes, "final_layer.linear.weight", 2, path)[0]
     known: dict[str, Any] = {
         "depth": depth,
         "hidden": hidden,
         "patch": patch,
         "channels": channels,
         "experts": experts,
-        "num_classes": _shape(state, "y_embedder.embedding_table.weight", 2, path)[0] - 1,
+        "num_classes": _shape(shapes, "y_embedder.embedding_table.weight", 2, path)[0] - 1,
         "learn_sigma": outputs != patch * patch * channels,
-        "attention": "qk_norm" if _first(state, ".attn.Wqkv.weight") else "plain",
+        "attention": "qk_norm" if _first(shapes, ".attn.Wqkv.weight") else "plain",
     }
     if experts:
-        shared = _first(state, ".moe.shared_experts.gate_proj.weight")
-        known["shared_experts"] = _shape(state, shared, 2, path)[0] // hidden if shared else 0
-        known["shared_mlp"] = "gelu" if _first(state, ".moe.shared_experts.fc1.weight") else "swiglu"
+        shared = _first(shapes, ".moe.shared_experts.gate_proj.weight")
+        known["shared_experts"] = _shape(shapes, shared, 2, path)[0] // hidden if shared else 0
+        known["shared_mlp"] = "gelu" if _first(shapes, ".moe.shared_experts.fc1.weight") else "swiglu"
     else:
         known["experts_per_token"] = 0
-    norm = _first(state, ".attn.q_norm.weight")
+    norm = _first(shapes, ".attn.q_norm.weight")
     if norm and known["attention"] == "qk_norm":
-        known["heads"] = hidden // max(1, _shape(state, norm, 1, path)[0])
-    if "pos_embed" in state:
-        tokens = _shape(state, "pos_embed", 3, path)[1]
+        known["heads"] = hidden // max(1, _shape(shapes, norm, 1, path)[0])
+    if "pos_embed" in shapes:
+        tokens = _shape(shapes, "pos_embed", 3, path)[1]
         side = round(tokens**0.5)
         if side * side != tokens or not tokens:
             raise UserError(f"{path}: pos_embed has {tokens} tokens, expected a square number")
@@ -132,18 +132,18 @@ def _shape_of(state: State, path: Path) -> dict[str, Any]:
     return known
 
 
-def _first(state: State, suffix: str) -> str | None:
+def _first(shapes: Shapes, suffix: str) -> str | None:
     """The first name with an ending."""
-    return next((name for name in state if name.endswith(suffix)), None)
+    return next((name for name in shapes if name.endswith(suffix)), None)
 
 
-def _shape(state: State, name: str, axes: int, path: Path) -> tuple[int, ...]:
+def _shape(shapes: Shapes, name: str, axes: int, path: Path) -> tuple[int, ...]:
     """The shape of a tensor that must be there."""
-    if name not in state:
+    if name not in shapes:
         raise UserError(f"{path}: {name} is missing: these are not the weights of a DiT")
-    if state[name].ndim != axes:
-        raise UserError(f"{path}: {name} is {tuple(state[name].shape)}, expected {axes} axes")
-    return tuple(state[name].shape)
+    if len(shapes[name]) != axes:
+        raise UserError(f"{path}: {name} is {shapes[name]}, expected {axes} axes")
+    return shapes[name]
 
 
 def _fill_from_family(known: dict[str, Any], path: Path) -> None:

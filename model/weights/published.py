@@ -30,8 +30,8 @@ from ditmoe.model.weights.files import (
     write_pt,
     write_safetensors,
 )
-from ditmoe.model.weights.identify import Expected, State, identify
-from ditmoe.model.weights.lazy import read
+from ditmoe.model.weights.identify import Expected, identify
+from ditmoe.model.weights.lazy import JoinedTensors, parts_of, read, shapes_of
 
 _PT_KEYS: dict[Which, str] = {"ema": "ema", "weights": "model"}
 _DEEPSPEED_KEY = "module"
@@ -88,7 +88,7 @@ def load_published(
     *,
     config: Expected | None = None,
     which: Which | None = None,
-) -> tuple[ModelConfig, State]:
+) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read published weights, checked name by name and shape by shape.
 
     To have a network with them:
@@ -117,25 +117,29 @@ def load_published(
 
 
 def read_published(
-    path: str | Path, preset: str | None = None, *, config: Expected | None = None
+    path: str | Path, preset: str | None = None, *, config: Expected | None = None, trusted: bool = False
 ) -> PublishedWeights:
-    """Read every set of weights in a published file; arguments and errors as for `load_published`."""
+    """Read every set of weights in a published file; other arguments and errors as for `load_published`.
+
+    Args:
+        trusted: somebody else finds out whether weights that must be the same are, which takes reading them.
+    """
     path = Path(path)
     folder = diffusers_folder(path)
     sets: dict[Which, Mapping[Any, Any]]
     described: Description | None
     if folder is not None:
-        state, described = read_diffusers(folder)
+        state, described = read_diffusers(folder, trusted=trusted)
         sets = {described.which or "ema": state}
     else:
         sets, described = _read_sets(path)
     states = {which: _clean(state, path) for which, state in sets.items()}
-    first = next(iter(states.values()))
+    first = shapes_of(next(iter(states.values())))
     complete = identify(first, path, preset, config, described.config if described else None)
     shapes = canonical_shapes(complete)
     for which, state in states.items():
         check_canonical(
-            {name: tuple(tensor.shape) for name, tensor in state.items()},
+            shapes_of(state),
             shapes,
             f"{path} ({which})" if len(states) > 1 else str(path),
         )
@@ -228,9 +232,10 @@ def _read_sets(path: Path) -> tuple[dict[Which, Mapping[Any, Any]], Description 
     return sets, description
 
 
-def _clean(state: Mapping[Any, Any], path: Path) -> State:
+def _clean(state: Mapping[Any, Any], path: Path) -> Mapping[str, Tensor]:
     """Check that a set is names and floating-point tensors, and drop what wrappers added to the names."""
-    for name, tensor in state.items():
+    pieces = [(name, piece) for name in state for piece in parts_of(state, name)]
+    for name, tensor in pieces:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{path}: {repr(name)[:100]} holds a {type(tensor).__name__}, expected a tensor")
         dense = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
@@ -245,6 +250,8 @@ def _clean(state: Mapping[Any, Any], path: Path) -> State:
                 f"{path}: {name[:100]} is empty; ZeRO 3 keeps the weights in other files: join them first, with"
                 " DeepSpeed's zero_to_fp32.py"
             )
+    if isinstance(state, JoinedTensors):
+        return state  # of diffusers' own class, which no wrapper's name fits
     names = {name: _unwrapped(name) for name in state}
     for wrapper in (_WRAPPER, NETWORK):
         while names and all(name.startswith(wrapper) for name in names.values()):

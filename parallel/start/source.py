@@ -16,11 +16,12 @@ from torch import Tensor
 from ditmoe.model.canonical import canonical_shapes
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.weights.lazy import parts_of
 from ditmoe.model.weights.objective import with_objective
 from ditmoe.model.weights.positions import check_position_embedding
 from ditmoe.model.weights.published import PublishedWeights, read_published
 from ditmoe.model.weights.sit import could_be_sit
-from ditmoe.parallel.boxes import matrix_shape
+from ditmoe.parallel.boxes import Box, matrix_shape
 from ditmoe.parallel.checkpoint.box_reading import AT_ONCE, BYTES
 from ditmoe.parallel.checkpoint.box_storage import Piece
 from ditmoe.parallel.checkpoint.checked_files import ALONE, CheckedFiles, Readers
@@ -163,7 +164,7 @@ def _of_file(start: Start, path: Path, readers: Readers) -> Source:
 
     def fill(pieces: Sequence[Piece]) -> None:
         for piece in pieces:
-            _copy(state[piece.name], piece)
+            _copy(parts_of(state, piece.name), piece)
 
     names = tuple(published.class_names or ())
     shapes = canonical_shapes(published.config)
@@ -171,11 +172,12 @@ def _of_file(start: Start, path: Path, readers: Readers) -> Source:
 
 
 def _published(start: Start, path: Path, readers: Readers) -> PublishedWeights:
-    """Published weights with their objective. Whether the weights answer to noise as it says is found out by one
-    reader alone, because that reads all of them. UserError on all readers."""
-    published, problem = None, None
+    """Published weights with their objective. What takes reading more of them than a reader keeps is found out by
+    one alone: whether they answer to noise as it says, and whether embedders that must be the same are. UserError
+    on all readers."""
+    published, problem, trusted = None, None, readers.rank > 0
     try:
-        published = _with_objective(start, _read(start.model, path), trusted=readers.rank > 0)
+        published = _with_objective(start, _read(start.model, path, trusted=trusted), trusted=trusted)
     except UserError as error:
         problem = str(error)
     problems = [found for found in readers.gather(problem) if found is not None]
@@ -184,21 +186,30 @@ def _published(start: Start, path: Path, readers: Readers) -> PublishedWeights:
     return published
 
 
-def _copy(tensor: Tensor, piece: Piece) -> None:
-    """Fill a piece from a whole parameter, of which no more is read where it is mapped from a file."""
-    found_RC = tensor.reshape(matrix_shape(tensor.shape))[piece.box.slices]
-    rows = max(1, AT_ONCE // (BYTES * piece.box.columns))
-    for found, memory in zip(torch.split(found_RC, rows), torch.split(piece.tensor, rows), strict=True):
-        memory.copy_(found if piece.scale == 1 else found.float() * piece.scale)
+def _copy(parts: Sequence[Tensor], piece: Piece) -> None:
+    """Fill a piece from a whole parameter's parts, of which no more is read where they are mapped from a file."""
+    first = 0
+    for part in parts:
+        rows, columns = matrix_shape(part.shape)
+        here = Box(first, 0, rows, columns)
+        found = piece.box.overlap(here)
+        if found is not None:
+            found_RC = part.reshape(rows, columns)[found.within(here).slices]
+            memory_RC = piece.tensor[found.within(piece.box).slices]
+            step = max(1, AT_ONCE // (BYTES * found.columns))
+            for values, memory in zip(torch.split(found_RC, step), torch.split(memory_RC, step), strict=True):
+                memory.copy_(values if piece.scale == 1 else values.float() * piece.scale)
+        first += rows
 
 
-def _read(model: ModelConfig, path: Path) -> PublishedWeights:
+def _read(model: ModelConfig, path: Path, *, trusted: bool) -> PublishedWeights:
     """Read a file. What its weights do not say of their network is taken from the one that starts from it."""
     try:
-        return read_published(path)
+        return read_published(path, trusted=trusted)
     except UserError:
         keys = ("heads", "image_size", "experts_per_token")
-        return read_published(path, config={key: getattr(model, key) for key in keys if getattr(model, key)})
+        config = {key: getattr(model, key) for key in keys if getattr(model, key)}
+        return read_published(path, config=config, trusted=trusted)
 
 
 def _with_objective(start: Start, published: PublishedWeights, *, trusted: bool) -> PublishedWeights:

@@ -151,6 +151,8 @@ def test_what_is_no_dit_of_ours_is_refused(tmp_path: Path) -> None:
     refused("out_channels is 5", {"out_channels": 5})
     other = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"
     refused("differs from that of block 0", None, {other: state[other] + 1})
+    key = "transformer_blocks.1.attn1.to_k.weight"
+    refused(r"blocks\.1\.attn\.qkv\.weight cannot be joined from", None, {key: state[key][:, :3].clone()})
     refused("num_classes = 10 in the weights, 11", {"num_embeds_ada_norm": 11})
     (tmp_path / "bad" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
     with pytest.raises(UserError, match="pickled objects"):
