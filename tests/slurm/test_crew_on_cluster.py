@@ -155,7 +155,9 @@ def test_two_nodes_share_an_evaluation_whatever_becomes_of_their_workers(cluster
     third, third_job = scene.workers(3, "--nodes=1")
     cancelled = scene.ditmoe("cancel", str(third.path))
     assert cancelled.returncode == 0, cancelled.stderr
-    assert cluster.state(third_job) == "CANCELLED" or read_attempts(third.path).attempts[-1].end is not None
+    scene.wait(lambda: has_ended(cluster, third, third_job), "the end of the workers that were cancelled", 120)
+    said = "cancelled"
+    scene.wait(lambda: said in line_of(third, scene.ditmoe("status", "crew").stdout), "the word of their end", 120)
 
     assert scene.wait(lambda: leader.poll() is not None, "the end of the evaluation") and leader.returncode == 0
     assert scene.results("shared") == scene.results("alone")
@@ -169,8 +171,19 @@ def test_two_nodes_share_an_evaluation_whatever_becomes_of_their_workers(cluster
         assert cluster.wait_for_state(each, "COMPLETED", "FAILED", seconds=600) == "COMPLETED"
     told = scene.ditmoe("status", "crew").stdout
     assert "nobody leads it" in told and told.count("complete: the program completed its work") == 2
-    assert "workers-3   " in told and "cancelled" in told
+    assert said in line_of(third, told)
     assert f"join {address}" in scene.ditmoe("logs", str(first.path)).stdout
+
+
+def has_ended(cluster: Cluster, workers: JobFolder, job: str) -> bool:
+    """Whether Slurm or the record says so. Workers that were cancelled before they began have no attempt."""
+    attempts = read_attempts(workers.path).attempts
+    return cluster.state(job) == "CANCELLED" or (bool(attempts) and attempts[-1].end is not None)
+
+
+def line_of(workers: JobFolder, told: str) -> str:
+    """What `ditmoe status` says of one job of workers; empty: nothing."""
+    return next((line for line in told.splitlines() if line.split()[:1] == [workers.path.name]), "")
 
 
 def beats(folder: JobFolder) -> list[str]:
