@@ -1,6 +1,6 @@
 """The options of every command that draws or scores images, declared once.
 
-A command that is marked `@draws_images(steps=…)` gets those of the sampler, in place of its argument `drawing`,
+A command that is marked `@draws_images()` gets those of the sampler, in place of its argument `drawing`,
 which holds what they were. They are named as the fields of `SamplerConfig`.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 import typer
 
 from ditmoe.launcher.commands.shared_options import with_options
-from ditmoe.sampling.settings.names import DiffusionForm, LastStep, SamplerName, ScheduleName
+from ditmoe.sampling.settings.names import SAMPLE_STEPS, DiffusionForm, LastStep, SamplerName, ScheduleName
 
 if TYPE_CHECKING:
     from ditmoe.sampling.settings.config import SamplerConfig
@@ -89,6 +89,14 @@ CacheOption = Annotated[
     typer.Option(help="Folder of trained classifiers and statistics of real images. [default: ~/.cache/ditmoe]"),
 ]
 
+_FewSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Steps of the sampler; rk45 chooses its own. [default: as many as it needs: "
+        f"euler {SAMPLE_STEPS['euler']}, dpm-solver++ {SAMPLE_STEPS['dpm-solver++']}, …]",
+    ),
+]
 _SAMPLER_OPTIONS: Final[dict[str, tuple[Any, Any]]] = {
     "sampler": (
         Annotated[
@@ -231,7 +239,8 @@ class Drawing:
         """The sampler. UserError naming every option that is out of range."""
         from ditmoe.sampling.settings.config import sampler_from_options
 
-        return sampler_from_options(**self.values)
+        unset = {"steps"} if self.values["steps"] is None else set()
+        return sampler_from_options(**{name: value for name, value in self.values.items() if name not in unset})
 
     def arguments(self) -> list[str]:
         """The options again, for a command line."""
@@ -247,11 +256,12 @@ class Drawing:
         return arguments
 
 
-def draws_images(*, steps: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def draws_images(*, few_steps: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the sampler's options where it has its argument `drawing`.
 
     Args:
-        steps: a default.
+        few_steps: the default is no number, and the command takes as many steps as its sampler needs
+            (`SamplerConfig.for_a_look`).
     """
-    annotation, _ = _SAMPLER_OPTIONS["steps"]
-    return with_options({**_SAMPLER_OPTIONS, "steps": (annotation, steps)}, "drawing", Drawing)
+    options = {**_SAMPLER_OPTIONS, "steps": (_FewSteps, None)} if few_steps else _SAMPLER_OPTIONS
+    return with_options(options, "drawing", Drawing)

@@ -32,7 +32,7 @@ from ditmoe.sampling.settings.networks import arguments_of, choices_of
 
 
 @shares_work()
-@draws_images(steps=250)
+@draws_images()
 def command(
     run: Annotated[Path, typer.Argument(help="The run's folder, or one of its checkpoints.", metavar="RUN")],
     *,

@@ -13,14 +13,13 @@ from ditmoe.launcher.commands.drawing import (
     WeightsOption,
     draws_images,
 )
-from ditmoe.sampling.settings.names import SAMPLE_STEPS
 
 if TYPE_CHECKING:
     from ditmoe.sampling.drawing.generate import Generated
     from ditmoe.sampling.settings.config import SamplerConfig
 
 
-@draws_images(steps=SAMPLE_STEPS)
+@draws_images(few_steps=True)
 def command(
     run: Annotated[Path, typer.Argument(help="A run folder, or one of its checkpoints.", metavar="RUN")],
     *,
@@ -157,7 +156,7 @@ def command(
             f"{run}: the network draws {model.image_shape[0]} channels, and only 1 (grey) or 3 (RGB) make a "
             "picture; if they are latents, give their VAE with --vae"
         )
-    config = config.resolved(model.objective_config)
+    config = config.for_a_look(model.objective_config)
     moves = animate or (target is not None and target.moves)
     check_possible(config, seeds=seeds, count=count)
     for warning in noise_warnings(config):

@@ -14,7 +14,6 @@ from ditmoe.sampling.evaluation.row import markdown, rows_of
 from ditmoe.sampling.evaluation.stored import METRICS_FILE
 from ditmoe.sampling.network.load import home_of
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import SAMPLE_STEPS
 
 CARD: Final = "README.md"
 MOST_METRICS_BYTES: Final = 2**24
@@ -133,10 +132,11 @@ def _training(info: CheckpointInfo | None, sets: Sequence[str]) -> list[str]:
 def _sampling(published: PublishedWeights) -> list[str]:
     if published.objective is None:
         return ["It is not known what the network predicts, and so not how to draw from it."]
-    sampler = SamplerConfig().resolved(published.objective)
+    usual = SamplerConfig()
+    sampler = usual.for_a_look(published.objective)
     return [
-        f"Defaults of `ditmoe sample`: {sampler.sampler}, {SAMPLE_STEPS} steps, schedule {sampler.schedule},"
-        f" guidance {sampler.cfg_scale:g}. `ditmoe evaluate` takes {sampler.steps} steps."
+        f"Defaults of `ditmoe sample`: {sampler.sampler}, {sampler.steps} steps, schedule {sampler.schedule},"
+        f" guidance {sampler.cfg_scale:g}. `ditmoe evaluate` takes {usual.steps} steps."
     ]
 
 

@@ -28,7 +28,7 @@ from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, load_m
 from ditmoe.sampling.python.choices import Classes, Seeds, image_numbers, labels_of, seeds_of
 from ditmoe.sampling.python.files import load_file
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import SAMPLE_STEPS, DiffusionForm, LastStep, SamplerName, ScheduleName
+from ditmoe.sampling.settings.names import DiffusionForm, LastStep, SamplerName, ScheduleName
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -157,7 +157,7 @@ class Model:
         output: Literal["pil"] = "pil",
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = SAMPLE_STEPS,
+        steps: int | None = None,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -173,7 +173,7 @@ class Model:
         output: Literal["numpy"],
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = SAMPLE_STEPS,
+        steps: int | None = None,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -189,7 +189,7 @@ class Model:
         output: Literal["torch"],
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = SAMPLE_STEPS,
+        steps: int | None = None,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -204,7 +204,7 @@ class Model:
         output: Literal["pil", "numpy", "torch"] = "pil",
         count: int | None = None,
         sampler: SamplerName | None = None,
-        steps: int = SAMPLE_STEPS,
+        steps: int | None = None,
         guidance: float = 1.0,
         batch: int | None = None,
         progress: bool = False,
@@ -221,7 +221,7 @@ class Model:
                 the CPU.
             count: images of one seed, which take the classes in turn; None: one of each class that is given.
             sampler: None: `ddpm` or `euler`, whichever goes with the model.
-            steps: of the sampler.
+            steps: of the sampler; None: as many as it needs (docs/sample.md).
             guidance: the scale of classifier-free guidance; 1: none. `ditmoe sample` calls it `--cfg-scale`.
             batch: images drawn at once; None: 64, or all if they are fewer. At another size an image differs by
                 rounding.
@@ -235,9 +235,10 @@ class Model:
             raise UserError(f"output = {output!r}: expected 'pil', 'numpy' or 'torch'")
         labels, seeds = labels_of(classes, self.classes), seeds_of(seed)
         one = seeds if isinstance(seeds, int) else 0
-        config = _sampler(sampler=sampler, steps=steps, cfg_scale=guidance, seed=one, **settings)
+        few: dict[str, int] = {} if steps is None else {"steps": steps}
+        config = _sampler(sampler=sampler, cfg_scale=guidance, seed=one, **few, **settings)
         self._check(config, seeds, count, batch)
-        config = config.resolved(self._loaded.objective_config)
+        config = config.for_a_look(self._loaded.objective_config)
         for warning in noise_warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
         if isinstance(seeds, int):

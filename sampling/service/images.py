@@ -31,7 +31,7 @@ LOG: Final = logging.getLogger("ditmoe.service")
 
 def tickets_of(request: ImageRequest, listed: Listed, user: str, posteriors: Posteriors) -> list[Ticket]:
     """What is to be drawn. ServiceError: a class is unknown, or there is no classifier for chains."""
-    config = request.sampler_config().resolved(listed.info.objective)
+    config = request.sampler_config().for_a_look(listed.info.objective)
     numbers, samples = range(request.first, request.first + request.count), config.images_per_unit
     classes = len(listed.class_names)
     if request.labels is not None:
@@ -101,7 +101,7 @@ async def generate_images(
     """
     start = time.monotonic()
     listed = await asyncio.to_thread(listing.find, request.model, request.step)
-    config = request.sampler_config().resolved(listed.info.objective)
+    config = request.sampler_config().for_a_look(listed.info.objective)
     check_cost(request.count, config, listed.info.objective, most_images, most_passes, first=request.first)
     tickets = await asyncio.to_thread(tickets_of, request, listed, user_of(http, request.user).name, posteriors)
     try:

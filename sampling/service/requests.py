@@ -60,14 +60,13 @@ class Asked(SamplerConfig):
 
     def sampler_config(self) -> SamplerConfig:
         """What they are drawn by."""
-        return SamplerConfig.model_validate({name: getattr(self, name) for name in SamplerConfig.model_fields})
+        given = SamplerConfig.model_fields.keys() & self.model_fields_set
+        return SamplerConfig.model_validate({name: getattr(self, name) for name in given})
 
 
 class ImageRequest(Asked):
     """Images that are answered at once: OpenAI's form, with classes in place of the prompt."""
 
-    steps: int = Field(default=50, ge=1, le=10**6)
-    """Steps of the integrator."""
     n: int = Field(default=1, ge=1, le=LARGEST_NUMBER)
     """Images; left out where `labels` says how many."""
     first: int = Field(default=0, ge=0, le=LARGEST_NUMBER)

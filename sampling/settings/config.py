@@ -17,6 +17,7 @@ from ditmoe.sampling.settings.names import (
     LastStep,
     SamplerName,
     ScheduleName,
+    sample_steps,
 )
 
 SAMPLER_RULES: Final = 3
@@ -186,6 +187,14 @@ class SamplerConfig(Settings):
         sampler = self.sampler or ("ddpm" if objective.kind == "ddpm" else "euler")
         named = self.model_copy(update={"sampler": sampler.replace("kar1", "heun")})
         return named.model_copy(update={"schedule": self.schedule or default_schedule(named.integrator)})
+
+    def for_a_look(self, objective: ObjectiveConfig) -> "SamplerConfig":
+        """`resolved`, with the few steps of `SAMPLE_STEPS` where none were given."""
+        resolved = self.resolved(objective)
+        if "steps" in self.model_fields_set:
+            return resolved
+        assert resolved.sampler is not None
+        return resolved.model_copy(update={"steps": sample_steps(resolved.sampler)})
 
 
 def sampler_from_options(*, dlg: Sequence[str] = (), **options: Any) -> SamplerConfig:

@@ -1,6 +1,7 @@
 """Names that a user may give, apart from what imports torch, so that the command's help answers at once."""
 
-from typing import Final, Literal
+from collections.abc import Mapping
+from typing import Final, Literal, cast
 
 IntegratorName = Literal[
     "ddpm",
@@ -39,8 +40,29 @@ LevelRule = Literal["argmax", "sample"]
 StepRule = Literal["constant", "proportional", "exponential", "underdamped"]
 
 CHAIN_PREFIX: Final = "dlg:"
-SAMPLE_STEPS: Final = 50
-"""Of `ditmoe sample` and `Model.sample`; evaluations take the 250 of papers."""
+
+SAMPLE_STEPS: Final[Mapping[IntegratorName, int]] = {
+    "ddpm": 50,
+    "ddim": 25,
+    "euler": 25,
+    "heun": 12,
+    "kar1": 12,
+    "kar2": 18,
+    "rk45": 50,
+    "reverse-diffusion": 50,
+    "euler-maruyama": 50,
+    "sit-sde": 50,
+    "dpm-solver++": 10,
+}
+"""Steps of `ditmoe sample`, `Model.sample` and the service's images, where none are given: from these on, more did
+not improve FID beyond its noise (docs/sample.md). Evaluations take the 250 of papers. rk45 chooses its own."""
+
+
+def sample_steps(sampler: SamplerName) -> int:
+    """Steps of `SAMPLE_STEPS`; half as many finish the states of chains, which have less noise."""
+    steps = SAMPLE_STEPS[cast(IntegratorName, sampler.removeprefix(CHAIN_PREFIX))]
+    return -(-steps // 2) if sampler.startswith(CHAIN_PREFIX) else steps
+
 
 FeatureName = Literal["classifier", "inception", "dinov2"]
 """The network whose features images are compared by."""

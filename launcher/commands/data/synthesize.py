@@ -19,7 +19,7 @@ from ditmoe.model.outside.text import counted
 
 
 @shares_work(PER_CORE)
-@draws_images(steps=250)
+@draws_images()
 def command(
     out: Annotated[
         Path, typer.Argument(help="Folder to write shards, index.json and preview.png to.", metavar="OUT")

@@ -19,7 +19,7 @@ from ditmoe.sampling.service.page.evaluation_folders import Evaluations, evaluat
 from ditmoe.sampling.service.page.run_folders import RunFolders, preview, previews
 from ditmoe.sampling.service.page.static_files import PREFIX, static_files
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import ChainName, IntegratorName, ScheduleName
+from ditmoe.sampling.settings.names import ChainName, IntegratorName, ScheduleName, sample_steps
 
 LARGEST: Final = 2**31 - 1
 MOST_IMAGES: Final = 60
@@ -91,7 +91,8 @@ def add_page(app: FastAPI, listing: Listing) -> None:
     async def samplers() -> JSONResponse:
         names = {"samplers": IntegratorName, "chains": ChainName, "schedules": ScheduleName}
         told = {name: get_args(literal) for name, literal in names.items()}
-        return JSONResponse({**told, "settings": SamplerConfig().model_dump(mode="json")})
+        steps = {name: sample_steps(name) for names in (told["samplers"], told["chains"]) for name in names}
+        return JSONResponse({**told, "steps": steps, "settings": SamplerConfig().model_dump(mode="json")})
 
     @app.get("/v1/runs")
     async def runs() -> JSONResponse:

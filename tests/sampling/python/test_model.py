@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,15 @@ from ditmoe.parallel.checkpoint.folder import newest_checkpoint, read_weights
 from ditmoe.parallel.start.begin import check_start
 from ditmoe.parallel.start.source import Start
 from ditmoe.sampling.exchange.hub import local_folder
+from ditmoe.sampling.integrators.few_steps import noise_warnings
+from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import (
+    CHAIN_PREFIX,
+    SAMPLE_STEPS,
+    IntegratorName,
+    SamplerName,
+    sample_steps,
+)
 from tests.sampling.exchange.test_hub import NAME, cache, put
 from tests.sampling.small_run import MODEL, write_checkpoint, write_noise_classifier, write_photos, write_run
 
@@ -81,6 +90,36 @@ def test_images_are_those_of_the_command(
     images = chosen.sample([3, "1"], output="numpy", **{**asked, "count": count})
     assert images.shape == (asked["count"], 8, 8, 1) and images.std() > 1
     assert np.array_equal(images, expected)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpm-solver++", "heun", "dlg:euler"])
+def test_steps_that_are_not_given_are_those_of_the_sampler(
+    run: Path, model: ditmoe.Model, sampler: SamplerName
+) -> None:
+    """By the command and in Python, to the bit those of the number; a number that is given stays."""
+    options = ("--count=2", f"--sampler={sampler}")
+    few = drawn_by_command(run, *options)
+    steps = sample_steps(sampler)
+    assert steps < 50 and np.array_equal(few, drawn_by_command(run, *options, f"--steps={steps}"))
+    assert not np.array_equal(few, drawn_by_command(run, *options, f"--steps={steps + 3}"))
+    assert np.array_equal(few, model.sample(sampler=sampler, count=2, output="numpy"))
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "rectified_flow"])
+def test_few_steps_follow_the_objective_and_evaluations_take_those_of_papers(kind: Any) -> None:
+    objective = ObjectiveConfig(kind=kind)
+    sampler: IntegratorName = "ddpm" if kind == "ddpm" else "euler"
+    usual = SamplerConfig()
+    assert usual.for_a_look(objective).steps == SAMPLE_STEPS[sampler] != usual.resolved(objective).steps == 250
+    assert SamplerConfig(steps=250).for_a_look(objective).steps == 250
+
+
+def test_no_default_leaves_noise() -> None:
+    """Each sampler on its schedule, alone and after chains."""
+    for name in get_args(IntegratorName):
+        for prefix in ("", CHAIN_PREFIX):
+            config = SamplerConfig.model_validate({"sampler": prefix + name, "tolerance": 1e-3})
+            assert not noise_warnings(config.for_a_look(ObjectiveConfig())), config.sampler
 
 
 def test_forms(model: ditmoe.Model) -> None:

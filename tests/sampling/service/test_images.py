@@ -16,6 +16,7 @@ from ditmoe.sampling.drawing.generate import generate
 from ditmoe.sampling.network.load import load_model
 from ditmoe.sampling.service.counters import Counters
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import SAMPLE_STEPS
 from tests.sampling.service.conftest import MARKUP, figure, send, serving, until
 
 ROUTE = "/v1/images/generations"
@@ -45,6 +46,16 @@ def test_images_are_those_of_the_run(client: httpx.Client, runs: Path) -> None:
         (5, 5, 7, 5),
     ]
     assert body["step"] == 3 and body["sampler"]["schedule"] == "karras"
+
+
+@pytest.mark.parametrize("sampler", [None, "dpm-solver++"])
+def test_steps_that_are_not_given_are_those_of_the_sampler(client: httpx.Client, sampler: str | None) -> None:
+    asked = {name: value for name, value in ASKED.items() if name not in ("steps", "sampler")}
+    asked |= {} if sampler is None else {"sampler": sampler}
+    few = client.post(ROUTE, json=asked).json()
+    steps = SAMPLE_STEPS["dpm-solver++" if sampler else "euler"]
+    assert few["sampler"]["steps"] == steps
+    assert client.post(ROUTE, json={**asked, "steps": steps}).json()["data"] == few["data"]
 
 
 def test_an_image_is_the_same_alone_and_in_any_company(client: httpx.Client) -> None:

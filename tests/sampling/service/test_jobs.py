@@ -292,7 +292,7 @@ def _parsed(options: Sequence[str]) -> SamplerConfig:
     app = typer.Typer()
 
     @app.command()
-    @draws_images(steps=250)  # type: ignore[untyped-decorator]
+    @draws_images()  # type: ignore[untyped-decorator]
     def command(*, drawing: Drawing) -> None:
         got.append(drawing.config())
 

@@ -93,6 +93,12 @@ export async function playground(scope, _, params) {
   }
 
   form.addEventListener("input", () => { showOther(); keep(); });
+  for (const [sampler, steps] of [["sampler", "steps"], ["with", "with_steps"]]) {
+    form.elements.namedItem(sampler).addEventListener("change", ({ target }) => {
+      form.elements.namedItem(steps).value = names.steps[target.value] ?? START[steps]; // each needs its own number
+      keep();
+    });
+  }
   run.addEventListener("change", () => { showModel(modelOf(run.value), "", ""); keep(); });
 
   /** What is asked of the service, of each sampler. */

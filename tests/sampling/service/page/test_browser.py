@@ -25,6 +25,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 from ditmoe.sampling.service.access import Tokens
 from ditmoe.sampling.service.jobs.store import COMPLETED, EXPIRED, JobStore
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import SAMPLE_STEPS
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 from tests.sampling.small_run import write_run
@@ -502,6 +503,30 @@ def test_a_link_to_the_playground_has_every_setting(site: Site, name: str) -> No
             assert SamplerConfig.model_validate(body) == config
             shown, given = (dict(parse_qsl(address.partition("?")[2])) for address in (page.url, link))
             assert shown == given and len(given) > 5, "the page says the same of itself"
+
+
+def test_a_sampler_comes_with_its_steps(site: Site) -> None:
+    """As the API takes them where none are given; a number that is typed afterwards stays."""
+    with site.page() as page:
+        site.go(page, "playground?model=digits&sampler=euler&steps=3&with=heun&with_steps=2", "Playground")
+        steps, others = page.get_by_label("Steps", exact=True), page.get_by_label("Its steps")
+        expect(steps).to_have_value("3")
+        page.get_by_label("Sampler", exact=True).select_option("dpm-solver++")
+        expect(steps).to_have_value(str(SAMPLE_STEPS["dpm-solver++"]))
+        expect(others).to_have_value("2")
+        page.get_by_label("Second sampler").select_option("kar2")
+        expect(others).to_have_value(str(SAMPLE_STEPS["kar2"]))
+        assert f"steps={SAMPLE_STEPS['dpm-solver++']}&" in page.url and page.url.endswith(
+            f"with_steps={SAMPLE_STEPS['kar2']}"
+        )
+        steps.fill("4")
+        page.get_by_label("Images").fill("2")
+        page.get_by_role("button", name="Draw").click()
+        images = page.locator(".results img")
+        expect(images).to_have_count(4)
+        asked = {"model": "digits", "seed": 0, "n": 2, "cfg_scale": 1.5, "sampler": "dpm-solver++", "steps": 4}
+        for number, known in enumerate(drawn(site.client, **asked)):
+            assert np.array_equal(pixels(images.nth(2 * number)), known)
 
 
 def test_settings_without_a_field_are_told_at_the_one_for_others(site: Site) -> None:

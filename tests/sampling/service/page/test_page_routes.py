@@ -18,6 +18,7 @@ from PIL import Image
 
 from ditmoe.sampling.service.access import Tokens
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import sample_steps
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 
@@ -96,6 +97,7 @@ def test_no_name_leads_out_of_the_runs(page: httpx.Client, name: str) -> None:
 def test_samplers_are_told_with_their_settings(page: httpx.Client) -> None:
     told = page.get("/v1/samplers").json()
     assert "heun" in told["samplers"] and "dlg:heun" in told["chains"] and told["schedules"] == ["own", "karras"]
+    assert told["steps"] == {name: sample_steps(name) for name in told["samplers"] + told["chains"]}
     assert told["settings"].keys() == SamplerConfig.model_fields.keys()
     assert SamplerConfig.model_validate(told["settings"]) == SamplerConfig()
 
