@@ -1,4 +1,4 @@
-"""Handing a network over to DeepSpeed: shared out over the ranks, with its initial weights and torch's AdamW."""
+"""Handing a network over to DeepSpeed: shared out over the ranks, with torch's AdamW."""
 
 import logging
 import warnings
@@ -14,7 +14,7 @@ from ditmoe.model.errors import UserError
 from ditmoe.model.experts.balance import BalanceLoss
 from ditmoe.parallel.config import OptimConfig
 from ditmoe.parallel.engine.deepspeed_settings import deepspeed_settings
-from ditmoe.parallel.engine.initial import Initial, cut_for_zero_3, fill, give_memory
+from ditmoe.parallel.engine.initial import cut_for_zero_3, give_memory, give_zeros
 from ditmoe.parallel.engine.passes import Passes
 from ditmoe.parallel.layout import Layout
 
@@ -39,14 +39,12 @@ def start_deepspeed(
     optim: OptimConfig,
     precision: str,
     extra: dict[str, Any],
-    initial: Initial | None,
     grid: Any,
     device: torch.device,
 ) -> Any:
-    """The DeepSpeed engine that trains what the passes go through, with torch's AdamW.
+    """The DeepSpeed engine that trains what the passes go through, with torch's AdamW; all weights are zeros.
 
     Args:
-        initial: the values of its parameters; None: a checkpoint's will be written.
         grid: what `share_out` returned, or None.
     """
     import deepspeed
@@ -65,7 +63,7 @@ def start_deepspeed(
         # any copy of their values is made.
         if cut is not None:
             cut(network.parameters())
-        fill(network, layout, initial)
+        give_zeros(network)
         parameters: Any = list(network.parameters())
         if layout.expert > 1:
             parameters = configure_moe_param_groups(parameters)

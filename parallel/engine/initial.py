@@ -1,8 +1,9 @@
 """Initial weights on a layout: each rank has memory for what it keeps alone, and makes the values of that.
 
 A network is built on the meta device. Nothing is written to the memory that it is given here, so on a CPU it
-takes none; experts are then dealt out, and with ZeRO 3 each parameter is cut before the next one has memory. Only
-what is left is filled.
+takes none; experts are then dealt out, and with ZeRO 3 each parameter is cut before the next one has memory.
+Values are made for the fp32 weights of the optimiser, as a checkpoint's are read into them. In bf16 the network
+computes with these, rounded; neither the optimiser's nor the EMA's are.
 """
 
 import copy
@@ -13,16 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditmoe.model.canonical import split_experts
 from ditmoe.model.dit import DiT
 from ditmoe.model.layers import position_embedding
 from ditmoe.parallel.boxes import Box, Placement, boxes_of_run, matrix_shape, whole
-from ditmoe.parallel.engine.fragments import published_name
+from ditmoe.parallel.engine.fragments import Fragment
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.tensor.shards import shard_of
 
 MOST_THREADS: Final = 4
 """That make values."""
@@ -40,7 +39,7 @@ class Part:
     start: int
     """Of the elements of that tensor, flattened, the first that is kept."""
     memory: Tensor
-    """`[length]`, of any type and on any device."""
+    """fp32 `[length]`, on any device."""
 
     def boxes(self) -> Iterator[tuple[Box, Tensor]]:
         """The boxes of the parameter, each with its memory `[box.rows, box.columns]`."""
@@ -49,7 +48,7 @@ class Part:
 
 
 class Initial(Protocol):
-    """Where the first values of a network are from; on every layout they are the same."""
+    """Where the first values of a network are from; on every layout, in every precision, they are the same."""
 
     def fill(self, parts: Sequence[Part]) -> None:
         """Give the memory of all parts that this rank keeps their values; every rank calls it once."""
@@ -134,44 +133,15 @@ def cut_for_zero_3(network: nn.Module, layout: Layout, settings: dict[str, Any],
     return cut._convert_to_zero_parameters
 
 
-@torch.no_grad()
-def fill(network: nn.Module, layout: Layout, initial: Initial | None) -> None:
-    """Give every parameter that this rank holds, or its part of it, the initial value of its canonical name.
-
-    Args:
-        initial: None: zeros, because a checkpoint's values will take their place.
-    """
-    expert_rank = layout.expert_rank(dist.get_rank())
-    if initial is None:
-        for parameter in network.parameters():
-            _kept(parameter)[0].zero_()
-        return
-    initial.fill([part for name, p in network.named_parameters() for part in _parts(name, p, expert_rank)])
+def give_zeros(network: nn.Module) -> None:
+    """Give every parameter that this rank holds, or its part of it, a value; the optimiser's are written later."""
+    for parameter in network.parameters():
+        getattr(parameter, "ds_tensor", parameter).detach().zero_()  # ZeRO 3 fills up the last rank's part
 
 
-def _kept(parameter: Any) -> tuple[Tensor, int]:
-    """This rank's memory of a parameter, flat, and where in it that begins."""
-    if not hasattr(parameter, "ds_tensor"):
-        return parameter.detach().view(-1), 0
-    memory: Tensor = parameter.ds_tensor
-    return memory, memory.numel() * parameter.ds_zero_partition_rank
-
-
-def _parts(name: str, parameter: Any, expert_rank: int) -> Iterator[Part]:
-    """What this rank keeps of a parameter, or of each of its experts."""
-    memory, start = _kept(parameter)
-    shape, shard = tuple(getattr(parameter, "ds_shape", parameter.shape)), shard_of(parameter)
-    name = published_name(name)
-    experts = split_experts(name, expert_rank * shape[0], shape[0])
-    names, shape = ([name], shape) if experts is None else (experts, shape[1:])
-    size = torch.Size(shape).numel()
-    memory[max(0, size * len(names) - start) :].zero_()  # ZeRO 3 fills up the last rank's part
-    canonical = shape if shard is None else shard.whole_shape(shape)
-    placement = whole(shape) if shard is None else shard.placement(canonical)
-    for number, one in enumerate(names):
-        first, last = max(start, number * size), min(start + len(memory), (number + 1) * size)
-        if first < last:
-            yield Part(one, canonical, placement, first - number * size, memory[first - start : last - start])
+def fill(fragments: Sequence[Fragment], initial: Initial) -> None:
+    """Give the fp32 weights that this rank's optimiser owns the initial values of their canonical names."""
+    initial.fill([Part(f.name, f.shape, f.placement or whole(f.shape), f.start, f.weight) for f in fragments])
 
 
 def canonical_parts(name: str, parameter: Tensor, expert_rank: int) -> Iterator[tuple[str, Tensor]]:

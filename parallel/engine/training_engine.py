@@ -25,7 +25,7 @@ from ditmoe.parallel.engine.deepspeed_engine import attach_balance, share_out, s
 from ditmoe.parallel.engine.deepspeed_settings import suspect_of
 from ditmoe.parallel.engine.fragments import Fragment, find_fragments, refresh_weights, set_optimizer_step
 from ditmoe.parallel.engine.gradient_check import CHECKED_STEPS, GradientCheck
-from ditmoe.parallel.engine.initial import Initial
+from ditmoe.parallel.engine.initial import Initial, fill
 from ditmoe.parallel.engine.passes import MicroBatch, Passes, WholeNetworkPasses
 from ditmoe.parallel.engine.pipeline import PipelinePasses
 from ditmoe.parallel.engine.step_totals import DeviceTotals, StepTotals, TotalsOverRanks
@@ -97,7 +97,7 @@ class TrainingEngine:
         device: torch.device,
         initial: Initial | None,
     ) -> None:
-        """Share a network out over the ranks, give it its initial weights and hand it over to DeepSpeed.
+        """Share a network out over the ranks, hand it over to DeepSpeed and give it its initial weights.
 
         Args:
             network: the blocks of this rank's pipeline stage, without values: best on the meta device.
@@ -119,18 +119,21 @@ class TrainingEngine:
             if layout.pipe > 1
             else WholeNetworkPasses(network, objective)
         )
-        self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, initial, grid, device)
+        self._engine = start_deepspeed(self._passes, layout, optim, precision, extra, grid, device)
         self._passes.engine = self._engine
         self.fragments: list[Fragment] = find_fragments(self._engine, network, layout)
         check_groups(groups_of_engine(self._engine, layout))
         if layout.expert > 1:
             attach_balance(network, list(self._passes.layers.values()))
         self._set_up_balance()
+        if initial is not None:
+            fill(self.fragments, initial)
         self._weights = [fragment.weight for fragment in self.fragments]
         self._averages = Averages(self.fragments)
         self.ema = self._averages.of_fragments
         """fp32 average of each fragment's weight."""
         self._suspect = suspect_of(extra)
+        # It ends with the values in place, which the network then computes with.
         check_weights(self._engine, network, layout, self.fragments, self.ema, self._suspect)
         self._update = Update(self._passes, network, layout, optim.clip, device)
         shares = (network.config.depth, max(network.config.experts, 1))

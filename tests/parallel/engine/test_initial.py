@@ -1,5 +1,6 @@
 """Initial values of what a rank keeps: those of the whole, cut as the layout cuts, and no others are made."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,11 @@ from ditmoe.model.dit import DiT
 from ditmoe.model.initialise import initial_value, initialise
 from ditmoe.parallel.checkpoint.folder import checkpoint_path
 from ditmoe.parallel.engine import initial
+from ditmoe.parallel.engine.fragments import Fragment
 from ditmoe.parallel.engine.initial import WholeValues
-from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.start.begin import begun
 from ditmoe.parallel.start.fresh import Fresh
-from ditmoe.parallel.tensor.shards import TensorShard, mark
+from ditmoe.parallel.tensor.shards import TensorShard, mark, shard_of
 
 CONFIG = ModelConfig(
     depth=1,
@@ -36,111 +37,66 @@ CONFIG = ModelConfig(
 )
 
 
-class Held(nn.Module):
-    """What a rank has of a network: `[name, parameter]` pairs as DeepSpeed leaves them."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__()
-        self.pairs = pairs
-
-    def named_parameters(self, *_: Any, **__: Any) -> Any:
-        return iter(self.pairs)
-
-    def parameters(self, *_: Any, **__: Any) -> Any:
-        return (parameter for _, parameter in self.pairs)
-
-
-def cut(shape: tuple[int, ...], rank: int, ranks: int) -> Any:
-    """A parameter of ZeRO 3: this rank's part of it, filled up for the last rank. None of its numbers may stay."""
-    length = -(-torch.Size(shape).numel() // ranks)
-    part = torch.full((length,), 7.0)
-    return SimpleNamespace(shape=(0,), ds_shape=shape, ds_tensor=part, ds_zero_partition_rank=rank)
-
-
-def at(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    monkeypatch.setattr(initial.dist, "get_rank", lambda: rank)
-
-
-def layout(**axes: int) -> Layout:
-    defaults = {"pipe": 1, "data": 1, "expert": 1, "tensor": 1, "zero": 3, "micro_batch": 1, "accumulation": 1}
-    return Layout(**{**defaults, **axes})
+def owned(
+    name: str, shape: tuple[int, ...], start: int, length: int, shard: TensorShard | None = None
+) -> Fragment:
+    """What an optimiser owns of a parameter, or of a tensor rank's part of it. None of its numbers may stay."""
+    weight = torch.full((length,), 7.0)
+    return Fragment(name, shape, start, weight, {}, weight, placement=shard and shard.placement(shape))
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.sampled_from([1, 2, 3]), st.integers(1, 5))
-def test_all_ranks_together_have_the_whole(expert: int, copies: int) -> None:
-    """ZeRO 3 over any number of ranks, with experts dealt out or not; bit for bit, and zeros behind the end."""
+@given(st.lists(st.floats(0, 1), max_size=5))
+def test_all_ranks_together_have_the_whole(cuts: list[float]) -> None:
+    """However the optimiser's weights are cut: those of the whole network, bit for bit."""
     network = DiT(CONFIG)
     initialise(network, seed=3)
-    expected = canonical_state(network)
-    grid = layout(data=expert * copies, expert=expert)
-    made: dict[str, list[Tensor]] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for rank in range(expert * copies):
-            at(patch, rank)
-            pairs = []
-            for name, parameter in network.named_parameters():
-                shape, place, ranks = tuple(parameter.shape), rank, expert * copies
-                if ".experts." in name:
-                    shape, place, ranks = (shape[0] // expert, *shape[1:]), rank // expert, copies
-                    # DeepSpeed's layer has other names.
-                    for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-                        name = name.replace(ours, theirs)
-                pairs.append((name, cut(shape, place, ranks)))
-            initial.fill(Held(pairs), grid, Fresh(3))
-            for name, parameter in pairs:
-                group = f"{name}/{rank % expert if '.experts.' in name else 0}"
-                made.setdefault(group, []).append(parameter.ds_tensor)
-    whole = {name: torch.cat(parts) for name, parts in made.items()}
-    for name, parameter in network.named_parameters():
-        if ".experts." not in name:
-            found = whole[f"{name}/0"]
-            size = parameter.numel()
-            assert torch.equal(found[:size], expected[name].flatten()) and not found[size:].any()
-    for ours, theirs in (("gate_proj", "w1"), ("down_proj", "w2"), ("up_proj", "w3")):
-        for part in range(expert):
-            held = CONFIG.experts // expert
-            numbers = range(part * held, (part + 1) * held)
-            values = torch.cat([expected[f"blocks.0.moe.experts.{n}.{ours}.weight"].flatten() for n in numbers])
-            found = whole[f"blocks.0.moe.experts.{theirs}/{part}"]
-            assert torch.equal(found[: len(values)], values) and not found[len(values) :].any()
+    for name, expected in canonical_state(network).items():
+        if name == "pos_embed":
+            continue
+        size = expected.numel()
+        bounds = sorted({0, size, *(int(cut * size) for cut in cuts)})
+        parts = [owned(name, tuple(expected.shape), a, b - a) for a, b in pairwise(bounds)]
+        for part in parts:
+            initial.fill([part], Fresh(3))
+        assert torch.equal(torch.cat([part.weight for part in parts]), expected.flatten())
 
 
-def test_only_what_is_kept_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_kept_is_made() -> None:
     asked: list[tuple[str, tuple[int, ...]]] = []
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         asked.append((name, shape))
         return initial_value(name, shape, seed=0)
 
-    at(monkeypatch, 3)  # of 4: the second half of the experts, and of these the second copy
-    pair = ("blocks.0.moe.experts.w3", cut((3, 4, 5), rank=1, ranks=2))
-    initial.fill(Held([pair]), layout(data=4, expert=2), WholeValues(value))
-    numbers = sorted(int(name.split(".")[4]) for name, _ in asked)
-    assert numbers == [4, 5] and {shape for _, shape in asked} == {(4, 5)}
-    whole = torch.stack([initial_value(f"blocks.0.moe.experts.{n}.up_proj.weight", (4, 5), 0) for n in (3, 4, 5)])
-    assert torch.equal(pair[1].ds_tensor, whole.flatten()[30:])
-
-    asked.clear()
-    initial.fill(Held([pair]), layout(data=4, expert=2), None)
-    assert not asked and not pair[1].ds_tensor.any()
+    kept = [owned(f"blocks.0.moe.experts.{n}.up_proj.weight", (4, 5), 10 * (n == 4), 10) for n in (4, 5)]
+    initial.fill(kept, WholeValues(value))
+    assert sorted(asked) == [(part.name, (4, 5)) for part in kept]
+    for part in kept:
+        assert torch.equal(part.weight, initial_value(part.name, (4, 5), 0).flatten()[part.start :][:10])
 
 
-def test_tensor_ranks_keep_their_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the whole's value, and of that part what ZeRO 3 leaves the rank; what a thread raises is raised."""
-    at(monkeypatch, 0)
+def test_tensor_ranks_keep_their_parts() -> None:
+    """Of the whole's value, and of that part what the optimiser owns; what a thread raises is raised."""
     name, shape, shard = "blocks.0.attn.qkv.weight", (12, 4), TensorShard(-2, 1, 2, 3)
-    parameter: Any = cut(shard.part_shape(shape), rank=1, ranks=2)
-    mark(parameter, shard)
-    initial.fill(Held([(name, parameter)]), layout(data=2, tensor=2), Fresh(1))
+    kept = owned(name, shape, 12, 12, shard)
+    initial.fill([kept], Fresh(1))
     part = shard.take(initial_value(name, shape, seed=1))
-    assert torch.equal(parameter.ds_tensor, part.flatten()[12:])
+    assert torch.equal(kept.weight, part.flatten()[12:])
 
     def fails(name: str, shape: tuple[int, ...]) -> Tensor:
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        initial.fill(Held([(name, parameter)]), layout(data=2, tensor=2), WholeValues(fails))
+        initial.fill([kept], WholeValues(fails))
+
+
+def test_zeros_take_the_place_of_everything_that_a_rank_holds() -> None:
+    """Of what ZeRO 3 has cut the part, with what fills it up."""
+    whole: Any = nn.Linear(3, 2)
+    cut = SimpleNamespace(shape=(0,), ds_tensor=torch.full((4,), torch.nan))
+    initial.give_zeros(SimpleNamespace(parameters=lambda: [*whole.parameters(), cut]))  # type: ignore[arg-type]
+    assert not any(bool(parameter.any()) for parameter in whole.parameters()) and not cut.ds_tensor.any()
 
 
 def test_memory_is_given_on_the_cpu_and_positions_are_there() -> None:
@@ -149,7 +105,7 @@ def test_memory_is_given_on_the_cpu_and_positions_are_there() -> None:
     mark(network.blocks["0"].attn.qkv.weight, TensorShard(-2, 0, 2, 3))
     initial.give_memory(network, torch.bfloat16, torch.device("cpu"))
     assert {(p.device.type, p.dtype) for p in network.parameters()} == {("cpu", torch.bfloat16)}
-    assert initial.shard_of(network.blocks["0"].attn.qkv.weight) == TensorShard(-2, 0, 2, 3)
+    assert shard_of(network.blocks["0"].attn.qkv.weight) == TensorShard(-2, 0, 2, 3)
     assert torch.equal(network.pos_embed, DiT(CONFIG).pos_embed)
 
 

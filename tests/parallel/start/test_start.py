@@ -5,7 +5,7 @@ All cases of one world size run in one start of its processes; each test then co
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from ditmoe.model.canonical import canonical_state, load_canonical
 from ditmoe.model.config import ModelConfig, ObjectiveConfig
 from ditmoe.model.dit import DiT
 from ditmoe.model.errors import UserError
+from ditmoe.model.initialise import initial_value
 from ditmoe.model.objective import make_objective
 from ditmoe.model.weights.published import PublishedWeights, save_published
 from ditmoe.parallel.checkpoint.box_storage import whole_piece
-from ditmoe.parallel.checkpoint.folder import checkpoint_path, write_weights_checkpoint
+from ditmoe.parallel.checkpoint.folder import checkpoint_path, read_weights, write_weights_checkpoint
 from ditmoe.parallel.start.begin import check_start
 from ditmoe.parallel.start.source import Source, Start, opened
 
@@ -123,6 +124,48 @@ def losses(run_cases: Runner, sources: Path) -> dict[tuple[str, str], float]:
 def test_the_first_loss_is_the_source_s(losses: dict[tuple[str, str], float], start: str, layout: str) -> None:
     expected = loss_of_first_step(network_of(**SOURCES[STARTS[start][0]]))
     assert losses[start, layout] == pytest.approx(expected, rel=NEARLY if start == "single" else EXACT)
+
+
+BF16: Final[tuple[tuple[int, dict[str, Any]], ...]] = (
+    (1, {"zero": 1}),
+    (2, {"zero": 2, "expert": 2}),
+    (2, {"zero": 3}),
+    (2, {"zero": 1, "pipe": 2}),
+    (2, {"zero": 1, "tensor": 2}),
+)
+
+
+@pytest.fixture(scope="module")
+def begun_in_bf16(run_cases: Runner, sources: Path) -> Path:
+    """A folder with the checkpoint of step 0 of each layout, from a source and fresh."""
+    folder = sources / "bf16"
+    for world in (1, 2):
+        cases = [
+            {"steps": 0, "depth": 2, "precision": "bf16", "save": str(folder / f"{start}-{number}"), **fields}
+            | ({"start_from": str(sources / "mixture.pt")} if start == "source" else {"awake": False})
+            for number, (of_world, fields) in enumerate(BF16)
+            for start in ("source", "fresh")
+            if of_world == world
+        ]
+        assert all("error" not in result for result in run_cases(world, cases))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(BF16)))
+@pytest.mark.parametrize("start", ["source", "fresh"])
+@pytest.mark.parametrize("which", ["weights", "ema"])
+def test_in_bf16_the_optimiser_and_the_ema_begin_with_the_exact_values(
+    begun_in_bf16: Path, number: int, start: str, which: Literal["weights", "ema"]
+) -> None:
+    """Only what the network computes with is rounded."""
+    found = read_weights(checkpoint_path(begun_in_bf16 / f"{start}-{number}", 0), which)
+    expected = canonical_state(network_of(**SOURCES["mixture"]))
+    if start == "fresh":
+        names = expected.keys() - {"pos_embed"}
+        expected = {name: initial_value(name, tuple(expected[name].shape), seed=0) for name in names}
+    assert found.keys() == expected.keys() - {"pos_embed"}
+    for name, value in found.items():
+        assert torch.equal(value, expected[name]), name
 
 
 def asked(path: Path, **changes: Any) -> Start:
