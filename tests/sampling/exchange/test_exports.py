@@ -212,7 +212,7 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
         "decay of the moving average: 0.999",
         "holds the moving average",
         "Classes: cat, dog, owl.",
-        "Defaults of `ditmoe sample`: ddpm, 50 steps",
+        "Defaults of `ditmoe sample`: ddpm, 100 steps",
         "`ditmoe evaluate` takes 250 steps",
         "None has been chosen. Before you publish this, choose one",
         'DitmoePipeline.from_pretrained("photos")',

@@ -514,7 +514,7 @@ def test_a_sampler_comes_with_its_steps(site: Site) -> None:
         page.get_by_label("Sampler", exact=True).select_option("dpm-solver++")
         expect(steps).to_have_value(str(SAMPLE_STEPS["dpm-solver++"]))
         expect(others).to_have_value("2")
-        page.get_by_label("Second sampler").select_option("kar2")
+        page.get_by_label("Second sampler", exact=True).select_option("kar2")
         expect(others).to_have_value(str(SAMPLE_STEPS["kar2"]))
         assert f"steps={SAMPLE_STEPS['dpm-solver++']}&" in page.url and page.url.endswith(
             f"with_steps={SAMPLE_STEPS['kar2']}"
