@@ -239,8 +239,8 @@ class Drawing:
         """The sampler. UserError naming every option that is out of range."""
         from ditmoe.sampling.settings.config import sampler_from_options
 
-        unset = {"steps"} if self.values["steps"] is None else set()
-        return sampler_from_options(**{name: value for name, value in self.values.items() if name not in unset})
+        given = {name: value for name, value in self.values.items() if name != "steps" or value is not None}
+        return sampler_from_options(**given)
 
     def arguments(self) -> list[str]:
         """The options again, for a command line."""

@@ -6,16 +6,24 @@ import typer
 from typer.testing import CliRunner
 
 from ditmoe.launcher.commands.drawing import Drawing, draws_images
+from ditmoe.model.config import ObjectiveConfig
 from ditmoe.sampling.settings.chains import DlgConfig
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import SAMPLE_STEPS
 
 SEEN: list[tuple[str, bool, Drawing]] = []
 
 
-@draws_images(steps=17)
+@draws_images()
 def command(name: str, *, before: bool = False, drawing: Drawing) -> None:
     """A command that draws."""
     SEEN.append((name, before, drawing))
+
+
+@draws_images(few_steps=True)
+def look(*, drawing: Drawing) -> None:
+    """A command that leaves the number of steps to the sampler."""
+    SEEN.append(("look", False, drawing))
 
 
 app = typer.Typer()
@@ -32,12 +40,23 @@ def parsed(*arguments: str) -> tuple[str, bool, Drawing]:
 def test_defaults_are_those_of_the_configuration():
     name, before, drawing = parsed()
     assert (name, before) == ("x", False)
-    assert drawing.config() == SamplerConfig(steps=17)
+    assert drawing.config() == SamplerConfig()
     # ddpm_timestep is for those who write a configuration.
     assert set(drawing.values) == set(SamplerConfig.model_fields) - {"ddpm_timestep"}
     command("x")
     assert SEEN.pop()[2] == drawing
     assert list(inspect.signature(command).parameters)[:4] == ["name", "before", "sampler", "steps"]
+
+
+def test_steps_that_are_left_to_the_sampler_stay_so_when_passed_on() -> None:
+    look()
+    drawing = SEEN.pop()[2]
+    assert not any(argument.startswith("--steps") for argument in drawing.arguments())
+    few = drawing.config().for_a_look(ObjectiveConfig())
+    assert few.steps == SAMPLE_STEPS["euler"] != drawing.config().resolved(ObjectiveConfig()).steps
+    look(steps=7)
+    drawing = SEEN.pop()[2]
+    assert "--steps=7" in drawing.arguments() and drawing.config().for_a_look(ObjectiveConfig()).steps == 7
 
 
 def test_options_survive_being_passed_on():
