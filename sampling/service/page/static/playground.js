@@ -94,8 +94,12 @@ export async function playground(scope, _, params) {
 
   form.addEventListener("input", () => { showOther(); keep(); });
   for (const [sampler, steps] of [["sampler", "steps"], ["with", "with_steps"]]) {
+    let usual = START[steps]; // what nobody has typed: each sampler needs its own number
     form.elements.namedItem(sampler).addEventListener("change", ({ target }) => {
-      form.elements.namedItem(steps).value = names.steps[target.value] ?? START[steps]; // each needs its own number
+      const control = form.elements.namedItem(steps);
+      const next = String(names.steps[target.value] ?? START[steps]);
+      if (control.value === usual) control.value = next;
+      usual = next;
       keep();
     });
   }

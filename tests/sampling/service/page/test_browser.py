@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_play
 from ditmoe.sampling.service.access import Tokens
 from ditmoe.sampling.service.jobs.store import COMPLETED, EXPIRED, JobStore
 from ditmoe.sampling.settings.config import SamplerConfig
-from ditmoe.sampling.settings.names import SAMPLE_STEPS
+from ditmoe.sampling.settings.names import sample_steps
 from tests.sampling.service.conftest import MARKUP, serving
 from tests.sampling.service.page.conftest import CHAINS, SAMPLES, STEPS, write_evaluation
 from tests.sampling.small_run import write_run
@@ -506,20 +506,20 @@ def test_a_link_to_the_playground_has_every_setting(site: Site, name: str) -> No
 
 
 def test_a_sampler_comes_with_its_steps(site: Site) -> None:
-    """As the API takes them where none are given; a number that is typed afterwards stays."""
+    """As the API takes them where none are given; a number that was typed, or is in the address, stays."""
     with site.page() as page:
-        site.go(page, "playground?model=digits&sampler=euler&steps=3&with=heun&with_steps=2", "Playground")
+        site.go(page, "playground?model=digits&with=heun&with_steps=2", "Playground")
         steps, others = page.get_by_label("Steps", exact=True), page.get_by_label("Its steps")
-        expect(steps).to_have_value("3")
-        page.get_by_label("Sampler", exact=True).select_option("dpm-solver++")
-        expect(steps).to_have_value(str(SAMPLE_STEPS["dpm-solver++"]))
+        sampler, second = (page.get_by_label(label, exact=True) for label in ("Sampler", "Second sampler"))
+        for name in ("kar2", "dpm-solver++", "euler-maruyama"):
+            sampler.select_option(name)
+            expect(steps).to_have_value(str(sample_steps(name)))
+        assert f"steps={sample_steps('euler-maruyama')}&" in page.url
+        second.select_option("kar2")
         expect(others).to_have_value("2")
-        page.get_by_label("Second sampler", exact=True).select_option("kar2")
-        expect(others).to_have_value(str(SAMPLE_STEPS["kar2"]))
-        assert f"steps={SAMPLE_STEPS['dpm-solver++']}&" in page.url and page.url.endswith(
-            f"with_steps={SAMPLE_STEPS['kar2']}"
-        )
         steps.fill("4")
+        sampler.select_option("dpm-solver++")
+        expect(steps).to_have_value("4")
         page.get_by_label("Images").fill("2")
         page.get_by_role("button", name="Draw").click()
         images = page.locator(".results img")
