@@ -21,6 +21,12 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else several}"
 
 
+def exact_number(value: float) -> str:
+    """Short where that is the number, else with all its digits: two numbers never look the same."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def is_fit_to_print(text: str) -> bool:
     """Whether a name can be shown: it controls no terminal. Spaces and joiners of every script are fit."""
     return text.isprintable() or not any(map(_is_unfit, text))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from ditmoe.model.config import ObjectiveConfig
-from ditmoe.model.outside.text import counted
+from ditmoe.model.outside.text import counted, exact_number
 from ditmoe.model.settings import LARGEST_SEED, Settings, message_of
 from ditmoe.sampling.evaluation.job import LabelSampling
 from ditmoe.sampling.integrators.samplers import planned_nfe
@@ -317,7 +317,4 @@ def cost(config: SamplerConfig) -> float:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if not isinstance(value, int | float):
-        return str(value)
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
+    return exact_number(value) if isinstance(value, int | float) else str(value)

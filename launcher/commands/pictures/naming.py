@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, Final
 
 from ditmoe.launcher.commands.pictures.choice import ranges
+from ditmoe.model.outside.text import exact_number
 
 if TYPE_CHECKING:
     from ditmoe.sampling.network.load import LoadedModel
@@ -30,12 +31,12 @@ def picture_name(
 ) -> str:
     """A file name that states how the picture came about; classes, count and seeds where they were asked for."""
     parts = [f"step-{step:08d}", *sampler_words(config)]
-    parts.append(f"cfg{_number(config.cfg_scale)}")
+    parts.append(f"cfg{exact_number(config.cfg_scale)}")
     if config.cfg_channels is not None and config.cfg_scale != 1:
         parts.append(f"on{config.cfg_channels}channels")
     if config.guides_in_part:
-        most = "" if config.cfg_sigma_max is None else _number(config.cfg_sigma_max)
-        parts.append(f"sigma{_number(config.cfg_sigma_min)}-{most}")
+        most = "" if config.cfg_sigma_max is None else exact_number(config.cfg_sigma_max)
+        parts.append(f"sigma{exact_number(config.cfg_sigma_min)}-{most}")
     parts.append(f"seed{config.seed}" if seeds is None else f"seeds-{_shortened(ranges(seeds), str(len(seeds)))}")
     if weights != "ema":
         parts.append(weights)
@@ -46,12 +47,6 @@ def picture_name(
     if count is not None:
         parts.append(f"{count}images")
     return "_".join(parts) + f".{extension}"
-
-
-def _number(value: float) -> str:
-    """Short, and of two numbers never the same."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
 
 
 def _shortened(text: str, stead: str) -> str:
@@ -72,24 +67,24 @@ def sampler_words(config: "SamplerConfig") -> list[str]:
     # The sampler of what chains start from takes the same settings.
     asked = {config.integrator, config.dlg.initial} if config.chains else {config.integrator}
     if config.integrator == "rk45":
-        words.append(f"tolerance{_number(config.tolerance)}")
+        words.append(f"tolerance{exact_number(config.tolerance)}")
     else:
         words.append(f"{config.steps}steps")
         if config.schedule != default_schedule(config.integrator):
             words.append(f"schedule-{config.schedule}")
         if "rk45" in asked:
-            words.append(f"tolerance{_number(config.tolerance)}")
+            words.append(f"tolerance{exact_number(config.tolerance)}")
     if "ddim" in asked and config.ddim_eta:
-        words.append(f"eta{_number(config.ddim_eta)}")
+        words.append(f"eta{exact_number(config.ddim_eta)}")
     for sampler, keys in _OF_SAMPLERS.items():
         for key in keys if sampler in asked else ():
             value = getattr(config, key)
             if value != SamplerConfig.model_fields[key].default:
                 joint = "-" if sampler == "sit-sde" else ""
-                shown = value if isinstance(value, str) else _number(value)
+                shown = value if isinstance(value, str) else exact_number(value)
                 words.append(f"{key.replace('_', '-')}{joint}{shown}")
     if config.corrector_steps:
-        words.append(f"{config.corrector_steps}corrections-snr{_number(config.corrector_snr)}")
+        words.append(f"{config.corrector_steps}corrections-snr{exact_number(config.corrector_snr)}")
     if config.cache_interval > 1:
         words.append(f"cache{config.cache_interval}-order{config.cache_order}")
     if config.tweedie:
