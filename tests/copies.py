@@ -29,7 +29,7 @@ class Copies(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in COPYING and self._is_theirs():
+        if func.overloadpacket in COPYING and not _stays(args) and self._is_theirs():
             written = args[0] if result is None else result
             self.numbers += sum(leaf.numel() for leaf in tree_leaves(written) if isinstance(leaf, Tensor))
         return result
@@ -45,3 +45,9 @@ class Copies(TorchDispatchMode):
                 return False
             frame = frame.f_back  # type: ignore[assignment]
         return False
+
+
+def _stays(args: tuple[Any, ...]) -> bool:
+    """Whether a copy is one to its own place, which torch leaves out."""
+    places = [(tensor.data_ptr(), tensor.dtype) for tensor in args if isinstance(tensor, Tensor)]
+    return len(places) == 2 and places[0] == places[1]

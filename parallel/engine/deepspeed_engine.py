@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -85,8 +86,33 @@ def start_deepspeed(
             mpu=grid if layout.pipe == 1 else None,  # a pipeline module brings its own
             dist_init_required=False,
         )
+    if precision == "fp32" and layout.zero in (1, 2) and not layout.offload:
+        step_own_weights(engine.optimizer, engine.basic_optimizer)
     place_buffers(network, device)
     return engine
+
+
+def step_own_weights(optimizer: Any, adam: torch.optim.Optimizer) -> None:
+    """In fp32, let AdamW step this rank's part of the network's own weights, each parameter by itself.
+
+    ZeRO 1 and 2 would step a copy of them, as exact as they are, with a copy of the gradients, and then copy
+    the result to the weights. (DeepSpeed still does the last, but torch leaves out what is in its place.)
+    """
+    for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        rank = dist.get_rank(optimizer.real_dp_process_group[number])
+        flat.data = optimizer.parallel_partitioned_bit16_groups[number][rank]
+        begin = flat.storage_offset()
+        runs = []
+        for parameter in optimizer.bit16_groups[number]:
+            first = max(parameter.storage_offset() - begin, 0)
+            last = min(parameter.storage_offset() + parameter.numel() - begin, flat.numel())
+            if first < last:
+                runs.append((first, last - first))
+        pieces = [nn.Parameter(flat.detach().narrow(0, *run)) for run in sorted(runs)]
+        adam.param_groups[number]["params"] = pieces
+    # DeepSpeed's own access to the optimiser's state, by views, would keep the copies in memory.
+    optimizer._link_all_hp_params()
+    optimizer._hp_optimizer_states_linked = True
 
 
 def place_buffers(network: nn.Module, device: torch.device) -> None:

@@ -8,7 +8,8 @@ It reads private parts of DeepSpeed 0.19 (named where they are used); tests/para
 """
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -184,7 +185,8 @@ def _replica_group(engine: Any, parameter: Tensor) -> Any:
 
 
 def _run_of_zero_1_2(engine: Any, parameter: Tensor) -> _Run | None:
-    """ZeRO 1 and 2: the overlap of the parameter and this rank's partition, both views of one flat buffer.
+    """ZeRO 1 and 2: the overlap of the parameter and this rank's partition, both views of one flat buffer. AdamW
+    steps the partition, or its parameters one by one (`step_own_weights`).
 
     Where the parameter lies in the buffer is read off its own address: DeepSpeed lays parameters out in another
     order than that of its lists (`round_robin_gradients`), and its `_hp_mapping` does not know of that.
@@ -199,9 +201,14 @@ def _run_of_zero_1_2(engine: Any, parameter: Tensor) -> _Run | None:
     first, last = max(address, partition), min(address + parameter.numel(), partition + size)
     if last <= first:
         return None
-    return _run_of_flat(
-        engine, optimizer.single_partition_of_fp32_groups[group], first - address, first - partition, last - first
-    )
+    place = optimizer.single_partition_of_fp32_groups[group].storage_offset() + first - partition
+    stepped = _containing(place, engine.basic_optimizer.param_groups[group]["params"])
+    return _run_of_flat(engine, stepped, first - address, place - stepped.storage_offset(), last - first)
+
+
+def _containing(place: int, tensors: Sequence[Tensor]) -> Tensor:
+    """That of tensors of one storage, in the order in which they lie there, which contains a place of it."""
+    return tensors[bisect_right(tensors, place, key=lambda tensor: int(tensor.storage_offset())) - 1]
 
 
 def _lies_within(tensor: Tensor, flat: Tensor) -> bool:

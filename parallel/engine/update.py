@@ -11,6 +11,7 @@ covers each stage.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,26 +50,49 @@ def square_of_norm(gradients: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def join_gradients(optimizer: Any) -> None:
-    """Bring what ZeRO 1 or 2 is about to step with into one tensor for each group, in AdamW's number type.
+def hand_over_gradients(optimizer: Any) -> None:
+    """Bring what ZeRO 1 or 2 is about to step with to where AdamW reads it, in its number type.
 
-    DeepSpeed would join the gradients in their own type and convert the whole: one more pass over them, and one
-    more copy in memory. So the norm, too, is taken of numbers that need no conversion.
+    DeepSpeed would join the gradients of a group in their own type and convert the whole: one more pass over them,
+    and one more copy in memory. Where AdamW steps the network's own weights (`step_own_weights`), gradients stay
+    where they are. So the norm, too, is taken of numbers that need no conversion.
     """
     from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
     for number, gradients in optimizer.averaged_gradients.items():
-        if getattr(gradients, "flat_partition", None) is not None:
-            continue  # with fp32 sums of micro-steps in bf16 DeepSpeed has done so
-        dtype = optimizer.single_partition_of_fp32_groups[number].dtype
-        flat = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients), dtype=dtype)
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        places = [part.view(gradient.shape) for part, gradient in zip(parts, gradients, strict=True)]
-        torch._foreach_copy_(places, gradients)
-        for place, gradient in zip(places, gradients, strict=True):
-            if getattr(gradient, "_zero_padding", False):
-                place._zero_padding = True
-        optimizer.averaged_gradients[number] = GradPartitionBufferGroup(places, flat)
+        flat = optimizer.single_partition_of_fp32_groups[number]
+        stepped = optimizer.optimizer.param_groups[number]["params"]
+        if all(weights is not flat for weights in stepped):
+            _give(gradients, {weights.storage_offset() - flat.storage_offset(): weights for weights in stepped})
+            # DeepSpeed gives one gradient of all to the partition, which nobody steps.
+            optimizer.averaged_gradients[number] = GradPartitionBufferGroup(
+                gradients, flat.new_zeros(1).expand_as(flat)
+            )
+        elif getattr(gradients, "flat_partition", None) is None:  # else fp32 sums of micro-steps in bf16 are there
+            optimizer.averaged_gradients[number] = GradPartitionBufferGroup(*_joined(gradients, flat.dtype))
+
+
+def _give(gradients: Sequence[Tensor], places: dict[int, Tensor]) -> None:
+    """Give weights their gradients, which follow each other as the weights do from place 0 on, with fillings."""
+    begins = accumulate((gradient.numel() for gradient in gradients), initial=0)
+    for begin, gradient in zip(begins, gradients, strict=False):
+        if begin in places:
+            places[begin].grad = gradient.reshape(-1)
+    assert all(weights.grad is not None for weights in places.values()), "a parameter has no gradient"
+
+
+def _joined(gradients: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Any], Tensor]:
+    """Copies of them as views of one tensor, and that."""
+    numels = [gradient.numel() for gradient in gradients]
+    flat = gradients[0].new_empty(sum(numels), dtype=dtype)
+    places: list[Any] = [
+        part.view(gradient.shape) for part, gradient in zip(torch.split(flat, numels), gradients, strict=True)
+    ]
+    torch._foreach_copy_(places, list(gradients))
+    for place, gradient in zip(places, gradients, strict=True):
+        if getattr(gradient, "_zero_padding", False):
+            place._zero_padding = True
+    return places, flat
 
 
 def order_streams(optimizer: Any, accelerator: Any) -> None:
@@ -123,13 +147,13 @@ class Update:
         if not self.on_device:
             return
         self._engine.basic_optimizer.found_inf = self._left_out
-        if layout.zero == 0:
-            self._engine.basic_optimizer.register_step_pre_hook(lambda *_: self._clip_whole())
-        elif layout.zero == 3:
-            self._engine.optimizer.unscale_and_clip_grads = self._clip_subgroup
+        self._engine.basic_optimizer.register_step_pre_hook(lambda adam, *_: self._clip_stepped(adam))
+        if layout.zero:
+            self._engine.optimizer.unscale_and_clip_grads = lambda *_: None
+        if layout.zero == 3:
             self._engine.optimizer._get_norm_groups = lambda: [torch.ones(())]  # of the host, and finite
-        else:
-            self._engine.optimizer.unscale_and_clip_grads = self._clip_partitions
+        elif layout.zero:
+            self._engine.basic_optimizer.register_step_post_hook(lambda adam, *_: _let_gradients_go(adam))
             if layout.data == 1 and not self._engine.optimizer.overlap_comm:
                 # Gradients stay where autograd left them. DeepSpeed would copy them to a bucket, average that with
                 # nobody's, and copy them to where they are kept. Overlapped, it orders streams besides.
@@ -153,7 +177,7 @@ class Update:
         if not self.on_device:
             return None
         if self._layout.zero in (1, 2):
-            join_gradients(self._engine.optimizer)
+            hand_over_gradients(self._engine.optimizer)
         total = torch.zeros((), dtype=torch.float64, device=self._left_out.device)
         by_copies: dict[int, list[Tensor]] = {}
         for gradient, copies in self._gradients():
@@ -205,18 +229,16 @@ class Update:
         """The norm of the step that was taken, where `on_device` is false."""
         return float(self._engine.get_global_grad_norm())
 
-    def _clip_whole(self) -> None:
-        """ZeRO 0: gradients of whole parameters."""
+    def _clip_stepped(self, adam: torch.optim.Optimizer) -> None:
+        """What AdamW is about to step with: all of it, or of a group or subgroup of ZeRO's."""
         if self._factor is not None:
-            gradients = [p.grad for p in self._network.parameters() if p.grad is not None]
-            torch._foreach_mul_(gradients, self._factor)
+            torch._foreach_mul_([t.grad for t in _stepped(adam) if t.grad is not None], self._factor)
 
-    def _clip_partitions(self, gradients: list[Tensor], _norm: Any) -> None:
-        """ZeRO 1 and 2, in place of DeepSpeed's: this rank's part of a group, flat."""
-        if self._factor is not None:
-            torch._foreach_mul_(gradients, self._factor)
 
-    def _clip_subgroup(self, number: int, _norm: Any) -> None:
-        """ZeRO 3, likewise."""
-        if self._factor is not None:
-            self._engine.optimizer.fp32_partitioned_groups_flat[number].grad.mul_(self._factor)
+def _let_gradients_go(adam: torch.optim.Optimizer) -> None:
+    for weights in _stepped(adam):
+        weights.grad = None
+
+
+def _stepped(adam: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (tensor for group in adam.param_groups for tensor in group["params"])

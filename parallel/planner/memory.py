@@ -11,7 +11,7 @@ from ditmoe.parallel.layout import Layout
 from ditmoe.parallel.planner.activations import activations
 from ditmoe.parallel.planner.anatomy import anatomy, canonical_parameters
 from ditmoe.parallel.planner.start import StartMemory, start_memory
-from ditmoe.parallel.planner.zero import DEFAULTS, Shard, ZeroSettings, shards
+from ditmoe.parallel.planner.zero import DEFAULTS, Shard, ZeroSettings, optimizer_bytes, shards, steps_own_weights
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RankMemory:
     gradients: int
     """In the same type. ZeRO 2 keeps whole tensors of which a rank has a part."""
     optimizer: int
-    """AdamW's two fp32 moments, and with ZeRO the fp32 weights that it updates; none where they are offloaded."""
+    """AdamW's fp32 moments, and fp32 weights where it has its own; none where they are offloaded."""
     ema: int
     """fp32."""
     activations: int = 0
@@ -86,7 +86,9 @@ def state_memory(parts: list[Shard], layout: Layout, number_bytes: int) -> RankM
     return RankMemory(
         weights=number_bytes * (partition + persistent if layout.zero == 3 else held),
         gradients=number_bytes * {2: sum(part.touched for part in parts), 3: partition}.get(layout.zero, held),
-        optimizer=0 if layout.offload else 12 * partition if layout.zero else 8 * held,
+        optimizer=0
+        if layout.offload
+        else optimizer_bytes(layout.zero, number_bytes) * (partition if layout.zero else held),
         ema=0 if layout.offload else 4 * (partition if layout.zero else held),
     )
 
@@ -118,12 +120,13 @@ def rank_memory(config: ModelConfig, layout: Layout, blocks: range, stage: int, 
     summed = workload.sum_bytes * min(workload.zero.reduce_bucket, held) if workload.sum_bytes > size else 0
     when_full = summed if held > workload.zero.reduce_bucket else 0
     partition = sum(part.partition for part in parts)
+    own = steps_own_weights(layout.zero, size) and not layout.offload
     if layout.zero == 0:
         in_backward, in_step = 0, size * min(workload.zero.reduce_bucket, sum(part.held for part in parts))
     elif layout.zero == 1:
         in_backward, in_step = 0, bucket + summed
     elif layout.zero == 2:
-        in_backward, in_step = bucket + when_full, max(4 * partition, bucket + summed)
+        in_backward, in_step = bucket + when_full, max(0 if own else 4 * partition, bucket + summed)
     else:
         gathered = size * _gathered(parts, workload)
         in_backward, in_step = bucket + gathered + when_full, bucket + max(4 * partition, summed)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ditmoe.parallel.planner.ledger import Ledger
-from ditmoe.parallel.planner.zero import ZeroSettings
+from ditmoe.parallel.planner.zero import ZeroSettings, optimizer_bytes, steps_own_weights
 
 
 class Replicated:
@@ -58,9 +58,10 @@ class ShardedState:
         self.partition: list[Tensor] = []
         """ZeRO 3: this rank's part of the weights."""
         numels = [self._owned(part) for part in self.parts]
-        copies = (12 if zero else 8) // 4
+        size = self.dtype.itemsize
+        self._own_weights = steps_own_weights(zero, size) and not offload
         here = [] if offload else numels
-        self.optimizer = [torch.empty(numel) for numel in here for _ in range(copies)]
+        self.optimizer = [torch.empty(numel) for numel in here for _ in range(optimizer_bytes(zero, size) // 4)]
         self.ema = [torch.empty(numel) for numel in here]
         self._waiting = [0 for _ in self.parts]
         if zero == 3:
@@ -133,7 +134,7 @@ class ShardedState:
 
     def step(self) -> None:
         """Average the gradients where that is still to do, step, and gather the weights."""
-        together: object
+        together: object = None
         if self.zero == 0:
             total = sum(part.elements for part in self.parts)
             together = torch.empty(min(total, self.settings.reduce_bucket), dtype=self.dtype)
@@ -142,7 +143,7 @@ class ShardedState:
             if self.sums != self.dtype:
                 total = min(sum(part.elements for part in self.parts), self.settings.reduce_bucket)
                 together = [together, torch.empty(total, dtype=self.sums)]
-        else:
+        elif not self._own_weights:
             together = torch.empty(sum(map(self._owned, self.parts)))  # the fp32 gradient of this rank's part
         for part in self.parts:
             if self.zero < 2:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.planner.zero import Shard
+from ditmoe.parallel.planner.zero import Shard, optimizer_bytes
 
 FILLING_BYTES: Final = 4 * 2**20
 """Of values on their way to their place: initial ones, which are drawn in blocks, or those that are read."""
@@ -51,8 +51,7 @@ def start_memory(
     held = sum(part.held for part in parts)
     padded = sum(part.padded for part in parts)
     largest = size * max(part.largest for part in parts)
-    ours = 12 * partition if layout.zero else 8 * held  # fp32 weights and moments, or moments alone
-    ours += 4 * (partition if layout.zero else held)  # EMA
+    ours = (optimizer_bytes(layout.zero, size) + 4) * (partition if layout.zero else held)  # 4: the EMA's
     state = 0 if layout.offload else ours
     gathered = 0
     tables = BOX_BYTES * _boxes(layout, tensors)

@@ -46,6 +46,17 @@ class ZeroSettings:
 DEFAULTS: Final = ZeroSettings()
 
 
+def steps_own_weights(zero: int, number_bytes: int) -> bool:
+    """Whether AdamW, not offloaded, steps what the network computes with, and reads gradients where they are,
+    rather than fp32 copies of both: without ZeRO, and where ZeRO 1 and 2 train in fp32."""
+    return zero == 0 or (zero < 3 and number_bytes == 4)
+
+
+def optimizer_bytes(zero: int, number_bytes: int) -> int:
+    """Of each number that a rank's AdamW steps: two fp32 moments, and the fp32 weight where it has its own."""
+    return 8 if steps_own_weights(zero, number_bytes) else 12
+
+
 @dataclass(frozen=True)
 class Shard:
     """Elements of a stage's tensors that have the same replicas."""

@@ -94,7 +94,9 @@ def optimizer_of(engine: TrainingEngine) -> list[Any]:
     optimizer, states = engine._engine.optimizer, engine._engine.basic_optimizer.state.values()
     flat = [*getattr(optimizer, "single_partition_of_fp32_groups", [])]
     flat += getattr(optimizer, "fp32_partitioned_groups_flat", [])
-    return [tensor for state in states for tensor in state.values()] + flat
+    weights = {parameter.untyped_storage().data_ptr() for parameter in engine._network.parameters()}
+    own = [tensor for tensor in flat if tensor.untyped_storage().data_ptr() not in weights]
+    return [tensor for state in states for tensor in state.values()] + own
 
 
 def gradients_of(engine: TrainingEngine, batches: list[MicroBatch]) -> int:
