@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ditmoe.parallel.layout import Layout
-from ditmoe.parallel.planner.zero import Shard, optimizer_bytes
+from ditmoe.parallel.planner.zero import Shard, optimizer_bytes, steps_own_weights
 
 FILLING_BYTES: Final = 4 * 2**20
 """Of values on their way to their place: initial ones, which are drawn in blocks, or those that are read."""
@@ -19,7 +19,8 @@ BOXES_PER_RUN: Final = 2
 """Boxes that a rank's run of a parameter is, in the mean."""
 KEPT_BY_ALLOCATOR: Final = 0.4
 """Share of the weights that the C library does not give back when DeepSpeed has copied them; all of them where
-experts are dealt out, as DeepSpeed copies those twice."""
+experts are dealt out, as DeepSpeed copies those twice. Moments of single parameters find room in it: those of an
+AdamW that steps the network's own weights."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def start_memory(
     largest = size * max(part.largest for part in parts)
     ours = (optimizer_bytes(layout.zero, size) + 4) * (partition if layout.zero else held)  # 4: the EMA's
     state = 0 if layout.offload else ours
+    own = steps_own_weights(layout.zero, size) and not layout.offload
     gathered = 0
     tables = BOX_BYTES * _boxes(layout, tensors)
     if layout.zero == 0:
@@ -67,7 +69,7 @@ def start_memory(
         weights, masters = size * padded, 0 if layout.offload else 4 * partition
         copied = max(size * part.padded for part in parts)
         gathered = sum(size * part.padded for part in parts if part.replicas > 1) if on_cpu else 0
-        again = weights * (1 if layout.expert > 1 else KEPT_BY_ALLOCATOR) if on_cpu else 0
+        again = weights * (1 if layout.expert > 1 else KEPT_BY_ALLOCATOR) if on_cpu and not own else 0
         kept = round(weights + again + state)
         most = max(size * held + copied + 2 * masters, kept + gathered)
     beside = max(tables, FILLING_BYTES, size * partition if layout.zero == 3 else 0)
