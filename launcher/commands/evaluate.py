@@ -126,6 +126,7 @@ def command(
     from ditmoe.sampling.evaluation.stored import keys_of
     from ditmoe.sampling.integrators.few_steps import noise_warnings
     from ditmoe.sampling.settings.config import SamplerConfig
+    from ditmoe.sampling.settings.unused import unused_settings
 
     if not watch and (every != 1 or patience is not None):
         raise UserError(
@@ -205,7 +206,7 @@ def command(
         from ditmoe.sampling.evaluation.of_crew import made_by
 
         if process.starts_ranks and process.first:
-            for warning in noise_warnings(job.evaluation.sampler):
+            for warning in (*unused_settings(job.evaluation.sampler), *noise_warnings(job.evaluation.sampler)):
                 typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
         make_folder(job.folder)
         # Ranks are told the checkpoint: training may write a newer one before they look.

@@ -112,6 +112,7 @@ def command(
     from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
     from ditmoe.sampling.network.of_group import check_dealt
     from ditmoe.sampling.python.choices import image_numbers
+    from ditmoe.sampling.settings.unused import unused_settings
 
     config = drawing.config()
     chosen_seeds = None if seeds is None else choose_seeds(seeds)
@@ -159,7 +160,7 @@ def command(
     config = config.for_a_look(model.objective_config)
     moves = animate or (target is not None and target.moves)
     check_possible(config, seeds=seeds, count=count)
-    for warning in noise_warnings(config):
+    for warning in (*unused_settings(config), *noise_warnings(config)):
         typer.echo(f"warning: {warning}", err=True)
     chosen = choose_classes(classes, model.class_names)
     usual = count is None
