@@ -30,9 +30,13 @@ NO_UNIT: Final = Unit("")
 """Of a plain number: a factor, a weight, a seed."""
 
 
+_WORDS: Final = {"extra_forbidden": "no such key", "missing": "it is missing"}
+"""What pydantic says in words of its own of keys that nobody knows, or that are not there."""
+
+
 def message_of(problem: ErrorDetails) -> str:
     """What one of pydantic's problems says: of our own checks their words alone."""
-    return problem["msg"].removeprefix("Value error, ")
+    return _WORDS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
 
 
 class Settings(BaseModel):

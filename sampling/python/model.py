@@ -17,6 +17,7 @@ from tqdm import tqdm
 from ditmoe.data.shards.images import to_pillow
 from ditmoe.model.config import ModelConfig
 from ditmoe.model.errors import UserError
+from ditmoe.model.outside.nearest import meant
 from ditmoe.model.settings import message_of
 from ditmoe.parallel.checkpoint.marker import MARKER
 from ditmoe.parallel.start.source import Objective
@@ -360,9 +361,10 @@ def _sampler(**values: Any) -> SamplerConfig:
         lines = []
         for problem in error.errors():
             name = ".".join(told.get(str(part), str(part)) for part in problem["loc"])
-            lines.append(
-                f"{name} = {problem['input']!r:.60}: {message_of(problem)}" if name else message_of(problem)
-            )
+            message = message_of(problem)
+            if problem["type"] == "extra_forbidden" and len(problem["loc"]) == 1:
+                message += meant(name, SamplerConfig.model_fields)
+            lines.append(f"{name} = {problem['input']!r:.60}: {message}" if name else message)
         raise UserError("\n".join(lines)) from None
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any, Final
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from ditmoe.model.outside.nearest import meant
 from ditmoe.model.settings import message_of
 from ditmoe.sampling.settings.chains import DlgConfig
 
@@ -45,8 +46,8 @@ class ServiceError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.reason}}
 
 
-def of_validation(error: ValidationError) -> ServiceError:
-    """All that is wrong with the fields of a request; `param` is the first of them."""
+def of_validation(error: ValidationError, kind: type[BaseModel]) -> ServiceError:
+    """All that is wrong with the fields of a request of this kind; `param` is the first of them."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     lines, param = [], None
     for problem in problems[:10]:
@@ -55,7 +56,10 @@ def of_validation(error: ValidationError) -> ServiceError:
         parts = [*location[:1], *(part for part in location[1:] if isinstance(part, int) or part in _FIELDS)]
         if problem["type"] == "extra_forbidden":
             parts = [*location]  # the last is what nobody knows
-        field = ".".join(map(str, parts))
-        lines.append(f"{field}: {message_of(problem)}" if field else message_of(problem))
+        field, message = ".".join(map(str, parts)), message_of(problem)
+        if problem["type"] == "extra_forbidden":
+            fields = (kind if len(parts) == 1 else DlgConfig).model_fields
+            message += meant(str(parts[-1]), [field.alias or name for name, field in fields.items()])
+        lines.append(f"{field}: {message}" if field else message)
         param = param or field or None
     return ServiceError(400, "; ".join(lines), param=param)

@@ -206,7 +206,7 @@ def parse(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body, strict=True)
     except ValidationError as error:
-        raise of_validation(error) from None
+        raise of_validation(error, kind) from None
 
 
 def passes_of(

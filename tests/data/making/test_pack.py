@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"format": "other"}, "is not an index of shards"),
         ({"num_classes": 3}, "10 class_names for num_classes = 3"),
         ({"image_size": "big", "channels": 0}, "image_size: .*; channels: "),
-        ({"extra": 1}, "extra: Extra inputs"),
+        ({"extra": 1}, "extra: no such key"),
         ({"shards": []}, "shards: "),
     ],
 )

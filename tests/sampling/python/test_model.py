@@ -183,6 +183,7 @@ def test_every_kind_of_source(run: Path, tmp_path: Path) -> None:
     [
         ({"steps": 0}, r"^steps = 0: "),
         ({"guidance": -1, "sampler": "euler-nine"}, r"(?s)sampler = 'euler-nine'.*guidance = -1"),
+        ({"cfg_chanels": 3}, "cfg_chanels = 3: no such key; did you mean cfg_channels[?]"),
         ({"guided": 2}, "guided = 2: "),
         ({"count": 0}, "^count = 0: expected a whole number from 1 on$"),
         ({"seed": [1, 2], "count": 3}, "count = 3 with several seeds"),

@@ -135,6 +135,14 @@ def test_errors_name_the_field(
     assert error["param"] == param and error["message"] and error["type"] == "invalid_request_error"
 
 
+def test_an_unknown_field_is_told_in_plain_words(client: httpx.Client) -> None:
+    reply = client.post(ROUTE, json={**ASKED, "expert_parallel": 2, "clas": 1, "dlg": {"skp": 3}})
+    assert reply.json()["error"]["message"] == (
+        "dlg.skp: no such key; did you mean skip?; expert_parallel: no such key; "
+        "clas: no such key; did you mean class?"
+    )
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"1", b'{"steps": NaN}', b"\xff", b"[" * 100_000])
 def test_what_is_no_request_is_refused(client: httpx.Client, body: bytes) -> None:
     reply = client.post(ROUTE, content=body, headers={"Content-Type": "application/json"})
