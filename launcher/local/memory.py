@@ -4,8 +4,9 @@ The C library gives large blocks back to the system at once, and each step of tr
 and DeepSpeed's flat copies of them. The system then makes every page anew and fills it with zeros, in the middle
 of the step. That took up to a third of a step's time (docs/performance.md).
 
-Where experts' rows, and so the sizes of blocks, are others in every step, a process grows by some KB a step, with
-memory kept or given back alike (`benchmarks/kept_memory.py`, docs/performance.md).
+Where experts' rows, and so the sizes of blocks, are others in every step, a process grows by some KB a step for
+thousands of steps, with memory kept or given back alike, and then no more (`benchmarks/kept_memory.py`,
+docs/performance.md).
 """
 
 import ctypes
