@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -40,6 +42,8 @@ WARM_UP: Final = 3
 """Steps before those that are profiled: first ones allocate memory, and check gradients."""
 MOST_RANKS: Final = 8
 """Ranks that are profiled, spread evenly over all."""
+UNFINISHED: Final = "unfinished-"
+"""How folders begin in which traces are written."""
 
 
 class Written(NamedTuple):
@@ -66,19 +70,24 @@ class Profiled:
 class Profile:
     """Profiles some steps of a run after a few to warm up; a context manager around all of the training.
 
-    Every rank goes through it alike: what follows the last step is a collective call.
+    Every rank goes through it alike: what follows the last step is a collective call. Steps without an update
+    (`train.skip_steps`) are passed over: they compute and send nothing.
 
     Args:
         run: the run's folder, for `profile/step-N/`.
     """
 
     def __init__(self, profiled: Profiled, run: Path) -> None:
-        steps = profiled.config.train.profile
+        steps, skipped = profiled.config.train.profile, profiled.config.train.skip_steps
         self._of = profiled
         self._run = run
-        self.first = profiled.engine.step + WARM_UP + 1
+        updates = (number for number in count(profiled.engine.step + 1) if number not in skipped)
+        numbers = list(islice(updates, WARM_UP, WARM_UP + (steps or 0) + 1))
+        self._timed = numbers[:-1]
+        self._counted = numbers[-1]
+        """What is sent is counted in this step."""
+        self.first = numbers[0]
         """The first step that is profiled."""
-        self._last = self.first - 1 if steps is None else self.first + steps - 1
         self._wanted = steps is not None
         self._rank, ranks = dist.get_rank(), dist.get_world_size()
         self._ranks = {place * ranks // min(ranks, MOST_RANKS) for place in range(min(ranks, MOST_RANKS))}
@@ -97,31 +106,40 @@ class Profile:
 
     def problem(self, last: int) -> str | None:
         """Why a run that goes on to step `last` will have no profile, if it is to have one."""
-        if not self._wanted or last > self._last:
+        if not self._wanted or last >= self._counted:
             return None
         return (
             f"no profile: the run ends after step {last}; train.profile = {self._of.config.train.profile} needs"
-            f" steps {self.first} to {self._last + 1}, for it begins {WARM_UP} steps after a start and takes"
+            f" steps {self.first} to {self._counted}, for it begins {WARM_UP} steps after a start and takes"
             " one more to count what is sent"
+        )
+
+    def left_out(self, number: int, last: int) -> str | None:
+        """Why a run to step `last` that stops after this one has no profile; None: it has, or `problem` told."""
+        if not self._wanted or number > self._counted or self.problem(last) is not None:
+            return None
+        return (
+            f"no profile: the run stops after step {number}; train.profile = {self._of.config.train.profile} needs"
+            f" steps {self.first} to {self._counted}; the next start begins anew with it, {WARM_UP} steps later"
         )
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around a step and all that follows it."""
-        if not self._wanted or self._rank not in self._ranks or not self.first <= number <= self._last:
+        if not self._wanted or self._rank not in self._ranks or number not in self._timed:
             yield
             return
         if number == self.first:
             self._start()
         with record_function(STEP):
             yield
-        if number == self._last:
+        if number == self._timed[-1]:
             self._stop()
 
     @contextmanager
     def counted(self, number: int) -> Iterator[None]:
         """Around the update of a step: count what it sends, in the step after those that are timed."""
-        if self._trace is None or number != self._last + 1:
+        if self._trace is None or number != self._counted:
             yield
             return
         ledger = Ledger()
@@ -131,7 +149,7 @@ class Profile:
 
     def is_due(self, number: int) -> bool:
         """Whether the step was the last one that the profile needs."""
-        return self._wanted and number == self._last + 1
+        return self._wanted and number == self._counted
 
     def finish(self) -> Written | None:
         """Write the profile; a collective call of all ranks.
@@ -147,6 +165,7 @@ class Profile:
         if self._rank != 0:
             return None
         profiles, traces = [each[0] for each in found], [(each[0].rank, each[1]) for each in found]
+        self._remove_earlier({self._trace_file(each.rank) for each in profiles})
         written = table(profiles)
         with replacing(self.folder / "table.txt") as file:
             file.write(written.encode())
@@ -160,6 +179,17 @@ class Profile:
     def folder(self) -> Path:
         """Where the profile is written."""
         return self._run / "profile" / f"step-{self.first:08d}"
+
+    def _trace_file(self, rank: int) -> Path:
+        return self.folder / f"trace-rank-{rank:05d}.json.gz"
+
+    def _remove_earlier(self, traces: set[Path]) -> None:
+        """Remove what an earlier start from the same step left: traces of more ranks, and unfinished ones."""
+        for path in self.folder.glob("trace-rank-*.json.gz"):
+            if path not in traces:
+                path.unlink()
+        for path in self.folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(path)
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -183,8 +213,8 @@ class Profile:
         self._taking.close()
         assert self._profiler is not None
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"trace-rank-{self._rank:05d}.json.gz"
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+        path = self._trace_file(self._rank)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=self.folder) as scratch:
             unfinished = Path(scratch) / path.name
             self._profiler.export_chrome_trace(str(unfinished))
             self._profiler = None

@@ -179,11 +179,9 @@ class Trainer:
         feed = Feed(
             self.config, self.dataset, self.objective, self.layout, self.device, rank, self.images, self.readers
         )
-        if (crowd := feed.crowding()) is not None:
-            self._say(crowd)
+        self._say(feed.crowding())
         stopped = False
-        if (problem := self.profile.problem(steps)) is not None:
-            self._say(problem)
+        self._say(self.profile.problem(steps))
         if self.config.train.compile:
             self._compile()
         self.clock = Clock()
@@ -213,6 +211,7 @@ class Trainer:
             self._tell_state(state="complete")
         else:
             reason = f"stopped by {self._asked_by()} at step {self.engine.step}"
+            self._say(self.profile.left_out(self.engine.step, steps))
             self._say(f"{reason}; saved {saved}; repeat the command to continue")
             self._tell_state(state="stopped", reason=reason)
         return complete
@@ -394,6 +393,6 @@ class Trainer:
                     save_picture(picture, self.folder.samples / f"preview-step-{step:08d}.png")
                     self.report.image("samples from the EMA", np.asarray(picture.convert("RGB")), step)
 
-    def _say(self, message: str) -> None:
-        if self.report is not None:
+    def _say(self, message: str | None) -> None:
+        if self.report is not None and message is not None:
             self.report.log(message)

@@ -27,15 +27,23 @@ optim: {{lr: 1.0e-3}}
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two processes, experts shared out: with a profile, and too short for the one that was asked for."""
+    """Two processes, experts shared out: with a profile, with skipped steps in it, and too short for it."""
     folder = tmp_path_factory.mktemp("profiled")
     shards = packed_digits(folder)
     found = {}
-    for name, override in {"profiled": "train.profile=2", "short": "train.profile=4"}.items():
+    overrides = {
+        "profiled": ["train.profile=2"],
+        "skipping": ["train.profile=2", "train.skip_steps=[5,6]", "train.steps=8"],
+        "short": ["train.profile=4"],
+    }
+    earlier = folder / "skipping" / "profile" / f"step-{WARM_UP + 1:08d}"
+    (earlier / "unfinished-1").mkdir(parents=True)
+    (earlier / "trace-rank-00005.json.gz").write_bytes(b"of a start with more processes")
+    for name, override in overrides.items():
         found[name] = folder / name
         config = folder / f"{name}.yaml"
         config.write_text(CONFIG.format(run=found[name], shards=shards))
-        done = run_forked([*DITMOE, "train", str(config), override], folder / f"{name}-ranks", 2)
+        done = run_forked([*DITMOE, "train", str(config), *override], folder / f"{name}-ranks", 2)
         assert done.returncode == 0, done.stderr
     return found
 
@@ -83,8 +91,21 @@ def test_what_is_sent_is_what_was_planned(runs: dict[str, Path]) -> None:
     assert (folder / "table.txt").read_text().count("exactly") == 3
 
 
-def test_it_is_shown_beside_the_run(runs: dict[str, Path]) -> None:
-    run = runs["profiled"]
+def test_steps_without_an_update_are_passed_over(runs: dict[str, Path]) -> None:
+    """Steps 5 and 6 compute and send nothing: 4 and 7 are timed, and what 8 sends is counted."""
+    folder = runs["skipping"] / "profile" / f"step-{WARM_UP + 1:08d}"
+    profiles = json.loads((folder / "profile.json").read_text())
+    assert [profile["steps"] for profile in profiles] == [2, 2]
+    for profile in profiles:
+        assert profile["sent"]["all-reduce"] == profile["planned"]["all-reduce"] > 0
+    board = EventAccumulator(str(runs["skipping"] / "tensorboard")).Reload()
+    assert [event.step for event in board.Images("profile")] == [8]
+
+
+@pytest.mark.parametrize("name", ["profiled", "skipping"])
+def test_it_is_shown_beside_the_run(runs: dict[str, Path], name: str) -> None:
+    """Nothing of an earlier start from the same step stays beside it."""
+    run = runs[name]
     folder = next((run / "profile").iterdir())
     assert sorted(path.name for path in folder.iterdir()) == [
         "profile.json",

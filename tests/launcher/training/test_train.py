@@ -437,17 +437,19 @@ except SystemExit as end:  # not by that code, at which the others would be kill
 def test_ranks_that_are_asked_to_stop_save_and_go_on_later(
     make_config: Callable[..., Path], uninterrupted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Each by itself, whenever it hears of it: they stop at one step, with a code of its own."""
+    """Each by itself, whenever it hears of it: they stop at one step, with a code of its own, and in the midst of
+    a profile, of which the run says that there is none."""
     config, program = make_config(), tmp_path / "signalled.py"
     run = config.with_suffix("")
     program.write_text(SIGNALLED)
     # More steps than are compared: however late the signal comes, it comes while the run goes on.
-    steps = ["train.checkpoint_every=1000", "train.steps=1000"]
+    steps = ["train.checkpoint_every=1000", "train.steps=1000", "train.profile=100"]
     arguments = [str(program), str(run), "train", str(config), *steps]
     done = run_forked(arguments, tmp_path / "output", processes=2, seconds=90)
     assert done.returncode == 0 and "error" not in done.stderr, done.stderr
     assert [Path(f"{run}-{rank}.code").read_text() for rank in range(2)] == [str(EXIT_STOPPED)] * 2
     check_stopped(run, done.stdout, "SIGTERM")
+    assert "no profile: the run stops after step" in done.stdout and not any(run.glob("profile/*/*"))
     result = train(config)
     assert result.returncode == 0, result.stderr
     assert curve(run)[: len(uninterrupted)] == uninterrupted
