@@ -1,6 +1,7 @@
 """The results of a sweep as a table: of each cell its values, how far it is, its loss, and its figures."""
 
 import csv
+import hashlib
 import io
 import json
 import time
@@ -10,6 +11,7 @@ from typing import Any, Final
 
 from ditmoe.data.places.redaction import shown_place
 from ditmoe.data.storage.files import make_folder, open_regular, replacing
+from ditmoe.launcher.configuration.run_config import RunConfig
 from ditmoe.launcher.sweep.cells import Cell
 from ditmoe.launcher.training.best import losses
 from ditmoe.launcher.training.evaluations import stored_evaluations
@@ -29,7 +31,7 @@ def rows_of(cells: Sequence[Cell]) -> list[Row]:
     """A row for each cell: the values of the sweep's keys, then `state`, `step`, `steps`, `loss`, figures, `run`.
 
     `loss` is the mean over the records of the last `train.checkpoint_every` steps, as `checkpoint.best_metric` has
-    it. None stands for what is not there.
+    it, and `loss_of` what two losses must have in common to be compared. None stands for what is not there.
     """
     return [_row(cell) for cell in cells]
 
@@ -47,12 +49,20 @@ def _row(cell: Cell) -> Row:
         "step": max(last, progress.step),
         "steps": config.train.steps,
         "loss": loss,
+        "loss_of": None if loss is None else _loss_of(config),
         **{key: None if latest is None else latest.figure(key) for key in FIGURES},
         "evaluated_step": None if latest is None else latest.step,
         "evaluation": None if latest is None else latest.id,
         "settings": None if latest is None else latest.settings_name,
         "run": str(cell.folder),
     }
+
+
+def _loss_of(config: RunConfig) -> str:
+    """The objective, and a fingerprint of it and the images; of these alone, for a place may hold a password."""
+    sources = [source.model_dump(mode="json") for source in config.data.sources]
+    content = json.dumps([config.objective.model_dump(mode="json"), sources])
+    return f"{config.objective.kind}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
 
 def _state(progress: Progress) -> str:
@@ -83,7 +93,7 @@ def _last_step(stats: Path) -> int:
 
 def shown_columns(rows: Sequence[Row]) -> list[str]:
     """The columns that people look at: those of figures that nobody has are left out."""
-    hidden = {"evaluation", "settings", "evaluated_step", "steps"}
+    hidden = {"loss_of", "evaluation", "settings", "evaluated_step", "steps"}
     hidden |= {key for key in FIGURES if all(row[key] is None for row in rows)}
     return [key for key in rows[0] if key not in hidden]
 
@@ -125,6 +135,9 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         if known:
             best = min(known, key=lambda row: row[key])
             lines.append(f"lowest {_TITLES[key]}: {best[key]:.4g}, {best['run']}")
+    losses_of = {row["loss_of"] for row in rows if row["loss_of"] is not None}
+    if len(losses_of) > 1:
+        lines.append(f"warning: losses of {len(losses_of)} different objectives or images cannot be compared")
     settings = {row["settings"] for row in rows if row["settings"] is not None}
     if len(settings) > 1:
         lines.append(f"warning: FIDs of {len(settings)} different settings or feature networks cannot be compared")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ditmoe.data.storage.stopping import EXIT_STOPPED
 from ditmoe.launcher.commands import sweep as sweep_command
-from ditmoe.launcher.configuration.run_config import load_config
+from ditmoe.launcher.configuration.run_config import RunConfig, load_config
 from ditmoe.launcher.sweep.cells import Cell, ReadyCell, cells_of, name_of, ready, split_values
 from ditmoe.launcher.sweep.run import run_cells
 from ditmoe.launcher.sweep.table import as_markdown, as_text, rows_of, write_table
@@ -236,6 +236,24 @@ def test_the_table_has_every_cell(cells: list[ReadyCell], tmp_path: Path) -> Non
     text = as_text(rows_of(plain(cells)))
     assert "warning: FIDs of 2 different settings or feature networks cannot be compared" in text
     assert "warning: the figures are of different steps: 10, 20" in text
+    assert "warning: losses" not in text
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("objective", {"kind": "ddpm"}), ("data", {"sources": [{"path": "elsewhere"}, {"path": "synthetic"}]})],
+)
+def test_losses_of_different_things_are_not_compared_unseen(
+    cells: list[ReadyCell], section: str, values: dict[str, Any]
+) -> None:
+    first, second = (cells[place].cell for place in (0, 1))
+    finish(first.folder, first.config)
+    content = second.config.plain()
+    finish(second.folder, RunConfig.model_validate({**content, section: {**content[section], **values}}))
+    rows = rows_of(plain(cells))
+    warning = "warning: losses of 2 different objectives or images cannot be compared"
+    assert warning in as_text(rows).splitlines() and warning in as_markdown(rows).splitlines()
+    assert "loss_of" not in as_text(rows)
 
 
 def test_dry_run_writes_nothing(write_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
