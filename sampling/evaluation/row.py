@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from ditmoe.data.storage.files import replacing
 from ditmoe.model.config import ModelConfig
+from ditmoe.sampling.settings.config import SamplerConfig
 
 MARKDOWN_FILE: Final = "row.md"
 LATEX_FILE: Final = "row.tex"
@@ -21,6 +22,8 @@ FIGURES: Final = {
     "inception_score": "IS",
 }
 """Key of a figure → the title of its column."""
+_WITH_COLUMNS: Final = {"sampler", "steps", "schedule", "precision", "seed"}
+"""Settings of a sampler, besides those of guidance, that a row tells elsewhere: steps by the NFE."""
 _ESCAPED: Final = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -84,7 +87,7 @@ def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, 
         "epochs": _number(evaluation.get("epochs")),
         "batch": _number(evaluation.get("train_batch")),
         "weights": f"{_text(evaluation.get('which'))}{average}",
-        "sampler": _text(sampler.get("sampler")),
+        "sampler": sampler_told(sampler),
         "schedule": _text(sampler.get("schedule")),
         "NFE": _number(evaluation.get("nfe")),
         "passes": _number(evaluation.get("network_passes")),
@@ -102,6 +105,31 @@ def _row(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, 
         "recognised": _figure((result.get("recogniser") or {}).get("accuracy")),
         "95% intervals": _intervals(result),
     }
+
+
+def sampler_told(sampler: Mapping[str, Any]) -> str:
+    """The sampler, with its settings that are not the defaults and stand nowhere else: `euler, cache_interval 2`.
+
+    Args:
+        sampler: as `metrics.json` has it.
+    """
+    known = {key: field.default for key, field in SamplerConfig.model_fields.items()}
+    chosen = {
+        key: sampler[key]
+        for key in known
+        if key in sampler and key not in _WITH_COLUMNS and not key.startswith("cfg_") and key != "dlg"
+    }
+    chains = {key: value for key, value in (sampler.get("dlg") or {}).items() if key != "preset"}
+    told = [_setting(key, value) for key, value in chosen.items() if value != known[key]]
+    defaults = known["dlg"].model_dump(mode="json")
+    told += [_setting(f"dlg.{key}", value) for key, value in chains.items() if value != defaults.get(key)]
+    return ", ".join([_text(sampler.get("sampler")), *told])
+
+
+def _setting(key: str, value: object) -> str:
+    if value is True:
+        return key
+    return f"{key} {value if isinstance(value, str) else _number(value)}"
 
 
 def _network(model: Mapping[str, Any]) -> str:

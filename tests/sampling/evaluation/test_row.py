@@ -3,8 +3,13 @@
 import re
 from typing import Any
 
+import pytest
+
 from ditmoe.model.config import ModelConfig
+from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.evaluation.row import FIGURES, NOTHING, latex, markdown, rows_of
+from ditmoe.sampling.settings.chains import DlgConfig
+from ditmoe.sampling.settings.config import SamplerConfig
 
 METRICS: dict[str, Any] = {
     "evaluation": {
@@ -71,6 +76,24 @@ def test_all_that_a_table_needs_is_there() -> None:
     )
     assert other.keys() == row.keys() and other["reference"] == f"others {NOTHING}"
     assert [other[title] for title in FIGURES.values()] == [NOTHING] * len(FIGURES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"cache_interval": 2, "cache_order": 0}, "heun, cache_interval 2, cache_order 0"),
+        ({"sampler": "kar2", "churn": 20.0, "tweedie": True}, "kar2, churn 20, tweedie"),
+        ({"compile": True, "steps": 4, "cfg_sigma_max": 0.7}, "heun, compile"),
+        ({"sampler": "dlg:heun", "dlg": DlgConfig(skip=5)}, "dlg:heun, dlg.skip 5"),
+    ],
+)
+def test_settings_that_images_depend_on_are_told(settings: dict[str, Any], told: str) -> None:
+    sampler = SamplerConfig(**METRICS["evaluation"]["sampler"] | settings).plain()
+    metrics = METRICS | {"evaluation": METRICS["evaluation"] | {"sampler": sampler}}
+    assert rows_of(metrics)[0]["sampler"] == told
+    interval = {"count": 100, "guidance_interval": "0 < σ ≤ 0.7"}
+    (line,) = table({"evaluation": metrics["evaluation"] | interval})
+    assert f": {told}, 249 NFE, guidance 1.5 at 0 < σ ≤ 0.7, random labels" in line
 
 
 def test_markdown_has_as_many_cells_in_each_line() -> None:
