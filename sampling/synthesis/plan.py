@@ -7,6 +7,7 @@ with a dataset only when it would be the same.
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -259,17 +260,23 @@ def check_out(synthesis: Synthesis) -> None:
         refuse_finished(out, overwrite)
     refuse_others(out)
     if stored is not None and not overwrite:
-        changed = "; ".join(
-            f"{key} is {json.dumps(synthesis.plan.get(key))}, and was {json.dumps(stored.get(key))}"
-            for key in {**synthesis.plan, **stored}
-            if synthesis.plan.get(key) != stored.get(key)
-        )
+        changed = "; ".join(_differences(synthesis.plan, stored))
         raise UserError(
             f"{out}: holds a synthesis with other settings: {changed}; repeat the command as it was, choose "
             "another folder, or --overwrite"
         )
     if (out / SETTINGS_FILE).exists() and not (out / INDEX_FILE).exists() and not overwrite:
         raise UserError(f"{out}: holds an encode that is not finished; --overwrite replaces it")
+
+
+def _differences(plan: dict[str, Any], stored: dict[str, Any], within: str = "") -> Iterator[str]:
+    """What two plans do not have in common, each setting of a section by itself."""
+    for key in {**plan, **stored}:
+        now, before = plan.get(key), stored.get(key)
+        if isinstance(now, dict) and isinstance(before, dict):
+            yield from _differences(now, before, f"{within}{key}.")
+        elif now != before:
+            yield f"{within}{key} is {json.dumps(now)}, and was {json.dumps(before)}"
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:

@@ -455,6 +455,12 @@ def test_another_synthesis_in_the_folder_stays_unless_it_is_to_be_replaced(share
     before = contents(out)
     with pytest.raises(UserError, match="other settings: count is 20, and was 45; repeat the command as it was"):
         prepare_synthesis(options_for(shared, out, count=20))
+    # Of the sampler, too, what differs alone.
+    compiled = SamplerConfig(steps=2, seed=1, compile=True)
+    with pytest.raises(
+        UserError, match=r"other settings: sampler\.compile is true, and was null; repeat the command"
+    ):
+        prepare_synthesis(options_for(shared, out, sampler=compiled))
     # The same with --overwrite is the same: a killed command that had it goes on.
     assert finished(prepare_synthesis(options_for(shared, out, overwrite=True))) is not None
     assert contents(out) == before
