@@ -18,6 +18,7 @@ from ditmoe.sampling.diagnostics.results import CHAINS_FILE
 from ditmoe.sampling.evaluation.gallery.real import NEIGHBOURS_FILE, Compared, RealSide, write_neighbours
 from ditmoe.sampling.evaluation.gallery.sheets import Sheets, sheet_of
 from ditmoe.sampling.evaluation.gallery.words import figure_words
+from ditmoe.sampling.evaluation.row import sampler_told
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1d2127; --soft: #565e69; --line: #d5d9df;
@@ -224,7 +225,7 @@ def _page(metrics: Mapping[str, Any], key: str, sections: list[str], near: str, 
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(evaluation['id'])}: {data}</title><style>{_STYLE}</style></head>\n<body>\n"
-        f"<header><h1>Drawn images and {data}</h1><p>{_summary(evaluation, result)}</p>"
+        f"<header><h1>Drawn images and {data}</h1><p>{summary(evaluation, result)}</p>"
         f'<nav aria-label="On this page"><ul>{links}</ul></nav></header>\n<main>\n'
         f'<section id="figures"><h2>Figures</h2><dl class="cards">{cards}</dl>{warnings}</section>\n{chains}\n'
         f'<section id="images"><h2>Drawn and real images</h2>{why}\n{images}</section>\n{near}\n'
@@ -232,17 +233,19 @@ def _page(metrics: Mapping[str, Any], key: str, sections: list[str], near: str, 
     )
 
 
-def _summary(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def summary(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Which images these are, in a sentence."""
     sampler = evaluation["sampler"]
     steps = "" if str(sampler["sampler"]).endswith("rk45") else f", {sampler['steps']:,} steps"
-    guided = "" if sampler["cfg_scale"] == 1 else f", guidance {sampler['cfg_scale']:g}"
+    interval = evaluation.get("guidance_interval")
+    where = "" if interval in (None, "all noise levels") else f" at {interval}"
+    guided = "" if sampler["cfg_scale"] == 1 else f", guidance {sampler['cfg_scale']:g}{where}"
     which = "the moving average (EMA) of the weights" if evaluation["which"] == "ema" else "the weights"
     real = result.get("real_images")
     beside = "statistics" if real is None else f"{real:,} real images"
     return html.escape(
         f"{evaluation['count']:,} images, drawn with {which} of step {evaluation['step']:,} "
-        f"({sampler['sampler']}{steps}{guided}), and compared with {beside} of {result['real']['name']}."
+        f"({sampler_told(sampler)}{steps}{guided}), and compared with {beside} of {result['real']['name']}."
     )
 
 

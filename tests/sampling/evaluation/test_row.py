@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from ditmoe.model.config import ModelConfig
+from ditmoe.sampling.evaluation.gallery.page import summary
 from ditmoe.sampling.evaluation.results import table
 from ditmoe.sampling.evaluation.row import FIGURES, NOTHING, latex, markdown, rows_of
 from ditmoe.sampling.settings.chains import DlgConfig
@@ -94,6 +95,8 @@ def test_settings_that_images_depend_on_are_told(settings: dict[str, Any], told:
     interval = {"count": 100, "guidance_interval": "0 < σ ≤ 0.7"}
     (line,) = table({"evaluation": metrics["evaluation"] | interval})
     assert f": {told}, 249 NFE, guidance 1.5 at 0 < σ ≤ 0.7, random labels" in line
+    sentence = summary(metrics["evaluation"] | interval, {"real": {"name": "digits"}})
+    assert f"({told}, {sampler['steps']} steps, guidance 1.5 at 0 &lt; σ ≤ 0.7)" in sentence
 
 
 def test_markdown_has_as_many_cells_in_each_line() -> None:
