@@ -83,13 +83,12 @@ def state_memory(parts: list[Shard], layout: Layout, number_bytes: int) -> RankM
     held = sum(part.held for part in parts)
     partition = sum(part.partition for part in parts)
     persistent = sum(part.persistent for part in parts)
+    stepped = 0 if layout.offload else partition if layout.zero else held
     return RankMemory(
         weights=number_bytes * (partition + persistent if layout.zero == 3 else held),
         gradients=number_bytes * {2: sum(part.touched for part in parts), 3: partition}.get(layout.zero, held),
-        optimizer=0
-        if layout.offload
-        else optimizer_bytes(layout.zero, number_bytes) * (partition if layout.zero else held),
-        ema=0 if layout.offload else 4 * (partition if layout.zero else held),
+        optimizer=optimizer_bytes(layout.zero, number_bytes) * stepped,
+        ema=4 * stepped,
     )
 
 
