@@ -119,7 +119,7 @@ def rank_memory(config: ModelConfig, layout: Layout, blocks: range, stage: int, 
     summed = workload.sum_bytes * min(workload.zero.reduce_bucket, held) if workload.sum_bytes > size else 0
     when_full = summed if held > workload.zero.reduce_bucket else 0
     partition = sum(part.partition for part in parts)
-    own = steps_own_weights(layout.zero, size) and not layout.offload
+    own = steps_own_weights(layout.zero, size, offload=layout.offload)
     if layout.zero == 0:
         in_backward, in_step = 0, size * min(workload.zero.reduce_bucket, sum(part.held for part in parts))
     elif layout.zero == 1:

@@ -59,7 +59,7 @@ class ShardedState:
         """ZeRO 3: this rank's part of the weights."""
         numels = [self._owned(part) for part in self.parts]
         size = self.dtype.itemsize
-        self._own_weights = steps_own_weights(zero, size) and not offload
+        self._own_weights = steps_own_weights(zero, size, offload=offload)
         here = [] if offload else numels
         self.optimizer = [torch.empty(numel) for numel in here for _ in range(optimizer_bytes(zero, size) // 4)]
         self.ema = [torch.empty(numel) for numel in here]

@@ -54,7 +54,7 @@ def start_memory(
     largest = size * max(part.largest for part in parts)
     ours = (optimizer_bytes(layout.zero, size) + 4) * (partition if layout.zero else held)  # 4: the EMA's
     state = 0 if layout.offload else ours
-    own = steps_own_weights(layout.zero, size) and not layout.offload
+    own = steps_own_weights(layout.zero, size, offload=layout.offload)
     gathered = 0
     tables = BOX_BYTES * _boxes(layout, tensors)
     if layout.zero == 0:

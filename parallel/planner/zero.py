@@ -46,10 +46,10 @@ class ZeroSettings:
 DEFAULTS: Final = ZeroSettings()
 
 
-def steps_own_weights(zero: int, number_bytes: int) -> bool:
-    """Whether AdamW, not offloaded, steps what the network computes with, and reads gradients where they are,
+def steps_own_weights(zero: int, number_bytes: int, *, offload: bool = False) -> bool:
+    """Whether AdamW steps what the network computes with, and reads gradients where they are,
     rather than fp32 copies of both: without ZeRO, and where ZeRO 1 and 2 train in fp32."""
-    return zero == 0 or (zero < 3 and number_bytes == 4)
+    return not offload and (zero == 0 or (zero < 3 and number_bytes == 4))
 
 
 def optimizer_bytes(zero: int, number_bytes: int) -> int:

@@ -19,7 +19,7 @@ from ditmoe.sampling.evaluation.gallery.page import write_gallery
 from ditmoe.sampling.evaluation.gallery.real import real_side
 from ditmoe.sampling.evaluation.gallery.sheets import Sheets
 from ditmoe.sampling.evaluation.keeping import SAMPLES_FILE
-from ditmoe.sampling.evaluation.row import sampler_told, write_rows
+from ditmoe.sampling.evaluation.row import guidance_interval_told, sampler_told, write_rows
 from ditmoe.sampling.evaluation.stored import METRICS_FILE, METRICS_FORMAT, key_for, stored_results
 from ditmoe.sampling.jobs.chunks import ChunkStore
 from ditmoe.sampling.metrics.classifier import Classifier
@@ -240,11 +240,10 @@ def table(metrics: Mapping[str, Any], *keys: str) -> list[str]:
     sampler = evaluation["sampler"]
     seeds = evaluation.get("seeds") or [sampler["seed"]]
     told = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    interval = evaluation.get("guidance_interval")
-    guided = "" if interval in (None, "all noise levels") else f" at {interval}"
     drawn = (
         f"{evaluation['count']:,} images, {evaluation['which']} of step {evaluation['step']:,}: "
-        f"{sampler_told(sampler)}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}{guided}, "
+        f"{sampler_told(sampler)}, {_figure(evaluation['nfe'])} NFE, guidance {sampler['cfg_scale']:g}"
+        f"{guidance_interval_told(evaluation)}, "
         f"{evaluation['labels']} labels, {sampler['precision']}, {told}"
     )
     return [drawn, *(line for key in keys for line in figure_lines(metrics["results"][key]))]

@@ -126,6 +126,12 @@ def sampler_told(sampler: Mapping[str, Any]) -> str:
     return ", ".join([_text(sampler.get("sampler")), *told])
 
 
+def guidance_interval_told(evaluation: Mapping[str, Any]) -> str:
+    """` at` the noise levels where guidance acts, if not at all of them, as `metrics.json` has it."""
+    interval = evaluation.get("guidance_interval")
+    return "" if interval in (None, "all noise levels") else f" at {interval}"
+
+
 def _setting(key: str, value: object) -> str:
     if value is True:
         return key

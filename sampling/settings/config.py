@@ -120,6 +120,12 @@ class SamplerConfig(Settings):
         return cast(IntegratorName, self.sampler.removeprefix(CHAIN_PREFIX))
 
     @property
+    def integrators(self) -> frozenset[IntegratorName]:
+        """The integrators that draw: of chains also the one that they start with, which takes the same settings;
+        the configuration is resolved."""
+        return frozenset({self.integrator, self.dlg.initial} if self.chains else {self.integrator})
+
+    @property
     def images_per_unit(self) -> int:
         """Images that are drawn from one start and have one class: the samples of a chain, or 1."""
         return self.dlg.samples_per_chain if self.chains else 1

@@ -65,6 +65,14 @@ def sample_steps(sampler: SamplerName) -> int:
     return -(-steps // 2) if sampler.startswith(CHAIN_PREFIX) else steps
 
 
+OWN_SETTINGS: Final[Mapping[IntegratorName, tuple[str, ...]]] = {
+    "kar2": ("churn", "churn_min", "churn_max", "churn_noise"),
+    "ddim": ("ddim_eta",),
+    "rk45": ("tolerance",),
+    "sit-sde": ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),
+}
+"""Settings that one sampler alone takes."""
+
 FeatureName = Literal["classifier", "inception", "dinov2"]
 """The network whose features images are compared by."""
 ResizeName = Literal["pytorch-fid", "tensorflow"]

@@ -1,9 +1,10 @@
 """Settings of a sampler that change nothing, because what they belong to was not chosen."""
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from ditmoe.model.outside.text import exact_number
 from ditmoe.sampling.settings.config import SamplerConfig
+from ditmoe.sampling.settings.names import OWN_SETTINGS
 
 
 class _Owner(NamedTuple):
@@ -11,20 +12,6 @@ class _Owner(NamedTuple):
 
     words: str
     chosen: bool
-
-
-_OF_SAMPLERS: Final = {
-    "churn": "kar2",
-    "churn_min": "kar2",
-    "churn_max": "kar2",
-    "churn_noise": "kar2",
-    "ddim_eta": "ddim",
-    "tolerance": "rk45",
-    "diffusion_form": "sit-sde",
-    "diffusion_norm": "sit-sde",
-    "last_step": "sit-sde",
-    "last_step_size": "sit-sde",
-}
 
 
 def unused_settings(config: SamplerConfig) -> tuple[str, ...]:
@@ -43,10 +30,12 @@ def unused_settings(config: SamplerConfig) -> tuple[str, ...]:
 
 
 def _owners(config: SamplerConfig) -> dict[str, _Owner]:
-    # The sampler of what chains start from takes the same settings.
-    asked = {config.integrator, config.dlg.initial} if config.chains else {config.integrator}
-    owners = {key: _Owner(f"the sampler {sampler}", sampler in asked) for key, sampler in _OF_SAMPLERS.items()}
-    if "sit-sde" in asked and config.schedule != "own" and not config.chains:
+    owners = {
+        key: _Owner(f"the sampler {sampler}", sampler in config.integrators)
+        for sampler, keys in OWN_SETTINGS.items()
+        for key in keys
+    }
+    if "sit-sde" in config.integrators and config.schedule != "own" and not config.chains:
         owners["last_step_size"] = _Owner("the schedule own", chosen=False)
     owners["corrector_snr"] = _Owner("corrector_steps above 0", config.corrector_steps > 0)
     guidance = _Owner("a cfg_scale other than 1", config.cfg_scale != 1)

@@ -13,11 +13,8 @@ LONGEST_LIST: Final = 60
 """Characters of a file's name that may list classes, seeds, or settings of chains."""
 LONGEST_CLASS: Final = 40
 """Those that the name of a class may take."""
-_OF_SAMPLERS: Final = {
-    "kar2": ("churn", "churn_min", "churn_max", "churn_noise"),
-    "sit-sde": ("diffusion_form", "diffusion_norm", "last_step", "last_step_size"),
-}
-"""Settings that one sampler alone takes, and that are named where they are not the defaults."""
+_BY_KEY: Final = ("kar2", "sit-sde")
+"""Samplers whose own settings are named by their keys."""
 
 
 def picture_name(
@@ -61,23 +58,22 @@ def _shortened(text: str, stead: str) -> str:
 def sampler_words(config: "SamplerConfig") -> list[str]:
     """The sampler, its steps, and those of its settings that depart from their defaults."""
     from ditmoe.sampling.settings.config import SamplerConfig, default_schedule
+    from ditmoe.sampling.settings.names import OWN_SETTINGS
 
     assert config.sampler is not None
     words: list[str] = [config.sampler.replace(":", "-")]
-    # The sampler of what chains start from takes the same settings.
-    asked = {config.integrator, config.dlg.initial} if config.chains else {config.integrator}
     if config.integrator == "rk45":
         words.append(f"tolerance{exact_number(config.tolerance)}")
     else:
         words.append(f"{config.steps}steps")
         if config.schedule != default_schedule(config.integrator):
             words.append(f"schedule-{config.schedule}")
-        if "rk45" in asked:
+        if "rk45" in config.integrators:
             words.append(f"tolerance{exact_number(config.tolerance)}")
-    if "ddim" in asked and config.ddim_eta:
+    if "ddim" in config.integrators and config.ddim_eta:
         words.append(f"eta{exact_number(config.ddim_eta)}")
-    for sampler, keys in _OF_SAMPLERS.items():
-        for key in keys if sampler in asked else ():
+    for sampler in _BY_KEY:
+        for key in OWN_SETTINGS[sampler] if sampler in config.integrators else ():
             value = getattr(config, key)
             if value != SamplerConfig.model_fields[key].default:
                 joint = "-" if sampler == "sit-sde" else ""

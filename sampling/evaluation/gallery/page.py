@@ -18,7 +18,7 @@ from ditmoe.sampling.diagnostics.results import CHAINS_FILE
 from ditmoe.sampling.evaluation.gallery.real import NEIGHBOURS_FILE, Compared, RealSide, write_neighbours
 from ditmoe.sampling.evaluation.gallery.sheets import Sheets, sheet_of
 from ditmoe.sampling.evaluation.gallery.words import figure_words
-from ditmoe.sampling.evaluation.row import sampler_told
+from ditmoe.sampling.evaluation.row import guidance_interval_told, sampler_told
 
 _STYLE: Final = """
 :root { color-scheme: light dark; --ground: #fff; --ink: #1d2127; --soft: #565e69; --line: #d5d9df;
@@ -237,8 +237,7 @@ def summary(evaluation: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     """Which images these are, in a sentence."""
     sampler = evaluation["sampler"]
     steps = "" if str(sampler["sampler"]).endswith("rk45") else f", {sampler['steps']:,} steps"
-    interval = evaluation.get("guidance_interval")
-    where = "" if interval in (None, "all noise levels") else f" at {interval}"
+    where = guidance_interval_told(evaluation)
     guided = "" if sampler["cfg_scale"] == 1 else f", guidance {sampler['cfg_scale']:g}{where}"
     which = "the moving average (EMA) of the weights" if evaluation["which"] == "ema" else "the weights"
     real = result.get("real_images")
