@@ -124,9 +124,8 @@ def command(
     from ditmoe.sampling.evaluation.results import table
     from ditmoe.sampling.evaluation.run_job import stored_result
     from ditmoe.sampling.evaluation.stored import keys_of
-    from ditmoe.sampling.integrators.few_steps import noise_warnings
+    from ditmoe.sampling.integrators.advice import sampler_warnings
     from ditmoe.sampling.settings.config import SamplerConfig
-    from ditmoe.sampling.settings.unused import unused_settings
 
     if not watch and (every != 1 or patience is not None):
         raise UserError(
@@ -206,7 +205,7 @@ def command(
         from ditmoe.sampling.evaluation.of_crew import made_by
 
         if process.starts_ranks and process.first:
-            for warning in (*unused_settings(job.evaluation.sampler), *noise_warnings(job.evaluation.sampler)):
+            for warning in sampler_warnings(job.evaluation.sampler):
                 typer.echo(f"warning: {warning}", err=True)  # at once, not when hours are spent
         make_folder(job.folder)
         # Ranks are told the checkpoint: training may write a newer one before they look.

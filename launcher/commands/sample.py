@@ -106,13 +106,12 @@ def command(
     from ditmoe.sampling.drawing.files import check_free, find_target
     from ditmoe.sampling.drawing.generate import check_finite, generate
     from ditmoe.sampling.drawing.together import generate_together
-    from ditmoe.sampling.integrators.few_steps import noise_warnings
+    from ditmoe.sampling.integrators.advice import sampler_warnings
     from ditmoe.sampling.integrators.samplers import planned_passes
     from ditmoe.sampling.jobs.workers import join_workers
     from ditmoe.sampling.network.load import find_checkpoint, home_of, load_model
     from ditmoe.sampling.network.of_group import check_dealt
     from ditmoe.sampling.python.choices import image_numbers
-    from ditmoe.sampling.settings.unused import unused_settings
 
     config = drawing.config()
     chosen_seeds = None if seeds is None else choose_seeds(seeds)
@@ -160,7 +159,7 @@ def command(
     config = config.for_a_look(model.objective_config)
     moves = animate or (target is not None and target.moves)
     check_possible(config, seeds=seeds, count=count)
-    for warning in (*unused_settings(config), *noise_warnings(config)):
+    for warning in sampler_warnings(config):
         typer.echo(f"warning: {warning}", err=True)
     chosen = choose_classes(classes, model.class_names)
     usual = count is None

@@ -46,8 +46,7 @@ from ditmoe.parallel.engine.training_engine import StepResult, TrainingEngine
 from ditmoe.parallel.stages import stage_blocks
 from ditmoe.parallel.start.begin import begun
 from ditmoe.sampling.drawing.picture import save_picture
-from ditmoe.sampling.integrators.few_steps import noise_warnings
-from ditmoe.sampling.settings.unused import unused_settings
+from ditmoe.sampling.integrators.advice import sampler_warnings
 from ditmoe.slurm.heartbeats import Heart, Phase
 
 SHORTEST_WAIT_LOGGED: Final = 0.1
@@ -161,8 +160,7 @@ class Trainer:
         if self.layout.accumulation > 1:
             self.report.log(f"each step accumulates {self.layout.accumulation} micro-batches")
         if config.preview.every is not None:
-            previews = config.preview.sampler.resolved(config.objective)
-            for warning in (*unused_settings(previews), *noise_warnings(previews)):
+            for warning in sampler_warnings(config.preview.sampler.resolved(config.objective)):
                 self.report.log(f"warning: previews: {warning}")
 
     def train(self) -> bool:

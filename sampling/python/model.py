@@ -24,13 +24,12 @@ from ditmoe.parallel.start.source import Objective
 from ditmoe.sampling.drawing.generate import Generated, check_finite, generate
 from ditmoe.sampling.drawing.picture import image_grid
 from ditmoe.sampling.exchange.hub import local_folder
-from ditmoe.sampling.integrators.few_steps import noise_warnings
+from ditmoe.sampling.integrators.advice import sampler_warnings
 from ditmoe.sampling.network.load import LoadedModel, Precision, Weights, load_model
 from ditmoe.sampling.python.choices import Classes, Seeds, image_numbers, labels_of, seeds_of
 from ditmoe.sampling.python.files import load_file
 from ditmoe.sampling.settings.config import SamplerConfig
 from ditmoe.sampling.settings.names import DiffusionForm, LastStep, SamplerName, ScheduleName
-from ditmoe.sampling.settings.unused import unused_settings
 
 
 class SamplerSettings(TypedDict, total=False):
@@ -241,7 +240,7 @@ class Model:
         config = _sampler(sampler=sampler, cfg_scale=guidance, seed=one, **few, **settings)
         self._check(config, seeds, count, batch)
         config = config.for_a_look(self._loaded.objective_config)
-        for warning in (*unused_settings(config), *noise_warnings(config)):
+        for warning in sampler_warnings(config):
             print(f"warning: {warning}", file=sys.stderr)
         if isinstance(seeds, int):
             drawn = self._draw(config, labels, len(labels) if count is None else count, batch, progress, settings)

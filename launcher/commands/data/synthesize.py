@@ -92,10 +92,9 @@ def command(
     from ditmoe.parallel.checkpoint.folder import read_info
     from ditmoe.parallel.ranks import this_process
     from ditmoe.sampling.evaluation.of_run import default_cache
-    from ditmoe.sampling.integrators.few_steps import noise_warnings
+    from ditmoe.sampling.integrators.advice import sampler_warnings
     from ditmoe.sampling.metrics.quality import ScoreSettings
     from ditmoe.sampling.network.load import find_checkpoint
-    from ditmoe.sampling.settings.unused import unused_settings
     from ditmoe.sampling.synthesis.make import drawer, finished, synthesize
     from ditmoe.sampling.synthesis.plan import SynthesisOptions, class_names_of, prepare_synthesis
 
@@ -126,7 +125,7 @@ def command(
     made, process = finished(synthesis), this_process()
     if made is None:
         if process.first and process.starts_ranks:
-            for warning in (*unused_settings(synthesis.sampler), *noise_warnings(synthesis.sampler)):
+            for warning in sampler_warnings(synthesis.sampler):
                 typer.echo(f"warning: {warning}", err=True)
         from ditmoe.launcher.local.signs import signs_of_work
         from ditmoe.sampling.jobs.workers import join_workers
